@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is made on first use with the versions in constraints.txt.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check soak install clean
+demo: .venv/demo
+	$(BIN)/bitmill compress configs/quickstart.yaml
+	@echo "The package, its numbers and its lineage: ls bitmill-store/pack/*/package"
+
+test: check
+	$(BIN)/python -m pytest tests -m "not soak"
+
+soak: .venv/test
+	$(BIN)/python -m pytest tests -m soak
+
+check: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: .venv/test
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+.venv/test: .venv/demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,gguf,test]"
+	touch $@
+
+clean:
+	rm -rf .venv bitmill-store

@@ -1,0 +1,149 @@
+"""The command line. stdout carries one JSON document with `--json`; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import IntEnum
+from typing import Annotated, Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from pipeline.errors import BitmillError, ConfigError
+
+app = typer.Typer(
+    name="bitmill",
+    help="Compress generative language models by quantization-aware distillation, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+class Exit(IntEnum):
+    """Exit statuses."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NOTHING = 3
+
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for ones to start from.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.steps=200."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback()
+def bitmill() -> None:
+    """Text and a teacher in, a small registered model out. Start with: `bitmill compress configs/quickstart.yaml`."""
+
+
+@app.command()
+def compress(
+    config: ConfigFile,
+    bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8: short for --set quant.bits=...")] = None,
+    overrides: Overrides = None,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "register",
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, what is reused, and why.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole line: tokenize, finetune, cache, distill, evaluate, pack, register.
+
+    Steps that were done before are reused. A command that was interrupted, however hard, goes on where it was when
+    it is given again. `--plan` starts nothing.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.compress import compress as run
+        from pipeline.config import load_config
+
+        chosen = [*(overrides or []), *([f"quant.bits={bits}"] if bits else [])]
+        return run(load_config(config, chosen, _environment()), config, until, plan, console)
+
+    _execute(work, as_json, debug)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")
+    ],
+    data: Annotated[str, typer.Option(help="Text to score: as data.source of a configuration, such as 'text/*.txt'.")],
+    block_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a block; by default 512 or the model's positions.")
+    ] = None,
+    unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
+    text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; it does not change the result.")] = 16,
+    tracking_uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
+    ] = None,
+    storage_uri: Annotated[
+        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
+    ] = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a packed model or a Hugging Face directory: perplexity and bits per byte."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.evaluate import evaluate as run
+        from pipeline.config import Resources
+
+        if unit not in ("document", "line"):
+            raise ConfigError(f"--unit is {unit!r}; valid: document, line")
+        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
+        return run(model, data, block_length, unit, text_column, batch, resources, console)
+
+    _execute(work, as_json, debug)
+
+
+def _environment() -> dict[str, str]:
+    """Resources as the variables of their ecosystems set them; a configuration's own values win."""
+    variables = {
+        "ray_address": "RAY_ADDRESS",
+        "tracking_uri": "MLFLOW_TRACKING_URI",
+        "storage_uri": "BITMILL_STORAGE_URI",
+    }
+    return {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
+
+
+def _execute(work: Any, as_json: bool, debug: bool) -> None:
+    console = Console(stderr=True)
+    try:
+        document = work(console)
+    except BitmillError as error:
+        if debug:
+            raise
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; what was committed is kept, and the same command goes on from there")
+        raise typer.Exit(Exit.FAILED) from None
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

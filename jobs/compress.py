@@ -1,0 +1,124 @@
+"""`bitmill compress`: text and a teacher in, a registered packed model out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.display import Display
+from pipeline.config import Config
+from pipeline.flow import Outcome, Plan, plan, run, tracking_uri
+from pipeline.records import ModelVersion, Package, Record, Report
+
+MIB = 2**20
+
+
+def compress(config: Config, path: str, until: str, only_plan: bool, console: Console) -> dict[str, Any]:
+    """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
+    with console.status("planning") if console.is_terminal else Display(console, ()):
+        planned = plan(config, until)
+    if only_plan:
+        print_plan(planned, console)
+        return plan_document(planned)
+    with Display(console, tuple(step.stage for step in planned.steps)) as display:
+        outcome = run(planned, display)
+    document = outcome_document(planned, outcome)
+    print_outcome(planned, outcome, path, console)
+    return document
+
+
+def plan_document(planned: Plan) -> dict[str, Any]:
+    steps = [
+        {
+            "stage": step.stage,
+            "key": step.place.key,
+            "status": "run" if step.record is None else "reused",
+            "reason": step.reason,
+            "uri": step.place.uri,
+        }
+        for step in planned.steps
+    ]
+    return {
+        "run_key": planned.run_key,
+        "stages": steps,
+        "rows": planned.rows,
+        "rows_are_exact": planned.rows_are_exact,
+        "parameters": planned.parameters,
+        "cache_bytes": planned.cache_bytes,
+        "cache_mode": planned.cache_reason,
+    }
+
+
+def print_plan(planned: Plan, console: Console) -> None:
+    table = Table("stage", "key", "status", "why")
+    for step in planned.steps:
+        status = "[yellow]would run[/]" if step.record is None else "[green]reused[/]"
+        table.add_row(step.stage, step.place.key[:12], status, step.reason)
+    console.print(table)
+    about = "" if planned.rows_are_exact else "about "
+    console.print(
+        f"{about}{planned.rows:,} rows of {planned.config.task.block_length} tokens to train on; "
+        f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
+    )
+    console.print(f"cache mode {planned.cache_reason}", highlight=False)
+
+
+def outcome_document(planned: Plan, outcome: Outcome) -> dict[str, Any]:
+    records: dict[str, Record] = {stage: done.record for stage, done in outcome.done.items()}
+    report, package, version = records.get("evaluate"), records.get("pack"), records.get("register")
+    document: dict[str, Any] = {
+        "run_key": planned.run_key,
+        "stages": [
+            {
+                "stage": step.stage,
+                "key": step.place.key,
+                "status": outcome.status[step.stage],
+                "seconds": round(outcome.seconds[step.stage], 3),
+                "uri": step.place.uri,
+            }
+            for step in planned.steps
+        ],
+        "metrics": None,
+        "size": None,
+        "package_uri": None,
+        "model_version": None,
+    }
+    if isinstance(report, Report):
+        document["metrics"] = {"teacher": report.teacher, "student": report.student}
+    if isinstance(package, Package):
+        document["size"] = package.size.model_dump(exclude={"paper_bytes"})
+        document["package_uri"] = f"{planned.step('pack').place.uri}{Package.FOLDER}"
+    if isinstance(version, ModelVersion):
+        aliases = list(version.aliases)
+        document["model_version"] = {"name": version.name, "version": version.version, "aliases": aliases}
+    return document
+
+
+def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) -> None:
+    document = outcome_document(planned, outcome)
+    metrics, size, version = document["metrics"], document["size"], document["model_version"]
+    if metrics is None or size is None:
+        console.print(f"done as far as {planned.steps[-1].stage}: {planned.steps[-1].place.uri}", highlight=False)
+        return
+    table = Table("", "teacher", f"student {planned.config.quant.bits}", title=planned.config.name)
+    for name, form in (("perplexity", ".2f"), ("bits_per_byte", ".4f")):
+        table.add_row(name, *(f"{metrics[who][name]:{form}}" for who in ("teacher", "student")))
+    table.add_row("kl_nats", "", f"{metrics['student']['kl_nats']:.4f}")
+    table.add_row("top1_agreement", "", f"{metrics['student']['top1_agreement']:.1%}")
+    table.add_row("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}")
+    table.add_row("ratio", "", f"{size['ratio']:.1f}x (the paper's counting: {size['paper_ratio']:.1f}x)")
+    if version is not None:
+        aliases = "".join(f" @{alias}" for alias in version["aliases"])
+        table.add_row("registered", "", f"{version['name']} version {version['version']}{aliases}")
+    console.print(table)
+    console.print(f"package: {document['package_uri']}", highlight=False, soft_wrap=True)
+    console.print("\nTry next:")
+    package = document["package_uri"]
+    for command in (
+        f"bitmill evaluate {package} --data {planned.config.data.source}",
+        f"bitmill compress {path} --bits {'4-4-8' if planned.config.quant.bits != '4-4-8' else '8-8-8'}",
+        f"mlflow ui --backend-store-uri {tracking_uri(planned.config.resources)}",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -1,0 +1,100 @@
+"""`bitmill evaluate`: score any package or Hugging Face directory by the protocol of the pipeline."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import artifact, registry, tracking
+from pipeline.config import Resources
+from pipeline.errors import ConfigError
+from pipeline.families.models import load_model
+from pipeline.flow import scratch_dir, tracking_uri
+from pipeline.sources import ContentMemo, documents, parts, pin_text
+from pipeline.tasks.language_modeling import PROTOCOL, encode, score
+from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
+
+
+def evaluate(
+    model: str,
+    data: str,
+    block_length: int | None,
+    unit: str,
+    text_column: str,
+    batch: int,
+    resources: Resources,
+    console: Console,
+) -> dict[str, Any]:
+    """Score a model on all of a text; returns the document of `--json`."""
+    scratch = scratch_dir(resources)
+    files = pin_text(data, "--data", ContentMemo(scratch))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = locate(model, resources, Path(temporary))
+        loaded, tokenizer = open_model(folder), read_tokenizer(folder)
+        longest = int(getattr(loaded.config, "max_position_embeddings", 512))
+        width = block_length or min(512, longest)
+        if width > longest:
+            raise ConfigError(f"--block-length is {width}, and the model has {longest} positions; lower it.")
+        texts = (text for file in files for part in parts(file) for text in documents(part, unit, text_column, scratch))
+        ids, lengths, _ = encode(texts, tokenizer, width, unit)
+        if lengths.sum() < 2:
+            raise ConfigError(f"--data {data!r} holds {int(lengths.sum())} tokens; at least 2 are needed.")
+        rows = torch.from_numpy(ids).long(), torch.from_numpy(lengths).long()
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            scores, _ = score(_batches(*rows, batch, progress), loaded, token_bytes(tokenizer))
+    protocol = f"block length {width}: {PROTOCOL}"
+    document = {
+        "model": model,
+        "data": data,
+        "protocol": protocol,
+        "tokens": scores.tokens,
+        "metrics": scores.metrics(),
+    }
+    table = Table("metric", "value", title=f"{model} on {data}")
+    for name, value in scores.metrics().items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    console.print(f"{scores.tokens:,} tokens; {protocol}", highlight=False)
+    return document
+
+
+def locate(model: str, resources: Resources, temporary: Path) -> Path:
+    """A local folder for a directory, a store URI, `name@alias` or `name/version`.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if "://" in model:
+        folder = artifact.fetch(model, temporary)
+        if not any(folder.iterdir()):
+            raise ConfigError(f"MODEL is {model!r}, and nothing lies there.")
+        return folder
+    client = tracking.connect(tracking_uri(resources))
+    return registry.download(client, model, tracking_uri(resources), temporary)
+
+
+def open_model(folder: Path) -> PreTrainedModel:
+    """A packed model if the folder has a manifest, else a Hugging Face directory."""
+    if (folder / artifact.MANIFEST).exists():
+        return artifact.load(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"MODEL is {str(folder)!r}: neither a packed model nor a directory with *.safetensors.")
+    return load_model(folder).eval()
+
+
+def _batches(ids: Tensor, lengths: Tensor, batch: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    task = progress.add_task("rows", total=len(ids))
+    for some_ids, some_lengths in zip(ids.split(batch), lengths.split(batch), strict=True):
+        yield some_ids, some_lengths
+        progress.advance(task, len(some_ids))

@@ -1,0 +1,31 @@
+"""The map of the house. Floors from the top; each imports only from below, and import-linter holds that.
+
+    jobs        the command line: arguments, environment variables, what is printed
+    flow        plan(config) -> steps, run(steps): the straight line of stages
+    stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
+    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
+    training    the one training loop, with its checkpoints
+    artifact    the packed model on disk: write, check, load
+    tasks       how a task encodes text and scores a model; families: which modules of a model are quantized
+    sources     where text and models come from, pinned by content
+    tracking, registry      MLflow: runs by key; versions and aliases
+    tables, store           shards in Arrow and Parquet; objects in a directory or S3, commit-last, leases
+    config, identity, records   the closed schema, canonical keys, what stages hand on
+    quant, distill          the arithmetic, in pure torch
+
+`pipeline.load(DIR)` returns a packed model, ready to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # on first use, because transformers takes seconds to import
+        from pipeline.artifact import load
+
+        return load
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Distillation in pure torch: `losses` (sums and counts), `memory_bank`, `schedule`."""

@@ -1,0 +1,77 @@
+"""Losses as (sum, count): nats summed over valid tokens, and how many there were. The caller divides once.
+
+Tokens are computed in fp32 and summed in fp64, so that the grouping of a batch does not show.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.distill.schedule import draw
+
+
+def next_token_loss(logits: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each next token, nats; the first token of a row is context only.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        ids: (batch, length).
+        lengths: (batch,), valid tokens of each row.
+    """
+    targets = ids[:, 1:]
+    nats = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    valid = valid_tokens(lengths, ids.shape[1])[:, 1:]
+    return (nats * valid.flatten()).sum(dtype=torch.float64), valid.sum()
+
+
+def logit_distillation_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """- sum_i softmax(z^t_i) . log softmax(z^s_i) over valid tokens, nats (Tao et al. 2022, section 3.4).
+
+    Its minimum over the student is the teacher's entropy. `valid` is (batch, length) bool.
+    """
+    nats = -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1)
+    return (nats * valid).sum(dtype=torch.float64), valid.sum()
+
+
+def contrastive_loss(
+    query: Tensor, teacher: Tensor, lengths: Tensor, offsets: list[Tensor], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Token-level contrastive distillation (Tao et al. 2022, section 3.2), nats over valid tokens.
+
+    The positive of token i is the teacher's state at i; its negatives are the teacher's states at
+    (i + offset) mod length of the same sequence. Tokens of one-token rows have no negatives and add nothing.
+
+    Args:
+        query: (batch, length, hidden), the student's states mixed with the memory bank.
+        teacher: (batch, length, hidden).
+        lengths: (batch,), valid tokens of each row.
+        offsets: for each row, distinct whole numbers in 1..length-1: see `draw_offsets`.
+        temperature: tau.
+    """
+    similarity = F.normalize(query.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).transpose(1, 2)
+    total = similarity.new_zeros((), dtype=torch.float64)
+    count = lengths.new_zeros(())
+    for row, length in enumerate(lengths.tolist()):
+        scores = similarity[row, :length, :length] / temperature
+        positions = torch.arange(length, device=scores.device)
+        negatives = (positions.unsqueeze(1) + offsets[row].to(scores.device)) % length  # (length, negatives)
+        candidates = torch.cat([scores.diagonal().unsqueeze(1), scores.gather(1, negatives)], dim=1)
+        total = total - candidates.log_softmax(-1)[:, 0].sum(dtype=torch.float64)
+        count = count + length
+    return total, count
+
+
+def draw_offsets(seed: int, step: int, row_id: int, length: int, negatives: int) -> Tensor:
+    """Which other positions serve as negatives: a function of (seed, step, row), never of the worker.
+
+    Returns min(negatives, length - 1) distinct whole numbers in 1..length-1.
+    """
+    generator = draw("negatives", seed, step, row_id)
+    return torch.randperm(max(length - 1, 0), generator=generator)[:negatives] + 1
+
+
+def valid_tokens(lengths: Tensor, width: int) -> Tensor:
+    """(batch, width) bool: True where a token is not padding."""
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)

@@ -1,0 +1,273 @@
+"""The only Ray: shards by Ray Data, training by Ray Train, plain work as tasks, one `ray.init` a command.
+
+With `resources.workers: 0` everything runs in this process and Ray is never started. Work travels as small
+picklable values (places, recipes); the driver never holds data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline.config import Resources
+from pipeline.errors import BitmillError, ConfigError, RunError
+from pipeline.records import Closed
+from pipeline.store import Place
+
+Advance = Callable[[int, int, str], None]
+T = TypeVar("T")
+POLL_S = 0.5
+
+
+class Engine:
+    """Runs a stage's work on this machine or a cluster; Ray starts when it is first needed."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+        self._started = False
+
+    def shards(self, work: type, settings: dict[str, Any], items: Sequence[Closed], advance: Advance) -> Iterator[str]:
+        """Call `work(**settings)(item)` for every item on a pool of actors; yields what the calls return.
+
+        An actor makes one `work`; one that dies is replaced and its items are done again. Order is not kept.
+        """
+        if self.resources.workers == 0:
+            results: Iterator[str] = map(work(**settings), items)
+        else:
+            results = self._on_actors(work, settings, items)
+        for done, result in enumerate(results, start=1):
+            advance(done, len(items), "")
+            yield result
+
+    def train(self, worker: Callable[..., None], settings: dict[str, Any], place: Place, advance: Advance) -> None:
+        """Run `worker(**settings, device=..., report=...)` on every rank of a training group."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        resources = self.resources
+        scaling = ScalingConfig(num_workers=0)
+        path, filesystem = place.run_folder()
+        # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
+        run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{place.fence}")
+        mailbox = None
+        if resources.workers:
+            self._start()
+            mailbox = _mailbox()
+            scaling = ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+            )
+            run.failure_config = FailureConfig(max_failures=resources.max_failures)
+        report = advance if mailbox is None else _Sender(mailbox)
+        config = {"worker": worker, "settings": settings, "threads": self._threads(), "report": report}
+        with _quiet(), _delivered(mailbox, advance), _explained(place):
+            TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
+
+    def task(self, work: Callable[..., T], settings: dict[str, Any], place: Place) -> T:
+        """Run `work(**settings)` as one plain task."""
+        if self.resources.workers == 0:
+            return work(**settings)
+        import ray
+
+        self._start()
+        remote = ray.remote(num_cpus=self.resources.cpus_per_worker)(_task_worker)
+        with _explained(place):
+            result: T = ray.get(remote.remote(work, settings, self._threads()))
+        return result
+
+    def close(self) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+
+    def _on_actors(self, work: type, settings: dict[str, Any], items: Sequence[Closed]) -> Iterator[str]:
+        import ray.data
+
+        self._start()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        written = [{"item": item.model_dump_json()} for item in items]
+        rows = ray.data.from_items(written, override_num_blocks=len(items))
+        pool = ray.data.ActorPoolStrategy(size=max(1, min(self.resources.workers, len(items))))
+        with _quiet(), _explained(None):
+            results = rows.map(
+                _ShardWorker,
+                fn_constructor_kwargs={
+                    "work": work,
+                    "settings": settings,
+                    "kind": type(items[0]),
+                    "threads": self._threads(),
+                },
+                compute=pool,
+                num_cpus=self.resources.cpus_per_worker,
+                num_gpus=self.resources.gpus_per_worker,
+            )
+            for row in results.iter_rows():
+                yield str(row["result"])
+
+    def _threads(self) -> int:
+        return max(1, int(self.resources.cpus_per_worker))
+
+    def _start(self) -> None:
+        import ray
+
+        if self._started:
+            return
+        resources = self.resources
+        if not ray.is_initialized():
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            ray.init(
+                address=resources.ray_address or "local",
+                namespace=resources.namespace or "bitmill",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                # With the dashboard off, Ray Train's placement group cleaner logs an error every second.
+                **({} if resources.ray_address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}),
+            )
+            self._started = True
+        available = ray.cluster_resources()
+        for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
+            if resources.workers * each > available.get(kind, 0):
+                raise ConfigError(
+                    f"resources.workers is {resources.workers} with {each:g} {kind} each, and this Ray has "
+                    f"{available.get(kind, 0):g} {kind}. Lower resources.workers or {kind.lower()}s_per_worker."
+                )
+
+
+class _ShardWorker:
+    """An actor's life: build the work once, then one item a call."""
+
+    def __init__(self, work: type, settings: dict[str, Any], kind: type[Closed], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._work = work(**settings)
+        self._kind = kind
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": self._work(self._kind.model_validate_json(row["item"]))}
+
+
+class _Sender:
+    """Progress from a worker to the driver; losing a message loses nothing else."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        self._mailbox.put.remote((done, total, note))
+
+
+class _Mailbox:
+    def __init__(self) -> None:
+        self._latest: tuple[int, int, str] | None = None
+
+    def put(self, message: tuple[int, int, str]) -> None:
+        self._latest = message
+
+    def take(self) -> tuple[int, int, str] | None:
+        latest, self._latest = self._latest, None
+        return latest
+
+
+def _mailbox() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0)(_Mailbox).remote()
+
+
+@contextlib.contextmanager
+def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
+    """While inside, pass on what arrives in the mailbox."""
+    if mailbox is None:
+        yield
+        return
+    import ray
+
+    stop = threading.Event()
+
+    def deliver() -> None:
+        while not stop.wait(POLL_S):
+            with contextlib.suppress(ray.exceptions.RayError):
+                message = ray.get(mailbox.take.remote(), timeout=30)
+                if message is not None:
+                    advance(*message)
+
+    thread = threading.Thread(target=deliver, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(mailbox)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    import ray.train.torch
+
+    torch.set_num_threads(config["threads"])
+    config["worker"](**config["settings"], device=ray.train.torch.get_device(), report=config["report"])
+
+
+def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> T:
+    torch.set_num_threads(threads)
+    return work(**settings)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's libraries log each start and stop at INFO; our own progress says what matters."""
+    names = ("ray.train", "ray.data", "ray.tune", "ray")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _explained(place: Place | None) -> Iterator[None]:
+    """Turn what Ray wraps around a worker's error back into the error."""
+    try:
+        yield
+    except BitmillError:
+        raise
+    except Exception as error:
+        ours = next((e for e in _chain(error) if isinstance(e, BitmillError)), None)
+        if ours is not None:
+            raise type(ours)(str(ours)) from error
+        cause = _chain(error)[-1]
+        where = f"The {place.stage} step {place.key}" if place is not None else "A shard's worker"
+        raise RunError(
+            f"{where} failed: {type(cause).__name__}: {_first_line(cause)}. What was committed is kept; the same "
+            "command goes on from there. --debug shows the traceback."
+        ) from error
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and all that it wraps, outermost first."""
+    found: list[BaseException] = []
+    pending: list[BaseException] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current in found:
+            continue
+        found.append(current)
+        failures = getattr(current, "worker_failures", None) or {}
+        inner = [getattr(current, "cause", None), current.__cause__, *failures.values()]
+        pending += [e for e in inner if isinstance(e, BaseException)]
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"

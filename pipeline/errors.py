@@ -1,0 +1,29 @@
+"""What can go wrong, as one readable paragraph each.
+
+Every message says the cause, the offending value, the knob that changes it and the values it takes. Each class
+takes one string, so an error survives pickling between a worker and the driver.
+"""
+
+
+class BitmillError(Exception):
+    """A failure that is explained to the user without a traceback."""
+
+
+class ConfigError(BitmillError):
+    """The configuration or the input cannot work; said before any worker starts (exit status 2)."""
+
+
+class RunError(BitmillError):
+    """The run failed; the message says what was kept and what to do (exit status 1)."""
+
+
+class FencedOffError(RunError):
+    """Another process took this step over; whatever this one would still write is refused."""
+
+
+class DamagedError(RunError):
+    """A stored file does not match its checksum."""
+
+
+class BusyError(RunError):
+    """Another live process runs this step and the caller did not want to wait."""

@@ -1,0 +1,63 @@
+"""Attention whose matmul operands are quantized, through transformers' AttentionInterface.
+
+`qkv`: queries, keys and values, one symmetric range per token and head. `qkv_probabilities`: the softmax rows as
+well, asymmetric, one range per query. SDPA hides the probabilities, so these run the plain formula.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from pipeline.quant.grid import fake_quantize_activation
+from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
+
+
+def use_quantized_attention(model: PreTrainedModel, spec: QuantSpec) -> None:
+    """Switch a model to the attention its spec asks for, in place."""
+    if spec.attention == "none" or spec.bits.activations == UNQUANTIZED:
+        return
+    name = f"bitmill_{spec.attention}_{spec.bits.activations}_{spec.activation_range}"
+    forward = partial(
+        _attend,
+        bits=spec.bits.activations,
+        over=spec.activation_range,
+        probabilities=spec.attention == "qkv_probabilities",
+    )
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, eager_mask)
+    model.set_attn_implementation(name)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    bits: int,
+    over: ActivationRange,
+    probabilities: bool,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query (batch, heads, length, head_dim), key and value with as many or fewer heads; transformers' signature."""
+    query, key, value = (fake_quantize_activation(x, bits, symmetric=True, over=over) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    if probabilities:
+        weights = fake_quantize_activation(weights, bits, symmetric=False, over=over)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), None

@@ -1,0 +1,198 @@
+"""Models from folders and configurations: built, checked against their family, prepared as students."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config import Quant
+from pipeline.errors import ConfigError, RunError
+from pipeline.families import gpt2, llama
+from pipeline.families.attention import use_quantized_attention
+from pipeline.families.family import Family
+from pipeline.quant.layers import FrozenTensors, Site, freeze, prepare, thaw
+from pipeline.quant.spec import QuantSpec
+
+FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
+
+
+def read_config(source: Path | dict[str, Any], gguf_file: str | None = None, **changes: Any) -> PreTrainedConfig:
+    """A configuration from a folder, or from {architecture: ..., key: value}.
+
+    Raises:
+        ConfigError: an unknown architecture or key, a folder without a usable config.json.
+    """
+    if isinstance(source, Path):
+        try:
+            extra = {"gguf_file": gguf_file} if gguf_file else {}
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True, **extra)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model.source: {source} has no usable config.json: {error}") from error
+    fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
+    given = {**fields, **changes}
+    try:
+        config = AutoConfig.for_model(source["architecture"], bos_token_id=None, eos_token_id=None)
+    except ValueError:
+        raise ConfigError(
+            f"model.source.architecture is {source['architecture']!r}; valid: {', '.join(FAMILIES)}"
+        ) from None
+    known = {*config.to_dict(), *config.attribute_map}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"model.source.{name}: {source['architecture']} has no such setting; valid: {', '.join(sorted(known))}"
+            )
+    return AutoConfig.for_model(source["architecture"], **{"bos_token_id": None, "eos_token_id": None, **given})
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def family_of(config: PreTrainedConfig, requested: str = "auto") -> Family:
+    """Raises ConfigError for a model whose layers are unknown."""
+    name = config.model_type if requested == "auto" else requested
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"model: the layers of a {config.model_type!r} model are not known; known families: {', '.join(FAMILIES)}. "
+            "If it has the modules of one of these, say so with model.family."
+        )
+    return FAMILIES[name]
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with fresh fp32 weights."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
+    """fp32 weights from a folder; safetensors (or GGUF) only, no remote code."""
+    kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **kind
+    )
+    return model
+
+
+def sites(model: PreTrainedModel, family: Family) -> list[Site]:
+    """Every module of the model that is quantized.
+
+    Raises:
+        ConfigError: a linear layer or an embedding that the family does not name.
+    """
+    tied = bool(model.config.tie_word_embeddings)
+    found: list[Site] = []
+    for name, module in model.named_modules():
+        if name == family.embedding:
+            found.append(Site(name, "embedding"))
+        elif name == family.head:
+            found.append(Site(name, "tied_head" if tied else "head"))
+        elif isinstance(module, nn.Linear | Conv1D | nn.Embedding) and name not in family.unquantized:
+            symmetric = next((s for pattern, s in family.linears if re.fullmatch(pattern, name)), None)
+            if symmetric is None:
+                raise ConfigError(
+                    f"model: the family {family.name} does not know the layer {name} "
+                    f"({type(module).__name__}); such a model cannot be quantized"
+                )
+            found.append(Site(name, "linear", symmetric, transposed=isinstance(module, Conv1D)))
+    if not any(site.role == "embedding" for site in found) or not any(site.role == "linear" for site in found):
+        raise ConfigError(f"model: no layers of the family {family.name} in this {model.config.model_type} model")
+    return sorted(found, key=lambda site: site.role == "tied_head")
+
+
+def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family, quantizer: str = "quantgpt") -> None:
+    """Turn a full-precision model into a quantized student, in place."""
+    prepare(model, sites(model, family), spec, quantizer)
+    use_quantized_attention(model, spec)
+
+
+def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
+    """The frozen student as a model that runs. Raises ValueError if the tensors do not fit."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    thaw(model, sites(model, family), spec, frozen)
+    use_quantized_attention(model, spec)
+    return model.eval()
+
+
+def frozen_student(folder: Path, weights: Path, quant: Quant, family: Family) -> FrozenTensors:
+    """The trained student's codes, scales and other tensors in the dtypes that ship.
+
+    `folder` is the teacher's, for the architecture; `weights` the student's latent weights.
+    """
+    model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
+    make_student(model, replace(quant.spec(), gamma_init="one"), family, quant.quantizer)
+    load_parameters(model, load_file(weights))
+    return freeze(model, getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy a tensor into every parameter, a tied one once. Raises RunError if the names differ."""
+    named = dict(model.named_parameters())
+    if set(named) != set(tensors):
+        raise RunError(f"The stored weights do not fit the model: {sorted(set(named) ^ set(tensors))[:3]}")
+    for name, parameter in named.items():
+        parameter.copy_(tensors[name])
+
+
+def check_spec(model: PreTrainedModel, family: Family, spec: QuantSpec) -> None:
+    """Raises ConfigError for an override that names no module of the model."""
+    names = [site.name for site in sites(model, family) if site.role != "tied_head"]
+    for pattern, _ in spec.overrides:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"quant.overrides: {pattern!r} matches no module; modules: {', '.join(names[:12])} ...")
+
+
+class WithStates(nn.Module):
+    """A causal language model that returns its last hidden states beside its logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
+
+        Rows are padded on the right, so the causal mask alone keeps padding out of every valid token.
+        """
+        states = last_states(self.model, ids)
+        return states, self.model.get_output_embeddings()(states)
+
+
+def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The hidden states that the head reads, after the final norm."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Every dropout of a model, attention's included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = probability  # type: ignore[assignment]
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,1 @@
+"""Quantization in pure torch: `spec` (values), `grid` (arithmetic), `quantizers`, `layers` (modules), `packing`."""

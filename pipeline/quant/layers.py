@@ -1,0 +1,195 @@
+"""Quantized modules, and the two passes over a model: `prepare` before training, `freeze` after it.
+
+`thaw` puts frozen codes back into a model: the same modules with the weight already on its grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.quant.grid import dequantize, fake_quantize_activation
+from pipeline.quant.quantizers import QUANTIZERS, QuantGPT
+from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
+
+Role = Literal["linear", "embedding", "tied_head", "head"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module to quantize, as its family names it."""
+
+    name: str
+    role: Role
+    symmetric_input: bool = True
+    transposed: bool = False  # GPT-2's Conv1D keeps its weight as (in, out)
+
+
+class InputQuantizer(nn.Module):
+    """Dynamic quantization of a matmul's input; the identity at 32 bits."""
+
+    def __init__(self, bits: int, symmetric: bool, over: ActivationRange) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.over = bits, symmetric, over
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == UNQUANTIZED:
+            return x
+        return fake_quantize_activation(x, self.bits, self.symmetric, self.over)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose latent weight (out, in) is on its grid in every forward pass."""
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, quantizer: QuantGPT | None, inputs: InputQuantizer
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous())
+        self.bias = bias
+        self.quantizer = quantizer
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.quantizer is None else self.quantizer(self.weight)
+        return F.linear(self.inputs(x), weight, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """A word embedding (vocabulary, hidden) with one scale per row; a tied head reads the same table."""
+
+    def __init__(self, embedding: nn.Embedding, quantizer: QuantGPT | None) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.padding_idx = embedding.padding_idx
+        self.quantizer = quantizer
+
+    def table(self) -> Tensor:
+        return self.weight if self.quantizer is None else cast(Tensor, self.quantizer(self.weight))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table(), self.padding_idx)
+
+
+class TiedHead(nn.Module):
+    """The output head over the embedding's own table; it owns no parameter, so nothing is stored twice."""
+
+    def __init__(self, embedding: QuantizedEmbedding, inputs: InputQuantizer) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # a tuple, so that torch does not register the table a second time
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inputs(x), self._embedding[0].table())
+
+
+def prepare(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, quantizer: str = "quantgpt") -> None:
+    """Replace every site by its quantized module, in place; latent weights are the model's own."""
+
+    def weight_quantizer(site: Site, weight: Tensor) -> QuantGPT | None:
+        role: Literal["linear", "embedding"] = "linear" if site.role == "linear" else "embedding"
+        bits = spec.weight_bits(site.name, role)
+        if bits == UNQUANTIZED:
+            return None
+        granularity = spec.granularity if role == "linear" else "row"
+        return QUANTIZERS[quantizer](weight, bits, granularity, spec.gamma_start(bits), spec.ste)
+
+    for site in sites:
+        inputs = InputQuantizer(spec.bits.activations, site.symmetric_input, spec.activation_range)
+        module = model.get_submodule(site.name)
+        if site.role == "tied_head":
+            model.set_submodule(site.name, TiedHead(_embedding_of(model), inputs))
+            continue
+        weight = cast(Tensor, module.weight).detach()
+        weight = weight.T.contiguous() if site.transposed else weight
+        if site.role == "embedding":
+            embedding = cast(nn.Embedding, module)
+            model.set_submodule(site.name, QuantizedEmbedding(embedding, weight_quantizer(site, weight)))
+        else:
+            bias = cast("nn.Parameter | None", module.bias)
+            linear = QuantizedLinear(weight, bias, weight_quantizer(site, weight), inputs)
+            model.set_submodule(site.name, linear)
+
+
+def _embedding_of(model: nn.Module) -> QuantizedEmbedding:
+    return next(m for m in model.modules() if isinstance(m, QuantizedEmbedding))
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, QuantGPT]]:
+    """Every weight quantizer with the name of the module it serves."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.quantizer is not None:
+            yield name, module.quantizer
+
+
+@dataclass(frozen=True)
+class FrozenTensors:
+    """What ships: codes with their scales, and every other tensor, each in the dtype that is stored.
+
+    `codes[name]` is int8 (rows, columns) and `scales[name]` (1, 1) or (rows, 1); `bits[name]` its width.
+    """
+
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 over names, widths, dtypes, shapes and bytes of all tensors."""
+        sha = hashlib.sha256()
+        groups = (("codes", self.codes), ("scales", self.scales), ("rest", self.rest))
+        for group, tensors in groups:
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().contiguous().cpu()
+                header = (group, name, self.bits.get(name, 0), str(tensor.dtype), tuple(tensor.shape))
+                sha.update(repr(header).encode())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, scale_dtype: torch.dtype, rest_dtype: torch.dtype) -> FrozenTensors:
+    """Codes, scales and the remaining tensors of a trained student, in the dtypes that ship."""
+    frozen = FrozenTensors()
+    modules = dict(model.named_modules())
+    for name, quantizer in quantizers(model):
+        weight = cast(Tensor, modules[name].weight)
+        codes, scale = quantizer.freeze(weight)
+        frozen.codes[name], frozen.scales[name] = codes, scale.to(scale_dtype)
+        frozen.bits[name] = quantizer.bits
+    for key, tensor in model.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        if ".quantizer." not in f".{key}" and not (leaf == "weight" and module in frozen.codes):
+            frozen.rest[key] = tensor.to(rest_dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return frozen
+
+
+@torch.no_grad()
+def thaw(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, frozen: FrozenTensors) -> None:
+    """Turn `model`, of the student's architecture, into the frozen student, in place.
+
+    Weights are dequantized once to fp32; activations are quantized as in training.
+
+    Raises:
+        ValueError: the tensors are not those of this architecture.
+    """
+    unquantized = QuantSpec(
+        bits=type(spec.bits)(UNQUANTIZED, UNQUANTIZED, spec.bits.activations),
+        activation_range=spec.activation_range,
+    )
+    prepare(model, sites, unquantized)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in frozen.rest.items()}
+    for name, codes in frozen.codes.items():
+        state[f"{name}.weight"] = dequantize(codes, frozen.scales[name].float())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != given:
+        wrong = sorted(set(expected.items()) ^ set(given.items()))
+        raise ValueError(f"the tensors do not fit the architecture; first mismatch: {wrong[0][0]} {wrong[0][1]}")
+    model.load_state_dict(state)

@@ -1,0 +1,82 @@
+"""Codes to bytes and back, without loss.
+
+Rows are packed one by one and padded to a whole byte, so that a row can be read alone. `dense` holds b bits a code,
+offset by 2^(b-1), the first code in the lowest bits; `base3` holds five ternary codes a byte (3^5 = 243), the first
+in the lowest digit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.quant.spec import levels
+
+Encoding = Literal["dense", "base3"]
+TERNARY_PER_BYTE = 5
+
+
+def packed_columns(columns: int, bits: int, encoding: Encoding = "dense") -> int:
+    """Bytes of one packed row."""
+    per_byte = _codes_per_byte(bits, encoding)
+    return -(-columns // per_byte)
+
+
+def pack(codes: Tensor, bits: int, encoding: Encoding = "dense") -> Tensor:
+    """(rows, columns) int8 codes to (rows, packed_columns) uint8.
+
+    Raises:
+        ValueError: a code lies outside -n..n, or the encoding cannot hold the width.
+    """
+    base, offset, per_byte = _digits(bits, encoding)
+    n = levels(bits)
+    if codes.ndim != 2:
+        raise ValueError(f"codes of shape {tuple(codes.shape)} are not a matrix")
+    if codes.numel() and (int(codes.min()) < -n or int(codes.max()) > n):
+        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} lie outside the {bits}-bit grid -{n}..{n}")
+    rows, columns = codes.shape
+    padding = -columns % per_byte
+    digits = torch.nn.functional.pad(codes.to(torch.int16) + offset, (0, padding))
+    places = base ** torch.arange(per_byte, dtype=torch.int16)
+    return (digits.reshape(rows, -1, per_byte) * places).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense") -> Tensor:
+    """(rows, packed_columns) uint8 back to (rows, columns) int8 codes.
+
+    Raises:
+        ValueError: the shape does not fit, a code lies outside the grid, or the padding is not zero.
+    """
+    base, offset, per_byte = _digits(bits, encoding)
+    if packed.ndim != 2 or packed.shape[1] != packed_columns(columns, bits, encoding):
+        raise ValueError(
+            f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes of {bits} bits ({encoding})"
+        )
+    rows = packed.shape[0]
+    places = base ** torch.arange(per_byte, dtype=torch.int16)
+    digits = (packed.to(torch.int16).unsqueeze(-1) // places) % base
+    digits = digits.reshape(rows, -1)
+    codes = digits[:, :columns] - offset
+    n = levels(bits)
+    if codes.numel() and (int(codes.min()) < -n or int(codes.max()) > n):
+        raise ValueError(f"a packed code lies outside the {bits}-bit grid -{n}..{n}")
+    if digits[:, columns:].any() or (encoding == "base3" and packed.numel() and int(packed.max()) >= 3**5):
+        raise ValueError("the packed bytes hold values that no codes give")
+    return codes.to(torch.int8)
+
+
+def _codes_per_byte(bits: int, encoding: Encoding) -> int:
+    if encoding == "base3":
+        if bits != 2:
+            raise ValueError(f"encoding base3 holds ternary codes (2 bits), not {bits} bits; valid: dense")
+        return TERNARY_PER_BYTE
+    if bits not in (2, 4, 8):
+        raise ValueError(f"{bits} bits cannot be packed; valid: 2, 4, 8")
+    return 8 // bits
+
+
+def _digits(bits: int, encoding: Encoding) -> tuple[int, int, int]:
+    per_byte = _codes_per_byte(bits, encoding)
+    return (3, 1, per_byte) if encoding == "base3" else (2**bits, 2 ** (bits - 1), per_byte)

@@ -1,0 +1,173 @@
+"""What stages hand on: one frozen record each, and nothing else.
+
+A record is the last thing a step writes; when it exists, the step is done.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.errors import RunError
+
+SCHEMA_VERSION = 1
+SplitName = Literal["train", "validation", "test"]
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredFile(Closed):
+    """A file of a step: its size and checksum."""
+
+    bytes: int
+    sha256: str
+
+
+class Shard(Closed):
+    """A shard of rows. Its checksum lies beside it, not here, so that a damaged shard can be remade."""
+
+    name: str
+    rows: int
+    tokens: int
+
+
+class Split(Closed):
+    """The shards of one split, in order, and the UTF-8 bytes of its text."""
+
+    shards: tuple[Shard, ...] = ()
+    text_bytes: int = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+class Record(Closed):
+    """Base of all records: where it comes from, and the files that belong to it."""
+
+    stage: ClassVar[str]
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    stage_version: int
+    recipe: dict[str, Any]
+    inputs: dict[str, str]
+    provenance: dict[str, str]
+    files: dict[str, StoredFile] = {}
+
+    def to_json(self) -> bytes:
+        return json.dumps({"stage": self.stage, **self.model_dump(mode="json")}, indent=1).encode()
+
+
+class Tokens(Record):
+    """Text as fixed-width rows of token ids, with the tokenizer."""
+
+    stage: ClassVar[str] = "tokenize"
+    FOLDER: ClassVar[str] = "tokenizer/"
+    block_length: int
+    vocabulary: int
+    end_of_text: int | None
+    splits: dict[SplitName, Split]
+
+
+class Trained(Record):
+    """Weights that the training loop made, the best on validation, and how it went (nats per token)."""
+
+    parameters: int
+    steps: int
+    best_step: int
+    validation_nats: float | None
+
+
+class Teacher(Trained):
+    stage: ClassVar[str] = "finetune"
+    FOLDER: ClassVar[str] = "model/"
+    fp32_bytes: int
+    family: str
+    hidden: int
+
+
+class Student(Trained):
+    stage: ClassVar[str] = "distill"
+    WEIGHTS: ClassVar[str] = "weights.safetensors"
+    family: str
+
+
+class TeacherCache(Record):
+    """The teacher's last hidden states beside the training rows; empty when the teacher runs online."""
+
+    stage: ClassVar[str] = "cache"
+    mode: Literal["states", "online"]
+    dtype: str
+    hidden: int
+    shards: tuple[Shard, ...] = ()
+    bytes: int = 0
+    kl_nats: float | None = None  # KL(teacher || teacher from cache), nats per token, on a probe
+
+
+class Report(Record):
+    """What the frozen student and the teacher score on the test split."""
+
+    stage: ClassVar[str] = "evaluate"
+    protocol: str
+    digest: str
+    teacher: dict[str, float]
+    student: dict[str, float]
+
+
+class Size(Closed):
+    teacher_bytes: int
+    packed_bytes: int
+    ratio: float
+    paper_bytes: int
+    paper_ratio: float
+
+
+class Package(Record):
+    stage: ClassVar[str] = "pack"
+    FOLDER: ClassVar[str] = "package/"
+    digest: str
+    size: Size
+
+
+class ModelVersion(Record):
+    stage: ClassVar[str] = "register"
+    name: str
+    version: int
+    aliases: tuple[str, ...] = ()
+    run_id: str
+    model_id: str
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(data: bytes, kind: type[R], place: str) -> R:
+    """Parse a stored record.
+
+    Raises:
+        RunError: the record was written by a newer bitmill, or is damaged.
+    """
+    try:
+        fields = json.loads(data)
+        version, stage = fields["schema_version"], fields.pop("stage")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"The record {place} is damaged ({error}). Delete it to run the step again.") from error
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise RunError(
+            f"The record {place} has schema_version {version}; this bitmill reads up to {SCHEMA_VERSION}. "
+            "Upgrade bitmill, or use another resources.storage_uri."
+        )
+    if stage != kind.stage:
+        raise RunError(f"The record {place} is of stage {stage!r} where {kind.stage!r} belongs.")
+    try:
+        return kind.model_validate(fields)
+    except ValueError as error:
+        raise RunError(f"The record {place} is damaged ({error}). Delete it to run the step again.") from error

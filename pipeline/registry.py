@@ -1,0 +1,82 @@
+"""MLflow's registry: packed models as versions, found by key; the alias of the first one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import ConfigError
+from pipeline.tracking import KEY_TAG
+
+CHAMPION = "champion"
+
+
+def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion | None:
+    """The version of `name` that is tagged with the step's key."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    return found[0] if found else None
+
+
+def register_package(
+    client: MlflowClient,
+    run_id: str,
+    experiment_id: str,
+    name: str,
+    key: str,
+    folder: Path,
+    tags: dict[str, str],
+    metrics: dict[str, float],
+) -> tuple[RegisteredVersion, str]:
+    """Log a package folder as a model and make it a version; the first one under a name becomes champion."""
+    model = client.create_logged_model(
+        experiment_id=experiment_id, name=name, source_run_id=run_id, tags={**tags, KEY_TAG: key}
+    )
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    for metric, value in metrics.items():
+        client.log_metric(run_id, metric, value, model_id=model.model_id)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=run_id,
+        tags={**tags, KEY_TAG: key},
+        model_id=model.model_id,
+    )
+    if int(version.version) == 1:
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    return version, str(model.model_id)
+
+
+def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:
+    """Aliases that point at a version (a search returns none)."""
+    aliases: dict[str, Any] = client.get_registered_model(name).aliases
+    return tuple(sorted(alias for alias, at in aliases.items() if str(at) == str(version)))
+
+
+def download(client: MlflowClient, model: str, tracking_uri: str, folder: Path) -> Path:
+    """The package of `name@alias` or `name/version`.
+
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    try:
+        return Path(
+            download_artifacts(artifact_uri=f"models:/{model}", dst_path=str(folder), tracking_uri=tracking_uri)
+        )
+    except MlflowException as error:
+        known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
+        raise ConfigError(
+            f"MODEL is {model!r}: no such directory, and the registry does not have it "
+            f"({str(error).splitlines()[0]}). Registered models: {known}."
+        ) from error

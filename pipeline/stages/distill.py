@@ -1,0 +1,91 @@
+"""The student: the teacher's copy, quantized, trained to give the teacher's distributions and representations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.config import Distill, Quant
+from pipeline.distill.memory_bank import MemoryBank
+from pipeline.families.models import FAMILIES, WithStates, last_states, load_model, make_student, set_dropout
+from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
+from pipeline.step import Advance, Step
+from pipeline.store import Place
+from pipeline.training import Distillation, Run, finish, fit
+
+VERSION = 1
+
+
+def run(step: Step) -> Student:
+    step.engine.train(_train, settings_of(step), step.place, step.advance)
+    teacher, _ = step.input(Teacher)
+    result = json.loads(step.place.read("attempt/result.json"))
+    files = {name: step.place.stored(name) for name in (Student.WEIGHTS, "history.json")}
+    return Student(**step.identity(), files=files, family=teacher.family, parameters=teacher.parameters, **result)
+
+
+def settings_of(step: Step) -> dict[str, Any]:
+    """What every worker is told."""
+    tokens, tokens_place = step.input(Tokens)
+    teacher, teacher_place = step.input(Teacher)
+    cache, cache_place = step.input(TeacherCache)
+    run = Run(
+        recipe=Distill.model_validate(step.recipe["distill"]),
+        place=step.place,
+        tokens=tokens_place,
+        train=tokens.splits["train"].shards,
+        validation=tokens.splits["validation"].shards,
+        resources=step.resources,
+        cache=cache_place if cache.mode == "states" else None,
+    )
+    quant = Quant.model_validate(step.recipe["quant"])
+    return {"run": run, "teacher": teacher_place, "files": teacher.files, "family": teacher.family, "quant": quant}
+
+
+def _train(
+    run: Run,
+    teacher: Place,
+    files: dict[str, StoredFile],
+    family: str,
+    quant: Quant,
+    device: torch.device,
+    report: Advance,
+) -> None:
+    student, distillation = make(run, teacher.folder(files, Teacher.FOLDER), family, quant, device)
+    progress = fit(student, run, distillation, device, report)
+    if progress is not None:
+        with tempfile.TemporaryDirectory(dir=run.place.scratch_dir()) as folder:
+            weights = {name: p.detach().cpu().contiguous() for name, p in student.model.named_parameters()}
+            save_file(weights, Path(folder) / Student.WEIGHTS)
+            run.place.upload(Student.WEIGHTS, Path(folder) / Student.WEIGHTS)
+        finish(run.place, progress, run.steps)
+
+
+def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device) -> tuple[WithStates, Distillation]:
+    """The student, started from the teacher's weights, and what it is distilled from."""
+    if not isinstance(run.recipe, Distill):
+        raise TypeError("distillation needs a Distill recipe")
+    teacher = load_model(folder).requires_grad_(False).to(device).eval()
+    student = load_model(folder)
+    set_dropout(student, 0.0)  # cached states have none
+    make_student(student, quant.spec(), FAMILIES[family], quant.quantizer)
+    hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
+
+    def states(ids: Tensor) -> Tensor:
+        return last_states(teacher, ids)
+
+    head = teacher.get_output_embeddings() if run.cache is None else copy.deepcopy(teacher.get_output_embeddings())
+    distillation = Distillation(
+        recipe=run.recipe,
+        head=head,
+        states=states if run.cache is None else None,
+        bank=MemoryBank(vocabulary, hidden, run.recipe.momentum, device),
+    )
+    return WithStates(student), distillation

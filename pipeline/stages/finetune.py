@@ -1,0 +1,85 @@
+"""The teacher: a checkpoint as it is, or trained in full precision on the task's text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.config import Finetune
+from pipeline.families.models import WithStates, build, load_model, parameters, read_config, set_dropout
+from pipeline.records import Teacher, Tokens
+from pipeline.step import Advance, Step
+from pipeline.store import Place
+from pipeline.training import Run, finish, fit
+
+VERSION = 1
+
+
+def run(step: Step) -> Teacher:
+    if step.recipe["finetune"] is None:
+        settings = {"place": step.place, "model": step.locations["model"], "family": step.recipe["model"]["family"]}
+        step.engine.task(_import, settings, step.place)
+        result: dict[str, Any] = {"steps": 0, "best_step": 0, "validation_nats": None}
+    else:
+        step.engine.train(_train, _settings(step), step.place, step.advance)
+        result = json.loads(step.place.read("attempt/result.json"))
+    names = [*step.place.sizes(Teacher.FOLDER), *step.place.sizes("history.json")]
+    files = {name: step.place.stored(name) for name in names}
+    facts = json.loads(step.place.read("attempt/facts.json"))
+    return Teacher(**step.identity(), files=files, **result, **facts)
+
+
+def _settings(step: Step) -> dict[str, Any]:
+    tokens, tokens_place = step.input(Tokens)
+    model = step.recipe["model"]
+    start = step.locations["model"]
+    if "architecture" in model:
+        known = {
+            "vocab_size": tokens.vocabulary,
+            "bos_token_id": tokens.end_of_text,
+            "eos_token_id": tokens.end_of_text,
+        }
+        start = {"architecture": model["architecture"] | known}
+    training = Run(
+        recipe=Finetune.model_validate(step.recipe["finetune"]),
+        place=step.place,
+        tokens=tokens_place,
+        train=tokens.splits["train"].shards,
+        validation=tokens.splits["validation"].shards,
+        resources=step.resources,
+    )
+    return {"run": training, "start": start, "family": step.recipe["model"]["family"]}
+
+
+def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, report: Advance) -> None:
+    recipe = run.recipe
+    if "architecture" in start:
+        model = build(read_config(start["architecture"]), recipe.seed)
+    else:
+        model = load_model(Path(start["folder"]), start["gguf_file"])
+    if isinstance(recipe, Finetune) and recipe.dropout is not None:
+        set_dropout(model, recipe.dropout)
+    progress = fit(WithStates(model), run, None, device, report)
+    if progress is not None:
+        _save(model, run.place, family)
+        finish(run.place, progress, run.steps)
+
+
+def _import(place: Place, model: dict[str, Any], family: str) -> None:
+    _save(load_model(Path(model["folder"]), model["gguf_file"]), place, family)
+
+
+def _save(model: PreTrainedModel, place: Place, family: str) -> None:
+    """Store the teacher as a Hugging Face folder of its own."""
+    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+        model.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            place.upload(Teacher.FOLDER + path.name, path)
+    count = parameters(model)
+    facts = {"parameters": count, "fp32_bytes": 4 * count, "hidden": model.config.hidden_size, "family": family}
+    place.write("attempt/facts.json", json.dumps(facts).encode())

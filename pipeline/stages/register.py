@@ -1,0 +1,97 @@
+"""Register the package as a model version, if what was scored is what was packed and it passes the gate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+
+from pipeline import registry, tracking
+from pipeline.errors import RunError
+from pipeline.records import ModelVersion, Package, Report, Student, Teacher
+from pipeline.step import Done, Step
+
+VERSION = 1
+
+
+def run(step: Step) -> ModelVersion:
+    package, package_place = step.input(Package)
+    report, _ = step.input(Report)
+    recipe, name = step.recipe, step.recipe["name"]
+    if report.digest != package.digest:
+        raise RunError("What was scored is not what was packed: the digests differ. Nothing was registered.")
+    _pass(recipe["gate"]["max_perplexity_ratio"], report, package_place.uri)
+    settings = step.locations["tracking"]
+    client = tracking.connect(settings["uri"])
+    try:
+        experiment_id = tracking.experiment(client, settings["experiment"], settings["artifacts"])
+        run = tracking.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
+        metrics = _metrics(report, package)
+        tracking.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
+        version = registry.find_version(client, name, step.place.key)
+        model_id = str(version.model_id) if version is not None else ""
+        if version is None:
+            version, model_id = registry.register_package(
+                client,
+                run.info.run_id,
+                experiment_id,
+                name,
+                step.place.key,
+                package_place.folder(package.files, Package.FOLDER),
+                _tags(step, package, package_place.uri),
+                metrics,
+            )
+        aliases = registry.aliases_of(client, name, version.version)
+    except MlflowException as error:
+        raise RunError(
+            f"MLflow at {settings['uri']} refused the registration: {str(error).splitlines()[0]}. The package is kept "
+            f"at {package_place.uri}; the same command registers it."
+        ) from error
+    return ModelVersion(
+        **step.identity(),
+        name=name,
+        version=int(version.version),
+        aliases=aliases,
+        run_id=run.info.run_id,
+        model_id=model_id,
+    )
+
+
+def _pass(limit: float | None, report: Report, uri: str) -> None:
+    ratio = report.student["perplexity"] / report.teacher["perplexity"]
+    if limit is not None and ratio > limit:
+        raise RunError(
+            f"The student's perplexity is {ratio:.3f} times the teacher's, above register.gate.max_perplexity_ratio "
+            f"({limit:g}). It was not registered; the package is kept at {uri}."
+        )
+
+
+def _metrics(report: Report, package: Package) -> dict[str, float]:
+    """Student metrics under their own names, the teacher's with a prefix, and sizes."""
+    teacher = {f"teacher_{name}": value for name, value in report.teacher.items()}
+    size = {name: float(value) for name, value in package.size.model_dump().items()}
+    return {**report.student, **teacher, **size}
+
+
+def _curves(step: Step) -> dict[str, list[dict[str, float]]]:
+    curves = {}
+    for stage in (Teacher.stage, Student.stage):
+        done: Done = step.inputs[stage]
+        if "history.json" in done.record.files:
+            path = done.place.local("history.json", done.record.files["history.json"])
+            curves[stage] = json.loads(path.read_text())
+    return curves
+
+
+def _tags(step: Step, package: Package, uri: str) -> dict[str, str]:
+    settings: dict[str, Any] = step.locations["tracking"]
+    lineage = {f"bitmill.{name}": done.record.key for name, done in step.inputs.items()}
+    return {
+        **lineage,
+        "bitmill.bits": settings["bits"],
+        "bitmill.quantizer": settings["params"]["quantizer"],
+        "bitmill.task": settings["params"]["task"],
+        "bitmill.digest": package.digest,
+        "bitmill.package_uri": f"{uri}{Package.FOLDER}",
+    }

@@ -1,0 +1,168 @@
+"""Text to fixed-width rows of token ids: parts of the text side by side, Parquet shards, the tokenizer beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import ConfigError
+from pipeline.records import Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.sources import Part, SourceFile, documents, parts
+from pipeline.step import Step
+from pipeline.store import Place
+from pipeline.tables import commit_shard, committed_shard, rows_per_shard, write_tokens
+from pipeline.tasks.language_modeling import encode
+from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
+
+VERSION = 1
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+class SplitPart(Part):
+    """A part of the text, the split it goes to, and which of its documents: those whose content hash, as a point of
+    the unit interval, lies in low..high."""
+
+    split: str
+    index: int
+    low: float
+    high: float
+
+
+def run(step: Step) -> Tokens:
+    recipe, place = step.recipe, step.place
+    work = split_parts(recipe, step.locations)
+    tokenizer_files = _tokenizer(step, [part for part in work if part.split == "train"])
+    settings = {"place": place, "files": tokenizer_files, "recipe": recipe}
+    found = {split: Split() for split in SPLITS}
+    entries = [json.loads(line) for line in step.engine.shards(TokenizePart, settings, work, step.advance)]
+    for entry in sorted(entries, key=lambda entry: (entry["split"], entry["index"])):
+        split = found[entry["split"]]
+        found[entry["split"]] = Split(
+            shards=(*split.shards, *(Shard.model_validate(shard) for shard in entry["shards"])),
+            text_bytes=split.text_bytes + entry["text_bytes"],
+        )
+    for name, split in found.items():
+        needed = recipe["task"]["block_length"] if name == "train" else 2
+        if split.tokens < needed:
+            raise ConfigError(too_short(name, split.tokens, recipe["task"]["block_length"]))
+    tokenizer = read_tokenizer(place.folder(tokenizer_files, Tokens.FOLDER))
+    return Tokens(
+        **step.identity(),
+        files=tokenizer_files,
+        block_length=recipe["task"]["block_length"],
+        vocabulary=len(tokenizer),
+        end_of_text=tokenizer.eos_token_id,
+        splits=found,
+    )
+
+
+def too_short(split: str, tokens: int, block_length: int) -> str:
+    return (
+        f"The {split} split holds {tokens} tokens, shorter than one block. Give data with more text, or lower "
+        f"task.block_length (now {block_length})."
+    )
+
+
+def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[SplitPart]:
+    """Every part to tokenize: of each split's own source, or of the training source with documents held out."""
+    data = recipe["data"]
+    held_out = [split for split in ("validation", "test") if data[split] is None]
+    bounds = {split: (i * data["holdout"], (i + 1) * data["holdout"]) for i, split in enumerate(held_out)}
+    bounds["train"] = (len(held_out) * data["holdout"], 1.0)
+    work = []
+    for split in SPLITS:
+        source = "train" if split in held_out else split
+        low, high = bounds.get(split, (0.0, 1.0))
+        share = data["sample"] if source == "train" else 1.0
+        files = [SourceFile.model_validate(file) for file in locations[source]]
+        pieces = [part for file in files for part in parts(file)]
+        work += [
+            SplitPart(**piece.model_dump(), split=split, index=index, low=low * share, high=high * share)
+            for index, piece in enumerate(pieces)
+        ]
+    return work
+
+
+def texts(part: SplitPart, data: dict[str, Any], scratch: str) -> Iterator[str]:
+    """The part's documents that belong to its split."""
+    for text in documents(part, data["unit"], data["text_column"], scratch):
+        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(text) < part.high:
+            yield text
+
+
+def _position(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+def _tokenizer(step: Step, training: Sequence[SplitPart]) -> dict[str, StoredFile]:
+    """The tokenizer's files in the store; they are made once."""
+    done = step.place.record(Tokens)
+    if done is not None:
+        return done.files
+    settings = {"place": step.place, "recipe": step.recipe, "training": training}
+    return step.engine.task(_make_tokenizer, settings | {"location": step.locations.get("tokenizer")}, step.place)
+
+
+def _make_tokenizer(
+    place: Place, recipe: dict[str, Any], training: Sequence[SplitPart], location: dict[str, Any] | None
+) -> dict[str, StoredFile]:
+    """Read from its folder, or learned from the training split."""
+    if location is None:
+        scratch = str(place.scratch_dir())
+        stream = (text for part in training for text in texts(part, recipe["data"], scratch))
+        tokenizer = train_bpe(stream, recipe["tokenizer"]["train_bpe"])
+    else:
+        tokenizer = read_tokenizer(Path(location["folder"]), location["gguf_file"])
+    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            Tokens.FOLDER + path.name: place.upload(Tokens.FOLDER + path.name, path) for path in Path(folder).iterdir()
+        }
+
+
+class TokenizePart:
+    """Tokenizes parts on one worker; a part whose shards are all committed is not done again."""
+
+    def __init__(self, place: Place, files: dict[str, StoredFile], recipe: dict[str, Any]) -> None:
+        self.place, self.recipe = place, recipe
+        self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(place.folder(files, Tokens.FOLDER))
+
+    def __call__(self, part: SplitPart) -> str:
+        name = f"parts/{part.split}-{part.index:05d}.json"
+        done = self._done(name)
+        if done is None:
+            done = self._tokenize(part)
+            self.place.write(name, json.dumps(done).encode())
+        return json.dumps(done)
+
+    def _done(self, name: str) -> dict[str, Any] | None:
+        try:
+            entry: dict[str, Any] = json.loads(self.place.read(name))
+        except FileNotFoundError:
+            return None
+        sound = all(committed_shard(self.place, shard["name"]) for shard in entry["shards"])
+        return entry if sound else None
+
+    def _tokenize(self, part: SplitPart) -> dict[str, Any]:
+        data, width = self.recipe["data"], self.recipe["task"]["block_length"]
+        found = texts(part, data, str(self.place.scratch_dir()))
+        ids, lengths, text_bytes = encode(found, self.tokenizer, width, data["unit"])
+        step = rows_per_shard(width)
+        shards = []
+        for number, start in enumerate(range(0, len(ids), step)):
+            rows, valid = ids[start : start + step], lengths[start : start + step]
+            shard = commit_shard(
+                self.place,
+                f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
+                len(rows),
+                int(valid.sum()),
+                lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid),  # type: ignore[misc]
+            )
+            shards.append(shard.model_dump())
+        return {"split": part.split, "index": part.index, "shards": shards, "text_bytes": text_bytes}

@@ -1,0 +1,76 @@
+"""What a stage is given: its recipe, where its inputs lie, and the engine to run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config import Resources
+from pipeline.engine import Engine
+from pipeline.records import Record
+from pipeline.store import Place
+
+Advance = Callable[[int, int, str], None]
+R = TypeVar("R", bound=Record)
+LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished step: its record and where its files lie."""
+
+    record: Any
+    place: Place
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step about to run. `locations` says where pinned sources lie; it never enters the key."""
+
+    version: int
+    recipe: dict[str, Any]
+    inputs: dict[str, Done]
+    place: Place
+    engine: Engine
+    advance: Advance
+    locations: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def resources(self) -> Resources:
+        return self.engine.resources
+
+    def input(self, kind: type[R]) -> tuple[R, Place]:
+        """The record of an earlier stage, and its place."""
+        done = self.inputs[kind.stage]
+        if not isinstance(done.record, kind):
+            raise TypeError(f"the input {kind.stage} is a {type(done.record).__name__}")
+        return done.record, done.place
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that every record begins with."""
+        return {
+            "key": self.place.key,
+            "stage_version": self.version,
+            "recipe": self.recipe,
+            "inputs": {name: done.record.key for name, done in self.inputs.items()},
+            "provenance": provenance(),
+        }
+
+
+def provenance() -> dict[str, str]:
+    """Versions of the code and libraries that ran; informative, never part of a key."""
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    return {"bitmill": metadata.version("bitmill"), "commit": _commit(), **versions}
+
+
+def _commit() -> str:
+    """The checked-out commit if the code runs from a checkout."""
+    git = Path(__file__).resolve().parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        return (git / head.removeprefix("ref: ")).read_text().strip() if head.startswith("ref: ") else head
+    except OSError:
+        return "unknown"

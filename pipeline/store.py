@@ -1,0 +1,560 @@
+"""Where steps keep their files: a directory or S3 behind one small interface, commit-last, with leases.
+
+A step is done when its record exists; the record is created last, atomically and once. While a step runs, its
+process holds a lease with a fencing token; every write of the step checks the token first, so what the workers of
+a killed driver still try to write is refused. Only this module knows how places are spelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import boto3
+import psutil
+import pyarrow as pa
+import pyarrow.fs
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from pipeline.errors import BusyError, ConfigError, DamagedError, FencedOffError, RunError
+from pipeline.records import Record, StoredFile, read_record
+
+RECORD, LEASE = "record.json", "lease.json"
+HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
+R = TypeVar("R", bound=Record)
+
+
+class Objects(Protocol):
+    """Named objects under one root. Every write is atomic: a reader sees the old object, the new one, or none."""
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write unless the object exists; False if it does."""
+
+    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
+        """Replace the object if it still holds `expected`; False otherwise."""
+
+    def upload(self, name: str, path: Path) -> None: ...
+
+    def local(self, name: str, scratch: Path) -> Path:
+        """A local file with the object's content: the object itself, or a copy under `scratch`."""
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every object whose name starts with `prefix`."""
+
+    def delete(self, name: str) -> None: ...
+
+    def delete_below(self, prefix: str) -> None:
+        """Delete every object whose name starts with `prefix`, which ends in a slash."""
+
+    def free_bytes(self) -> int | None:
+        """Space left, or None where there is no limit to ask for."""
+
+
+class Directory:
+    """Objects as files below a directory, on this machine or a shared file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _path(self, name: str) -> Path:
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root.resolve()):
+            raise RunError(f"The object name {name!r} leads outside the store {self.root}.")
+        return path
+
+    def read(self, name: str) -> bytes:
+        return self._path(name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._temporary(name) as (temporary, path):
+            temporary.write_bytes(data)
+            _sync(temporary)
+            temporary.replace(path)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._temporary(name) as (temporary, path):
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            return True
+
+    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
+        path = self._path(name)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if path.read_bytes() != expected:
+                    return False
+            except FileNotFoundError:
+                return False
+            self.write(name, data)
+            return True
+
+    def upload(self, name: str, path: Path) -> None:
+        with self._temporary(name) as (temporary, target):
+            shutil.copyfile(path, temporary)
+            _sync(temporary)
+            temporary.replace(target)
+
+    def local(self, name: str, scratch: Path) -> Path:
+        path = self._path(name)
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        return path
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        folder = self._path(prefix) if prefix.endswith("/") else self._path(prefix).parent
+        found = {}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(self.root.resolve()).as_posix()
+            if name.startswith(prefix) and not path.name.startswith(".") and path.is_file():
+                found[name] = path.stat().st_size
+        return found
+
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+    def delete_below(self, prefix: str) -> None:
+        shutil.rmtree(self._path(prefix), ignore_errors=True)
+
+    def free_bytes(self) -> int | None:
+        existing = self.root.resolve()
+        while not existing.exists():
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+
+    @contextlib.contextmanager
+    def _temporary(self, name: str) -> Iterator[tuple[Path, Path]]:
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield temporary, path
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Bucket:
+    """Objects in S3 or a store that speaks its protocol; endpoint and credentials as boto3 finds them."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix
+        settings = BotoConfig(
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "adaptive", "max_attempts": 10},
+        )
+        self.client: Any = boto3.client("s3", config=settings)
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + name}
+
+    def read(self, name: str) -> bytes:
+        with _missing(name):
+            body: bytes = self.client.get_object(**self._at(name))["Body"].read()
+        return body
+
+    def write(self, name: str, data: bytes) -> None:
+        self.client.put_object(**self._at(name), Body=data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        return self._conditional(name, data, IfNoneMatch="*")
+
+    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
+        try:
+            with _missing(name):
+                current = self.client.get_object(**self._at(name))
+        except FileNotFoundError:
+            return False
+        if current["Body"].read() != expected:
+            return False
+        return self._conditional(name, data, IfMatch=current["ETag"])
+
+    def _conditional(self, name: str, data: bytes, **condition: str) -> bool:
+        try:
+            self.client.put_object(**self._at(name), Body=data, **condition)
+        except ClientError as error:
+            if _status(error) in (409, 412):
+                return False
+            raise
+        return True
+
+    def upload(self, name: str, path: Path) -> None:
+        self.client.upload_file(str(path), **self._at(name))
+
+    def local(self, name: str, scratch: Path) -> Path:
+        digest = hashlib.sha256(f"{self.bucket}/{self.prefix}{name}".encode()).hexdigest()[:16]
+        path = scratch / digest / Path(name).name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            with _missing(name):
+                self.client.download_file(self.bucket, self.prefix + name, str(temporary))
+            temporary.replace(path)
+        return path
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        objects = (item for page in pages for item in page.get("Contents", []))
+        return {item["Key"][len(self.prefix) :]: item["Size"] for item in objects}
+
+    def delete(self, name: str) -> None:
+        self.client.delete_object(**self._at(name))
+
+    def delete_below(self, prefix: str) -> None:
+        for name in self.sizes(prefix):
+            self.delete(name)
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def arrow(self, name: str) -> tuple[str, pa.fs.FileSystem]:
+        """The same place for libraries that read through Arrow, with boto3's endpoint and credentials."""
+        session = boto3.Session()
+        credentials = session.get_credentials()
+        frozen = credentials.get_frozen_credentials() if credentials else None
+        filesystem = pa.fs.S3FileSystem(
+            access_key=frozen.access_key if frozen else None,
+            secret_key=frozen.secret_key if frozen else None,
+            session_token=frozen.token if frozen else None,
+            region=session.region_name,
+            endpoint_override=self.client.meta.endpoint_url,
+        )
+        return f"{self.bucket}/{self.prefix}{name}", filesystem
+
+    def versions(self, prefix: str) -> dict[str, str]:
+        """ETag of every object whose name starts with `prefix`."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        return {i["Key"][len(self.prefix) :]: i["ETag"] for page in pages for i in page.get("Contents", [])}
+
+
+@lru_cache(maxsize=16)
+def open_objects(uri: str) -> Directory | Bucket:
+    """The objects under a directory path, `file://` or `s3://bucket/prefix`."""
+    if uri.startswith("s3://"):
+        bucket, _, prefix = uri[5:].partition("/")
+        return Bucket(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
+    if "://" in uri and not uri.startswith("file://"):
+        raise ConfigError(f"resources.storage_uri is {uri!r}; valid: a directory, or s3://bucket/prefix")
+    return Directory(Path(uri.removeprefix("file://")).expanduser().resolve())
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lease."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def gone(self) -> bool:
+        """True if the process ran on this host and runs no more."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    owner: Owner | None
+    fence: int
+    heartbeat: float
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Lease:
+        fields = json.loads(data)
+        owner = Owner(**fields["owner"]) if fields["owner"] else None
+        return cls(owner, fields["fence"], fields["heartbeat"])
+
+    def dead(self) -> bool:
+        if self.owner is None or self.owner.gone():
+            return True
+        return self.owner.host != socket.gethostname() and time.time() - self.heartbeat > DEAD_AFTER_S
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one step. Small and picklable: workers get a place, not a connection.
+
+    `fence` is the token of the attempt that may write; None reads only.
+    """
+
+    storage_uri: str
+    stage: str
+    key: str
+    scratch: str
+    fence: int | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"{self.storage_uri.rstrip('/')}/{self._prefix}"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.stage}/{self.key}/"
+
+    @property
+    def _objects(self) -> Directory | Bucket:
+        return open_objects(self.storage_uri)
+
+    def record(self, kind: type[R]) -> R | None:
+        """The step's record, or None if the step is not done."""
+        try:
+            data = self._objects.read(self._prefix + RECORD)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return read_record(data, kind, self.uri + RECORD)
+
+    def commit(self, record: R) -> R:
+        """Create the record; whoever loses a race adopts the winner's. Leftovers of the attempts go."""
+        self.check_fence()
+        self._objects.create(self._prefix + RECORD, record.to_json())
+        winner = self.record(type(record))
+        if winner is None:
+            raise RunError(f"The record of the {self.stage} step {self.key} vanished while it was committed.")
+        self._objects.delete_below(self._prefix + "attempt/")
+        return winner
+
+    def forget_record(self) -> None:
+        """A record whose files are damaged is withdrawn, so that the step runs again."""
+        self.check_fence()
+        self._objects.delete(self._prefix + RECORD)
+
+    def read(self, name: str) -> bytes:
+        return self._objects.read(self._prefix + name)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.check_fence()
+        self._objects.write(self._prefix + name, data)
+
+    def upload(self, name: str, path: Path) -> StoredFile:
+        """Store a local file; a name is written by one attempt at a time, atomically."""
+        stored = checksum(path)
+        self.check_fence()
+        self._objects.upload(self._prefix + name, path)
+        return stored
+
+    def stored(self, name: str) -> StoredFile:
+        """Size and checksum of one of the step's files."""
+        return checksum(self.local(name, None))
+
+    def delete(self, name: str) -> None:
+        self.check_fence()
+        self._objects.delete(self._prefix + name)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of the step's files whose names start with `prefix`."""
+        start = len(self._prefix)
+        return {name[start:]: size for name, size in self._objects.sizes(self._prefix + prefix).items()}
+
+    def local(self, name: str, stored: StoredFile | None) -> Path:
+        """A local file, checked against its checksum before anyone reads it.
+
+        Raises:
+            DamagedError: it is missing or does not match.
+        """
+        scratch = Path(self.scratch)
+        try:
+            path = self._objects.local(self._prefix + name, scratch)
+            if stored is None or _matches(path, stored):
+                return path
+            if path.is_relative_to(scratch):  # a spoilt copy; the object itself may be sound
+                path.unlink()
+                path = self._objects.local(self._prefix + name, scratch)
+                if _matches(path, stored):
+                    return path
+        except FileNotFoundError as error:
+            raise DamagedError(f"The {self.stage} step {self.key} lacks its file {name} ({self.uri}).") from error
+        raise DamagedError(f"The file {name} of the {self.stage} step {self.key} does not match its checksum: {path}.")
+
+    def folder(self, files: dict[str, StoredFile], prefix: str) -> Path:
+        """A local folder that holds the files below `prefix`, each checked."""
+        paths = [self.local(name, stored) for name, stored in files.items() if name.startswith(prefix)]
+        folders = {path.parent for path in paths}
+        if len(folders) == 1:
+            return folders.pop()
+        target = Path(tempfile.mkdtemp(dir=self.scratch_dir()))
+        for path in paths:
+            shutil.copyfile(path, target / path.name)
+        return target
+
+    def scratch_dir(self) -> Path:
+        """Room for temporary files on this node."""
+        Path(self.scratch).mkdir(parents=True, exist_ok=True)
+        return Path(self.scratch)
+
+    def run_folder(self) -> tuple[str, pa.fs.FileSystem | None]:
+        """Where Ray Train keeps its own state of this attempt: a path that all nodes share, and its file system."""
+        if isinstance(self._objects, Bucket):
+            return self._objects.arrow(self._prefix + "attempt")
+        return str(self._objects.root / self._prefix / "attempt"), None
+
+    def free_bytes(self) -> int | None:
+        return self._objects.free_bytes()
+
+    def check_fence(self) -> None:
+        """Raises FencedOffError unless this attempt still holds the step."""
+        lease = self._lease()
+        if lease is None or self.fence is None or lease.fence != self.fence:
+            held = "nobody" if lease is None or lease.owner is None else str(lease.owner)
+            raise FencedOffError(f"The {self.stage} step {self.key} is no longer ours: it is held by {held}.")
+
+    def _lease(self) -> Lease | None:
+        try:
+            return Lease.parse(self._objects.read(self._prefix + LEASE))
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[Place]:
+        """Hold the step's lease; yields the place with its fencing token.
+
+        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over.
+
+        Raises:
+            BusyError: a live process holds the lease and `wait` is False.
+        """
+        lease = self._acquire(wait, waiting)
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(lease, stop), daemon=True)
+        beat.start()
+        try:
+            yield Place(self.storage_uri, self.stage, self.key, self.scratch, lease.fence)
+        finally:
+            stop.set()
+            beat.join()
+            current = self._lease()
+            if current is not None and current.fence == lease.fence:
+                released = Lease(None, lease.fence, time.time())
+                self._objects.swap(self._prefix + LEASE, current.to_json(), released.to_json())
+
+    def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
+        name = self._prefix + LEASE
+        told: Owner | None = None
+        while True:
+            current = self._lease()
+            mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1, time.time())
+            if current is None:
+                if self._objects.create(name, mine.to_json()):
+                    return mine
+            elif current.dead():
+                if self._objects.swap(name, current.to_json(), mine.to_json()):
+                    return mine
+            elif not wait:
+                raise BusyError(f"The {self.stage} step {self.key} is being run by {current.owner}. Try again later.")
+            else:
+                if current.owner is not None and current.owner != told:
+                    waiting(current.owner)
+                    told = current.owner
+                time.sleep(1.0)
+
+    def _beat(self, lease: Lease, stop: threading.Event) -> None:
+        current = lease
+        while not stop.wait(HEARTBEAT_S):
+            fresh = Lease(lease.owner, lease.fence, time.time())
+            try:
+                if not self._objects.swap(self._prefix + LEASE, current.to_json(), fresh.to_json()):
+                    return  # taken over; the next write finds out
+                current = fresh
+            except (OSError, ClientError, BotoCoreError):
+                continue  # a passing fault; the lease outlives a few missed beats
+
+
+def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
+    """Up to `limit` records of one stage, for explaining what differs from what was run before."""
+    objects = open_objects(storage_uri)
+    names = [name for name in objects.sizes(f"{kind.stage}/") if name.endswith(f"/{RECORD}") and name.count("/") == 2]
+    found = []
+    for name in names[-limit:]:
+        with contextlib.suppress(RunError, FileNotFoundError):
+            found.append(read_record(objects.read(name), kind, name))
+    return found
+
+
+def check_writable(storage_uri: str) -> None:
+    """Raises ConfigError if nothing can be written under `storage_uri`."""
+    name = f"probe-{uuid.uuid4().hex}"
+    try:
+        objects = open_objects(storage_uri)
+        objects.write(name, b"")
+        objects.delete(name)
+    except (OSError, ClientError, BotoCoreError) as error:
+        raise ConfigError(
+            f"resources.storage_uri {storage_uri!r} cannot be written to: {error}. Set it to a directory you may "
+            "write to, or to s3://bucket/prefix with credentials that allow it."
+        ) from error
+
+
+def checksum(path: Path) -> StoredFile:
+    """Size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return StoredFile(bytes=path.stat().st_size, sha256=digest)
+
+
+def _matches(path: Path, stored: StoredFile) -> bool:
+    status = path.stat()
+    if status.st_size != stored.bytes:
+        return False
+    return _digest_of(str(path), status.st_ino, status.st_size, status.st_mtime_ns) == stored.sha256
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: str, inode: int, size: int, mtime_ns: int) -> str:
+    return checksum(Path(path)).sha256
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _missing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if _status(error) == 404:
+            raise FileNotFoundError(name) from error
+        raise
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,1 @@
+"""Tasks: how text becomes rows, and how a model is scored. One file a task."""

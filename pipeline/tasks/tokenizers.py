@@ -1,0 +1,62 @@
+"""Tokenizers: read from a folder, or learned from the training split; and how many bytes each token stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipeline.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Raises ConfigError if the folder holds no tokenizer."""
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **extra
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.tokenizer: {folder} holds no tokenizer that transformers can read: {error}"
+        ) from error
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most `size` tokens, end-of-text included; every text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """UTF-8 bytes that each token id stands for, int64 (vocabulary,); special tokens stand for none."""
+    special = set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    byte_level = any(name == "Ġ" for name in names) or "ĠĠ" in names
+    return torch.tensor(
+        [0 if i in special or name is None else _bytes_of(name, byte_level) for i, name in enumerate(names)]
+    )
+
+
+def _bytes_of(name: str, byte_level: bool) -> int:
+    if byte_level:  # each character of a byte-level token is one byte
+        return len(name)
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return 1
+    return len(name.replace("▁", " ").encode())

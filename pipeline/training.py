@@ -1,0 +1,362 @@
+"""The one training loop: full-precision training and quantization-aware distillation, one worker or many.
+
+What varies arrives as values: the recipe, and a `Distillation` or none. Batches are a function of (seed, step);
+losses are sums divided by a count of the whole global batch; so worker count and micro-batch change float order
+only. Checkpoints go through our own store rather than Ray's: they are fenced, hold no pickle, and are the same
+with and without Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import Distill, Finetune, Resources
+from pipeline.distill.losses import (
+    contrastive_loss,
+    draw_offsets,
+    logit_distillation_loss,
+    next_token_loss,
+    valid_tokens,
+)
+from pipeline.distill.memory_bank import MemoryBank, alone
+from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
+from pipeline.errors import DamagedError, RunError
+from pipeline.families.models import WithStates, load_parameters
+from pipeline.quant.layers import quantizers
+from pipeline.records import Shard, StoredFile
+from pipeline.store import Place
+from pipeline.tables import Rows
+
+HISTORY_POINTS = 1000
+Advance = Callable[[int, int, str], None]  # done, of how many, a word on how it goes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every worker of a training run is told; small and picklable."""
+
+    recipe: Finetune | Distill
+    place: Place
+    tokens: Place
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    resources: Resources
+    cache: Place | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; epochs count rows of the training split."""
+        if self.recipe.steps is not None:
+            return self.recipe.steps
+        rows = sum(shard.rows for shard in self.train)
+        return max(1, math.ceil((self.recipe.epochs or 0) * rows / self.recipe.batch_size))
+
+
+@dataclass
+class Distillation:
+    """What turns next-token training into distillation.
+
+    `states` gives the teacher's states where they are not cached; `head` turns states into the teacher's logits.
+    """
+
+    recipe: Distill
+    head: nn.Module
+    states: Callable[[Tensor], Tensor] | None
+    bank: MemoryBank
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best_step: int = -1
+    best_nats: float = math.inf
+    best_file: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    model: WithStates, run: Run, distillation: Distillation | None, device: torch.device, report: Advance
+) -> Progress | None:
+    """Train to the last step, resuming from the last checkpoint. On rank 0, `model` ends with its best weights and
+    the progress is returned; other ranks return None."""
+    loop = Loop(model, run, distillation, device, report)
+    loop.run()
+    return loop.progress if loop.rank == 0 else None
+
+
+class Loop:
+    """State of one worker of one run."""
+
+    def __init__(
+        self, model: WithStates, run: Run, distillation: Distillation | None, device: torch.device, report: Advance
+    ) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.plan, self.recipe, self.device, self.report = run, run.recipe, device, report
+        self.distillation = distillation
+        self.model = model.to(device)
+        if run.resources.activation_checkpointing:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.replica: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
+        self.optimizer = _optimizer(model, self.recipe)
+        self.rows = Rows(run.tokens, run.train, run.cache)
+        self.validation = Rows(run.tokens, run.validation)
+        self.order = DataOrder([shard.rows for shard in run.train], self.recipe.seed)
+        self.progress = Progress()
+
+    def run(self) -> None:
+        self._resume()
+        steps = self.plan.steps
+        self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
+        while self.progress.step < steps:
+            losses = self.train_step(self.progress.step)
+            self.progress.step += 1
+            self._after_step(losses, steps)
+        if self.rank == 0:
+            load_parameters(self.model.model, load_file(self.plan.place.local(self.progress.best_file, None)))
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step over one global batch; mean losses in nats per valid token."""
+        losses = self.backward(step)
+        if not math.isfinite(losses["loss"]):
+            raise RunError(
+                f"The loss is {losses['loss']} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
+                "use precision: fp32. The last checkpoint is kept."
+            )
+        weights = [p for group in self.optimizer.param_groups if group["clipped"] for p in group["params"]]
+        if self.recipe.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(weights, self.recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.plan.steps, group["peak"], self.recipe.warmup_steps)
+        self.optimizer.step()
+        for _, quantizer in quantizers(self.model):
+            quantizer.project_()
+        if self.distillation is not None:
+            self.distillation.bank.update(self._gather if self.world > 1 else alone)
+        return losses
+
+    def backward(self, step: int) -> dict[str, float]:
+        """Gradients of one global batch, micro-batch by micro-batch, synchronised with the last; mean losses."""
+        self.replica.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        row_ids = share(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
+        count = self._all_reduce(self._count(self.rows.lengths(row_ids.tolist())))
+        sums = torch.zeros(3, dtype=torch.float64)
+        micro_batches = row_ids.split(self.plan.resources.micro_batch)
+        for index, micro in enumerate(micro_batches):
+            with self._no_sync(last=index == len(micro_batches) - 1):
+                # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
+                torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
+                loss, parts = self._loss(step, micro.tolist())
+                # DistributedDataParallel averages over workers; the loss is a mean over the tokens of all of them.
+                (loss * self.world / count).backward()
+            sums += parts
+        total, logit, contrast = (self._all_reduce(sums) / count).tolist()
+        if self.distillation is None:
+            return {"loss": total}
+        return {"loss": total, "distillation_nats": logit, "contrastive_nats": contrast}
+
+    def _loss(self, step: int, row_ids: list[int]) -> tuple[Tensor, Tensor]:
+        ids, lengths, states = self.rows.get(row_ids)
+        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            student_states, logits = self.replica(ids)
+        if self.distillation is None:
+            loss, _ = next_token_loss(logits, ids, lengths)
+            return loss, torch.tensor([loss.item(), 0.0, 0.0], dtype=torch.float64)
+        given, recipe, bank = self.distillation, self.distillation.recipe, self.distillation.bank
+        valid = valid_tokens(lengths, ids.shape[1])
+        with torch.no_grad():
+            teacher_states = given.states(ids) if given.states is not None else _present(states).to(self.device)
+            teacher_logits = given.head(teacher_states)
+        logit, _ = logit_distillation_loss(logits, teacher_logits, valid)
+        contrast = logit.new_zeros(())
+        if recipe.contrast_weight > 0:
+            offsets = [
+                draw_offsets(recipe.seed, step, row, int(length), recipe.negatives)
+                for row, length in zip(row_ids, lengths.tolist(), strict=True)
+            ]
+            query = bank.query(ids, student_states)
+            contrast, _ = contrastive_loss(query, teacher_states, lengths, offsets, recipe.temperature)
+        bank.accumulate(ids, student_states, valid)
+        loss = logit + recipe.contrast_weight * contrast
+        return loss, torch.tensor([loss.item(), logit.item(), contrast.item()], dtype=torch.float64)
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        counted = lengths.sum() if self.distillation is not None else (lengths - 1).clamp(min=0).sum()
+        return counted.double()
+
+    def _after_step(self, losses: dict[str, float], steps: int) -> None:
+        progress, step = self.progress, self.progress.step
+        last = step == steps
+        if last or step % max(1, steps // HISTORY_POINTS) == 0:
+            progress.history.append({"step": step, **losses})
+        note = f"loss {losses['loss']:.3f}"
+        if last or step % self.recipe.eval_every == 0:
+            nats = self.validate()
+            progress.history.append({"step": step, "validation_nats": nats})
+            note += f", validation perplexity {math.exp(min(nats, 700)):.2f}"
+            if nats < progress.best_nats:
+                progress.best_step, progress.best_nats = step, nats
+                progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
+                if self.rank == 0:
+                    self._store(progress.best_file, _weights(self.model))
+        if last or step % self.recipe.eval_every == 0 or step % self.plan.resources.checkpoint_steps == 0:
+            if self.rank == 0:
+                self._checkpoint()
+            self._barrier()
+        if self.rank == 0:
+            self.report(step, steps, note)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean next-token nats over the first `eval_rows` rows of the validation split."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
+        for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
+            if len(micro):
+                ids, lengths, _ = self.validation.get(micro.tolist())
+                ids, lengths = ids.to(self.device), lengths.to(self.device)
+                nats, count = next_token_loss(self.model(ids)[1], ids, lengths)
+                sums += torch.tensor([nats.item(), count.item()], dtype=torch.float64)
+        nats_sum, count_sum = self._all_reduce(sums).tolist()
+        return float(nats_sum / count_sum)
+
+    def _checkpoint(self) -> None:
+        step, place = self.progress.step, self.plan.place
+        tensors = {f"model.{name}": tensor for name, tensor in _weights(self.model).items()}
+        tensors |= _optimizer_tensors(self.model, self.optimizer)
+        if self.distillation is not None:
+            tensors |= {f"bank.{k}": v for k, v in self.distillation.bank.state_dict().items()}
+        name = f"attempt/state-{step:09d}-{place.fence}.safetensors"
+        stored = self._store(name, tensors)
+        fields = {"file": name, "stored": stored.model_dump(), "progress": vars(self.progress)}
+        place.write(f"attempt/checkpoint-{step:09d}.json", json.dumps(fields).encode())
+        keep = {name, self.progress.best_file, f"attempt/checkpoint-{step:09d}.json"}
+        for prefix in ("attempt/checkpoint-", "attempt/state-", "attempt/best-"):
+            for old in set(place.sizes(prefix)) - keep:
+                place.delete(old)
+
+    def _store(self, name: str, tensors: dict[str, Tensor]) -> StoredFile:
+        with tempfile.TemporaryDirectory(dir=self.plan.place.scratch_dir()) as folder:
+            path = Path(folder) / "tensors.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+            return self.plan.place.upload(name, path)
+
+    def _resume(self) -> None:
+        place = self.plan.place
+        for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
+            try:
+                fields = json.loads(place.read(name))
+                path = place.local(fields["file"], StoredFile(**fields["stored"]))
+            except (FileNotFoundError, DamagedError, ValueError):
+                continue
+            self._load(load_file(path), fields["progress"])
+            break
+        self._barrier()
+
+    def _load(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        load_parameters(self.model.model, under("model."))
+        _load_optimizer(self.model, self.optimizer, under("optimizer."))
+        if self.distillation is not None:
+            self.distillation.bank.load_state_dict(under("bank."))
+        self.progress = Progress(**progress)
+
+    @contextlib.contextmanager
+    def _no_sync(self, last: bool) -> Iterator[None]:
+        if last or not isinstance(self.replica, DistributedDataParallel):
+            yield
+        else:
+            with self.replica.no_sync():
+                yield
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        if self.world > 1:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            return moved.cpu()
+        return tensor
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of every rank, in rank order; the first dimensions may differ."""
+        sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+        longest = max(int(size) for size in sizes)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return [rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)]
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def finish(place: Place, progress: Progress, steps: int) -> None:
+    """Rank 0, when its weights are stored: what the stage needs for its record."""
+    place.write("history.json", json.dumps(progress.history).encode())
+    result = {"steps": steps, "best_step": progress.best_step, "validation_nats": progress.best_nats}
+    place.write("attempt/result.json", json.dumps(result).encode())
+
+
+def _weights(model: WithStates) -> dict[str, Tensor]:
+    return dict(model.model.named_parameters())
+
+
+def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.AdamW:
+    gammas = {id(parameter) for _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
+    weights = [p for p in model.parameters() if id(p) not in gammas]
+    groups = [
+        _group([p for p in weights if p.ndim > 1], recipe.lr, recipe.weight_decay, clipped=True),
+        _group([p for p in weights if p.ndim <= 1], recipe.lr, 0.0, clipped=True),
+    ]
+    if isinstance(recipe, Distill):
+        scales = [p for p in model.parameters() if id(p) in gammas]
+        groups.append(_group(scales, recipe.gamma_lr, 0.0, clipped=False))
+    return torch.optim.AdamW([group for group in groups if group["params"]])
+
+
+def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:
+    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "clipped": clipped}
+
+
+def _optimizer_tensors(model: WithStates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in _weights(model).items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def _load_optimizer(model: WithStates, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = _weights(model)
+    for name, tensor in tensors.items():
+        key, _, parameter = name.partition(".")
+        device = parameters[parameter].device if key != "step" else "cpu"
+        optimizer.state[parameters[parameter]][key] = tensor.to(device)
+
+
+def _present(states: Tensor | None) -> Tensor:
+    if states is None:
+        raise RunError("Distillation has neither cached states nor a teacher to run.")
+    return states
