@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from pipeline.config import Quant
 from pipeline.errors import ConfigError, RunError
@@ -20,6 +21,9 @@ from pipeline.families.attention import use_quantized_attention
 from pipeline.families.family import Family
 from pipeline.quant.layers import FrozenTensors, Site, freeze, prepare, thaw
 from pipeline.quant.spec import QuantSpec
+
+logging.set_verbosity_error()  # what matters is said by our own errors and progress
+logging.disable_progress_bar()
 
 FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
 

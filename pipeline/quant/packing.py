@@ -52,7 +52,8 @@ def unpack(packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense"
     base, offset, per_byte = _digits(bits, encoding)
     if packed.ndim != 2 or packed.shape[1] != packed_columns(columns, bits, encoding):
         raise ValueError(
-            f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes of {bits} bits ({encoding})"
+            f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes "
+            f"({bits} bits, {encoding})"
         )
     rows = packed.shape[0]
     places = base ** torch.arange(per_byte, dtype=torch.int16)

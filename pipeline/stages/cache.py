@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class CacheShard:
     @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
         ids, _ = read_tokens(open_shard(self.tokens, rows.name))
-        batches = torch.from_numpy(ids).long().split(self.batch)
+        batches = torch.from_numpy(ids.astype(np.int64)).split(self.batch)
         states = torch.cat([last_states(self.model, batch.to(self.device)).cpu() for batch in batches])
         if not torch.isfinite(states.to(getattr(torch, self.dtype))).all():
             raise RunError(f"The teacher's states overflow {self.dtype} in {name}. Set cache.dtype: bfloat16.")

@@ -1,0 +1,194 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.distill.losses import (
+    contrastive_loss,
+    draw_offsets,
+    logit_distillation_loss,
+    next_token_loss,
+    valid_tokens,
+)
+
+LENGTHS = torch.tensor([7, 1, 4, 2])
+WIDTH, VOCABULARY, HIDDEN, TAU = 7, 11, 6, 0.1
+
+
+def example():
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "ids": torch.randint(0, VOCABULARY, (4, WIDTH), generator=generator),
+        "student": torch.randn(4, WIDTH, VOCABULARY, generator=generator) * 2,
+        "teacher": torch.randn(4, WIDTH, VOCABULARY, generator=generator) * 2,
+        "query": torch.randn(4, WIDTH, HIDDEN, generator=generator),
+        "states": torch.randn(4, WIDTH, HIDDEN, generator=generator),
+    }
+
+
+def offsets_of(lengths, rows, negatives=3):
+    return [draw_offsets(5, 9, row, int(length), negatives) for row, length in zip(rows, lengths, strict=True)]
+
+
+def hard(data, rows):
+    return next_token_loss(data["student"][rows], data["ids"][rows], LENGTHS[rows])
+
+
+def soft(data, rows):
+    return logit_distillation_loss(data["student"][rows], data["teacher"][rows], valid_tokens(LENGTHS[rows], WIDTH))
+
+
+def contrast(data, rows):
+    offsets = offsets_of(LENGTHS[rows], rows)
+    return contrastive_loss(data["query"][rows], data["states"][rows], LENGTHS[rows], offsets, TAU)
+
+
+LOSSES = {"hard": hard, "soft": soft, "contrast": contrast}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+EVERY_ROW = [0, 1, 2, 3]
+
+
+def log_softmax(z):
+    return z - z.max() - math.log(np.exp(z - z.max()).sum())
+
+
+def cosine(a, b):
+    return a @ b / math.sqrt((a @ a) * (b @ b))
+
+
+def test_valid_tokens_are_the_first_of_each_row():
+    assert valid_tokens(torch.tensor([2, 0, 3]), 3).tolist() == [[True, True, False], [False] * 3, [True] * 3]
+
+
+def test_next_token_loss_matches_the_reference():
+    data = example()
+    z, ids = data["student"].double().numpy(), data["ids"].numpy()
+    nats = [-log_softmax(z[r, t])[ids[r, t + 1]] for r, n in enumerate(LENGTHS) for t in range(n - 1)]
+    total, count = hard(data, EVERY_ROW)
+    assert count.item() == len(nats) == 6 + 0 + 3 + 1
+    assert total.item() == pytest.approx(sum(nats), rel=1e-6)
+
+
+def test_distillation_loss_matches_the_reference():
+    data = example()
+    s, t = data["student"].double().numpy(), data["teacher"].double().numpy()
+    places = [(r, i) for r, n in enumerate(LENGTHS) for i in range(n)]
+    total, count = soft(data, EVERY_ROW)
+    assert count.item() == len(places) == 14
+    expected = -sum(np.exp(log_softmax(t[p])) @ log_softmax(s[p]) for p in places)
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_contrastive_loss_matches_the_reference():
+    data = example()
+    q, h = data["query"].double().numpy(), data["states"].double().numpy()
+    expected = 0.0
+    for row, (n, offsets) in enumerate(zip(LENGTHS.tolist(), offsets_of(LENGTHS, EVERY_ROW), strict=True)):
+        for i in range(n):
+            positive = math.exp(cosine(q[row, i], h[row, i]) / TAU)
+            negatives = [math.exp(cosine(q[row, i], h[row, (i + k) % n]) / TAU) for k in offsets.tolist()]
+            expected -= math.log(positive / (positive + sum(negatives)))
+    total, count = contrast(data, EVERY_ROW)
+    assert count.item() == 14
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_distillation_reaches_the_teachers_entropy_where_student_is_teacher():
+    teacher = example()["teacher"]
+    student = teacher.clone().requires_grad_()
+    valid = valid_tokens(LENGTHS, WIDTH)
+    total, count = logit_distillation_loss(student, teacher, valid)
+    total.backward()
+    p = teacher.double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1)[valid].sum()
+    assert abs(total.item() - entropy.item()) / count.item() < 1e-6
+    assert student.grad.abs().max().item() < 1e-6
+    worse, _ = logit_distillation_loss(student + torch.randn_like(student) * 0.05, teacher, valid)
+    assert worse > total
+
+
+@each_loss
+@pytest.mark.parametrize("split", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1], [0, 2]], [[2, 0, 3, 1]]])
+def test_sums_and_counts_do_not_depend_on_the_split_or_the_order_of_rows(loss, split):
+    data = example()
+    total, count = loss(data, EVERY_ROW)
+    parts = [loss(data, rows) for rows in split]
+    assert sum(c for _, c in parts) == count
+    torch.testing.assert_close(sum(s for s, _ in parts), total, rtol=1e-9, atol=0)
+
+
+@each_loss
+def test_padding_changes_neither_the_loss_nor_the_gradient(loss):
+    padding = ~valid_tokens(LENGTHS, WIDTH)
+    results = []
+    for fill in (0.0, 1e4):
+        data = example()
+        data["ids"][padding] = int(fill) % VOCABULARY
+        for name in ("student", "teacher", "query", "states"):
+            data[name][padding] = torch.randn(int(padding.sum()), data[name].shape[-1]) * fill
+            data[name].requires_grad_()
+        total, _ = loss(data, EVERY_ROW)
+        total.backward()
+        results.append((total, data["query" if loss is contrast else "student"].grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not results[0][1][padding].any()
+
+
+@each_loss
+def test_wider_padding_changes_nothing(loss):
+    data = example()
+    narrow = {name: tensor[2:, :4] for name, tensor in data.items()}
+    rows, lengths = [2, 3], LENGTHS[2:]
+    total, count = {
+        hard: lambda: next_token_loss(narrow["student"], narrow["ids"], lengths),
+        soft: lambda: logit_distillation_loss(narrow["student"], narrow["teacher"], valid_tokens(lengths, 4)),
+        contrast: lambda: contrastive_loss(narrow["query"], narrow["states"], lengths, offsets_of(lengths, rows), TAU),
+    }[loss]()
+    wide_total, wide_count = loss(data, rows)
+    assert count == wide_count
+    torch.testing.assert_close(total, wide_total, rtol=1e-6, atol=0)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_fp32_and_summed_in_fp64(loss, dtype):
+    half = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in example().items()}
+    full = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in half.items()}
+    total, _ = loss(half, EVERY_ROW)
+    assert total.dtype == torch.float64
+    assert torch.equal(total, loss(full, EVERY_ROW)[0])
+
+
+@each_loss
+def test_a_row_of_one_token_adds_nothing_without_a_context_or_a_negative(loss):
+    total, count = loss(example(), [1])
+    assert torch.isfinite(total)
+    assert count.item() == (0 if loss is hard else 1)
+    assert (total.item() == 0) == (loss is not soft)
+
+
+def test_contrastive_loss_falls_as_the_positives_cosine_rises():
+    length, negatives = 4, 3
+    teacher = torch.eye(length, length + 1).unsqueeze(0)
+    offsets = [draw_offsets(0, 0, 0, length, negatives)]
+    totals = []
+    for cos in (-1.0, -0.5, 0.0, 0.3, 0.6, 0.9, 1.0):
+        query = cos * teacher
+        query[..., -1] = math.sqrt(1 - cos**2)  # the rest points away from every teacher state
+        total, _ = contrastive_loss(query * 3, teacher, torch.tensor([length]), offsets, TAU)
+        expected = math.log1p(negatives * math.exp(-cos / TAU))
+        assert total.item() / length == pytest.approx(expected, abs=2e-6)  # two ulp of the score cos / tau = 10
+        totals.append(total.item())
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == len(totals)
+
+
+def test_more_negatives_cost_more():
+    data = example()
+    few, many = (
+        contrastive_loss(data["query"], data["states"], LENGTHS, offsets_of(LENGTHS, EVERY_ROW, k), TAU)[0]
+        for k in (1, 6)
+    )
+    assert many > few

@@ -1,0 +1,186 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.quant.grid import dequantize
+from pipeline.quant.quantizers import QUANTIZERS
+from pipeline.quant.quantizers.quantgpt import SMALLEST_GAMMA, QuantGPT, mean_abs, mse_gamma
+
+CASES = [(b, g, s) for b in (2, 4, 8) for g in ("tensor", "row") for s in ("clipped", "identity")]
+each_case = pytest.mark.parametrize(("bits", "granularity", "ste"), CASES)
+
+
+def mean_magnitude(w, granularity):
+    return np.abs(w).mean(axis=1, keepdims=True) if granularity == "row" else np.abs(w).mean().reshape(1, 1)
+
+
+def nearest_level(u, bits):
+    n = 2 ** (bits - 1) - 1
+    grid = np.arange(-n, n + 1) / n
+    return grid[np.abs(u[..., None] - grid).argmin(-1)]
+
+
+def reference(w, gamma, g, bits, granularity, ste):
+    """The forward pass and both gradients by the method's formulas, in float64."""
+    mean = mean_magnitude(w, granularity)
+    alpha = gamma * mean
+    q = nearest_level(np.clip(w, -alpha, alpha) / alpha, bits)
+    inside = np.abs(w) < alpha
+    dw = g if ste == "identity" else np.where(inside, g, 0)
+    terms = np.where(inside, g * (q - w / alpha) * mean, g * q * mean)
+    return alpha * q, dw, terms.sum(axis=1, keepdims=True) if granularity == "row" else terms.sum().reshape(1, 1)
+
+
+def example(granularity, dtype=torch.float64):
+    """Weights with heavy tails, so that the clip acts on both sides, an upstream gradient, and gamma off its start."""
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(9, 31, generator=generator, dtype=torch.float64) ** 3 * 0.02
+    upstream = torch.randn(9, 31, generator=generator, dtype=torch.float64)
+    gamma = 0.7 + 2 * torch.rand(9 if granularity == "row" else 1, 1, generator=generator, dtype=torch.float64)
+    return weight.to(dtype), upstream.to(dtype), gamma.to(dtype)
+
+
+def run(weight, upstream, gamma, bits, granularity, ste):
+    quantizer = QuantGPT(weight, bits, granularity, "one", ste)
+    quantizer.gamma.data = gamma.clone()
+    weight = weight.clone().requires_grad_()
+    quantized = quantizer(weight)
+    quantized.backward(upstream)
+    return quantized.detach().numpy(), weight.grad.numpy(), quantizer.gamma.grad.numpy()
+
+
+@each_case
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_forward_and_gradients_match_the_formulas(bits, granularity, ste, dtype, tolerance):
+    weight, upstream, gamma = example(granularity, dtype)
+    expected = reference(*(t.double().numpy() for t in (weight, gamma, upstream)), bits, granularity, ste)
+    for ours, theirs in zip(run(weight, upstream, gamma, bits, granularity, ste), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@each_case
+def test_gradients_match_finite_differences_of_the_surrogate(bits, granularity, ste):
+    weight, upstream, gamma = example(granularity)
+    w, g, gamma0 = weight.numpy(), upstream.numpy(), gamma.numpy()
+    mean, eps = mean_magnitude(w, granularity), 1e-7
+    alpha0 = gamma0 * mean
+    assert np.abs(np.abs(w) - alpha0).min() > 10 * eps * mean.max()  # no difference quotient straddles the clip
+    u0 = np.clip(w, -alpha0, alpha0) / alpha0
+    held = nearest_level(u0, bits) - u0
+
+    def surrogate(w, gamma):
+        alpha = gamma * mean
+        return alpha * (np.clip(w, -alpha, alpha) / alpha + held)
+
+    dw = g * (surrogate(w + eps, gamma0) - surrogate(w - eps, gamma0)) / (2 * eps)
+    dgamma = g * (surrogate(w, gamma0 + eps) - surrogate(w, gamma0 - eps)) / (2 * eps)
+    dgamma = dgamma.sum(axis=1, keepdims=True) if granularity == "row" else dgamma.sum().reshape(1, 1)
+    _, ours_dw, ours_dgamma = run(weight, upstream, gamma, bits, granularity, ste)
+    compared = np.abs(w) < alpha0 if ste == "identity" else np.full(w.shape, True)
+    np.testing.assert_allclose(ours_dw[compared], dw[compared], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(ours_dgamma, dgamma, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(ours_dw[~compared], g[~compared])
+
+
+def test_the_mean_magnitude_follows_the_weight():
+    weight, _, _ = example("row", torch.float32)
+    quantizer = QuantGPT(weight, 4, "row")
+    assert torch.equal(quantizer(weight * 8), quantizer(weight) * 8)
+
+
+def test_one_row_does_not_depend_on_the_others():
+    weight, _, gamma = example("row", torch.float32)
+    quantizer = QuantGPT(weight, 4, "row")
+    quantizer.gamma.data = gamma
+    alone = QuantGPT(weight[3:4], 4, "row")
+    alone.gamma.data = gamma[3:4]
+    assert torch.equal(quantizer(weight)[3:4], alone(weight[3:4]))
+
+
+@pytest.mark.parametrize("ste", ["clipped", "identity"])
+@pytest.mark.parametrize("gamma_init", ["one", "mse"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_rows_give_zeros_and_finite_gradients(bits, gamma_init, ste):
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    quantizer = QuantGPT(weight, bits, "row", gamma_init, ste)
+    latent = weight.clone().requires_grad_()
+    quantizer(latent).square().sum().backward()
+    assert quantizer(latent)[1].tolist() == [0] * 6
+    assert torch.isfinite(quantizer.gamma).all()
+    assert torch.isfinite(quantizer.gamma.grad).all()
+    assert torch.isfinite(latent.grad).all()
+    codes, scale = quantizer.freeze(weight)
+    assert codes[1].tolist() == [0] * 6
+    assert scale[1].item() == 0
+
+
+@each_case
+def test_freeze_gives_the_numbers_of_the_forward_pass(bits, granularity, ste):
+    weight, _, gamma = example(granularity, torch.float32)
+    quantizer = QuantGPT(weight, bits, granularity, "one", ste)
+    quantizer.gamma.data = gamma
+    codes, scale = quantizer.freeze(weight)
+    assert codes.dtype == torch.int8
+    assert scale.shape == quantizer.gamma.shape == ((9, 1) if granularity == "row" else (1, 1))
+    assert torch.equal(dequantize(codes, scale), quantizer(weight))
+
+
+def test_freeze_refuses_a_diverged_weight():
+    weight = torch.ones(2, 3)
+    quantizer = QuantGPT(weight, 2)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantizer.freeze(weight * float("nan"))
+
+
+def test_project_keeps_gamma_positive_and_leaves_the_rest_alone():
+    quantizer = QuantGPT(torch.ones(3, 2), 2, "row")
+    quantizer.gamma.data = torch.tensor([[-0.5], [0.0], [1.5]])
+    quantizer.project_()
+    assert quantizer.gamma.flatten().tolist() == pytest.approx([SMALLEST_GAMMA, SMALLEST_GAMMA, 1.5])
+    assert quantizer.gamma.requires_grad
+
+
+def test_gamma_starts_at_one_or_at_the_least_squared_error():
+    weight, _, _ = example("row", torch.float32)
+    assert torch.equal(QuantGPT(weight, 4, "row").gamma, torch.ones(9, 1))
+    found = mse_gamma(weight, mean_abs(weight, "row"), 4)
+    assert torch.equal(QuantGPT(weight, 4, "row", "mse").gamma, found)
+    assert QUANTIZERS["quantgpt"] is QuantGPT
+
+
+def squared_error(w, gamma, bits, granularity):
+    alpha = gamma * mean_magnitude(w, granularity)
+    n = 2 ** (bits - 1) - 1
+    error = (w - np.rint(np.clip(w / alpha, -1, 1) * n) / n * alpha) ** 2
+    return error.sum(axis=1, keepdims=True) if granularity == "row" else error.sum().reshape(1, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_mse_gamma_is_within_two_percent_of_a_fine_grid(bits, granularity):
+    weight = torch.randn(12, 768, generator=torch.Generator().manual_seed(0)) * 0.05
+    found = mse_gamma(weight, mean_abs(weight, granularity), bits)
+    w = weight.double().numpy()
+    best = np.min([squared_error(w, gamma, bits, granularity) for gamma in np.arange(0.4, 6.5, 0.01)], axis=0)
+    ours = squared_error(w, found.double().numpy(), bits, granularity)
+    assert (ours <= 1.02 * best).all(), (ours / best).max()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    weight=st.lists(st.lists(st.integers(-5, 5), min_size=4, max_size=4), min_size=2, max_size=4),
+    bits=st.sampled_from([2, 4, 8]),
+    granularity=st.sampled_from(["tensor", "row"]),
+)
+def test_mse_gamma_is_never_worse_than_one(weight, bits, granularity):
+    weight = torch.tensor([*weight, [1, -2, 3, 5]], dtype=torch.float32)  # not all zero
+
+    def error(gamma_init):
+        quantizer = QuantGPT(weight, bits, granularity, gamma_init)
+        rows = (weight - quantizer(weight)).double().square().sum(1).detach()
+        return rows if granularity == "row" else rows.sum()
+
+    assert (error("mse") <= error("one") * (1 + 1e-6)).all()  # the search itself ranks in float32

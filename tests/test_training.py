@@ -1,0 +1,230 @@
+"""The one loop: the same numbers whatever the workers, the micro-batch, the cache mode and the interruptions."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import Distill, Finetune, Quant
+from pipeline.errors import RunError
+from pipeline.training import Run, fit
+from tests.training_case import VOCABULARY, Case, gradients, steps_of, with_workers
+
+FULL = Quant(bits="32-32-32")
+LOW = Quant(bits="2-2-8")
+DISTILL: dict[str, Any] = {"steps": 50, "batch_size": 12, "lr": 2e-3, "negatives": 8, "eval_every": 20}
+FINETUNE = Finetune(steps=50, batch_size=12, lr=2e-3, dropout=0.0, eval_every=20)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.make(tmp_path_factory.mktemp("training"))
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of a gradient, relative to that gradient's norm."""
+    assert set(a) == set(b)
+    return max(float((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-12)) for name in a)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_rows_of_each_batch_do_not_depend_on_the_workers(case: Case, world: int) -> None:
+    run = case.run(Distill(**DISTILL), f"rows{world}")
+    alone = steps_of(case.loop(run, LOW), 14)["rows"]
+    shared = with_workers(world, case.root, lambda rank: steps_of(case.loop(run, LOW), 14)["rows"])
+    assert [list(chain(*(shared[rank][step] for rank in range(world)))) for step in range(14)] == alone
+    assert sorted(list(chain(*alone))[:100]) == list(range(100))  # the first epoch reads every row once
+
+
+@pytest.mark.parametrize("recipe", [Distill(**DISTILL), FINETUNE], ids=["distill", "finetune"])
+@pytest.mark.parametrize(("world", "micro"), [(1, 5), (2, 8), (2, 5)])
+def test_full_precision_curves_do_not_depend_on_workers_or_micro_batch(
+    case: Case, recipe: Distill | Finetune, world: int, micro: int
+) -> None:
+    name = f"curve{type(recipe).__name__}{world}{micro}"
+    reference = steps_of(case.loop(case.run(recipe, name + "r", micro_batch=12), FULL), 50)["losses"]
+    run = case.run(recipe, name, micro_batch=micro)
+    found = with_workers(world, case.root, lambda rank: steps_of(case.loop(run, FULL), 50)["losses"])
+    for losses in found:
+        assert losses == pytest.approx(reference, rel=1e-4)
+    assert reference[-1] < reference[0]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 5), (2, 12), (2, 3)])
+def test_first_quantized_step_does_not_depend_on_workers_or_micro_batch(case: Case, world: int, micro: int) -> None:
+    loss, grads = gradients(case.loop(case.run(Distill(**DISTILL), "first", micro_batch=12), LOW))
+    run = case.run(Distill(**DISTILL), f"first{world}{micro}", micro_batch=micro)
+
+    def work(rank: int) -> Any:
+        other_loss, other = gradients(case.loop(run, LOW))
+        torch.save(other, case.root / f"grads-{rank}.pt")
+        return other_loss
+
+    for rank, other_loss in enumerate(with_workers(world, case.root, work)):
+        other = torch.load(case.root / f"grads-{rank}.pt", weights_only=True)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert relative(other, grads) < 1e-4
+
+
+def test_the_memory_bank_is_identical_on_every_worker(case: Case) -> None:
+    run = case.run(Distill(**DISTILL), "bank", micro_batch=3)
+    first, second = with_workers(2, case.root, lambda rank: steps_of(case.loop(run, LOW), 10))
+    assert first["bank"] == second["bank"]
+    assert first["seen"] == second["seen"]
+
+
+def test_quantized_runs_at_one_and_two_workers_end_within_the_spread_of_seeds(case: Case) -> None:
+    def final(rank: int, run: Run) -> float:
+        loop = case.loop(run, LOW)
+        steps_of(loop, run.steps)
+        return loop.validate()
+
+    recipes = [Distill(**{**DISTILL, "steps": 100, "seed": seed}) for seed in range(3)]
+    alone = [final(0, case.run(recipe, f"spread{recipe.seed}")) for recipe in recipes]
+    pair_run = case.run(recipes[0], "spreadpair")
+    pair = with_workers(2, case.root, lambda rank: final(rank, pair_run))
+    assert pair[0] == pair[1]
+    assert abs(pair[0] - alone[0]) <= max(alone) - min(alone)
+
+
+def test_online_and_cached_fp32_states_give_the_same_first_step(case: Case) -> None:
+    online = gradients(case.loop(case.run(Distill(**DISTILL), "online"), LOW))
+    states = gradients(case.loop(case.run(Distill(**DISTILL), "states", case.cache("float32")), LOW))
+    assert states[0] == pytest.approx(online[0], rel=1e-6)
+    assert relative(states[1], online[1]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrower_states_stay_close(case: Case, dtype: str) -> None:
+    online, _ = gradients(case.loop(case.run(Distill(**DISTILL), f"online{dtype}"), LOW))
+    states, _ = gradients(case.loop(case.run(Distill(**DISTILL), f"states{dtype}", case.cache(dtype)), LOW))
+    assert states == pytest.approx(online, rel=1e-3)
+
+
+@pytest.mark.parametrize("quant", [FULL, LOW], ids=["full", "low"])
+def test_activation_checkpointing_changes_no_gradient(case: Case, quant: Quant) -> None:
+    plain = gradients(case.loop(case.run(Distill(**DISTILL), "plain"), quant))
+    saved = gradients(case.loop(case.run(Distill(**DISTILL), "saved", activation_checkpointing=True), quant))
+    assert saved[0] == plain[0]
+    assert relative(saved[1], plain[1]) < 1e-6
+
+
+def test_bf16_trains_close_to_fp32(case: Case) -> None:
+    recipe = Distill(**DISTILL)
+    exact = case.loop(case.run(recipe, "fp32"), LOW)
+    rounded = case.loop(case.run(recipe.model_copy(update={"precision": "bf16"}), "bf16"), LOW)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+    fp32, bf16 = steps_of(exact, 30)["losses"], steps_of(rounded, 30)["losses"]
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def weights_after(case: Case, run: Run, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    """Train to the end, raising after each step of `stop_at` and starting again with nothing but the store."""
+    for step in (*stop_at, None):
+        loop = case.loop(run, quant)
+
+        def report(done: int, total: int, note: str, step: int | None = step) -> None:
+            if done == step and not note.startswith("resumed"):
+                raise InterruptedError
+
+        try:
+            progress = fit(loop.model, run, loop.distillation, torch.device("cpu"), report)
+        except InterruptedError:
+            continue
+        assert progress is not None
+        return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    raise AssertionError("the last attempt runs to its end")
+
+
+@pytest.mark.parametrize("recipe", [Distill(**DISTILL), FINETUNE], ids=["distill", "finetune"])
+@pytest.mark.parametrize("stop_at", [(7,), (20,), (33, 41), (50,)])
+def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
+    case: Case, recipe: Distill | Finetune, stop_at: tuple[int, ...]
+) -> None:
+    name = f"{type(recipe).__name__}{stop_at[0]}"
+    undisturbed = weights_after(case, case.run(recipe, f"u{name}", checkpoint_steps=15), LOW)
+    disturbed = weights_after(case, case.run(recipe, f"d{name}", checkpoint_steps=15), LOW, stop_at)
+    assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
+
+
+def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
+    recipe = Distill(**DISTILL)
+    whole = steps_of(case.loop(case.run(recipe, "whole"), LOW), 30)["rows"]
+    run = case.run(recipe, "parts", checkpoint_steps=10)
+    with pytest.raises(InterruptedError):
+        fit_until(case, run, 17)
+    loop = case.loop(run, LOW)
+    loop._resume()
+    assert loop.progress.step == 10
+    assert steps_of(loop, 20)["rows"] == whole[10:30]
+
+
+def fit_until(case: Case, run: Run, step: int) -> None:
+    def report(done: int, total: int, note: str) -> None:
+        if done == step:
+            raise InterruptedError
+
+    loop = case.loop(run, LOW)
+    fit(loop.model, run, loop.distillation, torch.device("cpu"), report)
+
+
+def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
+    run = case.run(Distill(**DISTILL), "damaged", checkpoint_steps=10)
+    with pytest.raises(InterruptedError):
+        fit_until(case, run, 17)
+    (state,) = Path(run.place.uri).glob("attempt/state-*.safetensors")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    loop = case.loop(run, LOW)
+    loop._resume()
+    assert loop.progress.step == 0
+
+
+def test_the_best_weights_on_validation_ship(case: Case) -> None:
+    run = case.run(Distill(**{**DISTILL, "lr": 5.0, "warmup_steps": 45, "eval_every": 5, "clip_norm": None}), "best")
+    loop = case.loop(run, LOW)
+    progress = fit(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None)
+    assert progress is not None
+    validated = {int(e["step"]): e["validation_nats"] for e in progress.history if "validation_nats" in e}
+    assert progress.best_step == min(validated, key=lambda step: validated[step])
+    assert progress.best_step < run.steps  # with such a rate the last step is not the best
+    ended = case.loop(run, LOW)
+    ended.model.load_state_dict(loop.model.state_dict())
+    assert ended.validate() == validated[progress.best_step]
+
+
+def test_a_diverged_loss_stops_the_run_and_keeps_the_checkpoint(case: Case) -> None:
+    run = case.run(Finetune(steps=50, batch_size=12, lr=1e9, clip_norm=None, eval_every=1), "diverged")
+    loop = case.loop(run, FULL)
+    with pytest.raises(RunError, match="Lower the learning rate"):
+        steps_of(loop, 50)
+
+
+def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
+    run = case.run(Distill(**DISTILL), "aligned", case.cache("float32"))
+    loop = case.loop(run, LOW)
+    teacher = copy.deepcopy(loop.distillation)
+    ids, _, states = loop.rows.get([0, 21, 39, 99])
+    online = case.loop(case.run(Distill(**DISTILL), "aligned2"), LOW).distillation
+    assert teacher is not None
+    assert online is not None
+    assert online.states is not None
+    assert states is not None
+    assert int(ids.max()) < VOCABULARY
+    torch.testing.assert_close(states, online.states(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_best_file_is_stored_whole(case: Case) -> None:
+    run = case.run(Distill(**DISTILL), "whole-best")
+    with pytest.raises(InterruptedError):
+        fit_until(case, run, 25)
+    (best,) = Path(run.place.uri).glob("attempt/best-*.safetensors")
+    assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))

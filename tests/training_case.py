@@ -1,0 +1,167 @@
+"""A small training run that tests drive with any number of workers: forked processes over gloo, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.config import Distill, Finetune, Quant, Resources
+from pipeline.families.models import WithStates, build, load_model, read_config, set_dropout
+from pipeline.records import Shard
+from pipeline.stages import distill as distill_stage
+from pipeline.stages.cache import CacheShard
+from pipeline.store import Owner, Place
+from pipeline.tables import commit_shard, write_tokens
+from pipeline.training import Distillation, Loop, Run
+
+VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
+ARCHITECTURE = {
+    "architecture": "gpt2",
+    "n_layer": 2,
+    "n_embd": HIDDEN,
+    "n_head": 2,
+    "n_positions": WIDTH,
+    "vocab_size": VOCABULARY,
+}
+
+
+def fenced(root: Path, stage: str, key: str = "0" * 32) -> Place:
+    """A place whose lease this process holds until it ends."""
+    place = Place(str(root / "store"), stage, key, str(root / "scratch"))
+    with place.hold(False, lambda owner: None) as held:
+        pass
+    owner = json.dumps(vars(Owner.this_process()))
+    lease = f'{{"owner": {owner}, "fence": {held.fence}, "heartbeat": 0}}'
+    (root / "store" / stage / key / "lease.json").write_text(lease)
+    return held
+
+
+@dataclass
+class Case:
+    """Tokens of a noisy successor rule, a teacher's folder, and what a run needs."""
+
+    root: Path
+    tokens: Place
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    teacher: Path
+    runs: int = 0
+
+    @classmethod
+    def make(cls, root: Path) -> Case:
+        tokens = fenced(root, "tokenize")
+        random = np.random.default_rng(0)
+        ids = np.empty((120, WIDTH), np.int32)
+        ids[:, 0] = random.integers(VOCABULARY, size=120)
+        for column in range(1, WIDTH):
+            noise = random.integers(VOCABULARY, size=120)
+            ids[:, column] = np.where(random.random(120) < 0.2, noise, (3 * ids[:, column - 1] + 1) % VOCABULARY)
+        lengths = np.full(120, WIDTH, np.int32)
+        lengths[39] = 5  # the last row of a part may be padded
+        shards = []
+        for number, start in enumerate(range(0, 120, 20)):
+            rows, valid = ids[start : start + 20], lengths[start : start + 20]
+            write = lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid)  # noqa: E731
+            shards.append(commit_shard(tokens, f"rows/train-{number}.parquet", 20, int(valid.sum()), write))
+        teacher = root / "teacher"
+        build(read_config(ARCHITECTURE), seed=0).save_pretrained(teacher)
+        return cls(root, tokens, tuple(shards[:5]), tuple(shards[5:]), teacher)
+
+    def cache(self, dtype: str) -> Place:
+        self.runs += 1
+        place = fenced(self.root, "cache", f"{dtype}-{self.runs}")
+        worker = CacheShard.__new__(CacheShard)
+        worker.place, worker.tokens, worker.dtype, worker.batch = place, self.tokens, dtype, 7
+        worker.device, worker.model = torch.device("cpu"), load_model(self.teacher).eval()
+        for shard in self.train:
+            worker(shard)
+        return place
+
+    def run(self, recipe: Finetune | Distill, name: str, cache: Place | None = None, **resources: Any) -> Run:
+        self.runs += 1
+        return Run(
+            recipe=recipe,
+            place=fenced(self.root, "distill", f"{name}-{self.runs}"),
+            tokens=self.tokens,
+            train=self.train,
+            validation=self.validation,
+            resources=Resources(**{"micro_batch": 8, "checkpoint_steps": 1000, **resources}),
+            cache=cache,
+        )
+
+    def loop(self, run: Run, quant: Quant) -> Loop:
+        cpu = torch.device("cpu")
+        student, distillation = (
+            distill_stage.make(run, self.teacher, "gpt2", quant, cpu)
+            if isinstance(run.recipe, Distill)
+            else (WithStates(load_model(self.teacher)), None)
+        )
+        if isinstance(run.recipe, Finetune):
+            set_dropout(student, run.recipe.dropout or 0.0)
+        if quant.bits == "32-32-32" and distillation is not None:  # a copy of the teacher has nothing to learn
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return Loop(student, run, distillation, cpu, lambda done, total, note: None)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def with_workers(world: int, root: Path, work: Callable[[int], Any]) -> list[Any]:
+    """Run `work(rank)` on `world` forked processes joined by gloo; what each returned (as JSON), by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_worker, (world, port, str(root), work), nprocs=world, start_method="fork")
+    return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(world)]
+
+
+def _worker(rank: int, world: int, port: int, root: str, work: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    (Path(root) / f"rank-{rank}.json").write_text(json.dumps(work(rank)))
+    dist.destroy_process_group()
+
+
+def steps_of(loop: Loop, steps: int) -> dict[str, Any]:
+    """Take steps and tell the losses, the rows that were read, and the bank at the end."""
+    rows: list[int] = []
+    get = loop.rows.get
+
+    def recording(row_ids: Any) -> Any:
+        rows.extend(int(row) for row in row_ids)
+        return get(row_ids)
+
+    loop.rows.get = recording  # type: ignore[method-assign]
+    losses, read = [], []
+    for step in range(loop.progress.step, loop.progress.step + steps):
+        rows.clear()
+        losses.append(loop.train_step(step)["loss"])
+        read.append(list(rows))
+    bank = loop.distillation.bank if isinstance(loop.distillation, Distillation) else None
+    return {
+        "losses": losses,
+        "rows": read,
+        "bank": digest(bank.states) if bank else None,
+        "seen": digest(bank.seen) if bank else None,
+    }
+
+
+def gradients(loop: Loop) -> tuple[float, dict[str, torch.Tensor]]:
+    """First-step loss and gradients."""
+    loss = loop.backward(0)["loss"]
+    return loss, {name: p.grad.clone() for name, p in loop.model.named_parameters() if p.grad is not None}
