@@ -22,7 +22,8 @@ from pipeline.config import Quant
 from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import family_of, read_config, restore_frozen
 from pipeline.quant.layers import FrozenTensors
-from pipeline.quant.packing import Encoding, pack, unpack
+from pipeline.quant.packing import pack, unpack
+from pipeline.quant.spec import Encoding
 from pipeline.records import Size
 from pipeline.store import checksum, open_objects
 

@@ -12,12 +12,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.quant.packing import Encoding
 from pipeline.quant.spec import (
     WEIGHT_WIDTHS,
     ActivationRange,
     AttentionOperands,
     BitWidths,
+    Encoding,
     GammaInit,
     Granularity,
     QuantSpec,

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from pipeline.config import Resources
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.records import Closed
@@ -46,6 +44,7 @@ class Engine:
 
     def train(self, worker: Callable[..., None], settings: dict[str, Any], place: Place, advance: Advance) -> None:
         """Run `worker(**settings, device=..., report=...)` on every rank of a training group."""
+        from ray import cloudpickle
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -65,7 +64,9 @@ class Engine:
             )
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         report = advance if mailbox is None else _Sender(mailbox)
-        config = {"worker": worker, "settings": settings, "threads": self._threads(), "report": report}
+        # Sealed, so that Ray's controller does not import what only the workers need.
+        work = cloudpickle.dumps((worker, settings, report))
+        config = {"work": work, "threads": self._threads()}
         with _quiet(), _delivered(mailbox, advance), _explained(place):
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
 
@@ -145,7 +146,7 @@ class _ShardWorker:
     """An actor's life: build the work once, then one item a call."""
 
     def __init__(self, work: type, settings: dict[str, Any], kind: type[Closed], threads: int) -> None:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
         self._work = work(**settings)
         self._kind = kind
 
@@ -210,14 +211,22 @@ def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
 
 def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
+    from ray import cloudpickle
 
-    torch.set_num_threads(config["threads"])
-    config["worker"](**config["settings"], device=ray.train.torch.get_device(), report=config["report"])
+    _set_threads(config["threads"])
+    worker, settings, report = cloudpickle.loads(config["work"])
+    worker(**settings, device=ray.train.torch.get_device(), report=report)
 
 
 def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> T:
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     return work(**settings)
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from pipeline.errors import DamagedError
 from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
 
-SHARD_TOKENS = 131_072
+SHARD_TOKENS = 65_536
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # Arrow has no bfloat16: raw words
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def map_states(path: Path) -> tuple[NDArray[Any], str]:
 
 def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
     """fp32 of rows that `map_states` gave."""
-    words = torch.from_numpy(np.ascontiguousarray(rows))
+    words = torch.from_numpy(np.array(rows))
     return (words.view(torch.bfloat16) if dtype == "bfloat16" else words).float()
 
 

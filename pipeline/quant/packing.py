@@ -7,14 +7,11 @@ in the lowest digit.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from pipeline.quant.spec import levels
+from pipeline.quant.spec import Encoding, levels
 
-Encoding = Literal["dense", "base3"]
 TERNARY_PER_BYTE = 5
 
 
@@ -52,8 +49,7 @@ def unpack(packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense"
     base, offset, per_byte = _digits(bits, encoding)
     if packed.ndim != 2 or packed.shape[1] != packed_columns(columns, bits, encoding):
         raise ValueError(
-            f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes "
-            f"({bits} bits, {encoding})"
+            f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes ({bits} bits, {encoding})"
         )
     rows = packed.shape[0]
     places = base ** torch.arange(per_byte, dtype=torch.int16)

@@ -15,6 +15,7 @@ GammaInit = Literal["one", "mse", "auto"]
 ActivationRange = Literal["token", "tensor"]
 AttentionOperands = Literal["none", "qkv", "qkv_probabilities"]
 Ste = Literal["clipped", "identity"]
+Encoding = Literal["dense", "base3"]
 
 
 def levels(bits: int) -> int:

@@ -11,7 +11,7 @@ from pipeline import artifact
 from pipeline.config import Quant
 from pipeline.errors import RunError
 from pipeline.families.models import FAMILIES, frozen_student, read_config
-from pipeline.quant.packing import Encoding
+from pipeline.quant.spec import Encoding
 from pipeline.records import Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.step import Step
 from pipeline.store import Place

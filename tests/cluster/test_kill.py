@@ -1,0 +1,197 @@
+"""Really killing processes of a run on Ray: it goes on where it was and ends bit for bit as an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+DEADLINE_S = 240
+WORDS = [
+    "the",
+    "a",
+    "one",
+    "my",
+    "your",
+    "red",
+    "blue",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "sees",
+    "likes",
+    "finds",
+    "and",
+    "near",
+    "with",
+    "today",
+]
+
+
+def corpus(path: Path) -> None:
+    words = random.Random(0)
+    sentences = (" ".join(words.choices(WORDS, k=words.randint(4, 16))) + ".\n\n" for _ in range(28_000))
+    path.write_text("".join(sentences))
+
+
+class Project:
+    """A configuration, its store, and the processes that its commands started."""
+
+    def __init__(self, root: Path, text: Path) -> None:
+        self.root, self.store = root, root / "store"
+        self.started: dict[int, float] = {}
+        self.config = root / "config.yaml"
+        architecture = {"architecture": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
+        config = {
+            "name": "killed",
+            "model": {"source": architecture, "tokenizer": {"train_bpe": 280}},
+            "task": {"block_length": 32},
+            "data": {"source": str(text)},
+            "finetune": {"steps": 120, "batch_size": 16, "lr": 3e-3, "eval_every": 40, "eval_rows": 32},
+            "cache": {"mode": "states"},
+            "distill": {"steps": 120, "batch_size": 16, "lr": 1e-3, "eval_every": 40, "eval_rows": 32},
+            "resources": {"workers": 2, "storage_uri": str(self.store), "checkpoint_steps": 10, "micro_batch": 4},
+        }
+        self.config.write_text(yaml.safe_dump(config))
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "jobs.cli", "compress", str(self.config), "--json"]
+        output = open(self.root / "stdout", "w"), open(self.root / "stderr", "a")  # noqa: SIM115
+        return subprocess.Popen(command, stdout=output[0], stderr=output[1], text=True)
+
+    def finish(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
+        """Wait for the command; its JSON document."""
+        self.until(lambda: driver.poll() is not None, driver)
+        assert driver.returncode == 0, (self.root / "stderr").read_text()[-3000:]
+        document: dict[str, Any] = json.loads((self.root / "stdout").read_text())
+        return document
+
+    def until(self, happened: Callable[[], Any], driver: subprocess.Popen[str]) -> Any:
+        """Poll until something has happened, taking note of every process the driver starts."""
+        end = time.monotonic() + DEADLINE_S
+        while time.monotonic() < end:
+            with contextlib.suppress(psutil.Error):
+                for process in psutil.Process(driver.pid).children(recursive=True):
+                    self.started[process.pid] = process.create_time()
+            if (value := happened()) or driver.poll() is not None:
+                return value
+            time.sleep(0.05)
+        raise TimeoutError((self.root / "stderr").read_text()[-3000:])
+
+    def worker(self, name: str) -> psutil.Process | None:
+        """A running Ray worker of this project whose title starts with `name`."""
+        for pid, created in self.started.items():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.create_time() == created and "".join(process.cmdline()).startswith(name):
+                    return process
+        return None
+
+    def exists(self, pattern: str) -> Callable[[], bool]:
+        return lambda: any(self.store.glob(pattern))
+
+    def reap(self) -> None:
+        """End what killed drivers left behind, by recorded pid."""
+        for pid, created in self.started.items():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.create_time() == created:
+                    process.kill()
+
+    def digests(self) -> dict[str, str]:
+        """Content of everything that a run hands on."""
+        kept = ("**/rows/*.parquet", "**/rows/*.arrow", "finetune/*/model/model.safetensors", "distill/*/weights*")
+        files = [path for pattern in kept for path in self.store.glob(pattern)]
+        files += self.store.glob("pack/*/package/model.safetensors")
+        return {str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    corpus(path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, text: Path) -> Iterator[Project]:
+    made = Project(tmp_path, text)
+    yield made
+    made.reap()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[tuple[dict[str, str], Any]]:
+    project = Project(tmp_path_factory.mktemp("undisturbed"), text)
+    document = project.finish(project.start())
+    yield project.digests(), document
+    project.reap()
+
+
+def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_killed_actor_worker_and_driver_end_as_undisturbed(
+    project: Project, undisturbed: tuple[dict[str, str], Any]
+) -> None:
+    digests, document = undisturbed
+
+    # A training worker, mid-epoch: Ray starts the group again, which goes on from the last checkpoint.
+    driver = project.start()
+    assert project.until(project.exists("finetune/*/attempt/checkpoint-*30.json"), driver)
+    worker = project.until(lambda: project.worker("ray::RayTrainWorker"), driver)
+    kill(worker)
+
+    # An actor, mid-cache: another takes over its shard.
+    assert project.until(project.exists("cache/*/rows/*.arrow"), driver)
+    actor = project.worker("ray::MapWorker")
+    assert actor is not None
+    kill(actor)
+
+    # The driver, mid-training: its workers live on for a moment and may still write.
+    assert project.until(project.exists("distill/*/attempt/checkpoint-*20.json"), driver)
+    kill(driver)
+    driver.wait()
+    assert not list(project.store.glob("distill/*/record.json"))
+
+    second = project.finish(project.start())
+    assert [stage["status"] for stage in second["stages"]] == ["reused"] * 3 + ["done"] * 4
+    assert project.digests() == digests
+    assert second["metrics"] == document["metrics"]
+    (lease,) = project.store.glob("distill/*/lease.json")
+    assert json.loads(lease.read_text())["fence"] == 2
+    assert not list(project.store.rglob("*.tmp"))
+    assert not list(project.store.glob("*/*/attempt"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_driver_killed_at_random_moments(project: Project, undisturbed: tuple[dict[str, str], Any], seed: int) -> None:
+    moments = random.Random(seed)
+    for _ in range(3):
+        driver = project.start()
+        end = time.monotonic() + moments.uniform(5, 60)
+        project.until(lambda end=end: time.monotonic() > end, driver)
+        if driver.poll() is None:
+            kill(driver)
+        driver.wait()
+    document = project.finish(project.start())
+    assert project.digests() == undisturbed[0]
+    assert document["metrics"] == undisturbed[1]["metrics"]
