@@ -4,12 +4,12 @@
     flow        plan(config) -> steps, run(steps): the straight line of stages
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
-    training    the one training loop, with its checkpoints
+    training    the one training loop, and its checkpoints
     artifact    the packed model on disk: write, check, load
     tasks       how a task encodes text and scores a model; families: which modules of a model are quantized
     sources     where text and models come from, pinned by content
     tracking, registry      MLflow: runs by key; versions and aliases
-    tables, store           shards in Arrow and Parquet; objects in a directory or S3, commit-last, leases
+    tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     config, identity, records   the closed schema, canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch
 

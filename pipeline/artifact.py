@@ -21,11 +21,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.config import Quant
 from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import family_of, read_config, restore_frozen
+from pipeline.objects import open_objects
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.packing import pack, unpack
 from pipeline.quant.spec import Encoding
 from pipeline.records import Size
-from pipeline.store import checksum, open_objects
+from pipeline.store import checksum
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"

@@ -16,10 +16,11 @@ from pipeline.config import Config, Resources
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.identity import differences, recipe_of, step_key
+from pipeline.objects import open_objects
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, TeacherCache, Tokens
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, tokenize
 from pipeline.step import Done, Step
-from pipeline.store import Owner, Place, check_writable, open_objects, records
+from pipeline.store import Owner, Place, check_writable, records
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
+from pipeline.objects import Bucket, open_objects
 from pipeline.records import Closed
-from pipeline.store import Bucket, checksum, open_objects
+from pipeline.store import checksum
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20

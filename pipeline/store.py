@@ -1,4 +1,4 @@
-"""Where steps keep their files: a directory or S3 behind one small interface, commit-last, with leases.
+"""Where steps keep their files: commit-last, with leases.
 
 A step is done when its record exists; the record is created last, atomically and once. While a step runs, its
 process holds a lease with a fencing token; every write of the step checks the token first, so what the workers of
@@ -8,7 +8,6 @@ a killed driver still try to write is refused. Only this module knows how places
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,244 +21,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import boto3
 import psutil
-import pyarrow as pa
 import pyarrow.fs
-from botocore.config import Config as BotoConfig
-from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.errors import BusyError, ConfigError, DamagedError, FencedOffError, RunError
+from pipeline.objects import FAULTS, Bucket, Directory, open_objects
 from pipeline.records import Record, StoredFile, read_record
 
 RECORD, LEASE = "record.json", "lease.json"
 HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 R = TypeVar("R", bound=Record)
-
-
-class Objects(Protocol):
-    """Named objects under one root. Every write is atomic: a reader sees the old object, the new one, or none."""
-
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
-
-    def write(self, name: str, data: bytes) -> None: ...
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Write unless the object exists; False if it does."""
-
-    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
-        """Replace the object if it still holds `expected`; False otherwise."""
-
-    def upload(self, name: str, path: Path) -> None: ...
-
-    def local(self, name: str, scratch: Path) -> Path:
-        """A local file with the object's content: the object itself, or a copy under `scratch`."""
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of every object whose name starts with `prefix`."""
-
-    def delete(self, name: str) -> None: ...
-
-    def delete_below(self, prefix: str) -> None:
-        """Delete every object whose name starts with `prefix`, which ends in a slash."""
-
-    def free_bytes(self) -> int | None:
-        """Space left, or None where there is no limit to ask for."""
-
-
-class Directory:
-    """Objects as files below a directory, on this machine or a shared file system."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def _path(self, name: str) -> Path:
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root.resolve()):
-            raise RunError(f"The object name {name!r} leads outside the store {self.root}.")
-        return path
-
-    def read(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
-
-    def write(self, name: str, data: bytes) -> None:
-        with self._temporary(name) as (temporary, path):
-            temporary.write_bytes(data)
-            _sync(temporary)
-            temporary.replace(path)
-
-    def create(self, name: str, data: bytes) -> bool:
-        with self._temporary(name) as (temporary, path):
-            temporary.write_bytes(data)
-            _sync(temporary)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            return True
-
-    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
-        path = self._path(name)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                if path.read_bytes() != expected:
-                    return False
-            except FileNotFoundError:
-                return False
-            self.write(name, data)
-            return True
-
-    def upload(self, name: str, path: Path) -> None:
-        with self._temporary(name) as (temporary, target):
-            shutil.copyfile(path, temporary)
-            _sync(temporary)
-            temporary.replace(target)
-
-    def local(self, name: str, scratch: Path) -> Path:
-        path = self._path(name)
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        return path
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        folder = self._path(prefix) if prefix.endswith("/") else self._path(prefix).parent
-        found = {}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(self.root.resolve()).as_posix()
-            if name.startswith(prefix) and not path.name.startswith(".") and path.is_file():
-                found[name] = path.stat().st_size
-        return found
-
-    def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
-
-    def delete_below(self, prefix: str) -> None:
-        shutil.rmtree(self._path(prefix), ignore_errors=True)
-
-    def free_bytes(self) -> int | None:
-        existing = self.root.resolve()
-        while not existing.exists():
-            existing = existing.parent
-        return shutil.disk_usage(existing).free
-
-    @contextlib.contextmanager
-    def _temporary(self, name: str) -> Iterator[tuple[Path, Path]]:
-        path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            yield temporary, path
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class Bucket:
-    """Objects in S3 or a store that speaks its protocol; endpoint and credentials as boto3 finds them."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
-        settings = BotoConfig(
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "adaptive", "max_attempts": 10},
-        )
-        self.client: Any = boto3.client("s3", config=settings)
-
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self.bucket, "Key": self.prefix + name}
-
-    def read(self, name: str) -> bytes:
-        with _missing(name):
-            body: bytes = self.client.get_object(**self._at(name))["Body"].read()
-        return body
-
-    def write(self, name: str, data: bytes) -> None:
-        self.client.put_object(**self._at(name), Body=data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        return self._conditional(name, data, IfNoneMatch="*")
-
-    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
-        try:
-            with _missing(name):
-                current = self.client.get_object(**self._at(name))
-        except FileNotFoundError:
-            return False
-        if current["Body"].read() != expected:
-            return False
-        return self._conditional(name, data, IfMatch=current["ETag"])
-
-    def _conditional(self, name: str, data: bytes, **condition: str) -> bool:
-        try:
-            self.client.put_object(**self._at(name), Body=data, **condition)
-        except ClientError as error:
-            if _status(error) in (409, 412):
-                return False
-            raise
-        return True
-
-    def upload(self, name: str, path: Path) -> None:
-        self.client.upload_file(str(path), **self._at(name))
-
-    def local(self, name: str, scratch: Path) -> Path:
-        digest = hashlib.sha256(f"{self.bucket}/{self.prefix}{name}".encode()).hexdigest()[:16]
-        path = scratch / digest / Path(name).name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-            with _missing(name):
-                self.client.download_file(self.bucket, self.prefix + name, str(temporary))
-            temporary.replace(path)
-        return path
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        objects = (item for page in pages for item in page.get("Contents", []))
-        return {item["Key"][len(self.prefix) :]: item["Size"] for item in objects}
-
-    def delete(self, name: str) -> None:
-        self.client.delete_object(**self._at(name))
-
-    def delete_below(self, prefix: str) -> None:
-        for name in self.sizes(prefix):
-            self.delete(name)
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def arrow(self, name: str) -> tuple[str, pa.fs.FileSystem]:
-        """The same place for libraries that read through Arrow, with boto3's endpoint and credentials."""
-        session = boto3.Session()
-        credentials = session.get_credentials()
-        frozen = credentials.get_frozen_credentials() if credentials else None
-        filesystem = pa.fs.S3FileSystem(
-            access_key=frozen.access_key if frozen else None,
-            secret_key=frozen.secret_key if frozen else None,
-            session_token=frozen.token if frozen else None,
-            region=session.region_name,
-            endpoint_override=self.client.meta.endpoint_url,
-        )
-        return f"{self.bucket}/{self.prefix}{name}", filesystem
-
-    def versions(self, prefix: str) -> dict[str, str]:
-        """ETag of every object whose name starts with `prefix`."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        return {i["Key"][len(self.prefix) :]: i["ETag"] for page in pages for i in page.get("Contents", [])}
-
-
-@lru_cache(maxsize=16)
-def open_objects(uri: str) -> Directory | Bucket:
-    """The objects under a directory path, `file://` or `s3://bucket/prefix`."""
-    if uri.startswith("s3://"):
-        bucket, _, prefix = uri[5:].partition("/")
-        return Bucket(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
-    if "://" in uri and not uri.startswith("file://"):
-        raise ConfigError(f"resources.storage_uri is {uri!r}; valid: a directory, or s3://bucket/prefix")
-    return Directory(Path(uri.removeprefix("file://")).expanduser().resolve())
 
 
 @dataclass(frozen=True)
@@ -420,7 +193,7 @@ class Place:
         Path(self.scratch).mkdir(parents=True, exist_ok=True)
         return Path(self.scratch)
 
-    def run_folder(self) -> tuple[str, pa.fs.FileSystem | None]:
+    def run_folder(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """Where Ray Train keeps its own state of this attempt: a path that all nodes share, and its file system."""
         if isinstance(self._objects, Bucket):
             return self._objects.arrow(self._prefix + "attempt")
@@ -493,7 +266,7 @@ class Place:
                 if not self._objects.swap(self._prefix + LEASE, current.to_json(), fresh.to_json()):
                     return  # taken over; the next write finds out
                 current = fresh
-            except (OSError, ClientError, BotoCoreError):
+            except FAULTS:
                 continue  # a passing fault; the lease outlives a few missed beats
 
 
@@ -515,7 +288,7 @@ def check_writable(storage_uri: str) -> None:
         objects = open_objects(storage_uri)
         objects.write(name, b"")
         objects.delete(name)
-    except (OSError, ClientError, BotoCoreError) as error:
+    except FAULTS as error:
         raise ConfigError(
             f"resources.storage_uri {storage_uri!r} cannot be written to: {error}. Set it to a directory you may "
             "write to, or to s3://bucket/prefix with credentials that allow it."
@@ -539,22 +312,3 @@ def _matches(path: Path, stored: StoredFile) -> bool:
 @lru_cache(maxsize=4096)
 def _digest_of(path: str, inode: int, size: int, mtime_ns: int) -> str:
     return checksum(Path(path)).sha256
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _missing(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        if _status(error) == 404:
-            raise FileNotFoundError(name) from error
-        raise
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

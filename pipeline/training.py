@@ -9,20 +9,27 @@ with and without Ray.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.checkpoints import (
+    Progress,
+    latest_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    store_tensors,
+    under,
+    weights,
+    write_checkpoint,
+)
 from pipeline.config import Distill, Finetune, Resources
 from pipeline.distill.losses import (
     contrastive_loss,
@@ -33,10 +40,10 @@ from pipeline.distill.losses import (
 )
 from pipeline.distill.memory_bank import MemoryBank, alone
 from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
-from pipeline.errors import DamagedError, RunError
+from pipeline.errors import RunError
 from pipeline.families.models import WithStates, load_parameters
 from pipeline.quant.layers import quantizers
-from pipeline.records import Shard, StoredFile
+from pipeline.records import Shard
 from pipeline.store import Place
 from pipeline.tables import Rows
 
@@ -76,17 +83,6 @@ class Distillation:
     head: nn.Module
     states: Callable[[Tensor], Tensor] | None
     bank: MemoryBank
-
-
-@dataclass
-class Progress:
-    """How far a run is; what a checkpoint holds beside tensors."""
-
-    step: int = 0
-    best_step: int = -1
-    best_nats: float = math.inf
-    best_file: str = ""
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def fit(
@@ -215,10 +211,10 @@ class Loop:
                 progress.best_step, progress.best_nats = step, nats
                 progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
                 if self.rank == 0:
-                    self._store(progress.best_file, _weights(self.model))
+                    store_tensors(self.plan.place, progress.best_file, weights(self.model))
         if last or step % self.recipe.eval_every == 0 or step % self.plan.resources.checkpoint_steps == 0:
             if self.rank == 0:
-                self._checkpoint()
+                write_checkpoint(self.plan.place, self._tensors(), progress)
             self._barrier()
         if self.rank == 0:
             self.report(step, steps, note)
@@ -238,48 +234,23 @@ class Loop:
         nats_sum, count_sum = self._all_reduce(sums).tolist()
         return float(nats_sum / count_sum)
 
-    def _checkpoint(self) -> None:
-        step, place = self.progress.step, self.plan.place
-        tensors = {f"model.{name}": tensor for name, tensor in _weights(self.model).items()}
-        tensors |= _optimizer_tensors(self.model, self.optimizer)
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        tensors = {f"model.{name}": parameter for name, parameter in weights(self.model).items()}
+        tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.distillation is not None:
-            tensors |= {f"bank.{k}": v for k, v in self.distillation.bank.state_dict().items()}
-        name = f"attempt/state-{step:09d}-{place.fence}.safetensors"
-        stored = self._store(name, tensors)
-        fields = {"file": name, "stored": stored.model_dump(), "progress": vars(self.progress)}
-        place.write(f"attempt/checkpoint-{step:09d}.json", json.dumps(fields).encode())
-        keep = {name, self.progress.best_file, f"attempt/checkpoint-{step:09d}.json"}
-        for prefix in ("attempt/checkpoint-", "attempt/state-", "attempt/best-"):
-            for old in set(place.sizes(prefix)) - keep:
-                place.delete(old)
-
-    def _store(self, name: str, tensors: dict[str, Tensor]) -> StoredFile:
-        with tempfile.TemporaryDirectory(dir=self.plan.place.scratch_dir()) as folder:
-            path = Path(folder) / "tensors.safetensors"
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-            return self.plan.place.upload(name, path)
+            tensors |= {f"bank.{name}": tensor for name, tensor in self.distillation.bank.state_dict().items()}
+        return tensors
 
     def _resume(self) -> None:
-        place = self.plan.place
-        for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
-            try:
-                fields = json.loads(place.read(name))
-                path = place.local(fields["file"], StoredFile(**fields["stored"]))
-            except (FileNotFoundError, DamagedError, ValueError):
-                continue
-            self._load(load_file(path), fields["progress"])
-            break
+        found = latest_checkpoint(self.plan.place)
+        if found is not None:
+            tensors, self.progress = found
+            load_parameters(self.model.model, under("model.", tensors))
+            load_optimizer(self.model, self.optimizer, under("optimizer.", tensors))
+            if self.distillation is not None:
+                self.distillation.bank.load_state_dict(under("bank.", tensors))
         self._barrier()
-
-    def _load(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        load_parameters(self.model.model, under("model."))
-        _load_optimizer(self.model, self.optimizer, under("optimizer."))
-        if self.distillation is not None:
-            self.distillation.bank.load_state_dict(under("bank."))
-        self.progress = Progress(**progress)
 
     @contextlib.contextmanager
     def _no_sync(self, last: bool) -> Iterator[None]:
@@ -312,17 +283,6 @@ class Loop:
             dist.barrier()
 
 
-def finish(place: Place, progress: Progress, steps: int) -> None:
-    """Rank 0, when its weights are stored: what the stage needs for its record."""
-    place.write("history.json", json.dumps(progress.history).encode())
-    result = {"steps": steps, "best_step": progress.best_step, "validation_nats": progress.best_nats}
-    place.write("attempt/result.json", json.dumps(result).encode())
-
-
-def _weights(model: WithStates) -> dict[str, Tensor]:
-    return dict(model.model.named_parameters())
-
-
 def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.AdamW:
     gammas = {id(parameter) for _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
     weights = [p for p in model.parameters() if id(p) not in gammas]
@@ -338,22 +298,6 @@ def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.Ada
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:
     return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "clipped": clipped}
-
-
-def _optimizer_tensors(model: WithStates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in _weights(model).items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    return tensors
-
-
-def _load_optimizer(model: WithStates, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = _weights(model)
-    for name, tensor in tensors.items():
-        key, _, parameter = name.partition(".")
-        device = parameters[parameter].device if key != "step" else "cpu"
-        optimizer.state[parameters[parameter]][key] = tensor.to(device)
 
 
 def _present(states: Tensor | None) -> Tensor:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.checkpoints import finish, store_tensors, weights
 from pipeline.config import Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.families.models import FAMILIES, WithStates, last_states, load_model, make_student, set_dropout
 from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
-from pipeline.training import Distillation, Run, finish, fit
+from pipeline.training import Distillation, Run, fit
 
 VERSION = 1
 
@@ -61,10 +60,7 @@ def _train(
     student, distillation = make(run, teacher.folder(files, Teacher.FOLDER), family, quant, device)
     progress = fit(student, run, distillation, device, report)
     if progress is not None:
-        with tempfile.TemporaryDirectory(dir=run.place.scratch_dir()) as folder:
-            weights = {name: p.detach().cpu().contiguous() for name, p in student.model.named_parameters()}
-            save_file(weights, Path(folder) / Student.WEIGHTS)
-            run.place.upload(Student.WEIGHTS, Path(folder) / Student.WEIGHTS)
+        store_tensors(run.place, Student.WEIGHTS, weights(student))
         finish(run.place, progress, run.steps)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.checkpoints import finish
 from pipeline.config import Finetune
 from pipeline.families.models import WithStates, build, load_model, parameters, read_config, set_dropout
 from pipeline.records import Teacher, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
-from pipeline.training import Run, finish, fit
+from pipeline.training import Run, fit
 
 VERSION = 1
 

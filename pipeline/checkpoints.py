@@ -1,0 +1,102 @@
+"""Checkpoints of a training run in its step's own place: fenced, checksummed, and no pickle in them.
+
+A checkpoint is a file of tensors and, written last, a small JSON that names it. There is one at a time, and the best
+weights so far beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import DamagedError
+from pipeline.families.models import WithStates
+from pipeline.records import StoredFile
+from pipeline.store import Place
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best_step: int = -1
+    best_nats: float = math.inf
+    best_file: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def write_checkpoint(place: Place, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Store a checkpoint, then drop the one before it."""
+    state, marker = f"attempt/state-{progress.step:09d}-{place.fence}.safetensors", _marker(progress.step)
+    stored = store_tensors(place, state, tensors)
+    fields = {"file": state, "stored": stored.model_dump(), "progress": vars(progress)}
+    place.write(marker, json.dumps(fields).encode())
+    for prefix in ("attempt/checkpoint-", "attempt/state-", "attempt/best-"):
+        for old in set(place.sizes(prefix)) - {state, marker, progress.best_file}:
+            place.delete(old)
+
+
+def latest_checkpoint(place: Place) -> tuple[dict[str, Tensor], Progress] | None:
+    """Tensors and progress of the newest checkpoint that is whole."""
+    for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
+        try:
+            fields = json.loads(place.read(name))
+            path = place.local(fields["file"], StoredFile(**fields["stored"]))
+        except (FileNotFoundError, DamagedError, ValueError):
+            continue
+        return load_file(path), Progress(**fields["progress"])
+    return None
+
+
+def _marker(step: int) -> str:
+    return f"attempt/checkpoint-{step:09d}.json"
+
+
+def store_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> StoredFile:
+    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+        path = Path(folder) / "tensors.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        return place.upload(name, path)
+
+
+def finish(place: Place, progress: Progress, steps: int) -> None:
+    """Rank 0, when its weights are stored: what the stage needs for its record."""
+    place.write("history.json", json.dumps(progress.history).encode())
+    result = {"steps": steps, "best_step": progress.best_step, "validation_nats": progress.best_nats}
+    place.write("attempt/result.json", json.dumps(result).encode())
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def weights(model: WithStates) -> dict[str, Tensor]:
+    """Every parameter of the wrapped model by name, a tied one once."""
+    return dict(model.model.named_parameters())
+
+
+def optimizer_tensors(model: WithStates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `optimizer.KEY.PARAMETER`."""
+    return {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in weights(model).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(model: WithStates, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """What `optimizer_tensors` gave, without its first prefix."""
+    parameters = weights(model)
+    for name, tensor in tensors.items():
+        key, _, parameter = name.partition(".")
+        device = parameters[parameter].device if key != "step" else "cpu"
+        optimizer.state[parameters[parameter]][key] = tensor.to(device)
