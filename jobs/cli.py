@@ -58,6 +58,7 @@ def compress(
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8: short for --set quant.bits=...")] = None,
     overrides: Overrides = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "register",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for a step that another process runs.")] = True,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would run, what is reused, and why.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -73,7 +74,8 @@ def compress(
         from pipeline.config import load_config
 
         chosen = [*(overrides or []), *([f"quant.bits={bits}"] if bits else [])]
-        return run(load_config(config, chosen, _environment()), config, until, plan, console)
+        loaded = load_config(config, chosen, _environment())
+        return run(loaded, config, console, until=until, only_plan=plan, wait=wait)
 
     _execute(work, as_json, debug)
 

@@ -15,7 +15,7 @@ from pipeline.records import ModelVersion, Package, Record, Report
 MIB = 2**20
 
 
-def compress(config: Config, path: str, until: str, only_plan: bool, console: Console) -> dict[str, Any]:
+def compress(config: Config, path: str, console: Console, *, until: str, only_plan: bool, wait: bool) -> dict[str, Any]:
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
     with console.status("planning") if console.is_terminal else Display(console, ()):
         planned = plan(config, until)
@@ -23,7 +23,7 @@ def compress(config: Config, path: str, until: str, only_plan: bool, console: Co
         print_plan(planned, console)
         return plan_document(planned)
     with Display(console, tuple(step.stage for step in planned.steps)) as display:
-        outcome = run(planned, display)
+        outcome = run(planned, display, wait)
     document = outcome_document(planned, outcome)
     print_outcome(planned, outcome, path, console)
     return document

@@ -18,8 +18,9 @@ from pipeline import artifact, registry, tracking
 from pipeline.config import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
-from pipeline.flow import scratch_dir, tracking_uri
-from pipeline.sources import ContentMemo, documents, parts, pin_text
+from pipeline.flow import tracking_uri
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.text import documents, parts, pin_text
 from pipeline.tasks.language_modeling import PROTOCOL, encode, score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
 
@@ -35,10 +36,10 @@ def evaluate(
     console: Console,
 ) -> dict[str, Any]:
     """Score a model on all of a text; returns the document of `--json`."""
-    scratch = scratch_dir(resources)
-    files = pin_text(data, "--data", ContentMemo(scratch))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = locate(model, resources, Path(temporary))
+        scratch = f"{temporary}/text"
+        files = pin_text(data, "--data", ContentMemo(scratch))
+        folder = locate(model, resources, Path(temporary) / "model")
         loaded, tokenizer = open_model(folder), read_tokenizer(folder)
         longest = int(getattr(loaded.config, "max_position_embeddings", 512))
         width = block_length or min(512, longest)
@@ -75,6 +76,7 @@ def locate(model: str, resources: Resources, temporary: Path) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    temporary.mkdir()
     if "://" in model:
         folder = artifact.fetch(model, temporary)
         if not any(folder.iterdir()):

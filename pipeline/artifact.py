@@ -23,7 +23,7 @@ from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import family_of, read_config, restore_frozen
 from pipeline.objects import open_objects
 from pipeline.quant.layers import FrozenTensors
-from pipeline.quant.packing import pack, unpack
+from pipeline.quant.packing import pack, packed_columns, unpack
 from pipeline.quant.spec import Encoding
 from pipeline.records import Size
 from pipeline.store import checksum
@@ -97,7 +97,7 @@ def check(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], manifest["files"]
+        version, files, _ = manifest["format_version"], manifest["files"], manifest["digest"]
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         raise DamagedError(f"{folder} is not a packed model: it has no {MANIFEST}.") from None
@@ -127,8 +127,8 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
     """
     manifest = check(folder)
     config = read_config(folder)
-    quantization: dict[str, Any] = config.quantization_config
-    del config.quantization_config
+    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    config.quantization_config = None
     try:
         frozen = _unpacked(load_file(folder / WEIGHTS), quantization)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -160,17 +160,19 @@ def fetch(uri: str, folder: Path) -> Path:
 
 def _load(folder: Path) -> PreTrainedModel:
     frozen, config, quantization = read(folder)
-    quant = Quant.model_validate(quantization["quant"])
     try:
+        quant = Quant.model_validate(quantization["quant"])
         return restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
-    except ValueError as error:
-        raise DamagedError(f"{folder}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder} is damaged: {error}") from error
 
 
 def _packed(frozen: FrozenTensors, encoding: Encoding) -> dict[str, Tensor]:
+    """Packed rows one after the other, flat: no plain loader can take 8-bit codes for the weights they stand for."""
     tensors = {name: tensor.contiguous() for name, tensor in frozen.rest.items()}
     for name, codes in frozen.codes.items():
-        tensors[f"{name}.weight"] = pack(codes, frozen.bits[name], _encoding_of(frozen.bits[name], encoding))
+        bits = frozen.bits[name]
+        tensors[f"{name}.weight"] = pack(codes, bits, _encoding_of(bits, encoding)).flatten()
         tensors[f"{name}.weight_scale"] = frozen.scales[name].contiguous()
     return tensors
 
@@ -180,11 +182,13 @@ def _unpacked(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> Froze
     for name, module in quantization["modules"].items():
         bits, (rows, columns) = int(module["bits"]), module["shape"]
         packed, scale = frozen.rest.pop(f"{name}.weight"), frozen.rest.pop(f"{name}.weight_scale")
-        if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[0] != rows:
-            raise ValueError(f"{name}.weight is {packed.dtype} {tuple(packed.shape)}, not packed rows of {rows}")
+        encoding = _encoding_of(bits, quantization["encoding"])
+        expected = (rows * packed_columns(columns, bits, encoding),)
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
+            raise ValueError(f"{name}.weight is {packed.dtype} {tuple(packed.shape)}, not {expected[0]} packed bytes")
         if tuple(scale.shape) not in ((1, 1), (rows, 1)) or not torch.isfinite(scale).all():
             raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row")
-        frozen.codes[name] = unpack(packed, int(columns), bits, _encoding_of(bits, quantization["encoding"]))
+        frozen.codes[name] = unpack(packed.reshape(rows, -1), columns, bits, encoding)
         frozen.scales[name], frozen.bits[name] = scale, bits
     return frozen
 

@@ -11,6 +11,7 @@ import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ class Progress:
     best_step: int = -1
     best_nats: float = math.inf
     best_file: str = ""
+    best_stored: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -67,10 +69,15 @@ def store_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> Stored
         return place.upload(name, path)
 
 
-def finish(place: Place, progress: Progress, steps: int) -> None:
-    """Rank 0, when its weights are stored: what the stage needs for its record."""
-    place.write("history.json", json.dumps(progress.history).encode())
-    result = {"steps": steps, "best_step": progress.best_step, "validation_nats": progress.best_nats}
+def finish(place: Place, progress: Progress, steps: int, files: dict[str, StoredFile]) -> None:
+    """Rank 0, when its weights are stored as `files`: what the stage needs for its record."""
+    files = files | {"history.json": place.write("history.json", json.dumps(progress.history).encode())}
+    result = {
+        "steps": steps,
+        "best_step": progress.best_step,
+        "validation_nats": progress.best_nats,
+        "files": {name: stored.model_dump() for name, stored in files.items()},
+    }
     place.write("attempt/result.json", json.dumps(result).encode())
 
 

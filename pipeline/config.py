@@ -5,6 +5,7 @@ What changes the answer is a recipe and enters keys; `resources` never does.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,8 +27,8 @@ from pipeline.quant.spec import (
 from pipeline.records import Closed
 
 Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -165,6 +166,10 @@ class Quant(Closed):
     @classmethod
     def _known_overrides(cls, overrides: dict[str, int]) -> dict[str, int]:
         for pattern, bits in overrides.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from error
             if bits not in WEIGHT_WIDTHS:
                 raise ValueError(
                     f"overrides[{pattern!r}]: {bits} bits are not offered; valid: {', '.join(map(str, WEIGHT_WIDTHS))}"

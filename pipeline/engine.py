@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import Resources
@@ -49,25 +50,26 @@ class Engine:
         from ray.train.torch import TorchTrainer
 
         resources = self.resources
-        scaling = ScalingConfig(num_workers=0)
         path, filesystem = place.run_folder()
         # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
         run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{place.fence}")
         mailbox = None
+        work: Callable[[], Any] = lambda: (worker, settings, advance)  # noqa: E731
+        workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self._start()
             mailbox = _mailbox()
-            scaling = ScalingConfig(
-                num_workers=resources.workers,
-                use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
-            )
+            # Sealed, so that Ray's controller does not import what only the workers need.
+            work = partial(cloudpickle.loads, cloudpickle.dumps((worker, settings, _Sender(mailbox))))
+            workers = {
+                "num_workers": resources.workers,
+                "use_gpu": resources.gpus_per_worker > 0,
+                "resources_per_worker": {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+            }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
-        report = advance if mailbox is None else _Sender(mailbox)
-        # Sealed, so that Ray's controller does not import what only the workers need.
-        work = cloudpickle.dumps((worker, settings, report))
         config = {"work": work, "threads": self._threads()}
         with _quiet(), _delivered(mailbox, advance), _explained(place):
+            scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
 
     def task(self, work: Callable[..., T], settings: dict[str, Any], place: Place) -> T:
@@ -211,10 +213,9 @@ def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
 
 def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
-    from ray import cloudpickle
 
     _set_threads(config["threads"])
-    worker, settings, report = cloudpickle.loads(config["work"])
+    worker, settings, report = config["work"]()
     worker(**settings, device=ray.train.torch.get_device(), report=report)
 
 

@@ -94,10 +94,10 @@ class _Planner:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.storage_uri = storage_uri(config.resources)
         self.scratch = scratch_dir(config.resources)
         self.inputs = preflight.inspect(config, self.scratch)
         self.steps: dict[str, Planned] = {}
-        self.storage_uri = storage_uri(config.resources)
 
     def plan(self, stages: tuple[str, ...]) -> Plan:
         config, text = self.config, self.inputs.text
@@ -195,10 +195,10 @@ class _Planner:
         }
         recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources"})
         uri = tracking_uri(config.resources)
-        artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").as_uri()
+        database = tracking.sqlite_file(uri)
         return {
             "uri": uri,
-            "artifacts": artifacts if uri.startswith("sqlite:///") else None,
+            "artifacts": (database.parent / "mlflow-artifacts").as_uri() if database else None,
             "experiment": config.name,
             "bits": config.quant.bits,
             "params": params,
@@ -235,6 +235,9 @@ class _Planner:
 
 
 def _registered(record: ModelVersion, uri: str) -> bool:
+    database = tracking.sqlite_file(uri)
+    if database is not None and not database.exists():
+        return False
     return registry.find_version(tracking.connect(uri), record.name, record.key) is not None
 
 
@@ -259,6 +262,8 @@ def run(plan: Plan, observer: Observer, wait: bool = True) -> Outcome:
             _finish(outcome, step, Done(step.record, step.place), "reused", 0.0, observer)
         return outcome
     check_writable(storage_uri(plan.config.resources))
+    if plan.steps[-1].stage == ModelVersion.stage:
+        tracking.connect(tracking_uri(plan.config.resources))
     engine = Engine(plan.config.resources)
     try:
         for step in plan.steps:
@@ -319,11 +324,10 @@ def _run_step(
 
 def storage_uri(resources: Resources) -> str:
     """The store's root, a directory as an absolute path, with the namespace below it."""
+    open_objects(resources.storage_uri)  # refuses what is neither a directory nor S3
     root = resources.storage_uri.rstrip("/")
     root = root if root.startswith("s3://") else str(Path(root.removeprefix("file://")).expanduser().resolve())
-    uri = f"{root}/{resources.namespace}" if resources.namespace else root
-    open_objects(uri)
-    return uri
+    return f"{root}/{resources.namespace}" if resources.namespace else root
 
 
 def tracking_uri(resources: Resources) -> str:
@@ -335,7 +339,7 @@ def tracking_uri(resources: Resources) -> str:
 
 
 def scratch_dir(resources: Resources) -> str:
-    """Where temporary files and fetched copies go on each node."""
+    """Where temporary files and fetched copies go on each node; the knob is resources.local_cache_dir."""
     if resources.local_cache_dir:
         return str(Path(resources.local_cache_dir).expanduser().resolve())
     if resources.storage_uri.startswith("s3://"):

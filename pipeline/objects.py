@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,6 +21,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.errors import ConfigError, RunError
 
+CONFLICT_RETRIES = 6
 FAULTS = (OSError, ClientError, BotoCoreError)  # what a store that cannot be reached raises
 
 
@@ -87,6 +89,8 @@ class Directory:
 
     def swap(self, name: str, expected: bytes, data: bytes) -> bool:
         path = self._path(name)
+        if not path.exists():
+            return False
         with open(path.with_name(f".{path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
@@ -110,7 +114,7 @@ class Directory:
         return path
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        folder = self._path(prefix) if prefix.endswith("/") else self._path(prefix).parent
+        folder = self._path(prefix.rpartition("/")[0])
         found = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(self.root.resolve()).as_posix()
@@ -178,13 +182,17 @@ class Bucket:
         return self._conditional(name, data, IfMatch=current["ETag"])
 
     def _conditional(self, name: str, data: bytes, **condition: str) -> bool:
-        try:
-            self.client.put_object(**self._at(name), Body=data, **condition)
-        except ClientError as error:
-            if _status(error) in (409, 412):
-                return False
-            raise
-        return True
+        for attempt in range(CONFLICT_RETRIES):
+            try:
+                self.client.put_object(**self._at(name), Body=data, **condition)
+                return True
+            except ClientError as error:
+                if _status(error) == 412:
+                    return False
+                if _status(error) != 409 or attempt == CONFLICT_RETRIES - 1:  # 409: another write is under way
+                    raise
+            time.sleep(0.2 * 2**attempt)
+        return False
 
     def upload(self, name: str, path: Path) -> None:
         self.client.upload_file(str(path), **self._at(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from pipeline.config import Cache, Config, Distill, TrainBpe
 from pipeline.errors import ConfigError
 from pipeline.families.models import check_spec, family_of, parameters, read_config, sites, skeleton
 from pipeline.identity import recipe_of
-from pipeline.sources import TOKENIZER_FILES, ContentMemo, ModelSource, SourceFile, pin_model, pin_text
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.models import TOKENIZER_FILES, ModelSource, pin_model
+from pipeline.sources.text import SourceFile, pin_text
 from pipeline.stages.cache import cache_bytes
 from pipeline.stages.tokenize import SPLITS, split_parts, texts, too_short
 from pipeline.tasks.language_modeling import encode
@@ -65,6 +68,13 @@ def inspect(config: Config, scratch: str) -> Inputs:
     Raises:
         ConfigError: the first thing that cannot work.
     """
+    try:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The scratch folder {scratch} cannot be made: {error}. Set resources.storage_uri or "
+            "resources.local_cache_dir to a directory you may write to."
+        ) from error
     memo = ContentMemo(scratch)
     named = {"train": config.data.source, "validation": config.data.validation, "test": config.data.test}
     knobs = {"train": "data.source", "validation": "data.validation", "test": "data.test"}

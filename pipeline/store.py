@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -23,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import pyarrow.fs
 
 from pipeline.errors import BusyError, ConfigError, DamagedError, FencedOffError, RunError
@@ -41,21 +38,17 @@ class Owner:
 
     host: str
     pid: int
-    started: float
+    started_ticks: int  # since boot, so that a step of the system clock changes nothing
 
     @classmethod
     def this_process(cls) -> Owner:
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), os.getpid(), _start_ticks(os.getpid()) or 0)
 
     def gone(self) -> bool:
         """True if the process ran on this host and runs no more."""
         if self.host != socket.gethostname():
             return False
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+        return _start_ticks(self.pid) != self.started_ticks
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -133,9 +126,10 @@ class Place:
     def read(self, name: str) -> bytes:
         return self._objects.read(self._prefix + name)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> StoredFile:
         self.check_fence()
         self._objects.write(self._prefix + name, data)
+        return StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def upload(self, name: str, path: Path) -> StoredFile:
         """Store a local file; a name is written by one attempt at a time, atomically."""
@@ -143,10 +137,6 @@ class Place:
         self.check_fence()
         self._objects.upload(self._prefix + name, path)
         return stored
-
-    def stored(self, name: str) -> StoredFile:
-        """Size and checksum of one of the step's files."""
-        return checksum(self.local(name, None))
 
     def delete(self, name: str) -> None:
         self.check_fence()
@@ -157,7 +147,7 @@ class Place:
         start = len(self._prefix)
         return {name[start:]: size for name, size in self._objects.sizes(self._prefix + prefix).items()}
 
-    def local(self, name: str, stored: StoredFile | None) -> Path:
+    def local(self, name: str, stored: StoredFile) -> Path:
         """A local file, checked against its checksum before anyone reads it.
 
         Raises:
@@ -166,7 +156,7 @@ class Place:
         scratch = Path(self.scratch)
         try:
             path = self._objects.local(self._prefix + name, scratch)
-            if stored is None or _matches(path, stored):
+            if _matches(path, stored):
                 return path
             if path.is_relative_to(scratch):  # a spoilt copy; the object itself may be sound
                 path.unlink()
@@ -175,17 +165,22 @@ class Place:
                     return path
         except FileNotFoundError as error:
             raise DamagedError(f"The {self.stage} step {self.key} lacks its file {name} ({self.uri}).") from error
-        raise DamagedError(f"The file {name} of the {self.stage} step {self.key} does not match its checksum: {path}.")
+        raise DamagedError(
+            f"The file {name} of the {self.stage} step {self.key} does not match its checksum: {path}. "
+            f"Delete {self.uri}{RECORD} to run the step again."
+        )
 
     def folder(self, files: dict[str, StoredFile], prefix: str) -> Path:
-        """A local folder that holds the files below `prefix`, each checked."""
-        paths = [self.local(name, stored) for name, stored in files.items() if name.startswith(prefix)]
-        folders = {path.parent for path in paths}
-        if len(folders) == 1:
-            return folders.pop()
-        target = Path(tempfile.mkdtemp(dir=self.scratch_dir()))
-        for path in paths:
-            shutil.copyfile(path, target / path.name)
+        """A local folder of links to the files below `prefix`, each checked, and nothing else."""
+        target = self.scratch_dir() / "folders" / self.stage / self.key / prefix
+        target.mkdir(parents=True, exist_ok=True)
+        paths = {Path(name).name: self.local(name, files[name]) for name in files if name.startswith(prefix)}
+        for name, path in paths.items():
+            with contextlib.suppress(FileExistsError):
+                (target / name).symlink_to(path.resolve())
+        for other in target.iterdir():
+            if other.name not in paths:
+                other.unlink()
         return target
 
     def scratch_dir(self) -> Path:
@@ -241,8 +236,11 @@ class Place:
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
         name = self._prefix + LEASE
         told: Owner | None = None
+        mine: Lease | None = None
         while True:
             current = self._lease()
+            if mine is not None and current == mine:  # our write arrived, and only its answer was lost
+                return mine
             mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1, time.time())
             if current is None:
                 if self._objects.create(name, mine.to_json()):
@@ -263,9 +261,12 @@ class Place:
         while not stop.wait(HEARTBEAT_S):
             fresh = Lease(lease.owner, lease.fence, time.time())
             try:
-                if not self._objects.swap(self._prefix + LEASE, current.to_json(), fresh.to_json()):
+                if self._objects.swap(self._prefix + LEASE, current.to_json(), fresh.to_json()):
+                    current = fresh
+                elif (found := self._lease()) is not None and found.fence == lease.fence:
+                    current = found  # our write had arrived, and only its answer was lost
+                else:
                     return  # taken over; the next write finds out
-                current = fresh
             except FAULTS:
                 continue  # a passing fault; the lease outlives a few missed beats
 
@@ -293,6 +294,15 @@ def check_writable(storage_uri: str) -> None:
             f"resources.storage_uri {storage_uri!r} cannot be written to: {error}. Set it to a directory you may "
             "write to, or to s3://bucket/prefix with credentials that allow it."
         ) from error
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it runs no more."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def checksum(path: Path) -> StoredFile:

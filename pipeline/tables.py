@@ -44,9 +44,10 @@ def read_tokens(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """What `write_tokens` wrote."""
     table = pq.read_table(path).combine_chunks()
     lengths = table.column("length").to_numpy()
-    ids: Any = table.column("input_ids").chunk(0)
-    ids = ids.flatten().to_numpy() if len(lengths) else np.empty(0, np.int32)
-    return ids.reshape(len(lengths), -1), lengths
+    width = table.schema.field("input_ids").type.list_size
+    chunks: Any = table.column("input_ids").chunks
+    ids = chunks[0].flatten().to_numpy() if len(lengths) else np.empty(0, np.int32)
+    return ids.reshape(len(lengths), width), lengths
 
 
 def write_states(path: Path, states: Tensor, dtype: str) -> None:

@@ -30,13 +30,14 @@ def connect(tracking_uri: str) -> MlflowClient:
     Raises:
         ConfigError: it cannot be reached.
     """
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # Parts of MLflow resolve models:/ URIs through its global setting, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
-    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    database = sqlite_file(tracking_uri)
     try:
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         raise ConfigError(
@@ -44,6 +45,12 @@ def connect(tracking_uri: str) -> MlflowClient:
             "server, or leave it out for a SQLite file beside the store."
         ) from error
     return client
+
+
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """The file of a SQLite store, or None for a server."""
+    prefix = "sqlite:///"
+    return Path(tracking_uri.removeprefix(prefix)) if tracking_uri.startswith(prefix) else None
 
 
 def experiment(client: MlflowClient, name: str, artifact_uri: str | None) -> str:

@@ -43,7 +43,7 @@ from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
 from pipeline.errors import RunError
 from pipeline.families.models import WithStates, load_parameters
 from pipeline.quant.layers import quantizers
-from pipeline.records import Shard
+from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
 from pipeline.tables import Rows
 
@@ -124,7 +124,8 @@ class Loop:
             self.progress.step += 1
             self._after_step(losses, steps)
         if self.rank == 0:
-            load_parameters(self.model.model, load_file(self.plan.place.local(self.progress.best_file, None)))
+            best = self.plan.place.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
+            load_parameters(self.model.model, load_file(best))
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over one global batch; mean losses in nats per valid token."""
@@ -211,7 +212,8 @@ class Loop:
                 progress.best_step, progress.best_nats = step, nats
                 progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
                 if self.rank == 0:
-                    store_tensors(self.plan.place, progress.best_file, weights(self.model))
+                    stored = store_tensors(self.plan.place, progress.best_file, weights(self.model))
+                    progress.best_stored = stored.model_dump()
         if last or step % self.recipe.eval_every == 0 or step % self.plan.resources.checkpoint_steps == 0:
             if self.rank == 0:
                 write_checkpoint(self.plan.place, self._tensors(), progress)

@@ -1,7 +1,7 @@
 """Attention whose matmul operands are quantized, through transformers' AttentionInterface.
 
 `qkv`: queries, keys and values, one symmetric range per token and head. `qkv_probabilities`: the softmax rows as
-well, asymmetric, one range per query. SDPA hides the probabilities, so these run the plain formula.
+well, asymmetric from zero, one range per query. SDPA hides the probabilities, so these run the plain formula.
 """
 
 from __future__ import annotations
@@ -58,6 +58,6 @@ def _attend(
         scores = scores + attention_mask[..., : key.shape[-2]]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     if probabilities:
-        weights = fake_quantize_activation(weights, bits, symmetric=False, over=over)
+        weights = fake_quantize_activation(weights, bits, symmetric=False, over=over, from_zero=True)
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), None

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -28,33 +30,36 @@ logging.disable_progress_bar()
 FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
 
 
-def read_config(source: Path | dict[str, Any], gguf_file: str | None = None, **changes: Any) -> PreTrainedConfig:
-    """A configuration from a folder, or from {architecture: ..., key: value}.
+def read_config(source: Path | dict[str, Any], gguf_file: str | None = None, **decided: Any) -> PreTrainedConfig:
+    """A configuration from a folder, or from {architecture: ..., key: value} with what is `decided` elsewhere.
 
     Raises:
-        ConfigError: an unknown architecture or key, a folder without a usable config.json.
+        ConfigError: an unknown architecture or key, a value it cannot take, a folder without a usable config.json.
     """
     if isinstance(source, Path):
         try:
             extra = {"gguf_file": gguf_file} if gguf_file else {}
             return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True, **extra)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise ConfigError(f"model.source: {source} has no usable config.json: {error}") from error
+    architecture = source["architecture"]
     fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
-    given = {**fields, **changes}
     try:
-        config = AutoConfig.for_model(source["architecture"], bos_token_id=None, eos_token_id=None)
-    except ValueError:
-        raise ConfigError(
-            f"model.source.architecture is {source['architecture']!r}; valid: {', '.join(FAMILIES)}"
-        ) from None
-    known = {*config.to_dict(), *config.attribute_map}
+        defaults = AutoConfig.for_model(architecture, bos_token_id=None, eos_token_id=None)
+    except (ValueError, TypeError):
+        valid = ", ".join(FAMILIES)
+        raise ConfigError(f"model.source.architecture is {architecture!r}; valid: {valid}") from None
+    known = {*defaults.to_dict(), *defaults.attribute_map} - {"model_type", *decided}
     for name in fields:
+        if name in decided:
+            raise ConfigError(f"model.source.{name}: the tokenizer decides it ({decided[name]}); leave it out")
         if name not in known:
-            raise ConfigError(
-                f"model.source.{name}: {source['architecture']} has no such setting; valid: {', '.join(sorted(known))}"
-            )
-    return AutoConfig.for_model(source["architecture"], **{"bos_token_id": None, "eos_token_id": None, **given})
+            valid = ", ".join(sorted(known))
+            raise ConfigError(f"model.source.{name}: {architecture} has no such setting; valid: {valid}")
+    try:
+        return AutoConfig.for_model(architecture, **{"bos_token_id": None, "eos_token_id": None, **fields, **decided})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConfigError(f"model.source: {source} does not make a {architecture} model: {error}") from error
 
 
 def _number(value: Any) -> Any:
@@ -77,9 +82,16 @@ def family_of(config: PreTrainedConfig, requested: str = "auto") -> Family:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model on the meta device: shapes and names, no memory.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -89,12 +101,27 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
-    """fp32 weights from a folder; safetensors (or GGUF) only, no remote code."""
+    """fp32 weights from a folder; safetensors (or GGUF) only, no remote code.
+
+    Raises:
+        ConfigError: a tensor of the model is missing or has another shape.
+    """
     kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **kind
-    )
-    return model
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **kind,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        raise ConfigError(f"The model in {folder} lacks the tensors {', '.join(sorted(found['missing_keys'])[:3])}.")
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def sites(model: PreTrainedModel, family: Family) -> list[Site]:
@@ -118,6 +145,10 @@ def sites(model: PreTrainedModel, family: Family) -> list[Site]:
                     f"({type(module).__name__}); such a model cannot be quantized"
                 )
             found.append(Site(name, "linear", symmetric, transposed=isinstance(module, Conv1D)))
+    named = {site.name for site in found} | set(family.unquantized)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name.rpartition(".")[0] not in named:
+            raise ConfigError(f"model: the family {family.name} does not know the matrix {name}")
     if not any(site.role == "embedding" for site in found) or not any(site.role == "linear" for site in found):
         raise ConfigError(f"model: no layers of the family {family.name} in this {model.config.model_type} model")
     return sorted(found, key=lambda site: site.role == "tied_head")
@@ -131,6 +162,10 @@ def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family, quanti
 
 def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
     """The frozen student as a model that runs. Raises ValueError if the tensors do not fit."""
+    if config.num_hidden_layers > len(frozen.rest) + len(frozen.codes):
+        raise ValueError(f"{config.num_hidden_layers} layers, and fewer tensors")
+    shapes = skeleton(config)  # so that absurd shapes are refused before any memory is asked for
+    thaw(shapes, sites(shapes, family), spec, frozen)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     thaw(model, sites(model, family), spec, frozen)
     use_quantized_attention(model, spec)

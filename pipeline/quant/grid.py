@@ -82,11 +82,14 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_weight, (grad * error).sum_to_size(alpha.shape), None, None
 
 
-def fake_quantize_activation(x: Tensor, bits: int, symmetric: bool, over: ActivationRange = "token") -> Tensor:
+def fake_quantize_activation(
+    x: Tensor, bits: int, symmetric: bool, over: ActivationRange = "token", from_zero: bool = False
+) -> Tensor:
     """Dynamic min-max quantization of a matmul's input; the gradient passes straight through.
 
     One range per token (the last axis) or per tensor. Symmetric: 2^b - 1 levels over [-max|x|, max|x|];
-    asymmetric: 2^b levels over [min x, max x]. Computed in fp32, returned in x's dtype.
+    asymmetric: 2^b levels over [min x, max x], or over [0, max x] with `from_zero`, which softmax rows need so that
+    their range does not tell how many later tokens are masked. Computed in fp32, returned in x's dtype.
     """
     with torch.no_grad():
         values = x.float()
@@ -96,6 +99,7 @@ def fake_quantize_activation(x: Tensor, bits: int, symmetric: bool, over: Activa
             quantized = alpha * ((rows / _nonzero(alpha)).mul(levels(bits)).round() / levels(bits))
         else:
             low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+            low = torch.zeros_like(low) if from_zero else low
             step = (high - low) / (2**bits - 1)
             quantized = low + step * ((rows - low) / _nonzero(step)).round()
         quantized = quantized.reshape(x.shape).to(x.dtype)

@@ -174,7 +174,8 @@ def freeze(model: nn.Module, scale_dtype: torch.dtype, rest_dtype: torch.dtype) 
 def thaw(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, frozen: FrozenTensors) -> None:
     """Turn `model`, of the student's architecture, into the frozen student, in place.
 
-    Weights are dequantized once to fp32; activations are quantized as in training.
+    Weights are dequantized once to fp32; activations are quantized as in training. On the meta device only the
+    shapes are checked.
 
     Raises:
         ValueError: the tensors are not those of this architecture.
@@ -192,4 +193,5 @@ def thaw(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, frozen: Froze
     if expected != given:
         wrong = sorted(set(expected.items()) ^ set(given.items()))
         raise ValueError(f"the tensors do not fit the architecture; first mismatch: {wrong[0][0]} {wrong[0][1]}")
-    model.load_state_dict(state)
+    if not next(model.parameters()).is_meta:
+        model.load_state_dict(state)

@@ -26,8 +26,7 @@ def run(step: Step) -> Student:
     step.engine.train(_train, settings_of(step), step.place, step.advance)
     teacher, _ = step.input(Teacher)
     result = json.loads(step.place.read("attempt/result.json"))
-    files = {name: step.place.stored(name) for name in (Student.WEIGHTS, "history.json")}
-    return Student(**step.identity(), files=files, family=teacher.family, parameters=teacher.parameters, **result)
+    return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
 def settings_of(step: Step) -> dict[str, Any]:
@@ -60,8 +59,8 @@ def _train(
     student, distillation = make(run, teacher.folder(files, Teacher.FOLDER), family, quant, device)
     progress = fit(student, run, distillation, device, report)
     if progress is not None:
-        store_tensors(run.place, Student.WEIGHTS, weights(student))
-        finish(run.place, progress, run.steps)
+        stored = store_tensors(run.place, Student.WEIGHTS, weights(student))
+        finish(run.place, progress, run.steps, {Student.WEIGHTS: stored})
 
 
 def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device) -> tuple[WithStates, Distillation]:

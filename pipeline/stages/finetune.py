@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.checkpoints import finish
 from pipeline.config import Finetune
 from pipeline.families.models import WithStates, build, load_model, parameters, read_config, set_dropout
-from pipeline.records import Teacher, Tokens
+from pipeline.records import StoredFile, Teacher, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
 from pipeline.training import Run, fit
@@ -26,13 +26,12 @@ def run(step: Step) -> Teacher:
         settings = {"place": step.place, "model": step.locations["model"], "family": step.recipe["model"]["family"]}
         step.engine.task(_import, settings, step.place)
         result: dict[str, Any] = {"steps": 0, "best_step": 0, "validation_nats": None}
+        result["files"] = json.loads(step.place.read("attempt/files.json"))
     else:
         step.engine.train(_train, _settings(step), step.place, step.advance)
         result = json.loads(step.place.read("attempt/result.json"))
-    names = [*step.place.sizes(Teacher.FOLDER), *step.place.sizes("history.json")]
-    files = {name: step.place.stored(name) for name in names}
     facts = json.loads(step.place.read("attempt/facts.json"))
-    return Teacher(**step.identity(), files=files, **result, **facts)
+    return Teacher(**step.identity(), **result, **facts)
 
 
 def _settings(step: Step) -> dict[str, Any]:
@@ -67,20 +66,21 @@ def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, r
         set_dropout(model, recipe.dropout)
     progress = fit(WithStates(model), run, None, device, report)
     if progress is not None:
-        _save(model, run.place, family)
-        finish(run.place, progress, run.steps)
+        finish(run.place, progress, run.steps, _save(model, run.place, family))
 
 
 def _import(place: Place, model: dict[str, Any], family: str) -> None:
-    _save(load_model(Path(model["folder"]), model["gguf_file"]), place, family)
+    files = _save(load_model(Path(model["folder"]), model["gguf_file"]), place, family)
+    place.write("attempt/files.json", json.dumps({name: f.model_dump() for name, f in files.items()}).encode())
 
 
-def _save(model: PreTrainedModel, place: Place, family: str) -> None:
+def _save(model: PreTrainedModel, place: Place, family: str) -> dict[str, StoredFile]:
     """Store the teacher as a Hugging Face folder of its own."""
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
         model.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            place.upload(Teacher.FOLDER + path.name, path)
+        paths = sorted(Path(folder).iterdir())
+        files = {Teacher.FOLDER + path.name: place.upload(Teacher.FOLDER + path.name, path) for path in paths}
     count = parameters(model)
     facts = {"parameters": count, "fp32_bytes": 4 * count, "hidden": model.config.hidden_size, "family": family}
     place.write("attempt/facts.json", json.dumps(facts).encode())
+    return files

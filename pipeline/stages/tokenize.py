@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.records import Shard, Split, SplitName, StoredFile, Tokens
-from pipeline.sources import Part, SourceFile, documents, parts
+from pipeline.sources.text import Part, SourceFile, documents, parts
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import commit_shard, committed_shard, rows_per_shard, write_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,12 +47,16 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """UTF-8 bytes that each token id stands for, int64 (vocabulary,); special tokens stand for none."""
-    special = set(tokenizer.all_special_ids)
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.get_added_vocab())
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    byte_level = any(name == "Ġ" for name in names) or "ĠĠ" in names
-    return torch.tensor(
-        [0 if i in special or name is None else _bytes_of(name, byte_level) for i, name in enumerate(names)]
-    )
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+
+    def length(token: int, name: str | None) -> int:
+        if token in special or name is None:
+            return 0
+        return len(name.encode()) if name in added else _bytes_of(name, byte_level)
+
+    return torch.tensor([length(token, name) for token, name in enumerate(names)])
 
 
 def _bytes_of(name: str, byte_level: bool) -> int:

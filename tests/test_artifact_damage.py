@@ -1,0 +1,174 @@
+"""A package that is damaged, truncated, hostile or of a newer format gets a clear error, never a wrong model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import pipeline
+from pipeline.errors import BitmillError, DamagedError, RunError
+from pipeline.store import checksum
+
+
+@pytest.fixture
+def package(finished, tmp_path):
+    return shutil.copytree(finished.package, tmp_path / "package")
+
+
+def signed(folder):
+    """Make the manifest agree with whatever lies in the folder, as a careful attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: checksum(folder / name).model_dump() for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edited(path, change):
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def cut(package):
+    (package / "model.safetensors").write_bytes((package / "model.safetensors").read_bytes()[:-64])
+
+
+def flipped(package):
+    data = bytearray((package / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (package / "model.safetensors").write_bytes(data)
+
+
+def longer(package):
+    with open(package / "model.safetensors", "ab") as file:
+        file.write(b"\0" * 8)
+
+
+def listed(name):
+    def change(package):
+        entry = checksum(package / "README.md").model_dump()
+        edited(package / "manifest.json", lambda fields: fields["files"].update({name: entry}))
+
+    change.__name__ = f"listed {name}"
+    return change
+
+
+def without(*names):
+    def change(package):
+        for name in names:
+            (package / name).unlink()
+
+    change.__name__ = f"without {names}"
+    return change
+
+
+def manifest(text):
+    def change(package):
+        (package / "manifest.json").write_text(text)
+
+    change.__name__ = f"manifest {text}"
+    return change
+
+
+def unlisted(package):
+    edited(package / "manifest.json", lambda fields: fields["files"].pop("model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "model.safetensors is missing or does not match"),
+        (flipped, "model.safetensors is missing or does not match"),
+        (longer, "model.safetensors is missing or does not match"),
+        (without("model.safetensors"), "model.safetensors is missing or does not match"),
+        (without("tokenizer.json"), "tokenizer.json is missing or does not match"),
+        (without("manifest.json"), "is not a packed model: it has no manifest.json"),
+        (unlisted, "does not list model.safetensors"),
+        (listed("../README.md"), "'../README.md', which is not a plain name"),
+        (listed("/etc/passwd"), "'/etc/passwd', which is not a plain name"),
+        (listed("a/b"), "'a/b', which is not a plain name"),
+        (listed(".."), r"\.\."),
+        (manifest(""), "manifest.json is damaged"),
+        (manifest("[]"), "manifest.json is damaged"),
+        (manifest('{"format_version": 1, "files": {"model.safetensors": 3}}'), "manifest.json is damaged"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_package_is_refused(package, damage, message):
+    damage(package)
+    with pytest.raises(DamagedError, match=message):
+        pipeline.load(package)
+
+
+def test_a_newer_format_is_refused_with_advice(package):
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=2))
+    with pytest.raises(RunError, match=r"format_version 2; this bitmill reads up to 1\. Upgrade bitmill"):
+        pipeline.load(package)
+
+
+@pytest.mark.parametrize("what", ["scale", "nan scale", "code", "rest", "impossible code", "renamed", "not tensors"])
+def test_altered_tensors_are_refused_even_with_matching_checksums(package, what):
+    path, name = package / "model.safetensors", "transformer.h.0.attn.c_attn"
+    tensors = load_file(path)
+    if what == "scale":
+        tensors[f"{name}.weight_scale"] *= 2
+    elif what == "nan scale":
+        tensors[f"{name}.weight_scale"] *= math.nan
+    elif what == "code":
+        tensors[f"{name}.weight"].view(-1)[0] ^= 0b01  # another of the three levels, or none
+    elif what == "rest":
+        tensors["transformer.ln_f.weight"][3] += 1
+    elif what == "impossible code":
+        tensors[f"{name}.weight"].view(-1)[0] = 0
+    elif what == "renamed":
+        tensors["other.weight"] = tensors.pop(f"{name}.weight")
+    if what == "not tensors":
+        path.write_bytes(b"\xff" * 64)
+    else:
+        save_file(tensors, path)
+    signed(package)
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
+        pipeline.load(package)
+
+
+def module(fields):
+    return fields["quantization_config"]["modules"]["transformer.wte"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.pop("quantization_config"),
+        lambda fields: fields["quantization_config"].pop("modules"),
+        lambda fields: fields["quantization_config"].pop("family"),
+        lambda fields: fields["quantization_config"].pop("quant"),
+        lambda fields: fields["quantization_config"]["quant"].update(bits="3-3-8"),
+        lambda fields: fields["quantization_config"].update(family="bert"),
+        lambda fields: module(fields).update(bits=64),
+        lambda fields: module(fields).update(shape=[300]),
+        lambda fields: fields.update(n_embd=64),
+        lambda fields: fields.update(n_layer=1),
+        lambda fields: fields.update(vocab_size=10**13),
+        lambda fields: fields.update(model_type="nonsense"),
+    ],
+    ids=range(12),
+)
+def test_a_hostile_configuration_is_refused_clearly(package, change):
+    edited(package / "config.json", change)
+    signed(package)
+    with pytest.raises(BitmillError, match=r"\S"):
+        pipeline.load(package)
+
+
+def test_a_manifest_without_a_digest_is_refused(package):
+    edited(package / "manifest.json", lambda fields: fields.pop("digest"))
+    with pytest.raises(BitmillError, match="manifest"):
+        pipeline.load(package)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(BitmillError, match="nowhere"):
+        pipeline.load(tmp_path / "nowhere")

@@ -1,0 +1,179 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, load_config
+from pipeline.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.y*ml"))
+MINIMAL = {"name": "tiny", "model": {"source": "org/name"}, "data": {"source": "*.txt"}, "distill": {"steps": 10}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides, given=None, **sections):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **sections}))
+        return load_config(path, list(overrides), given)
+
+    return load
+
+
+def test_there_are_configurations_to_start_from():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config == Config.model_validate(config.model_dump(by_alias=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "valid"),
+    [
+        ("colour=red", "colour", ["distill", "name", "register", "resources"]),
+        ("distill.learning_rate=1", "distill.learning_rate", ["lr", "gamma_lr", "steps"]),
+        ("finetune={steps: 1, momentum: 1}", "finetune.momentum", ["dropout", "epochs"]),
+        ("register.gate.max_ppl=2", "register.gate.max_ppl", ["max_perplexity_ratio"]),
+        ("model.tokenizer={train_bpe: 300, unigram: 1}", "unigram", ["train_bpe"]),
+        ("resources.worker=1", "resources.worker", ["workers", "micro_batch"]),
+        ("register_={}", "register_", ["register"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_valid_ones(load, override, path, valid):
+    with pytest.raises(ConfigError) as raised:
+        load(override)
+    (line,) = [line for line in str(raised.value).splitlines() if "unknown key" in line]
+    assert f"{path}: unknown key" in line
+    named = line.partition("Valid keys: ")[2].split(", ")
+    assert set(valid) <= set(named)
+    assert "register_" not in named
+
+
+def test_everything_wrong_is_said_at_once(load):
+    with pytest.raises(ConfigError) as raised:
+        load("quant.bits=3-2-8", "distill.lr=-1", "nonsense=1")
+    assert all(part in str(raised.value) for part in ("quant.bits", "distill.lr", "nonsense", "config.yaml"))
+
+
+ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {train_bpe: 300}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quant.bits=3-2-8"], r"quant\.bits: .*3 bits are not offered for weights; valid: 2, 4, 8, 32"),
+        (["quant.bits=2-16-8"], r"16 bits are not offered for embedding"),
+        (["quant.bits=2-2-4"], r"4 bits are not offered for activations; valid: 8, 32"),
+        (["quant.bits=ternary"], r"'ternary' is not of the form W-E-A"),
+        (["quant.overrides={'.*c_fc': 3}"], r"\.\*c_fc.*3 bits are not offered; valid: 2, 4, 8, 32"),
+        (["pack.encoding=base3", "quant.bits=4-2-8"], r"base3 holds ternary codes only, and quant.bits is 4-2-8"),
+        (["pack.encoding=base3", "quant.overrides={a: 4}"], r"base3 holds ternary codes only"),
+        (["model.source={architecture: gpt2}", "finetune.steps=1"], r"set model\.tokenizer to"),
+        (["model.source={n_layer: 2}"], r"needs the key `architecture`"),
+        ([ARCHITECTURE], r"an architecture without weights; add a finetune section"),
+        (["model.tokenizer={train_bpe: 300}"], r"which the weights of model\.source do not know"),
+        (["model.tokenizer={train_bpe: 256}"], r"greater than or equal to 257"),
+        (["data.unit=line"], r"data\.unit: line .*set data\.validation and data\.test"),
+        (["data.unit=line", "data.validation=v.txt"], r"set data\.validation and data\.test"),
+        (["distill.epochs=2"], r"distill: give exactly one of steps and epochs"),
+        (["distill.steps=null"], r"distill: give exactly one of steps and epochs"),
+        (["finetune={lr: 1}"], r"finetune: give exactly one of steps and epochs"),
+        (["distill.batch_size=2", "resources.workers=3"], r"distill\.batch_size is 2, fewer .*workers \(3\)"),
+        (["finetune={steps: 1, batch_size: 1}", "resources.workers=2"], r"finetune\.batch_size is 1"),
+        (["distill.lr=fast"], r"distill\.lr: .*\(given: 'fast'\)"),
+        (["data.holdout=0.5"], r"data\.holdout: .*less than 0\.5"),
+        (["register.gate.max_perplexity_ratio=1"], r"greater than 1"),
+        (["name=a b"], r"name: .*'a b'"),
+        (["resources.namespace=a/b"], r"resources\.namespace"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_knob(load, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(*overrides)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("knob", ["distill.lr", "distill.weight_decay", "distill.contrast_weight"])
+def test_numbers_without_a_canonical_form_are_refused_at_the_door(load, knob, value):
+    with pytest.raises(ConfigError, match=knob):
+        load(f"{knob}={value}")
+
+
+def test_an_override_that_is_no_regular_expression_is_refused_at_the_door(load):
+    with pytest.raises(ConfigError, match=r"overrides"):
+        load("quant.overrides={'(': 4}")
+
+
+def test_a_missing_section_is_named(load, tmp_path):
+    (tmp_path / "short.yaml").write_text("name: a\nmodel: {source: a/b}\ndata: {source: x.txt}\n")
+    with pytest.raises(ConfigError, match="distill: Field required"):
+        load_config(tmp_path / "short.yaml")
+
+
+@pytest.mark.parametrize("text", [None, "", "- a\n- b\n", "a: [", "name: \x01", "just text"])
+def test_a_file_that_is_no_configuration(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"odd\.yaml"):
+        load_config(path)
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: gr\xfcn".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_set_reaches_nested_sections_and_values_are_yaml(load):
+    config = load(
+        "distill.lr=5e-4",
+        "register.gate.max_perplexity_ratio=1.5",
+        "quant.overrides={'.*c_fc': 8}",
+        "finetune.steps=7",
+        "finetune.clip_norm=null",
+        "data.validation=a=b.txt",
+        "resources.tracking_uri=",
+    )
+    assert config.distill.lr == 5e-4
+    assert config.distill.steps == 10
+    assert config.register_.gate.max_perplexity_ratio == 1.5
+    assert config.quant.overrides == {".*c_fc": 8}
+    assert config.finetune is not None
+    assert (config.finetune.steps, config.finetune.clip_norm) == (7, None)
+    assert config.data.validation == "a=b.txt"
+    assert config.resources.tracking_uri is None
+
+
+def test_the_last_set_wins(load):
+    assert load("distill.lr=1", "distill.lr=2e-3").distill.lr == 2e-3
+
+
+@pytest.mark.parametrize("override", ["distill.lr", "=3", "", "distill"])
+def test_a_set_of_another_form_is_refused(load, override):
+    with pytest.raises(ConfigError, match=r"not of the form section\.key=value"):
+        load(override)
+
+
+def test_a_set_below_a_value_is_refused(load):
+    with pytest.raises(ConfigError, match="steps is a value, not a section"):
+        load("distill.steps.fast=1")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load("distill.lr=[1")
+
+
+def test_given_resources_fill_what_the_file_and_set_leave_open(load):
+    given = {"storage_uri": "/given", "tracking_uri": "given", "workers": "4"}
+    config = load("resources.tracking_uri=set", given=given, resources={"storage_uri": "/file"})
+    assert config.resources.storage_uri == "/file"
+    assert config.resources.tracking_uri == "set"
+    assert config.resources.workers == 4
+    assert load().resources.storage_uri == "./bitmill-store"
+
+
+def test_a_configuration_is_frozen(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load().distill.lr = 1.0

@@ -1,0 +1,200 @@
+"""Damage that is found and undone, and steps that another process holds."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import flow
+from pipeline.errors import BusyError, DamagedError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.records import Report, read_record
+from pipeline.store import Place
+
+storage, stage, key, scratch, release, record = sys.argv[1:]
+with Place(storage, stage, key, scratch).hold(True, print) as place:
+    print("held", flush=True)
+    while not Path(release).exists():
+        time.sleep(0.05)
+    if record:
+        place.commit(read_record(Path(record).read_bytes(), Report, record))
+"""
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder):
+    return {path: sha256(path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_config, run_flow, tmp_path_factory):
+    """A run up to its cache, in shards of 32 rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.tables.SHARD_TOKENS", 1024)
+        ran = run_flow(tiny_config(tmp_path_factory.mktemp("sharded")), until="cache")
+        assert len(ran.record("cache").shards) > 10
+        yield ran
+
+
+@pytest.fixture(scope="module")
+def undamaged(sharded, tiny_config, run_flow, tmp_path_factory):
+    """SHA-256 of the student's weights when nothing was damaged."""
+    folder = tmp_path_factory.mktemp("undamaged")
+    ran = run_flow(copy_of(sharded, tiny_config, folder), until="distill")
+    return sha256(ran.folder("distill") / "weights.safetensors")
+
+
+def copy_of(ran, tiny_config, folder):
+    shutil.copytree(ran.plan.config.resources.storage_uri, folder / "store")
+    return tiny_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern", "damage"),
+    [
+        ("cache", "rows/*.arrow", flip),
+        ("cache", "rows/*.arrow", truncate),
+        ("cache", "rows/*.arrow", Path.unlink),
+        ("cache", "rows/*.arrow.json", Path.unlink),
+        ("cache", "rows/*.arrow.json", truncate),
+        ("tokenize", "rows/train-*.parquet", flip),
+        ("tokenize", "rows/validation-*.parquet", truncate),
+        ("tokenize", "rows/train-*.parquet", Path.unlink),
+    ],
+)
+def test_a_damaged_shard_is_remade_and_the_student_is_the_same(
+    sharded, undamaged, tiny_config, run_flow, tmp_path, stage, pattern, damage
+):
+    config = copy_of(sharded, tiny_config, tmp_path)
+    folder = Path(flow.plan(config, "cache").step(stage).place.uri)
+    shard = sorted(folder.glob(pattern))[0]
+    before = contents(folder / "rows")
+    times = {path: path.stat().st_mtime_ns for path in before}
+    damage(shard)
+
+    ran = run_flow(config, until="distill")
+    assert sha256(ran.folder("distill") / "weights.safetensors") == undamaged
+    assert contents(folder / "rows") == before
+    if stage == "cache":  # the one shard and its commit; all others stay as they are
+        assert len([path for path in before if path.stat().st_mtime_ns != times[path]]) == 2
+
+
+def test_two_damaged_stages_are_both_repaired(sharded, undamaged, tiny_config, run_flow, tmp_path):
+    config = copy_of(sharded, tiny_config, tmp_path)
+    for stage, pattern in (("tokenize", "rows/*.parquet"), ("cache", "rows/*.arrow")):
+        for shard in Path(flow.plan(config).step(stage).place.uri).glob(pattern):
+            truncate(shard)
+    ran = run_flow(config, until="distill")
+    assert sha256(ran.folder("distill") / "weights.safetensors") == undamaged
+
+
+def test_damaged_weights_are_never_read(tiny_config, run_flow, cloned):
+    config = tiny_config(cloned, quant={"bits": "4-4-8"})
+    weights = Path(flow.plan(config).step("finetune").place.uri) / "model" / "model.safetensors"
+    flip(weights)
+    with pytest.raises(DamagedError, match=r"model/model\.safetensors.*does not match its checksum"):
+        run_flow(config)
+
+
+class Releasing:
+    """An observer that lets the other process go once it has been told of it."""
+
+    def __init__(self, release):
+        self.release, self.owners, self.statuses = release, [], {}
+
+    def started(self, stage):
+        pass
+
+    def advanced(self, stage, done, total, note):
+        pass
+
+    def finished(self, stage, status, seconds):
+        self.statuses[stage] = status
+
+    def waiting(self, stage, owner):
+        self.owners.append((stage, owner))
+        self.release.touch()
+
+
+@pytest.fixture
+def evaluation(tiny_config, cloned):
+    """A plan whose only step to run is evaluate; the record that was there is at `cloned`/record.json."""
+    config = tiny_config(cloned)
+    place = flow.plan(config, "evaluate").step("evaluate").place
+    shutil.move(Path(place.uri) / "record.json", cloned / "record.json")
+    return flow.plan(config, "evaluate")
+
+
+@pytest.fixture
+def held(evaluation, cloned):
+    """Another live process holds the step until `cloned`/release exists; it commits a record if it is given one."""
+    processes = []
+
+    def hold(record=""):
+        place = evaluation.step("evaluate").place
+        names = [place.storage_uri, place.stage, place.key, place.scratch, str(cloned / "release"), str(record)]
+        command = [sys.executable, "-c", HOLD, *names]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(flow.__file__).parents[1])
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    (cloned / "release").touch()
+    for process in processes:
+        process.communicate(timeout=60)
+
+
+def test_a_step_held_by_a_live_process_is_waited_for_by_name_and_then_run(finished, evaluation, held, cloned):
+    process, observer = held(), Releasing(cloned / "release")
+    outcome = flow.run(evaluation, observer)
+    [(stage, owner)] = observer.owners
+    assert (stage, owner.pid) == ("evaluate", process.pid)
+    assert str(process.pid) in str(owner)
+    assert observer.statuses["evaluate"] == "done"
+    assert outcome.done["evaluate"].record.student == finished.record("evaluate").student
+
+
+def test_what_the_live_process_finished_is_adopted(finished, evaluation, held, cloned):
+    held(cloned / "record.json")
+    observer = Releasing(cloned / "release")
+    outcome = flow.run(evaluation, observer)
+    assert observer.statuses == dict.fromkeys(("tokenize", "finetune", "cache", "distill", "evaluate"), "reused")
+    assert outcome.done["evaluate"].record == finished.record("evaluate")
+
+
+def test_a_caller_who_does_not_wait_is_told_who_is_busy(evaluation, held, cloned):
+    process, observer = held(), Releasing(cloned / "release")
+    with pytest.raises(BusyError, match=f"evaluate step .* is being run by process {process.pid} on "):
+        flow.run(evaluation, observer, wait=False)
+    assert observer.owners == []
+
+
+def test_a_step_of_a_killed_process_is_taken_over(evaluation, held, cloned):
+    process = held()
+    process.kill()
+    process.wait()
+    observer = Releasing(cloned / "release")
+    flow.run(evaluation, observer, wait=False)
+    assert (observer.owners, observer.statuses["evaluate"]) == ([], "done")

@@ -1,0 +1,54 @@
+"""GPT-2 small, 124M parameters, packs to the sizes that the paper prints."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pipeline import artifact
+from pipeline.config import Quant
+from pipeline.families.models import FAMILIES, make_student, parameters
+from pipeline.quant.layers import freeze
+
+MIB = 2**20
+TEACHER_BYTES = 124_439_808 * 4
+
+
+@pytest.fixture(scope="module")
+def gpt2_small():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config())
+    assert parameters(model) * 4 == TEACHER_BYTES
+    return model
+
+
+def frozen_at(model, bits):
+    """gamma 1 everywhere: its search changes scales, not sizes."""
+    quant = Quant(bits=bits, gamma_init="one")
+    student = copy.deepcopy(model)
+    make_student(student, quant.spec(), FAMILIES["gpt2"])
+    return freeze(student, torch.float32, torch.float32), quant
+
+
+@pytest.mark.parametrize(("bits", "mib", "ratio"), [("4-4-8", 62.4, 7.6), ("8-8-8", 121.3, 3.9)])
+def test_wider_codes_give_the_sizes_of_the_paper(gpt2_small, bits, mib, ratio):
+    size = artifact.sizes(frozen_at(gpt2_small, bits)[0], packed_bytes=1, teacher_bytes=TEACHER_BYTES)
+    assert round(size.paper_bytes / MIB, 1) == mib
+    assert round(size.paper_ratio, 1) == ratio
+
+
+@pytest.mark.parametrize(("encoding", "most_mib"), [("dense", 34.0), ("base3", 28.0)])
+def test_two_bits_give_the_size_of_the_paper_and_about_that_on_disk(gpt2_small, tmp_path, encoding, most_mib):
+    frozen, quant = frozen_at(gpt2_small, "2-2-8")
+    nothing = {"teacher": {}, "student": {}, "protocol": ""}
+    facts = {"name": "gpt2", "teacher_bytes": TEACHER_BYTES, "lineage": {}, "metrics": nothing}
+    manifest = artifact.write(tmp_path, frozen, gpt2_small.config, quant, encoding, "gpt2", facts)
+    size = manifest["size"]
+    assert 32.9 <= size["paper_bytes"] / MIB <= 33.1
+    assert round(size["paper_ratio"], 1) == 14.4
+    assert size["packed_bytes"] == (tmp_path / artifact.WEIGHTS).stat().st_size <= most_mib * MIB
+    unpacked, _, _ = artifact.read(tmp_path)
+    assert unpacked.digest() == frozen.digest()

@@ -1,0 +1,138 @@
+"""The files of one step: its record, what is checked before it is read, what goes and what stays."""
+
+import os
+import pickle
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DamagedError, FencedOffError
+from pipeline.objects import open_objects
+from pipeline.records import Report, StoredFile
+from pipeline.store import Place, checksum, records
+from tests.test_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with serve_s3() as uri:
+        yield uri
+
+
+@pytest.fixture(params=EVERYWHERE)
+def uri(request, tmp_path):
+    return (
+        str(tmp_path / "store") if request.param == "directory" else f"{request.getfixturevalue('s3')}/{uuid.uuid4()}"
+    )
+
+
+@pytest.fixture
+def place(uri, tmp_path):
+    """A step's place, its lease held by this process."""
+    with Place(uri, Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as held:
+        yield held
+
+
+def test_what_a_killed_writer_left_is_neither_listed_nor_read(tmp_path):
+    place = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    folder = tmp_path / Report.stage / KEY
+    folder.mkdir(parents=True)
+    (folder / f".record.json.{uuid.uuid4().hex}.tmp").write_bytes(report("half").to_json()[:40])
+    assert place.record(Report) is None
+    assert place.sizes() == {}
+    assert records(str(tmp_path), Report) == []
+
+
+def test_a_record_is_none_until_it_is_committed_once(place):
+    assert place.record(Report) is None
+    assert place.commit(report("first")) == report("first")
+    assert place.commit(report("second")) == report("first")
+    assert place.record(Report) == report("first")
+    place.forget_record()
+    assert place.record(Report) is None
+    assert place.commit(report("third")) == report("third")
+
+
+def test_whoever_loses_the_race_to_commit_adopts_the_winners_record(place):
+    winners = at_once(lambda i: place.commit(report(str(i))))
+    assert winners == [place.record(Report)] * 8
+
+
+def test_commit_removes_what_the_attempt_left_and_keeps_the_rest(place):
+    place.write("attempt/checkpoint/1", b"x")
+    place.write("weights", b"w")
+    path, filesystem = place.run_folder()
+    if filesystem is None:
+        Path(path, "trial").write_bytes(b"y")
+    else:
+        with filesystem.open_output_stream(f"{path}/trial") as stream:
+            stream.write(b"y")
+    assert place.sizes("attempt/") == {"attempt/checkpoint/1": 1, "attempt/trial": 1}
+    place.commit(report("d"))
+    assert place.sizes("attempt/") == {}
+    assert {"weights", "record.json"} <= set(place.sizes())
+
+
+def test_records_of_a_stage_skip_the_damaged_ones(uri, place):
+    place.commit(report("d"))
+    open_objects(uri).write(f"{Report.stage}/{'1' * 32}/record.json", b"{")
+    open_objects(uri).write(f"{Report.stage}/{KEY}/package/record.json", report("inner").to_json())
+    assert records(uri, Report) == [report("d")]
+
+
+def test_a_place_without_a_fence_reads_only(place):
+    place.write("a", b"x")
+    reader = pickle.loads(pickle.dumps(replace(place, fence=None)))
+    assert reader.read("a") == b"x"
+    with pytest.raises(FencedOffError):
+        reader.write("a", b"y")
+
+
+def test_a_stored_file_is_checked_before_it_is_read(place, tmp_path):
+    stored = place.upload("weights", file_of(tmp_path, b"sound"))
+    assert (stored.bytes, stored) == (5, checksum(file_of(tmp_path, b"sound")))
+    assert place.local("weights", stored).read_bytes() == b"sound"
+    for other in (StoredFile(bytes=6, sha256=stored.sha256), StoredFile(bytes=5, sha256="0" * 64)):
+        with pytest.raises(DamagedError, match="weights"):
+            place.local("weights", other)
+
+
+@pytest.mark.parametrize("damaged", [b"Sound", b"soun", b"sound!", b"", None], ids=repr)
+def test_a_damaged_file_is_refused(uri, place, tmp_path, damaged):
+    stored = place.upload("weights", file_of(tmp_path, b"sound"))
+    name = f"{Report.stage}/{KEY}/weights"
+    if damaged is None:
+        open_objects(uri).delete(name)
+    else:
+        open_objects(uri).write(name, damaged)
+    with pytest.raises(DamagedError, match=f"weights.*{KEY}|{KEY}.*weights"):
+        place.local("weights", stored)
+    with pytest.raises(DamagedError):
+        place.folder({"weights": stored}, "")
+
+
+def test_a_spoilt_scratch_copy_of_a_sound_object_is_fetched_again(s3, tmp_path):
+    with Place(f"{s3}/{uuid.uuid4()}", Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as place:
+        stored = place.upload("weights", file_of(tmp_path, b"sound"))
+        copy = place.local("weights", stored)
+        assert copy.is_relative_to(tmp_path / "scratch")
+        for spoilt in (b"SOUND", b"s"):
+            copy.write_bytes(spoilt)
+            os.utime(copy, ns=(1, 1))
+            assert place.local("weights", stored).read_bytes() == b"sound"
+
+
+def test_a_rewritten_file_is_read_as_the_new_one(place, tmp_path):
+    for data in (b"first", b"second"):
+        stored = place.upload("weights", file_of(tmp_path, data))
+        assert place.local("weights", stored).read_bytes() == data
+        assert place.write("weights", data) == stored
+
+
+def test_a_folder_holds_the_listed_files_and_no_others(place, tmp_path):
+    files = {f"model/{name}": place.upload(f"model/{name}", file_of(tmp_path, name.encode())) for name in ("a", "b")}
+    place.write("model/left-by-an-earlier-attempt", b"unchecked")
+    folder = place.folder(files | {"other": files["model/a"]}, "model/")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"a", "b": b"b"}

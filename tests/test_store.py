@@ -1,0 +1,257 @@
+"""The store's objects, the same on a directory and on S3."""
+
+import contextlib
+import os
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import boto3
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+from pipeline import objects as objects_module
+from pipeline.errors import ConfigError, RunError
+from pipeline.objects import Directory, open_objects
+from pipeline.records import Report
+from pipeline.store import check_writable
+
+KEY = "0" * 32
+EVERYWHERE = ["directory", "s3"]
+
+
+@contextlib.contextmanager
+def serve_s3():
+    """S3 on this machine; yields the URI of an empty bucket. One request at a time, as S3's conditions are atomic."""
+    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        stack.callback(server.server_close)
+        stack.callback(thread.join)
+        stack.callback(server.shutdown)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        open_objects.cache_clear()
+        bucket = f"bucket-{uuid.uuid4().hex}"
+        boto3.Session().client("s3").create_bucket(Bucket=bucket)
+        yield f"s3://{bucket}"
+        open_objects.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with serve_s3() as uri:
+        yield uri
+
+
+@pytest.fixture(params=EVERYWHERE)
+def uri(request, tmp_path):
+    (tmp_path / "neighbour.txt").write_text("not of the store")
+    return (
+        str(tmp_path / "store") if request.param == "directory" else f"{request.getfixturevalue('s3')}/{uuid.uuid4()}"
+    )
+
+
+@pytest.fixture
+def objects(uri):
+    return open_objects(uri)
+
+
+def report(digest):
+    common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+    return Report(**common, protocol="p", digest=digest, teacher={}, student={})
+
+
+def file_of(tmp_path, data):
+    path = tmp_path / uuid.uuid4().hex
+    path.write_bytes(data)
+    return path
+
+
+def at_once(function, threads=8):
+    """Call function(0), function(1), ... from threads that start together."""
+    barrier = threading.Barrier(threads)
+
+    def call(number):
+        barrier.wait(30)
+        return function(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, range(threads)))
+
+
+def test_an_object_is_written_replaced_and_deleted(objects):
+    with pytest.raises(FileNotFoundError):
+        objects.read("a/b.json")
+    for data in (b"first", b"", b"second" * 1000):
+        objects.write("a/b.json", data)
+        assert objects.read("a/b.json") == data
+    objects.delete("a/b.json")
+    objects.delete("a/b.json")
+    with pytest.raises(FileNotFoundError):
+        objects.read("a/b.json")
+
+
+def test_create_writes_once(objects):
+    assert objects.create("a/b", b"first")
+    assert not objects.create("a/b", b"second")
+    assert objects.read("a/b") == b"first"
+
+
+def test_swap_replaces_only_what_was_expected(objects):
+    assert not objects.swap("a/b", b"", b"new")  # neither object nor folder
+    objects.write("a/b", b"old")
+    assert not objects.swap("a/b", b"other", b"new")
+    assert objects.read("a/b") == b"old"
+    assert objects.swap("a/b", b"old", b"new")
+    assert objects.read("a/b") == b"new"
+    objects.delete("a/b")
+    assert not objects.swap("a/b", b"new", b"newer")
+
+
+def test_a_race_to_create_has_one_winner(objects):
+    for turn in range(5):
+        won = at_once(lambda i, turn=turn: objects.create(f"race/{turn}", b"%d" % i))
+        assert sum(won) == 1
+        assert objects.read(f"race/{turn}") == b"%d" % won.index(True)
+
+
+def test_a_race_to_create_files_has_one_winner_to_the_last_moment(tmp_path, monkeypatch):
+    objects, barrier = open_objects(str(tmp_path / "store")), threading.Barrier(8)
+    monkeypatch.setattr(objects_module, "_sync", lambda path: barrier.wait(30))  # all have written, none has committed
+    for turn in range(50):
+        assert sum(at_once(lambda i, turn=turn: objects.create(f"race/{turn}", b"%d" % i))) == 1
+
+
+def test_a_race_to_swap_has_one_winner(objects):
+    for turn in range(5):
+        objects.write(f"race/{turn}", b"old")
+        won = at_once(lambda i, turn=turn: objects.swap(f"race/{turn}", b"old", b"%d" % i))
+        assert sum(won) == 1
+        assert objects.read(f"race/{turn}") == b"%d" % won.index(True)
+
+
+def test_a_reader_sees_the_old_object_or_the_new_one(objects):
+    versions = [bytes([i]) * 300_000 for i in range(2)]
+    objects.write("big", versions[0])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [objects.write("big", versions[i % 2]) for i in range(10)])
+        while not writing.done():
+            assert objects.read("big") in versions
+        writing.result()
+
+
+def test_sizes_lists_by_prefix(objects):
+    for name in ("a/1", "a/22", "a/deep/333", "ab/1", "b"):
+        objects.write(name, name.encode())
+    assert objects.sizes("a/") == {"a/1": 3, "a/22": 4, "a/deep/333": 10}
+    assert objects.sizes("a/2") == {"a/22": 4}
+    assert objects.sizes("a") == {"a/1": 3, "a/22": 4, "a/deep/333": 10, "ab/1": 4}
+    assert objects.sizes("none/") == {}
+    assert set(objects.sizes("")) == {"a/1", "a/22", "a/deep/333", "ab/1", "b"}
+
+
+def test_delete_below_takes_the_folder_alone(objects):
+    for name in ("a/1", "a/deep/2", "ab"):
+        objects.write(name, b"x")
+    objects.delete_below("a/")
+    objects.delete_below("none/")
+    assert objects.sizes("a") == {"ab": 1}
+
+
+def test_upload_and_local_copy(objects, tmp_path):
+    data = os.urandom(100_000)
+    objects.upload("a/file", file_of(tmp_path, data))
+    assert objects.local("a/file", tmp_path / "scratch").read_bytes() == data
+    with pytest.raises(FileNotFoundError):
+        objects.local("a/other", tmp_path / "scratch")
+    copies = at_once(lambda i: objects.local("a/file", tmp_path / "shared").read_bytes())
+    assert copies == [data] * 8
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_object_and_nothing_else(tmp_path, monkeypatch):
+    objects = open_objects(str(tmp_path / "store"))
+    objects.write("a/b", b"old")
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(objects_module, "_sync", full)
+    source = file_of(tmp_path, b"new")
+    for write in (lambda: objects.write("a/b", b"new"), lambda: objects.create("a/c", b"new")):
+        with pytest.raises(OSError, match="No space"):
+            write()
+    with pytest.raises(OSError, match="No space"):
+        objects.upload("a/b", source)
+    assert objects.read("a/b") == b"old"
+    assert [path.name for path in (tmp_path / "store").rglob("*") if path.is_file()] == ["b"]
+
+
+def test_an_unfinished_upload_is_neither_listed_nor_read(s3, tmp_path):
+    bucket = open_objects(f"{s3}/{uuid.uuid4()}")
+    upload = bucket.client.create_multipart_upload(Bucket=bucket.bucket, Key=f"{bucket.prefix}a/b")
+    bucket.client.upload_part(
+        Bucket=bucket.bucket, Key=upload["Key"], UploadId=upload["UploadId"], PartNumber=1, Body=b"half"
+    )
+    assert bucket.sizes("") == {}
+    with pytest.raises(FileNotFoundError):
+        bucket.local("a/b", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/hostname", "link/x"])
+def test_names_that_lead_outside_the_store_are_refused(tmp_path, name):
+    objects = open_objects(str(tmp_path / "store"))
+    objects.write("a/x", b"inside")
+    (tmp_path / "x").write_bytes(b"outside")
+    (tmp_path / "store" / "link").symlink_to(tmp_path)
+    for use in (
+        lambda: objects.read(name),
+        lambda: objects.write(name, b""),
+        lambda: objects.create(name, b""),
+        lambda: objects.swap(name, b"outside", b""),
+        lambda: objects.delete(name),
+        lambda: objects.local(name, tmp_path),
+    ):
+        with pytest.raises(RunError, match="leads outside the store"):
+            use()
+    assert (tmp_path / "x").read_bytes() == b"outside"
+
+
+def test_a_directory_may_be_spelled_as_a_uri(tmp_path):
+    open_objects(f"file://{tmp_path}/store").write("a", b"x")
+    assert open_objects(str(tmp_path / "store")).read("a") == b"x"
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "S4://x"])
+def test_an_unknown_scheme_is_refused(uri):
+    with pytest.raises(ConfigError, match=r"resources\.storage_uri .*s3://bucket/prefix"):
+        open_objects(uri)
+
+
+def test_check_writable_leaves_nothing(uri, objects):
+    check_writable(uri)
+    assert objects.sizes("probe") == {}
+
+
+def test_check_writable_says_what_to_do(tmp_path, s3):
+    (tmp_path / "file").write_text("x")
+    for uri in (str(tmp_path / "file" / "store"), "s3://no-such-bucket/x"):
+        with pytest.raises(ConfigError, match=r"resources\.storage_uri .*cannot be written to"):
+            check_writable(uri)
+
+
+def test_space_left_is_known_for_directories(objects):
+    free = objects.free_bytes()
+    assert (free > 0) if isinstance(objects, Directory) else free is None

@@ -1,0 +1,218 @@
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.errors import DamagedError
+from pipeline.records import StoredFile
+from pipeline.store import Place
+from pipeline.tables import (
+    SHARD_TOKENS,
+    Rows,
+    commit_shard,
+    committed_shard,
+    map_states,
+    open_shard,
+    read_tokens,
+    rows_per_shard,
+    states_name,
+    to_tensor,
+    write_states,
+    write_tokens,
+)
+
+BLOCK, HIDDEN = 6, 4
+SIZES = (3, 1, 4, 2, 5)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def random_rows(rows, seed=0):
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, 2**31 - 1, (rows, BLOCK), dtype=np.int32)
+    return ids, draw.integers(1, BLOCK + 1, rows, dtype=np.int32)
+
+
+@pytest.fixture
+def place(tmp_path):
+    with Place(str(tmp_path / "store"), "tokenize", "0" * 32, str(tmp_path / "scratch")).hold(False, print) as held:
+        yield held
+
+
+@pytest.fixture
+def corpus(place):
+    """Shards of unequal sizes with their states, and what they hold as whole arrays."""
+    ids, lengths = random_rows(sum(SIZES))
+    states = torch.randn(sum(SIZES), BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
+    shards, start = [], 0
+    for number, rows in enumerate(SIZES):
+        here = slice(start, start + rows)
+        name = f"rows/train-{number}.parquet"
+        tokens = int(lengths[here].sum())
+        shards.append(commit_shard(place, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
+        commit_shard(place, states_name(name), rows, tokens, lambda p, h=here: write_states(p, states[h], "bfloat16"))
+        start += rows
+    return shards, torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5000])
+def test_tokens_survive(tmp_path, rows):
+    ids, lengths = random_rows(rows)
+    write_tokens(tmp_path / "a.parquet", ids, lengths)
+    found_ids, found_lengths = read_tokens(tmp_path / "a.parquet")
+    assert (found_ids.dtype, found_lengths.dtype) == (np.int32, np.int32)
+    np.testing.assert_array_equal(found_ids, ids)
+    np.testing.assert_array_equal(found_lengths, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_survive_in_every_bit(tmp_path, dtype):
+    finest = torch.finfo(DTYPES[dtype])
+    states = torch.randn(5, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
+    states[0, 0] = torch.tensor([-0.0, finest.tiny, finest.max, finest.smallest_normal / 2])
+    write_states(tmp_path / "a.arrow", states, dtype)
+    mapped, found = map_states(tmp_path / "a.arrow")
+    assert (found, mapped.shape) == (dtype, (5, BLOCK, HIDDEN))
+    expected = states.to(DTYPES[dtype])
+    words = torch.from_numpy(mapped.copy())
+    assert torch.equal(words.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(to_tensor(mapped, dtype), expected.float())
+    assert torch.equal(to_tensor(mapped[3], dtype), expected[3].float())
+
+
+def test_states_that_do_not_lie_in_order_are_written_in_order(tmp_path):
+    states = torch.randn(HIDDEN, BLOCK, 3).transpose(0, 2)
+    write_states(tmp_path / "a.arrow", states, "float32")
+    assert torch.equal(to_tensor(*map_states(tmp_path / "a.arrow")), states)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_are_mapped_and_not_copied(tmp_path, dtype):
+    path = tmp_path / "a.arrow"
+    write_states(path, torch.ones(64, BLOCK, HIDDEN), dtype)
+    allocated = pa.total_allocated_bytes()
+    mapped, _ = map_states(path)
+    assert pa.total_allocated_bytes() - allocated < mapped.nbytes / 4
+    assert not mapped.flags.writeable
+    data = path.read_bytes()
+    place_of_rows = data.index(mapped.tobytes())
+    with open(path, "r+b") as file:  # the view is the file: what is written there shows
+        file.seek(place_of_rows)
+        file.write(bytes(mapped.itemsize))
+    assert mapped[0, 0, 0] == 0
+    assert mapped[0, 0, 1] != 0
+
+
+def test_rows_are_found_across_shards(place, corpus):
+    shards, ids, lengths, states = corpus
+    rows = Rows(place, shards, place)
+    assert rows.rows == sum(SIZES)
+    for wanted in ([0], range(sum(SIZES)), [14, 0, 3, 3, 2, 4, 9], [7, 8]):
+        wanted = list(wanted)
+        found = rows.get(wanted)
+        assert torch.equal(found[0], ids[wanted])
+        assert torch.equal(found[1], lengths[wanted])
+        assert torch.equal(found[2], states[wanted])
+        assert torch.equal(rows.lengths(wanted), lengths[wanted])
+    assert found[0].dtype == torch.int64
+    assert found[2].dtype == torch.float32
+
+
+def test_rows_without_a_cache_have_no_states(place, corpus):
+    shards, ids, _, _ = corpus
+    found = Rows(place, shards).get([1, 12])
+    assert torch.equal(found[0], ids[[1, 12]])
+    assert found[2] is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_a_bounded_number_of_shards_stays_open(place, corpus, limit):
+    shards, ids, _, states = corpus
+    rows = Rows(place, shards, place, open_shards=limit)
+    order = torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(0)).tolist()
+    for row in order * 2:
+        found = rows.get([row])
+        assert torch.equal(found[0][0], ids[row])
+        assert torch.equal(found[2][0], states[row])
+        with open("/proc/self/maps") as maps:
+            assert len({line.split()[-1] for line in maps if place.key in line}) <= limit
+
+
+def test_a_shard_that_is_open_is_not_read_again(place, corpus):
+    shards, ids, _, _ = corpus
+    rows = Rows(place, shards, open_shards=2)
+    rows.get([0, 3])
+    place.delete(shards[0].name)
+    assert torch.equal(rows.get([1])[0], ids[[1]])
+    rows.get([4, 8])
+    with pytest.raises(DamagedError):
+        rows.get([0])
+
+
+def spoil(place, name, how):
+    if how == "missing":
+        place.delete(name)
+    elif how == "without its sidecar":
+        place.delete(f"{name}.json")
+    elif how.startswith("sidecar "):
+        place.write(f"{name}.json", how.removeprefix("sidecar ").encode())
+    else:
+        data = bytearray(place.read(name))
+        data[len(data) // 2] ^= 1
+        place.write(name, bytes(data) if how == "flipped" else bytes(data[:-1]))
+
+
+@pytest.mark.parametrize(
+    "how", ["missing", "flipped", "cut", "without its sidecar", "sidecar {", "sidecar []", "sidecar {}", "sidecar \x00"]
+)
+@pytest.mark.parametrize("kind", ["tokens", "states"])
+def test_a_damaged_shard_is_refused_and_counts_as_absent(place, corpus, how, kind):
+    shards, ids, _, _ = corpus
+    name = shards[1].name if kind == "tokens" else states_name(shards[1].name)
+    assert committed_shard(place, name).rows == SIZES[1]
+    spoil(place, name, how)
+    with pytest.raises(DamagedError, match=name.split("/")[1]):
+        open_shard(place, name)
+    assert committed_shard(place, name) is None
+    rows = Rows(place, shards, place)
+    assert torch.equal(rows.get([0])[0], ids[[0]])
+    with pytest.raises(DamagedError):
+        rows.get([SIZES[0]])
+
+
+def test_a_damaged_shard_can_be_made_again(place, corpus):
+    shards, _, _, _ = corpus
+    spoil(place, shards[0].name, "cut")
+    ids, lengths = random_rows(SIZES[0], seed=9)
+    again = commit_shard(place, shards[0].name, 3, int(lengths.sum()), lambda path: write_tokens(path, ids, lengths))
+    assert committed_shard(place, shards[0].name) == again
+    np.testing.assert_array_equal(read_tokens(open_shard(place, shards[0].name))[0], ids)
+
+
+def test_a_shard_is_committed_by_its_sidecar_and_leaves_no_scratch(place):
+    ids, lengths = random_rows(2)
+    shard = commit_shard(place, "rows/a.parquet", 2, 9, lambda path: write_tokens(path, ids, lengths))
+    assert (shard.name, shard.rows, shard.tokens) == ("rows/a.parquet", 2, 9)
+    entry = json.loads(place.read("rows/a.parquet.json"))
+    assert place.local("rows/a.parquet", StoredFile.model_validate(entry["file"])).is_file()
+    assert os.listdir(place.scratch) == []
+
+
+def test_a_shard_whose_writing_fails_is_not_committed(place):
+    def fail(path):
+        path.write_bytes(b"half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commit_shard(place, "rows/a.parquet", 2, 9, fail)
+    assert place.sizes("rows/") == {}
+    assert committed_shard(place, "rows/a.parquet") is None
+    assert os.listdir(place.scratch) == []
+
+
+def test_shards_are_of_bounded_size():
+    for block in (2, 7, 128, SHARD_TOKENS):
+        assert rows_per_shard(block) * block <= SHARD_TOKENS < (rows_per_shard(block) + 1) * block
+    assert rows_per_shard(SHARD_TOKENS + 1) == 1
