@@ -30,12 +30,10 @@ app = typer.Typer(
 
 
 class Exit(IntEnum):
-    """Exit statuses."""
+    """Exit statuses other than 0, done."""
 
-    DONE = 0
     FAILED = 1
     USAGE = 2
-    NOTHING = 3
 
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for ones to start from.")]
@@ -91,7 +89,7 @@ def evaluate(
     ] = None,
     unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
     text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; it does not change the result.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; ranges per token make it irrelevant.")] = 16,
     tracking_uri: Annotated[
         str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
     ] = None,
@@ -134,6 +132,16 @@ def _execute(work: Any, as_json: bool, debug: bool) -> None:
             raise
         console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
+    except Exception as error:
+        if debug:
+            raise
+        console.print(
+            f"[bold red]error:[/] {type(error).__name__}: {_escape(str(error).strip() or 'no message')}\n"
+            "This was not foreseen. What was committed is kept; --debug shows the traceback.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(Exit.FAILED) from None
     except KeyboardInterrupt:
         console.print("interrupted; what was committed is kept, and the same command goes on from there")
         raise typer.Exit(Exit.FAILED) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -9,20 +11,22 @@ from rich.table import Table
 
 from jobs.display import Display
 from pipeline.config import Config
-from pipeline.flow import Outcome, Plan, plan, run, tracking_uri
+from pipeline.flow import Outcome, Plan, plan, run
+from pipeline.locations import tracking_uri
 from pipeline.records import ModelVersion, Package, Record, Report
+from pipeline.tracking import sqlite_file
 
 MIB = 2**20
 
 
 def compress(config: Config, path: str, console: Console, *, until: str, only_plan: bool, wait: bool) -> dict[str, Any]:
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
-    with console.status("planning") if console.is_terminal else Display(console, ()):
+    with console.status("planning") if console.is_terminal else nullcontext():
         planned = plan(config, until)
     if only_plan:
         print_plan(planned, console)
         return plan_document(planned)
-    with Display(console, tuple(step.stage for step in planned.steps)) as display:
+    with Display(console) as display:
         outcome = run(planned, display, wait)
     document = outcome_document(planned, outcome)
     print_outcome(planned, outcome, path, console)
@@ -89,7 +93,7 @@ def outcome_document(planned: Plan, outcome: Outcome) -> dict[str, Any]:
         document["metrics"] = {"teacher": report.teacher, "student": report.student}
     if isinstance(package, Package):
         document["size"] = package.size.model_dump(exclude={"paper_bytes"})
-        document["package_uri"] = f"{planned.step('pack').place.uri}{Package.FOLDER}"
+        document["package_uri"] = planned.step("pack").place.uri_of(Package.FOLDER)
     if isinstance(version, ModelVersion):
         aliases = list(version.aliases)
         document["model_version"] = {"name": version.name, "version": version.version, "aliases": aliases}
@@ -115,10 +119,11 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
     console.print(table)
     console.print(f"package: {document['package_uri']}", highlight=False, soft_wrap=True)
     console.print("\nTry next:")
-    package = document["package_uri"]
+    other_bits = "4-4-8" if planned.config.quant.bits != "4-4-8" else "8-8-8"
+    tracking = tracking_uri(planned.config.resources)
     for command in (
-        f"bitmill evaluate {package} --data {planned.config.data.source}",
-        f"bitmill compress {path} --bits {'4-4-8' if planned.config.quant.bits != '4-4-8' else '8-8-8'}",
-        f"mlflow ui --backend-store-uri {tracking_uri(planned.config.resources)}",
+        f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {shlex.quote(planned.config.data.source)}",
+        f"bitmill compress {shlex.quote(path)} --bits {other_bits}",
+        f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)

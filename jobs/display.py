@@ -16,7 +16,7 @@ UNITS = {"tokenize": "parts", "finetune": "steps", "cache": "shards", "distill":
 class Display:
     """An observer of the flow; use it as a context."""
 
-    def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
         self._live = console.is_terminal
         self._tasks: dict[str, TaskID] = {}
@@ -31,7 +31,6 @@ class Display:
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self._stages = stages
 
     def __enter__(self) -> Display:
         if self._live:

@@ -18,7 +18,8 @@ from pipeline import artifact, registry, tracking
 from pipeline.config import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
-from pipeline.flow import tracking_uri
+from pipeline.locations import tracking_uri
+from pipeline.objects import FAULTS
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.tasks.language_modeling import PROTOCOL, encode, score
@@ -78,7 +79,10 @@ def locate(model: str, resources: Resources, temporary: Path) -> Path:
         return Path(model)
     temporary.mkdir()
     if "://" in model:
-        folder = artifact.fetch(model, temporary)
+        try:
+            folder = artifact.fetch(model, temporary)
+        except FAULTS as error:
+            raise ConfigError(f"MODEL is {model!r}, which cannot be read: {error}") from error
         if not any(folder.iterdir()):
             raise ConfigError(f"MODEL is {model!r}, and nothing lies there.")
         return folder

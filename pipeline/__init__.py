@@ -10,6 +10,7 @@
     sources     where text and models come from, pinned by content
     tracking, registry      MLflow: runs by key; versions and aliases
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
+    locations   where store, runs and scratch files lie
     config, identity, records   the closed schema, canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch
 

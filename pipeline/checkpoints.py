@@ -46,16 +46,21 @@ def write_checkpoint(place: Place, tensors: dict[str, Tensor], progress: Progres
             place.delete(old)
 
 
-def latest_checkpoint(place: Place) -> tuple[dict[str, Tensor], Progress] | None:
-    """Tensors and progress of the newest checkpoint that is whole."""
+def latest_checkpoint(place: Place) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, as `load_checkpoint` takes it."""
     for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
         try:
-            fields = json.loads(place.read(name))
-            path = place.local(fields["file"], StoredFile(**fields["stored"]))
+            fields: dict[str, Any] = json.loads(place.read(name))
+            place.local(fields["file"], StoredFile(**fields["stored"]))
         except (FileNotFoundError, DamagedError, ValueError):
             continue
-        return load_file(path), Progress(**fields["progress"])
+        return fields
     return None
+
+
+def load_checkpoint(place: Place, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
+    path = place.local(fields["file"], StoredFile(**fields["stored"]))
+    return load_file(path), Progress(**fields["progress"])
 
 
 def _marker(step: int) -> str:

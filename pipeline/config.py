@@ -29,6 +29,7 @@ from pipeline.records import Closed
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -199,12 +200,15 @@ class Gate(Closed):
 
 
 class Register(Closed):
-    name: str | None = None  # the config's own name unless given
+    name: Name | None = None  # the config's own name unless given
     gate: Gate = Gate()
 
 
 class Resources(Closed):
-    """What never changes the answer, up to float order: places, workers, batches of a pass."""
+    """What never changes the answer, up to float order: places, workers, batches of a pass.
+
+    One exception: with dropout, which only finetune has, the masks differ with workers and micro_batch.
+    """
 
     storage_uri: str = "./bitmill-store"
     tracking_uri: str | None = None
@@ -221,11 +225,16 @@ class Resources(Closed):
     local_cache_dir: str | None = None
     cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
 
+    @field_validator("storage_uri")
+    @classmethod
+    def _plain_directory(cls, uri: str) -> str:
+        return uri.removeprefix("file://")
+
 
 class Config(Closed):
     """One YAML a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     model: Model
     task: Task = Task()
     data: Data

@@ -30,7 +30,9 @@ class Engine:
         self.resources = resources
         self._started = False
 
-    def shards(self, work: type, settings: dict[str, Any], items: Sequence[Closed], advance: Advance) -> Iterator[str]:
+    def shards(
+        self, work: type, settings: dict[str, Any], items: Sequence[Closed], advance: Advance, gpus: float
+    ) -> Iterator[str]:
         """Call `work(**settings)(item)` for every item on a pool of actors; yields what the calls return.
 
         An actor makes one `work`; one that dies is replaced and its items are done again. Order is not kept.
@@ -38,7 +40,7 @@ class Engine:
         if self.resources.workers == 0:
             results: Iterator[str] = map(work(**settings), items)
         else:
-            results = self._on_actors(work, settings, items)
+            results = self._on_actors(work, settings, items, gpus)
         for done, result in enumerate(results, start=1):
             advance(done, len(items), "")
             yield result
@@ -54,13 +56,13 @@ class Engine:
         # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
         run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{place.fence}")
         mailbox = None
-        work: Callable[[], Any] = lambda: (worker, settings, advance)  # noqa: E731
+        work: Callable[[], Callable[..., None]] = lambda: partial(worker, **settings, report=advance)  # noqa: E731
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self._start()
             mailbox = _mailbox()
             # Sealed, so that Ray's controller does not import what only the workers need.
-            work = partial(cloudpickle.loads, cloudpickle.dumps((worker, settings, _Sender(mailbox))))
+            work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, settings, _Sender(mailbox))))
             workers = {
                 "num_workers": resources.workers,
                 "use_gpu": resources.gpus_per_worker > 0,
@@ -71,6 +73,7 @@ class Engine:
         with _quiet(), _delivered(mailbox, advance), _explained(place):
             scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
+            _raise_failure(mailbox)
 
     def task(self, work: Callable[..., T], settings: dict[str, Any], place: Place) -> T:
         """Run `work(**settings)` as one plain task."""
@@ -91,7 +94,7 @@ class Engine:
             ray.shutdown()
             self._started = False
 
-    def _on_actors(self, work: type, settings: dict[str, Any], items: Sequence[Closed]) -> Iterator[str]:
+    def _on_actors(self, work: type, settings: dict[str, Any], items: Sequence[Closed], gpus: float) -> Iterator[str]:
         import ray.data
 
         self._start()
@@ -110,7 +113,7 @@ class Engine:
                 },
                 compute=pool,
                 num_cpus=self.resources.cpus_per_worker,
-                num_gpus=self.resources.gpus_per_worker,
+                num_gpus=gpus,
             )
             for row in results.iter_rows():
                 yield str(row["result"])
@@ -126,14 +129,21 @@ class Engine:
         resources = self.resources
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.ERROR)
-            ray.init(
-                address=resources.ray_address or "local",
-                namespace=resources.namespace or "bitmill",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # With the dashboard off, Ray Train's placement group cleaner logs an error every second.
-                **({} if resources.ray_address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}),
-            )
+            # With the dashboard off, Ray Train's placement group cleaner logs an error every second.
+            local = {} if resources.ray_address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+            try:
+                ray.init(
+                    address=resources.ray_address or "local",
+                    namespace=resources.namespace or "bitmill",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **local,
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"Ray cannot be reached at {resources.ray_address or 'this machine'}: {error}. Set RAY_ADDRESS or "
+                    "resources.ray_address to a running cluster, or leave both out."
+                ) from error
             self._started = True
         available = ray.cluster_resources()
         for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
@@ -165,10 +175,28 @@ class _Sender:
     def __call__(self, done: int, total: int, note: str) -> None:
         self._mailbox.put.remote((done, total, note))
 
+    def fail(self, error: BitmillError) -> None:
+        import ray
+
+        ray.get(self._mailbox.fail.remote(error))
+
+    def failure(self) -> BitmillError | None:
+        import ray
+
+        found: BitmillError | None = ray.get(self._mailbox.failure.remote())
+        return found
+
 
 class _Mailbox:
     def __init__(self) -> None:
         self._latest: tuple[int, int, str] | None = None
+        self._failure: BitmillError | None = None
+
+    def fail(self, error: BitmillError) -> None:
+        self._failure = self._failure or error
+
+    def failure(self) -> BitmillError | None:
+        return self._failure
 
     def put(self, message: tuple[int, int, str]) -> None:
         self._latest = message
@@ -215,8 +243,26 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     _set_threads(config["threads"])
-    worker, settings, report = config["work"]()
-    worker(**settings, device=ray.train.torch.get_device(), report=report)
+    config["work"]()(device=ray.train.torch.get_device())
+
+
+def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: _Sender, device: Any) -> None:
+    """Run a worker. An error of ours comes back however often it is tried, so Ray's next attempt ends at once."""
+    if report.failure() is not None:
+        return
+    try:
+        worker(**settings, device=device, report=report)
+    except BitmillError as error:
+        report.fail(error)
+        raise
+
+
+def _raise_failure(mailbox: Any) -> None:
+    import ray
+
+    failure = ray.get(mailbox.failure.remote()) if mailbox is not None else None
+    if failure is not None:
+        raise failure
 
 
 def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> T:

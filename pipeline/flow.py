@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from pipeline import preflight, registry, tracking
-from pipeline.config import Config, Resources
+from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.identity import differences, recipe_of, step_key
-from pipeline.objects import open_objects
+from pipeline.locations import scratch_dir, storage_uri, tracking_uri
+from pipeline.objects import FAULTS
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, TeacherCache, Tokens
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Owner, Place, check_writable, records
+from pipeline.tasks.language_modeling import PROTOCOL
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),
@@ -86,7 +87,13 @@ def plan(config: Config, until: str = STAGES[-1]) -> Plan:
     """
     if until not in STAGES:
         raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(STAGES)}")
-    return _Planner(config).plan(STAGES[: STAGES.index(until) + 1])
+    try:
+        return _Planner(config).plan(STAGES[: STAGES.index(until) + 1])
+    except FAULTS as error:
+        raise ConfigError(
+            f"resources.storage_uri {config.resources.storage_uri!r} cannot be read: {error}. Set it to a directory, "
+            "or to s3://bucket/prefix with credentials that allow it."
+        ) from error
 
 
 class _Planner:
@@ -104,7 +111,7 @@ class _Planner:
         self._add(Tokens, *self._tokenize(), ())
         tokens: Tokens | None = self.steps[Tokens.stage].record
         width = config.task.block_length
-        rows = tokens.splits["train"].rows if tokens else preflight.estimated_rows(text["train"], width)
+        rows = tokens.splits["train"].rows if tokens else preflight.estimated_rows(config, text["train"])
         if tokens is None:
             preflight.check_length(config, self.inputs, self.steps[Tokens.stage].locations, self.scratch)
         self._add(Teacher, *self._finetune(), (Tokens,) if config.finetune is not None else ())
@@ -127,7 +134,7 @@ class _Planner:
         }
         source = self.inputs.tokenizer
         if source is not None:
-            locations["tokenizer"] = {"folder": str(source.folder), "gguf_file": source.gguf_file}
+            locations["tokenizer"] = source.location()
         return recipe, locations
 
     def _finetune(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,8 +144,7 @@ class _Planner:
             "finetune": recipe_of(section) if section is not None else None,
         }
         source = self.inputs.model
-        location = {"folder": str(source.folder), "gguf_file": source.gguf_file} if source is not None else None
-        return recipe, {"model": location}
+        return recipe, {"model": source.location() if source is not None else None}
 
     def _cache(self, rows: int) -> tuple[str, str]:
         """Add the cache step with its mode resolved; a mode already begun is kept."""
@@ -172,7 +178,10 @@ class _Planner:
         ship = {name: quant.pop(name) for name in SHIPS}
         name = config.register_.name or config.name
         self._add(Student, {"quant": quant, "distill": recipe_of(config.distill)}, {}, (Tokens, Teacher, TeacherCache))
-        self._add(Report, {"ship": ship}, {}, (Tokens, Teacher, Student))
+        scoring: dict[str, Any] = {"ship": ship, "protocol": PROTOCOL}
+        if config.quant.activation_range == "tensor":  # the only case in which the batch shows in the result
+            scoring["batch"] = config.resources.inference_batch
+        self._add(Report, scoring, {}, (Tokens, Teacher, Student))
         encoding = {"ship": ship, "encoding": config.pack.encoding, "name": name}
         self._add(Package, encoding, {}, (Tokens, Teacher, Student, Report))
         recipe = {"name": name, "gate": recipe_of(config.register_.gate)}
@@ -320,28 +329,3 @@ def _run_step(
             )
         )
         return place.commit(record), "done"
-
-
-def storage_uri(resources: Resources) -> str:
-    """The store's root, a directory as an absolute path, with the namespace below it."""
-    open_objects(resources.storage_uri)  # refuses what is neither a directory nor S3
-    root = resources.storage_uri.rstrip("/")
-    root = root if root.startswith("s3://") else str(Path(root.removeprefix("file://")).expanduser().resolve())
-    return f"{root}/{resources.namespace}" if resources.namespace else root
-
-
-def tracking_uri(resources: Resources) -> str:
-    """The MLflow server, or a SQLite file beside the store."""
-    if resources.tracking_uri:
-        return resources.tracking_uri
-    folder = Path("bitmill-store" if resources.storage_uri.startswith("s3://") else resources.storage_uri)
-    return f"sqlite:///{folder.expanduser().resolve() / 'mlflow.db'}"
-
-
-def scratch_dir(resources: Resources) -> str:
-    """Where temporary files and fetched copies go on each node; the knob is resources.local_cache_dir."""
-    if resources.local_cache_dir:
-        return str(Path(resources.local_cache_dir).expanduser().resolve())
-    if resources.storage_uri.startswith("s3://"):
-        return str(Path("~/.cache/bitmill").expanduser())
-    return str(Path(resources.storage_uri.removeprefix("file://")).expanduser().resolve() / ".scratch")

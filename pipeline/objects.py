@@ -224,16 +224,9 @@ class Bucket:
         return None
 
     def arrow(self, name: str) -> tuple[str, pyarrow.fs.FileSystem]:
-        """The same place for libraries that read through Arrow, with boto3's endpoint and credentials."""
-        session = boto3.Session()
-        credentials = session.get_credentials()
-        frozen = credentials.get_frozen_credentials() if credentials else None
+        """The same place for libraries that read through Arrow; each process finds the credentials by itself."""
         filesystem = pyarrow.fs.S3FileSystem(
-            access_key=frozen.access_key if frozen else None,
-            secret_key=frozen.secret_key if frozen else None,
-            session_token=frozen.token if frozen else None,
-            region=session.region_name,
-            endpoint_override=self.client.meta.endpoint_url,
+            region=self.client.meta.region_name, endpoint_override=self.client.meta.endpoint_url
         )
         return f"{self.bucket}/{self.prefix}{name}", filesystem
 

@@ -69,13 +69,13 @@ def inspect(config: Config, scratch: str) -> Inputs:
         ConfigError: the first thing that cannot work.
     """
     try:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
+        Path(scratch).expanduser().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"The scratch folder {scratch} cannot be made: {error}. Set resources.storage_uri or "
             "resources.local_cache_dir to a directory you may write to."
         ) from error
-    memo = ContentMemo(scratch)
+    memo = ContentMemo(str(Path(scratch).expanduser()))
     named = {"train": config.data.source, "validation": config.data.validation, "test": config.data.test}
     knobs = {"train": "data.source", "validation": "data.validation", "test": "data.test"}
     text = {split: pin_text(source, knobs[split], memo) for split, source in named.items() if source is not None}
@@ -127,28 +127,33 @@ def _model_config(config: Config, model: ModelSource | None, tokenizer: ModelSou
 
 def check_length(config: Config, inputs: Inputs, locations: dict[str, Any], scratch: str) -> None:
     """Count a small corpus exactly. Raises ConfigError if a split cannot fill what it must."""
-    if sum(file.bytes for files in inputs.text.values() for file in files) > SMALL_TEXT_BYTES:
+    small = [split for split, files in inputs.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES]
+    if not small:
         return
     recipe = {"data": inputs.text_recipe(config)}
     work = split_parts(recipe, locations)
     found = {
         split: [text for part in work if part.split == split for text in texts(part, recipe["data"], scratch)]
         for split in SPLITS
+        if (split if inputs.text.get(split) else "train") in small
     }
     if isinstance(config.model.tokenizer, TrainBpe):
-        tokenizer = train_bpe(found["train"], config.model.tokenizer.train_bpe)
+        texts_known = found.get("train") or [text for some in found.values() for text in some]
+        tokenizer = train_bpe(texts_known, config.model.tokenizer.train_bpe)
     elif inputs.tokenizer is not None:
         tokenizer = read_tokenizer(inputs.tokenizer.folder, inputs.tokenizer.gguf_file)
     width = config.task.block_length
     for split, split_texts in found.items():
         _, lengths, _ = encode(split_texts, tokenizer, width, config.data.unit)
-        if lengths.sum() < (width if split == "train" else 2):
+        if lengths.sum() < (width if split == "train" else len(lengths) + 1):
             raise ConfigError(too_short(split, int(lengths.sum()), width))
 
 
-def estimated_rows(files: Sequence[SourceFile], block_length: int) -> int:
-    """About how many rows a text gives."""
-    return max(1, sum(file.bytes for file in files) // BYTES_A_TOKEN // block_length)
+def estimated_rows(config: Config, files: Sequence[SourceFile]) -> int:
+    """About how many rows of training text there are."""
+    held_out = sum(config.data.holdout for given in (config.data.validation, config.data.test) if given is None)
+    text_bytes = sum(file.bytes for file in files) * config.data.sample * (1 - held_out)
+    return max(1, int(text_bytes / BYTES_A_TOKEN / config.task.block_length))
 
 
 def cheaper_mode(

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.errors import ConfigError
 from pipeline.tracking import KEY_TAG
 
-CHAMPION = "champion"
+CHAMPION, FIRST = "champion", "1"
 
 
 def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion | None:
@@ -33,12 +33,16 @@ def register_package(
     tags: dict[str, str],
     metrics: dict[str, float],
 ) -> tuple[RegisteredVersion, str]:
-    """Log a package folder as a model and make it a version; the first one under a name becomes champion."""
-    model = client.create_logged_model(
-        experiment_id=experiment_id, name=name, source_run_id=run_id, tags={**tags, KEY_TAG: key}
-    )
-    client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    """Log a package folder as a model, unless an interrupted attempt did, and make it a version."""
+    tagged = f"tags.`{KEY_TAG}` = '{key}'"
+    logged = client.search_logged_models([experiment_id], filter_string=tagged)
+    model = next((m for m in logged if m.status == LoggedModelStatus.READY), None)
+    if model is None:
+        model = client.create_logged_model(
+            experiment_id=experiment_id, name=name, source_run_id=run_id, tags={**tags, KEY_TAG: key}
+        )
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     for metric, value in metrics.items():
         client.log_metric(run_id, metric, value, model_id=model.model_id)
     try:
@@ -53,9 +57,13 @@ def register_package(
         tags={**tags, KEY_TAG: key},
         model_id=model.model_id,
     )
-    if int(version.version) == 1:
-        client.set_registered_model_alias(name, CHAMPION, version.version)
     return version, str(model.model_id)
+
+
+def crown(client: MlflowClient, name: str) -> None:
+    """The first version under a name is its champion until something else is promoted."""
+    if CHAMPION not in client.get_registered_model(name).aliases:
+        client.set_registered_model_alias(name, CHAMPION, FIRST)
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:

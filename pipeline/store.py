@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -42,16 +43,16 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        return cls(socket.gethostname(), os.getpid(), _start_ticks(os.getpid()) or 0)
+        return cls(_this_host(), os.getpid(), _start_ticks(os.getpid()) or 0)
 
     def gone(self) -> bool:
         """True if the process ran on this host and runs no more."""
-        if self.host != socket.gethostname():
+        if self.host != _this_host():
             return False
         return _start_ticks(self.pid) != self.started_ticks
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {self.host.split()[0]}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Lease:
     def dead(self) -> bool:
         if self.owner is None or self.owner.gone():
             return True
-        return self.owner.host != socket.gethostname() and time.time() - self.heartbeat > DEAD_AFTER_S
+        return self.owner.host != _this_host() and time.time() - self.heartbeat > DEAD_AFTER_S
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Place:
         Raises:
             DamagedError: it is missing or does not match.
         """
-        scratch = Path(self.scratch)
+        scratch = Path(self.scratch).expanduser().resolve()
         try:
             path = self._objects.local(self._prefix + name, scratch)
             if _matches(path, stored):
@@ -176,17 +177,21 @@ class Place:
         target.mkdir(parents=True, exist_ok=True)
         paths = {Path(name).name: self.local(name, files[name]) for name in files if name.startswith(prefix)}
         for name, path in paths.items():
-            with contextlib.suppress(FileExistsError):
-                (target / name).symlink_to(path.resolve())
+            link = target / name
+            if not link.is_symlink() or link.readlink() != path.resolve():
+                fresh = target / f".{uuid.uuid4().hex}"
+                fresh.symlink_to(path.resolve())
+                fresh.replace(link)
         for other in target.iterdir():
-            if other.name not in paths:
-                other.unlink()
+            if other.name not in paths and not other.name.startswith("."):
+                other.unlink(missing_ok=True)
         return target
 
     def scratch_dir(self) -> Path:
         """Room for temporary files on this node."""
-        Path(self.scratch).mkdir(parents=True, exist_ok=True)
-        return Path(self.scratch)
+        path = Path(self.scratch).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        return path.resolve()
 
     def run_folder(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """Where Ray Train keeps its own state of this attempt: a path that all nodes share, and its file system."""
@@ -194,8 +199,14 @@ class Place:
             return self._objects.arrow(self._prefix + "attempt")
         return str(self._objects.root / self._prefix / "attempt"), None
 
-    def free_bytes(self) -> int | None:
-        return self._objects.free_bytes()
+    def uri_of(self, name: str) -> str:
+        """Where a file or folder of the step lies, for people and registries."""
+        return self.uri + name
+
+    def free_bytes(self) -> int:
+        """Room for what the step stores; with S3, for the copies that each node keeps."""
+        free = self._objects.free_bytes()
+        return shutil.disk_usage(self.scratch_dir()).free if free is None else free
 
     def check_fence(self) -> None:
         """Raises FencedOffError unless this attempt still holds the step."""
@@ -294,6 +305,13 @@ def check_writable(storage_uri: str) -> None:
             f"resources.storage_uri {storage_uri!r} cannot be written to: {error}. Set it to a directory you may "
             "write to, or to s3://bucket/prefix with credentials that allow it."
         ) from error
+
+
+@lru_cache(maxsize=1)
+def _this_host() -> str:
+    """Host name, boot and process namespace: where a process id means something."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    return f"{socket.gethostname()} ({boot} {os.readlink('/proc/self/ns/pid')})"
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -1,5 +1,4 @@
-"""MLflow runs, found or created by our own key, so that nothing is ever recorded twice. The only mlflow import
-beside `registry`."""
+"""MLflow runs, found or created by our own key, so that a run is recorded once however often it is started."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def connect(tracking_uri: str) -> MlflowClient:
 def sqlite_file(tracking_uri: str) -> Path | None:
     """The file of a SQLite store, or None for a server."""
     prefix = "sqlite:///"
-    return Path(tracking_uri.removeprefix(prefix)) if tracking_uri.startswith(prefix) else None
+    return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
 
 
 def experiment(client: MlflowClient, name: str, artifact_uri: str | None) -> str:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.checkpoints import (
     Progress,
     latest_checkpoint,
+    load_checkpoint,
     load_optimizer,
     optimizer_tensors,
     store_tensors,
@@ -143,7 +144,7 @@ class Loop:
         self.optimizer.step()
         for _, quantizer in quantizers(self.model):
             quantizer.project_()
-        if self.distillation is not None:
+        if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
             self.distillation.bank.update(self._gather if self.world > 1 else alone)
         return losses
 
@@ -190,7 +191,7 @@ class Loop:
             ]
             query = bank.query(ids, student_states)
             contrast, _ = contrastive_loss(query, teacher_states, lengths, offsets, recipe.temperature)
-        bank.accumulate(ids, student_states, valid)
+            bank.accumulate(ids, student_states, valid)
         loss = logit + recipe.contrast_weight * contrast
         return loss, torch.tensor([loss.item(), logit.item(), contrast.item()], dtype=torch.float64)
 
@@ -245,9 +246,11 @@ class Loop:
         return tensors
 
     def _resume(self) -> None:
-        found = latest_checkpoint(self.plan.place)
-        if found is not None:
-            tensors, self.progress = found
+        found = [latest_checkpoint(self.plan.place) if self.rank == 0 else None]
+        if self.world > 1:  # rank 0 chooses, so that all go on from the same step
+            dist.broadcast_object_list(found)
+        if found[0] is not None:
+            tensors, self.progress = load_checkpoint(self.plan.place, found[0])
             load_parameters(self.model.model, under("model.", tensors))
             load_optimizer(self.model, self.optimizer, under("optimizer.", tensors))
             if self.distillation is not None:

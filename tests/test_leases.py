@@ -57,7 +57,7 @@ def started_ticks(pid):
 
 
 def this_host(pid, started):
-    return Owner(socket.gethostname(), pid, started)
+    return Owner(store._this_host(), pid, started)
 
 
 def lease_of(place):

@@ -51,7 +51,7 @@ def paragraphs_of(text):
 def in_parts(path, format_, part_bytes, unit):
     """What workers read, each its own part, when a part is `part_bytes` long."""
     size = path.stat().st_size
-    file = SourceFile(uri=str(path), format=format_, content="c", bytes=size)
+    file = SourceFile(uri=str(path), format=format_, content="c", bytes=size, mtime_ns=path.stat().st_mtime_ns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PART_BYTES", part_bytes)
         pieces = parts(file)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo, package_folder
@@ -20,6 +22,20 @@ class ModelSource:
     folder: Path
     content: dict[str, str]
     gguf_file: str | None = None
+
+    def location(self) -> dict[str, str | None]:
+        """Where any node finds it: see `model_folder`."""
+        return {"folder": str(self.folder), "gguf_file": self.gguf_file, "hub": self.content.get("hub")}
+
+
+def model_folder(location: dict[str, Any]) -> Path:
+    """The folder on this node; a pinned hub repository is fetched where it is read."""
+    if location["hub"] is None:
+        return Path(location["folder"])
+    from huggingface_hub import snapshot_download
+
+    name, _, commit = location["hub"].partition("@")
+    return Path(snapshot_download(name, revision=commit, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES]))
 
 
 def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
@@ -63,7 +79,8 @@ def _hub_model(source: str, knob: str, patterns: tuple[str, ...]) -> ModelSource
 
     name, _, revision = source.partition("@")
     try:
-        commit = HfApi().model_info(name, revision=revision or None).sha
+        pinned = re.fullmatch(r"[0-9a-f]{40}", revision)
+        commit = revision if pinned else HfApi().model_info(name, revision=revision or None).sha
         folder = snapshot_download(name, revision=commit, allow_patterns=[*patterns])
     except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{knob} is {source!r}: no such directory, and the hub does not give it: {error}") from error

@@ -31,6 +31,7 @@ class SourceFile(Closed):
     format: str
     content: str
     bytes: int
+    mtime_ns: int = 0  # of a local file, so that a later change is noticed
 
 
 class Part(Closed):
@@ -61,6 +62,7 @@ def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...
                 format=_format(path.name, knob),
                 content=memo.sha256(path),
                 bytes=path.stat().st_size,
+                mtime_ns=path.stat().st_mtime_ns,
             )
             for path in paths
         ]
@@ -183,7 +185,7 @@ def open_text(file: SourceFile, scratch: str) -> Path:
     if file.uri.startswith("s3://"):
         return _fetch_pinned(file, Path(scratch))
     path = Path(file.uri)
-    if path.stat().st_size != file.bytes:
+    if (path.stat().st_size, path.stat().st_mtime_ns) != (file.bytes, file.mtime_ns):
         raise RunError(f"data: {path} changed after the plan was made. Give the command again.")
     return path
 

@@ -49,7 +49,7 @@ def run(step: Step) -> TeacherCache:
         "dtype": dtype,
         "batch": step.resources.inference_batch,
     }
-    made = step.engine.shards(CacheShard, settings, split.shards, step.advance)
+    made = step.engine.shards(CacheShard, settings, split.shards, step.advance, gpus=step.resources.gpus_per_worker)
     found = sorted((Shard.model_validate_json(line) for line in made), key=lambda shard: shard.name)
     size = sum(size for name, size in step.place.sizes("rows/").items() if name.endswith(".arrow"))
     return TeacherCache(
@@ -71,7 +71,7 @@ def check_space(place: Place, needed: int, tokens: int) -> None:
     """Raises ConfigError if the states would not fit into what the store has left."""
     free = place.free_bytes()
     present = sum(place.sizes("rows/").values())
-    if free is not None and needed - present > free:
+    if needed - present > free:
         raise ConfigError(
             f"The cache of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB, and {place.storage_uri} has "
             f"{free / 2**20:,.0f} MiB left. Use cache.mode: online, another resources.storage_uri, or less text."
@@ -98,11 +98,13 @@ class CacheShard:
         ids, _ = read_tokens(open_shard(self.tokens, rows.name))
         batches = torch.from_numpy(ids.astype(np.int64)).split(self.batch)
         states = torch.cat([last_states(self.model, batch.to(self.device)).cpu() for batch in batches])
-        if not torch.isfinite(states.to(getattr(torch, self.dtype))).all():
-            raise RunError(f"The teacher's states overflow {self.dtype} in {name}. Set cache.dtype: bfloat16.")
-        return commit_shard(
-            self.place, name, rows.rows, rows.tokens, lambda path: write_states(path, states, self.dtype)
-        )
+        dtype = storable(states, self.dtype)
+        return commit_shard(self.place, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+
+
+def storable(states: Tensor, dtype: str) -> str:
+    """The dtype itself, or bfloat16 where it overflows; each shard says which it holds."""
+    return dtype if torch.isfinite(states.to(getattr(torch, dtype))).all() else "bfloat16"
 
 
 @torch.no_grad()
@@ -114,8 +116,7 @@ def _probe(
     reader = Rows(tokens, shards)
     ids, lengths, _ = reader.get(range(min(PROBE_ROWS, reader.rows)))
     states = last_states(model, ids)
-    if not torch.isfinite(states.to(getattr(torch, dtype))).all():
-        dtype = "bfloat16"
+    dtype = storable(states, dtype)
     head: Any = model.get_output_embeddings()
     exact: Tensor = head(states)
     stored: Tensor = head(states.to(getattr(torch, dtype)).float())

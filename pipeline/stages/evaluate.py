@@ -13,7 +13,7 @@ from pipeline.records import Report, Shard, StoredFile, Student, Teacher, Tokens
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import Rows
-from pipeline.tasks.language_modeling import PROTOCOL, score
+from pipeline.tasks.language_modeling import score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
 
 VERSION = 1
@@ -33,10 +33,10 @@ def run(step: Step) -> Report:
         "weights": student.files[Student.WEIGHTS],
         "family": student.family,
         "quant": Quant.model_validate({**student.recipe["quant"], **step.recipe["ship"]}),
-        "batch": step.resources.inference_batch,
+        "batch": step.recipe.get("batch", step.resources.inference_batch),
     }
     found = step.engine.task(_evaluate, settings, step.place)
-    return Report(**step.identity(), protocol=f"block length {tokens.block_length}: {PROTOCOL}", **found)
+    return Report(**step.identity(), protocol=f"block length {tokens.block_length}: {step.recipe['protocol']}", **found)
 
 
 def _evaluate(

@@ -14,6 +14,7 @@ from pipeline.checkpoints import finish
 from pipeline.config import Finetune
 from pipeline.families.models import WithStates, build, load_model, parameters, read_config, set_dropout
 from pipeline.records import StoredFile, Teacher, Tokens
+from pipeline.sources.models import model_folder
 from pipeline.step import Advance, Step
 from pipeline.store import Place
 from pipeline.training import Run, fit
@@ -61,7 +62,7 @@ def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, r
     if "architecture" in start:
         model = build(read_config(start["architecture"]), recipe.seed)
     else:
-        model = load_model(Path(start["folder"]), start["gguf_file"])
+        model = load_model(model_folder(start), start["gguf_file"])
     if isinstance(recipe, Finetune) and recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     progress = fit(WithStates(model), run, None, device, report)
@@ -70,7 +71,7 @@ def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, r
 
 
 def _import(place: Place, model: dict[str, Any], family: str) -> None:
-    files = _save(load_model(Path(model["folder"]), model["gguf_file"]), place, family)
+    files = _save(load_model(model_folder(model), model["gguf_file"]), place, family)
     place.write("attempt/files.json", json.dumps({name: f.model_dump() for name, f in files.items()}).encode())
 
 

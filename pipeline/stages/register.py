@@ -39,9 +39,11 @@ def run(step: Step) -> ModelVersion:
                 name,
                 step.place.key,
                 package_place.folder(package.files, Package.FOLDER),
-                _tags(step, package, package_place.uri),
+                _tags(step, package, package_place.uri_of(Package.FOLDER)),
                 metrics,
             )
+        if str(version.version) == registry.FIRST:
+            registry.crown(client, name)
         aliases = registry.aliases_of(client, name, version.version)
     except MlflowException as error:
         raise RunError(
@@ -93,5 +95,5 @@ def _tags(step: Step, package: Package, uri: str) -> dict[str, str]:
         "bitmill.quantizer": settings["params"]["quantizer"],
         "bitmill.task": settings["params"]["task"],
         "bitmill.digest": package.digest,
-        "bitmill.package_uri": f"{uri}{Package.FOLDER}",
+        "bitmill.package_uri": uri,
     }

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.records import Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.sources.models import model_folder
 from pipeline.sources.text import Part, SourceFile, documents, parts
 from pipeline.step import Step
 from pipeline.store import Place
@@ -40,7 +41,7 @@ def run(step: Step) -> Tokens:
     tokenizer_files = _tokenizer(step, [part for part in work if part.split == "train"])
     settings = {"place": place, "files": tokenizer_files, "recipe": recipe}
     found = {split: Split() for split in SPLITS}
-    entries = [json.loads(line) for line in step.engine.shards(TokenizePart, settings, work, step.advance)]
+    entries = [json.loads(line) for line in step.engine.shards(TokenizePart, settings, work, step.advance, gpus=0)]
     for entry in sorted(entries, key=lambda entry: (entry["split"], entry["index"])):
         split = found[entry["split"]]
         found[entry["split"]] = Split(
@@ -48,7 +49,7 @@ def run(step: Step) -> Tokens:
             text_bytes=split.text_bytes + entry["text_bytes"],
         )
     for name, split in found.items():
-        needed = recipe["task"]["block_length"] if name == "train" else 2
+        needed = recipe["task"]["block_length"] if name == "train" else split.rows + 1
         if split.tokens < needed:
             raise ConfigError(too_short(name, split.tokens, recipe["task"]["block_length"]))
     tokenizer = read_tokenizer(place.folder(tokenizer_files, Tokens.FOLDER))
@@ -118,7 +119,7 @@ def _make_tokenizer(
         stream = (text for part in training for text in texts(part, recipe["data"], scratch))
         tokenizer = train_bpe(stream, recipe["tokenizer"]["train_bpe"])
     else:
-        tokenizer = read_tokenizer(Path(location["folder"]), location["gguf_file"])
+        tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
         tokenizer.save_pretrained(folder)
         return {

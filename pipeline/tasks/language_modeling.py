@@ -16,7 +16,7 @@ from pipeline.distill.losses import logit_distillation_loss, next_token_loss, va
 from pipeline.families.models import last_states
 
 PROTOCOL = "blocks without overlap, stride = block length, no BOS; the first token of a block is context only"
-ENCODE_BATCH = 512
+ENCODE_CHARACTERS = 2**20  # running text is encoded in pieces of about this size, cut at line ends
 
 
 def encode(
@@ -24,7 +24,7 @@ def encode(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
     """Rows of token ids (rows, block_length), their lengths (rows,), and the UTF-8 bytes of the texts.
 
-    `unit: document` puts end-of-text after each text; `unit: line` encodes all of it as one. Only the last row may
+    `unit: document` puts end-of-text after each text; `unit: line` encodes it as running text. Only the last row may
     be padded.
     """
     ids: list[int] = []
@@ -45,19 +45,16 @@ def encode(
 
 
 def _batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, unit: str) -> Iterator[list[str]]:
-    if unit == "line":
-        text = "".join(texts)
-        if text:
-            yield [text]
-        return
     batch: list[str] = []
+    size = 0
     for text in texts:
         batch.append(text)
-        if len(batch) == ENCODE_BATCH:
-            yield batch
-            batch = []
+        size += len(text)
+        if size >= ENCODE_CHARACTERS:
+            yield ["".join(batch)] if unit == "line" else batch
+            batch, size = [], 0
     if batch:
-        yield batch
+        yield ["".join(batch)] if unit == "line" else batch
 
 
 @dataclass

@@ -140,6 +140,7 @@ def test_killed_actor_worker_and_driver_end_as_undisturbed(
 
     # An actor, mid-cache: another takes over its shard.
     assert project.until(project.exists("cache/*/rows/*.arrow"), driver)
+    assert not project.exists("cache/*/record.json")()
     actor = project.worker("ray::MapWorker")
     assert actor is not None
     kill(actor)

@@ -145,7 +145,7 @@ def ids_of(tokenizer, text):
 @pytest.mark.parametrize("block", [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize("batch", [1, 2, 512])
 def test_documents_are_cut_into_rows_with_end_of_text_between(monkeypatch, tokenizer, block, batch):
-    monkeypatch.setattr(language_modeling, "ENCODE_BATCH", batch)
+    monkeypatch.setattr(language_modeling, "ENCODE_CHARACTERS", batch)
     rows, lengths, text_bytes = encode(iter(TEXTS), tokenizer, block, "document")
     stream = [i for text in TEXTS for i in [*ids_of(tokenizer, text), tokenizer.eos_token_id]]
     assert rows.shape == (-(-len(stream) // block), block)

@@ -1,0 +1,33 @@
+"""Where a run keeps its store, its record of runs and its scratch files, from what `resources` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Resources
+from pipeline.objects import open_objects
+
+
+def storage_uri(resources: Resources) -> str:
+    """The store's root, a directory as an absolute path, with the namespace below it."""
+    open_objects(resources.storage_uri)  # refuses what is neither a directory nor S3
+    root = resources.storage_uri.rstrip("/")
+    root = root if root.startswith("s3://") else str(Path(root).expanduser().resolve())
+    return f"{root}/{resources.namespace}" if resources.namespace else root
+
+
+def tracking_uri(resources: Resources) -> str:
+    """The MLflow server, or a SQLite file beside the store."""
+    if resources.tracking_uri:
+        return resources.tracking_uri
+    folder = Path("bitmill-store" if resources.storage_uri.startswith("s3://") else resources.storage_uri)
+    return f"sqlite:///{folder.expanduser().resolve() / 'mlflow.db'}"
+
+
+def scratch_dir(resources: Resources) -> str:
+    """Where temporary files and fetched copies go on each node; the knob is resources.local_cache_dir."""
+    if resources.local_cache_dir:
+        return resources.local_cache_dir
+    if resources.storage_uri.startswith("s3://"):
+        return "~/.cache/bitmill"  # each node's own
+    return str(Path(resources.storage_uri).expanduser().resolve() / ".scratch")
