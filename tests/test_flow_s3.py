@@ -1,0 +1,31 @@
+"""The same line with its store in S3."""
+
+import torch
+
+import pipeline
+from pipeline.flow import STAGES
+from tests.test_store import serve_s3
+
+
+def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, finished):
+    with serve_s3() as bucket:
+        resources = {
+            "storage_uri": f"{bucket}/project",
+            "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
+            "local_cache_dir": str(tmp_path / "scratch"),
+            "workers": 0,
+        }
+        config = tiny_config(tmp_path, resources=resources)
+        first = run_flow(config)
+        assert [first.outcome.status[stage] for stage in STAGES] == ["done"] * 7
+        assert first.plan.run_key == finished.plan.run_key
+        here, there = first.outcome.done["pack"].record, finished.outcome.done["pack"].record
+        assert here.digest == there.digest
+        again = run_flow(config)
+        assert [again.outcome.status[stage] for stage in STAGES] == ["reused"] * 7
+        place = first.outcome.done["pack"].place
+        model = pipeline.load(place.uri_of("package/"))
+        ids = torch.arange(8).unsqueeze(0)
+        local = finished.outcome.done["pack"].place
+        assert torch.equal(model(ids).logits, pipeline.load(local.uri_of("package")).eval()(ids).logits)
+        assert not place.sizes("attempt/")
