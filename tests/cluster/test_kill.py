@@ -127,7 +127,7 @@ def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
-def test_killed_actor_worker_and_driver_end_as_undisturbed(
+def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     project: Project, undisturbed: tuple[dict[str, str], Any]
 ) -> None:
     digests, document = undisturbed
@@ -150,6 +150,12 @@ def test_killed_actor_worker_and_driver_end_as_undisturbed(
     kill(driver)
     driver.wait()
     assert not list(project.store.glob("distill/*/record.json"))
+
+    # And a shard of the cache is spoilt: the worker that meets it does not read it, and it is made again.
+    shard = next(project.store.glob("cache/*/rows/*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
 
     second = project.finish(project.start())
     assert [stage["status"] for stage in second["stages"]] == ["reused"] * 3 + ["done"] * 4
