@@ -162,7 +162,7 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     assert project.digests() == digests
     assert second["metrics"] == document["metrics"]
     (lease,) = project.store.glob("distill/*/lease.json")
-    assert json.loads(lease.read_text())["fence"] == 2
+    assert json.loads(lease.read_text())["fence"] == 3  # killed; stopped at the spoilt shard; ended
     assert not list(project.store.rglob("*.tmp"))
     assert not list(project.store.glob("*/*/attempt"))
 
