@@ -134,7 +134,7 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
 
     # A training worker, mid-epoch: Ray starts the group again, which goes on from the last checkpoint.
     driver = project.start()
-    assert project.until(project.exists("finetune/*/attempt/checkpoint-*30.json"), driver)
+    assert project.until(project.exists("finetune/*/attempt/checkpoint-*[3-9]0.json"), driver)
     worker = project.until(lambda: project.worker("ray::RayTrainWorker"), driver)
     kill(worker)
 
@@ -146,7 +146,7 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     kill(actor)
 
     # The driver, mid-training: its workers live on for a moment and may still write.
-    assert project.until(project.exists("distill/*/attempt/checkpoint-*20.json"), driver)
+    assert project.until(project.exists("distill/*/attempt/checkpoint-*[2-9]0.json"), driver)
     kill(driver)
     driver.wait()
     assert not list(project.store.glob("distill/*/record.json"))
