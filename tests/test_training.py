@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import signal
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +232,39 @@ def test_best_file_is_stored_whole(case: Case) -> None:
         fit_until(case, run, 25)
     (best,) = Path(run.place.uri).glob("attempt/best-*.safetensors")
     assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))
+
+
+def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
+    recipe = Distill(**DISTILL)
+    whole = steps_of(case.loop(case.run(recipe, "unkilled"), LOW), 30)["rows"]
+    run = case.run(recipe, "killed", checkpoint_steps=10)
+    log = case.root / "killed-rows"
+    log.touch()
+
+    def train(kill_at: int) -> None:
+        loop = case.loop(run, LOW)
+        get, step = loop.rows.get, loop.train_step
+
+        def reading(row_ids: Any) -> Any:
+            with open(log, "a") as file:
+                file.write(json.dumps([loop.progress.step, [int(row) for row in row_ids]]) + "\n")
+            return get(row_ids)
+
+        def stepping(number: int) -> dict[str, float]:
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(number)
+
+        loop.rows.get, loop.train_step = reading, stepping  # type: ignore[method-assign]
+        loop.run()
+
+    for kill_at in (17, 30):
+        before = len(log.read_text().splitlines())
+        child = get_context("fork").Process(target=train, args=(kill_at,))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        entries = [json.loads(line) for line in log.read_text().splitlines()[before:]]
+        first = 0 if kill_at == 17 else 10  # the checkpoint before the kill
+        read = [list(chain(*(rows for at, rows in entries if at == step))) for step in range(first, kill_at)]
+        assert read == whole[first:kill_at]

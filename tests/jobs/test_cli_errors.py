@@ -223,3 +223,13 @@ def test_evaluate_refuses_a_damaged_package(finished, corpus, tmp_path, monkeypa
     folder = Path(shutil.copytree(finished.package, tmp_path / "package"))
     (folder / "config.json").write_text("{}")
     holds(said("evaluate", folder, "--data", corpus, status=1), "config.json", "does not match the manifest")
+
+
+def test_an_error_that_nobody_foresaw_is_one_paragraph_and_debug_shows_it(tmp_path, monkeypatch):
+    def broken(*_):
+        raise LookupError("a [bracketed] surprise")
+
+    monkeypatch.setattr("pipeline.config.load_config", broken)
+    holds(said("compress", tmp_path / "any.yaml", status=1), "LookupError", "a [bracketed] surprise", "--debug")
+    shown = CliRunner().invoke(app, ["compress", str(tmp_path / "any.yaml"), "--debug"])
+    assert isinstance(shown.exception, LookupError)
