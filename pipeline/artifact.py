@@ -28,7 +28,7 @@ from pipeline.quant.spec import Encoding
 from pipeline.records import Size
 from pipeline.store import checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -52,6 +52,7 @@ def write(
         "format_version": FORMAT_VERSION,
         "family": family,
         "encoding": encoding,
+        "levels": frozen.levels,
         "quant": quant.model_dump(mode="json"),
         "modules": {n: {"bits": frozen.bits[n], "shape": list(c.shape)} for n, c in sorted(frozen.codes.items())},
     }
@@ -172,13 +173,13 @@ def _packed(frozen: FrozenTensors, encoding: Encoding) -> dict[str, Tensor]:
     tensors = {name: tensor.contiguous() for name, tensor in frozen.rest.items()}
     for name, codes in frozen.codes.items():
         bits = frozen.bits[name]
-        tensors[f"{name}.weight"] = pack(codes, bits, _encoding_of(bits, encoding)).flatten()
+        tensors[f"{name}.weight"] = pack(codes, bits, _encoding_of(bits, encoding), frozen.levels).flatten()
         tensors[f"{name}.weight_scale"] = frozen.scales[name].contiguous()
     return tensors
 
 
 def _unpacked(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> FrozenTensors:
-    frozen = FrozenTensors(rest=dict(tensors))
+    frozen = FrozenTensors(rest=dict(tensors), levels=quantization.get("levels", "symmetric"))  # not in format 1
     for name, module in quantization["modules"].items():
         bits, (rows, columns) = int(module["bits"]), module["shape"]
         packed, scale = frozen.rest.pop(f"{name}.weight"), frozen.rest.pop(f"{name}.weight_scale")
@@ -188,7 +189,7 @@ def _unpacked(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> Froze
             raise ValueError(f"{name}.weight is {packed.dtype} {tuple(packed.shape)}, not {expected[0]} packed bytes")
         if tuple(scale.shape) not in ((1, 1), (rows, 1)) or not torch.isfinite(scale).all():
             raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row")
-        frozen.codes[name] = unpack(packed.reshape(rows, -1), columns, bits, encoding)
+        frozen.codes[name] = unpack(packed.reshape(rows, -1), columns, bits, encoding, frozen.levels)
         frozen.scales[name], frozen.bits[name] = scale, bits
     return frozen
 

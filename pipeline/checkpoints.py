@@ -101,7 +101,7 @@ def optimizer_tensors(model: WithStates, optimizer: torch.optim.Optimizer) -> di
     return {
         f"optimizer.{key}.{name}": value
         for name, parameter in weights(model).items()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 

@@ -12,17 +12,24 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline.distill.negatives import NegativesFrom
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import (
+    TERNARY_ONLY,
+    UNQUANTIZED,
     WEIGHT_WIDTHS,
     ActivationRange,
     AttentionOperands,
     BitWidths,
     Encoding,
+    GammaGradient,
     GammaInit,
     Granularity,
+    QuantizerName,
     QuantSpec,
     Ste,
+    grid,
+    levels_of,
 )
 from pipeline.records import Closed
 
@@ -133,6 +140,8 @@ class Distill(Training):
     contrast_weight: NotNegative = 0.1
     temperature: Rate = 0.1
     negatives: Positive = 64
+    negatives_from: Annotated[NegativesFrom, Field(json_schema_extra={"added_with": "teacher"})] = "teacher"
+    contrast_layer: Annotated[int, Field(lt=0, json_schema_extra={"added_with": -1})] = -1  # -1: what the head reads
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
@@ -148,10 +157,11 @@ class Quant(Closed):
     """How the student is quantized, and in which dtypes scales and all other tensors ship."""
 
     bits: str = "2-2-8"
-    quantizer: Literal["quantgpt"] = "quantgpt"
+    quantizer: QuantizerName = "quantgpt"
     granularity: Granularity = "tensor"
     gamma_init: GammaInit = "auto"
-    ste: Ste = "clipped"
+    gamma_gradient: Annotated[GammaGradient, Field(json_schema_extra={"added_with": "both"})] = "both"
+    ste: Ste = "auto"
     activation_range: ActivationRange = "token"
     attention: AttentionOperands = "none"
     overrides: dict[str, int] = {}
@@ -177,11 +187,27 @@ class Quant(Closed):
                 )
         return overrides
 
+    @model_validator(mode="after")
+    def _ternary_where_it_must_be(self) -> Quant:
+        wide = [bits for bits in self.weight_widths() if bits not in (2, UNQUANTIZED)]
+        if self.quantizer in TERNARY_ONLY and wide:
+            raise ValueError(
+                f"quantizer {self.quantizer} gives ternary weights only, and bits are {self.bits} with overrides "
+                f"{self.overrides}; use 2 (or 32) bits throughout, or another quantizer"
+            )
+        return self
+
+    def weight_widths(self) -> list[int]:
+        bits = BitWidths.parse(self.bits)
+        return [bits.weights, bits.embedding, *self.overrides.values()]
+
     def spec(self) -> QuantSpec:
         return QuantSpec(
             bits=BitWidths.parse(self.bits),
+            quantizer=self.quantizer,
             granularity=self.granularity,
             gamma_init=self.gamma_init,
+            gamma_gradient=self.gamma_gradient,
             ste=self.ste,
             activation_range=self.activation_range,
             attention=self.attention,
@@ -248,14 +274,22 @@ class Config(Closed):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        bits = [self.quant.spec().bits.weights, self.quant.spec().bits.embedding, *self.quant.overrides.values()]
-        if self.pack.encoding == "base3" and not set(bits) <= {2, 32}:
+        ternary = all(
+            b == UNQUANTIZED or grid(levels_of(self.quant.quantizer), b).ternary for b in self.quant.weight_widths()
+        )
+        if self.pack.encoding == "base3" and not ternary:
             raise ValueError(
-                f"pack.encoding: base3 holds ternary codes only, and quant.bits is {self.quant.bits}; "
-                "use encoding: dense, or 2 bits throughout"
+                f"pack.encoding: base3 holds ternary codes only; quant.bits is {self.quant.bits} and "
+                f"quant.quantizer is {self.quant.quantizer}; use encoding: dense, or a ternary quantizer at 2 bits "
+                "throughout"
             )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
+        if self.distill.contrast_layer != -1 and self.cache.mode == "states":
+            raise ValueError(
+                f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
+                "layer only (-1); set cache.mode: online"
+            )
         for section, training in (("finetune", self.finetune), ("distill", self.distill)):
             if training is not None and training.batch_size < self.resources.workers:
                 raise ValueError(

@@ -85,6 +85,12 @@ def inspect(config: Config, scratch: str) -> Inputs:
     shape = skeleton(model_config)
     sites(shape, family)
     check_spec(shape, family, config.quant.spec())
+    layers = int(model_config.num_hidden_layers)
+    if config.distill.contrast_layer < -layers - 1:
+        raise ConfigError(
+            f"distill.contrast_layer is {config.distill.contrast_layer}, and the model has {layers} layers and the "
+            f"embedding; valid: -1 to {-layers - 1}."
+        )
     longest = getattr(model_config, "max_position_embeddings", None)
     if longest is not None and config.task.block_length > longest:
         raise ConfigError(

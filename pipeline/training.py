@@ -32,15 +32,10 @@ from pipeline.checkpoints import (
     write_checkpoint,
 )
 from pipeline.config import Distill, Finetune, Resources
-from pipeline.distill.losses import (
-    contrastive_loss,
-    draw_offsets,
-    logit_distillation_loss,
-    next_token_loss,
-    valid_tokens,
-)
-from pipeline.distill.memory_bank import MemoryBank, alone
+from pipeline.distill.losses import next_token_loss
+from pipeline.distill.memory_bank import alone
 from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
+from pipeline.distillation import Distillation
 from pipeline.errors import RunError
 from pipeline.families.models import WithStates, load_parameters
 from pipeline.quant.layers import quantizers
@@ -71,19 +66,6 @@ class Run:
             return self.recipe.steps
         rows = sum(shard.rows for shard in self.train)
         return max(1, math.ceil((self.recipe.epochs or 0) * rows / self.recipe.batch_size))
-
-
-@dataclass
-class Distillation:
-    """What turns next-token training into distillation.
-
-    `states` gives the teacher's states where they are not cached; `head` turns states into the teacher's logits.
-    """
-
-    recipe: Distill
-    head: nn.Module
-    states: Callable[[Tensor], Tensor] | None
-    bank: MemoryBank
 
 
 def fit(
@@ -142,8 +124,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.plan.steps, group["peak"], self.recipe.warmup_steps)
         self.optimizer.step()
-        for _, quantizer in quantizers(self.model):
-            quantizer.project_()
+        for _, weight, quantizer in quantizers(self.model):
+            quantizer.after_step(weight, self.optimizer.state[weight].get("exp_avg_sq"))
         if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
             self.distillation.bank.update(self._gather if self.world > 1 else alone)
         return losses
@@ -177,22 +159,18 @@ class Loop:
         if self.distillation is None:
             loss, _ = next_token_loss(logits, ids, lengths)
             return loss, torch.tensor([loss.item(), 0.0, 0.0], dtype=torch.float64)
-        given, recipe, bank = self.distillation, self.distillation.recipe, self.distillation.bank
-        valid = valid_tokens(lengths, ids.shape[1])
-        with torch.no_grad():
-            teacher_states = given.states(ids) if given.states is not None else _present(states).to(self.device)
-            teacher_logits = given.head(teacher_states)
-        logit, _ = logit_distillation_loss(logits, teacher_logits, valid)
-        contrast = logit.new_zeros(())
-        if recipe.contrast_weight > 0:
-            offsets = [
-                draw_offsets(recipe.seed, step, row, int(length), recipe.negatives)
-                for row, length in zip(row_ids, lengths.tolist(), strict=True)
-            ]
-            query = bank.query(ids, student_states)
-            contrast, _ = contrastive_loss(query, teacher_states, lengths, offsets, recipe.temperature)
-            bank.accumulate(ids, student_states, valid)
-        loss = logit + recipe.contrast_weight * contrast
+        logit, contrast = self.distillation.losses(
+            step,
+            self.order.batch(step, self.recipe.batch_size),
+            row_ids,
+            ids,
+            lengths,
+            states,
+            student_states,
+            logits,
+            lambda row: self.rows.get([row]),
+        )
+        loss = logit + self.distillation.recipe.contrast_weight * contrast
         return loss, torch.tensor([loss.item(), logit.item(), contrast.item()], dtype=torch.float64)
 
     def _count(self, lengths: Tensor) -> Tensor:
@@ -289,23 +267,17 @@ class Loop:
 
 
 def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.AdamW:
-    gammas = {id(parameter) for _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
+    gammas = {id(parameter) for _, _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
     weights = [p for p in model.parameters() if id(p) not in gammas]
     groups = [
         _group([p for p in weights if p.ndim > 1], recipe.lr, recipe.weight_decay, clipped=True),
         _group([p for p in weights if p.ndim <= 1], recipe.lr, 0.0, clipped=True),
     ]
     if isinstance(recipe, Distill):
-        scales = [p for p in model.parameters() if id(p) in gammas]
+        scales = [p for p in model.parameters() if id(p) in gammas and p.requires_grad]
         groups.append(_group(scales, recipe.gamma_lr, 0.0, clipped=False))
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:
     return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "clipped": clipped}
-
-
-def _present(states: Tensor | None) -> Tensor:
-    if states is None:
-        raise RunError("Distillation has neither cached states nor a teacher to run.")
-    return states

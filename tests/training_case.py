@@ -16,13 +16,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.config import Distill, Finetune, Quant, Resources
+from pipeline.distillation import Distillation
 from pipeline.families.models import WithStates, build, load_model, read_config, set_dropout
 from pipeline.records import Shard
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.store import Owner, Place
 from pipeline.tables import commit_shard, write_tokens
-from pipeline.training import Distillation, Loop, Run
+from pipeline.training import Loop, Run
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
 ARCHITECTURE = {

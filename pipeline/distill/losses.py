@@ -5,11 +5,13 @@ Tokens are computed in fp32 and summed in fp64, so that the grouping of a batch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.distill.schedule import draw
+from pipeline.distill.negatives import Negatives
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,40 +38,31 @@ def logit_distillation_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> 
 
 
 def contrastive_loss(
-    query: Tensor, teacher: Tensor, lengths: Tensor, offsets: list[Tensor], temperature: float
+    query: Tensor, teacher: Tensor, lengths: Tensor, negatives: Sequence[Negatives], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Token-level contrastive distillation (Tao et al. 2022, section 3.2), nats over valid tokens.
 
-    The positive of token i is the teacher's state at i; its negatives are the teacher's states at
-    (i + offset) mod length of the same sequence. Tokens of one-token rows have no negatives and add nothing.
+    The positive of token i is the teacher's state at i. A token without negatives adds nothing.
 
     Args:
         query: (batch, length, hidden), the student's states mixed with the memory bank.
         teacher: (batch, length, hidden).
         lengths: (batch,), valid tokens of each row.
-        offsets: for each row, distinct whole numbers in 1..length-1: see `draw_offsets`.
+        negatives: those of each row.
         temperature: tau.
     """
-    similarity = F.normalize(query.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).transpose(1, 2)
-    total = similarity.new_zeros((), dtype=torch.float64)
+    query, teacher = F.normalize(query.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    total = query.new_zeros((), dtype=torch.float64)
     count = lengths.new_zeros(())
     for row, length in enumerate(lengths.tolist()):
-        scores = similarity[row, :length, :length] / temperature
-        positions = torch.arange(length, device=scores.device)
-        negatives = (positions.unsqueeze(1) + offsets[row].to(scores.device)) % length  # (length, negatives)
-        candidates = torch.cat([scores.diagonal().unsqueeze(1), scores.gather(1, negatives)], dim=1)
+        tokens = query[row, :length]
+        positive = (tokens * teacher[row, :length]).sum(-1, keepdim=True)
+        scores = tokens @ F.normalize(negatives[row].pool.float(), dim=-1).T
+        index = negatives[row].index
+        candidates = torch.cat([positive, scores if index is None else scores.gather(1, index)], dim=1) / temperature
         total = total - candidates.log_softmax(-1)[:, 0].sum(dtype=torch.float64)
         count = count + length
     return total, count
-
-
-def draw_offsets(seed: int, step: int, row_id: int, length: int, negatives: int) -> Tensor:
-    """Which other positions serve as negatives: a function of (seed, step, row), never of the worker.
-
-    Returns min(negatives, length - 1) distinct whole numbers in 1..length-1.
-    """
-    generator = draw("negatives", seed, step, row_id)
-    return torch.randperm(max(length - 1, 0), generator=generator)[:negatives] + 1
 
 
 def valid_tokens(lengths: Tensor, width: int) -> Tensor:

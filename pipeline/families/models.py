@@ -27,6 +27,7 @@ from pipeline.quant.spec import QuantSpec
 logging.set_verbosity_error()  # what matters is said by our own errors and progress
 logging.disable_progress_bar()
 
+LAST = -1
 FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
 
 
@@ -154,9 +155,9 @@ def sites(model: PreTrainedModel, family: Family) -> list[Site]:
     return sorted(found, key=lambda site: site.role == "tied_head")
 
 
-def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family, quantizer: str = "quantgpt") -> None:
+def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family) -> None:
     """Turn a full-precision model into a quantized student, in place."""
-    prepare(model, sites(model, family), spec, quantizer)
+    prepare(model, sites(model, family), spec)
     use_quantized_attention(model, spec)
 
 
@@ -178,9 +179,9 @@ def frozen_student(folder: Path, weights: Path, quant: Quant, family: Family) ->
     `folder` is the teacher's, for the architecture; `weights` the student's latent weights.
     """
     model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
-    make_student(model, replace(quant.spec(), gamma_init="one"), family, quant.quantizer)
+    make_student(model, replace(quant.spec(), gamma_init="one"), family)
     load_parameters(model, load_file(weights))
-    return freeze(model, getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
+    return freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
 
 
 @torch.no_grad()
@@ -202,25 +203,34 @@ def check_spec(model: PreTrainedModel, family: Family, spec: QuantSpec) -> None:
 
 
 class WithStates(nn.Module):
-    """A causal language model that returns its last hidden states beside its logits."""
+    """A causal language model that returns the hidden states of a layer beside its logits: see `layer_states`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.layer = model, layer
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
 
         Rows are padded on the right, so the causal mask alone keeps padding out of every valid token.
         """
-        states = last_states(self.model, ids)
-        return states, self.model.get_output_embeddings()(states)
+        last, states = layer_states(self.model, ids, self.layer)
+        return states, self.model.get_output_embeddings()(last)
 
 
 def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The hidden states that the head reads, after the final norm."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states
+    return layer_states(model, ids, LAST)[0]
+
+
+def layer_states(model: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """The last states, and those of one layer counted from the end: -1 what the head reads, -2 the output of the
+    layer before the last one, and so on down to the embedding."""
+    if layer == LAST:
+        output = model.base_model(input_ids=ids, use_cache=False)
+        return output.last_hidden_state, output.last_hidden_state
+    output = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    return output.last_hidden_state, output.hidden_states[layer]
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -1,8 +1,7 @@
 """The only quantization arithmetic: what trains, what is scored and what ships are the same numbers.
 
-Weights sit on a symmetric grid, w_q = code * alpha / n with integer codes in -n..n and n = 2^(b-1) - 1
-(Tao et al. 2022, section 3). `fake_quantize` is `dequantize(quantize(.))` by construction. Activations are
-quantized dynamically by their own range.
+A weight sits on a grid, w_q = (code + shift) * step with whole-number codes low..high: see `Grid`. `fake_quantize` is
+`dequantize(quantize(.))` by construction. Activations are quantized dynamically by their own range.
 """
 
 from __future__ import annotations
@@ -12,74 +11,77 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.quant.spec import ActivationRange, Ste, levels
+from pipeline.quant.spec import ActivationRange, Grid, levels
 
 
-def quantize(weight: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Codes of `weight`, int8, same shape; ties round to even.
+def quantize(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """Codes of `weight`, int8, same shape: the nearest levels; ties round to even.
 
     Args:
         weight: (rows, columns).
-        alpha: clipping factor, positive or zero, (1, 1) or (rows, 1); zero for weights that are all zero.
-        bits: 2, 4 or 8.
+        step: distance between two levels, positive or zero, (1, 1) or (rows, 1); zero for weights that are all zero.
 
     Raises:
-        ValueError: weight or alpha holds a NaN or an infinity, or alpha is negative.
+        ValueError: weight or step holds a NaN or an infinity, or step is negative.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(alpha).all()):
-        raise ValueError("cannot quantize: the weight or its clipping factor holds NaN or infinity")
-    if (alpha < 0).any():
-        raise ValueError(f"cannot quantize: the clipping factor is negative ({alpha.min().item():g})")
-    return _codes(weight, alpha, bits).to(torch.int8)
+    if not (torch.isfinite(weight).all() and torch.isfinite(step).all()):
+        raise ValueError("cannot quantize: the weight or its step holds NaN or infinity")
+    if (step < 0).any():
+        raise ValueError(f"cannot quantize: the step is negative ({step.min().item():g})")
+    return nearest(weight, step, grid).to(torch.int8)
 
 
-def step_size(alpha: Tensor, bits: int) -> Tensor:
-    """alpha / n: the distance between two levels, which is the scale that ships beside the codes."""
-    return alpha / levels(bits)
+def dequantize(codes: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """(codes + shift) * step in the step's dtype; step is (1, 1) or (rows, 1)."""
+    levels = codes.to(step.dtype)
+    return (levels + grid.shift if grid.shift else levels) * step
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes * scale in the scale's dtype; scale (1, 1) or (rows, 1) is a `step_size`."""
-    return codes.to(scale.dtype) * scale
+def fake_quantize(weight: Tensor, step: Tensor, grid: Grid, clipped: bool = True) -> Tensor:
+    """`dequantize(quantize(weight, step), step)`, bit for bit, with a straight-through gradient.
 
-
-def fake_quantize(weight: Tensor, alpha: Tensor, bits: int, ste: Ste = "clipped") -> Tensor:
-    """`dequantize(quantize(weight, alpha), step_size(alpha))`, bit for bit, with a straight-through gradient.
-
-    The gradient is that of alpha * (u + stop_gradient(Q(u) - u)) with u = clip(w, -alpha, alpha) / alpha:
-    for the weight g inside the clip and 0 outside (`clipped`) or g everywhere (`identity`); for alpha
-    g * Q(u) where |w| >= alpha and g * (Q(u) - w / alpha) inside (Tao et al. 2022, section 3.3, before the
-    factor mean |w| that turns it into gamma's). NaN passes through, so a diverged loss is seen as one.
+    With v = weight / step, the weight's gradient is g within low < v < high + 2 shift and 0 outside (g everywhere if
+    not `clipped`); the step's is the sum over its weights of g * (level - v) within and g * level outside, where
+    level = code + shift. That is LSQ's (Esser et al. 2020, equations 3 and 5); with step = gamma * mean |w| / n it is
+    Tao et al. 2022, section 3.3. NaN passes through, so a diverged loss is seen as one.
     """
-    return cast(Tensor, _FakeQuantize.apply(weight, alpha, bits, ste))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _FakeQuantize.apply(weight, step, grid, clipped))  # type: ignore[no-untyped-call]
 
 
-def _codes(weight: Tensor, alpha: Tensor, bits: int) -> Tensor:
+def nearest(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """Whole-number codes of the nearest levels, in the weight's dtype."""
+    places = weight / nonzero(step)
+    if grid.shift:
+        places = places - grid.shift
     # + 0.0 turns -0.0 into 0.0, which is what an integer code gives back
-    return (weight / _nonzero(alpha)).clamp(-1, 1).mul(levels(bits)).round() + 0.0
+    return places.round().clamp(grid.low, grid.high) + 0.0
 
 
-def _nonzero(alpha: Tensor) -> Tensor:
-    # A row of zeros (a padding row) has alpha = 0 and must give zeros, not NaN.
-    return torch.where(alpha == 0, torch.ones_like(alpha), alpha)
+def nonzero(step: Tensor) -> Tensor:
+    """The step, or 1 where it is 0: a row of zeros (a padding row) must give zeros, not NaN."""
+    return torch.where(step == 0, torch.ones_like(step), step)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, bits: int, ste: Ste) -> Tensor:
-        ctx.save_for_backward(weight, alpha)
-        ctx.bits, ctx.ste = bits, ste
-        return dequantize(_codes(weight, alpha, bits), step_size(alpha, bits))
+    def forward(ctx: Any, weight: Tensor, step: Tensor, grid: Grid, clipped: bool) -> Tensor:
+        codes = nearest(weight, step, grid)
+        ctx.save_for_backward(weight, step, codes)
+        ctx.grid, ctx.clipped = grid, clipped
+        return dequantize(codes, step, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, alpha = ctx.saved_tensors
-        inside = weight.abs() < alpha
-        on_grid = _codes(weight, alpha, ctx.bits) / levels(ctx.bits)
-        grad_weight = grad * inside if ctx.ste == "clipped" else grad
-        error = on_grid - torch.where(inside, weight / _nonzero(alpha), 0)
-        return grad_weight, (grad * error).sum_to_size(alpha.shape), None, None
+        weight, step, codes = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        inside = (weight > grid.low * step) & (weight < (grid.high + 2 * grid.shift) * step)
+        grad_weight = grad * inside if ctx.clipped else grad
+        if not ctx.needs_input_grad[1]:
+            return grad_weight, None, None, None
+        error = codes + grid.shift - torch.where(inside, weight / nonzero(step), 0)
+        # A step of zero stands for a row of zeros, which stays one.
+        return grad_weight, (grad * error).sum_to_size(step.shape) * (step != 0), None, None
 
 
 def fake_quantize_activation(
@@ -96,11 +98,11 @@ def fake_quantize_activation(
         rows = values if over == "token" else values.reshape(1, -1)
         if symmetric:
             alpha = rows.abs().amax(-1, keepdim=True)
-            quantized = alpha * ((rows / _nonzero(alpha)).mul(levels(bits)).round() / levels(bits))
+            quantized = alpha * ((rows / nonzero(alpha)).mul(levels(bits)).round() / levels(bits))
         else:
             low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
             low = torch.zeros_like(low) if from_zero else low
             step = (high - low) / (2**bits - 1)
-            quantized = low + step * ((rows - low) / _nonzero(step)).round()
+            quantized = low + step * ((rows - low) / nonzero(step)).round()
         quantized = quantized.reshape(x.shape).to(x.dtype)
     return quantized + (x - x.detach())

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.quant.grid import dequantize, fake_quantize_activation
-from pipeline.quant.quantizers import QUANTIZERS, QuantGPT
-from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
+from pipeline.quant.quantizers import QUANTIZERS, StepQuantizer
+from pipeline.quant.spec import UNQUANTIZED, ActivationRange, Levels, QuantSpec, grid, levels_of
 
 Role = Literal["linear", "embedding", "tied_head", "head"]
 
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
     """A linear layer whose latent weight (out, in) is on its grid in every forward pass."""
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, quantizer: QuantGPT | None, inputs: InputQuantizer
+        self, weight: Tensor, bias: nn.Parameter | None, quantizer: StepQuantizer | None, inputs: InputQuantizer
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.contiguous())
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """A word embedding (vocabulary, hidden) with one scale per row; a tied head reads the same table."""
 
-    def __init__(self, embedding: nn.Embedding, quantizer: QuantGPT | None) -> None:
+    def __init__(self, embedding: nn.Embedding, quantizer: StepQuantizer | None) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.padding_idx = embedding.padding_idx
@@ -89,16 +89,16 @@ class TiedHead(nn.Module):
         return F.linear(self.inputs(x), self._embedding[0].table())
 
 
-def prepare(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, quantizer: str = "quantgpt") -> None:
+def prepare(model: nn.Module, sites: Iterable[Site], spec: QuantSpec) -> None:
     """Replace every site by its quantized module, in place; latent weights are the model's own."""
 
-    def weight_quantizer(site: Site, weight: Tensor) -> QuantGPT | None:
+    def weight_quantizer(site: Site, weight: Tensor) -> StepQuantizer | None:
         role: Literal["linear", "embedding"] = "linear" if site.role == "linear" else "embedding"
         bits = spec.weight_bits(site.name, role)
         if bits == UNQUANTIZED:
             return None
         granularity = spec.granularity if role == "linear" else "row"
-        return QUANTIZERS[quantizer](weight, bits, granularity, spec.gamma_start(bits), spec.ste)
+        return QUANTIZERS[spec.quantizer](weight, bits, granularity, spec)
 
     for site in sites:
         inputs = InputQuantizer(spec.bits.activations, site.symmetric_input, spec.activation_range)
@@ -121,28 +121,34 @@ def _embedding_of(model: nn.Module) -> QuantizedEmbedding:
     return next(m for m in model.modules() if isinstance(m, QuantizedEmbedding))
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, QuantGPT]]:
-    """Every weight quantizer with the name of the module it serves."""
+def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, StepQuantizer]]:
+    """Every weight quantizer with the name and the latent weight of the module it serves."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.quantizer is not None:
-            yield name, module.quantizer
+            yield name, cast(nn.Parameter, module.weight), module.quantizer
 
 
 @dataclass(frozen=True)
 class FrozenTensors:
     """What ships: codes with their scales, and every other tensor, each in the dtype that is stored.
 
-    `codes[name]` is int8 (rows, columns) and `scales[name]` (1, 1) or (rows, 1); `bits[name]` its width.
+    `codes[name]` is int8 (rows, columns) and `scales[name]` (1, 1) or (rows, 1), the step of its grid; `bits[name]`
+    is its width, and `levels` the kind of grid, one for all.
     """
 
     codes: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
+    levels: Levels = "symmetric"
+
+    def weight(self, name: str) -> Tensor:
+        """The fp32 weight that the codes stand for."""
+        return dequantize(self.codes[name], self.scales[name].float(), grid(self.levels, self.bits[name]))
 
     def digest(self) -> str:
         """SHA-256 over names, widths, dtypes, shapes and bytes of all tensors."""
-        sha = hashlib.sha256()
+        sha = hashlib.sha256(b"" if self.levels == "symmetric" else self.levels.encode())
         groups = (("codes", self.codes), ("scales", self.scales), ("rest", self.rest))
         for group, tensors in groups:
             for name in sorted(tensors):
@@ -154,12 +160,10 @@ class FrozenTensors:
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, scale_dtype: torch.dtype, rest_dtype: torch.dtype) -> FrozenTensors:
-    """Codes, scales and the remaining tensors of a trained student, in the dtypes that ship."""
-    frozen = FrozenTensors()
-    modules = dict(model.named_modules())
-    for name, quantizer in quantizers(model):
-        weight = cast(Tensor, modules[name].weight)
+def freeze(model: nn.Module, spec: QuantSpec, scale_dtype: torch.dtype, rest_dtype: torch.dtype) -> FrozenTensors:
+    """Codes, scales and the remaining tensors of a student trained by `spec`, in the dtypes that ship."""
+    frozen = FrozenTensors(levels=levels_of(spec.quantizer))
+    for name, weight, quantizer in quantizers(model):
         codes, scale = quantizer.freeze(weight)
         frozen.codes[name], frozen.scales[name] = codes, scale.to(scale_dtype)
         frozen.bits[name] = quantizer.bits
@@ -186,8 +190,7 @@ def thaw(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, frozen: Froze
     )
     prepare(model, sites, unquantized)
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in frozen.rest.items()}
-    for name, codes in frozen.codes.items():
-        state[f"{name}.weight"] = dequantize(codes, frozen.scales[name].float())
+    state |= {f"{name}.weight": frozen.weight(name) for name in frozen.codes}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != given:

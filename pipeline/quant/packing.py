@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.quant.spec import Encoding, levels
+from pipeline.quant.spec import Encoding, Grid, Levels, grid
 
 TERNARY_PER_BYTE = 5
 
@@ -21,18 +21,16 @@ def packed_columns(columns: int, bits: int, encoding: Encoding = "dense") -> int
     return -(-columns // per_byte)
 
 
-def pack(codes: Tensor, bits: int, encoding: Encoding = "dense") -> Tensor:
+def pack(codes: Tensor, bits: int, encoding: Encoding = "dense", levels: Levels = "symmetric") -> Tensor:
     """(rows, columns) int8 codes to (rows, packed_columns) uint8.
 
     Raises:
-        ValueError: a code lies outside -n..n, or the encoding cannot hold the width.
+        ValueError: a code lies outside the grid, or the encoding cannot hold the grid.
     """
-    base, offset, per_byte = _digits(bits, encoding)
-    n = levels(bits)
+    base, offset, per_byte = _digits(bits, encoding, levels)
     if codes.ndim != 2:
         raise ValueError(f"codes of shape {tuple(codes.shape)} are not a matrix")
-    if codes.numel() and (int(codes.min()) < -n or int(codes.max()) > n):
-        raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} lie outside the {bits}-bit grid -{n}..{n}")
+    _check(codes, grid(levels, bits), bits)
     rows, columns = codes.shape
     padding = -columns % per_byte
     digits = torch.nn.functional.pad(codes.to(torch.int16) + offset, (0, padding))
@@ -40,13 +38,15 @@ def pack(codes: Tensor, bits: int, encoding: Encoding = "dense") -> Tensor:
     return (digits.reshape(rows, -1, per_byte) * places).sum(-1).to(torch.uint8)
 
 
-def unpack(packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense") -> Tensor:
+def unpack(
+    packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense", levels: Levels = "symmetric"
+) -> Tensor:
     """(rows, packed_columns) uint8 back to (rows, columns) int8 codes.
 
     Raises:
         ValueError: the shape does not fit, a code lies outside the grid, or the padding is not zero.
     """
-    base, offset, per_byte = _digits(bits, encoding)
+    base, offset, per_byte = _digits(bits, encoding, levels)
     if packed.ndim != 2 or packed.shape[1] != packed_columns(columns, bits, encoding):
         raise ValueError(
             f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes ({bits} bits, {encoding})"
@@ -56,9 +56,7 @@ def unpack(packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense"
     digits = (packed.to(torch.int16).unsqueeze(-1) // places) % base
     digits = digits.reshape(rows, -1)
     codes = digits[:, :columns] - offset
-    n = levels(bits)
-    if codes.numel() and (int(codes.min()) < -n or int(codes.max()) > n):
-        raise ValueError(f"a packed code lies outside the {bits}-bit grid -{n}..{n}")
+    _check(codes, grid(levels, bits), bits)
     if digits[:, columns:].any() or (encoding == "base3" and packed.numel() and int(packed.max()) >= 3**5):
         raise ValueError("the packed bytes hold values that no codes give")
     return codes.to(torch.int8)
@@ -74,6 +72,14 @@ def _codes_per_byte(bits: int, encoding: Encoding) -> int:
     return 8 // bits
 
 
-def _digits(bits: int, encoding: Encoding) -> tuple[int, int, int]:
+def _check(codes: Tensor, grid: Grid, bits: int) -> None:
+    if codes.numel() and (int(codes.min()) < grid.low or int(codes.max()) > grid.high):
+        found = f"{int(codes.min())}..{int(codes.max())}"
+        raise ValueError(f"codes {found} lie outside the {bits}-bit grid {grid.low}..{grid.high}")
+
+
+def _digits(bits: int, encoding: Encoding, levels: Levels) -> tuple[int, int, int]:
     per_byte = _codes_per_byte(bits, encoding)
+    if encoding == "base3" and not grid(levels, bits).ternary:
+        raise ValueError(f"encoding base3 holds ternary codes, not {levels} ones; valid: dense")
     return (3, 1, per_byte) if encoding == "base3" else (2**bits, 2 ** (bits - 1), per_byte)

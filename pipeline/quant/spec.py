@@ -12,15 +12,48 @@ UNQUANTIZED = 32
 
 Granularity = Literal["tensor", "row"]
 GammaInit = Literal["one", "mse", "auto"]
+GammaGradient = Literal["both", "outer"]
 ActivationRange = Literal["token", "tensor"]
 AttentionOperands = Literal["none", "qkv", "qkv_probabilities"]
-Ste = Literal["clipped", "identity"]
+Ste = Literal["auto", "clipped", "identity"]
 Encoding = Literal["dense", "base3"]
+Levels = Literal["symmetric", "full", "midpoint"]
+QuantizerName = Literal["quantgpt", "pact", "lsq", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics", "seq"]
+
+LEVELS: dict[QuantizerName, Levels] = {"lsq": "full", "seq": "midpoint"}  # the others: symmetric
+TERNARY_ONLY: tuple[QuantizerName, ...] = ("twn", "statistics")
 
 
 def levels(bits: int) -> int:
-    """n = 2^(b-1) - 1: the largest code. The grid is {-n, ..., n} / n (Tao et al. 2022, section 3)."""
+    """n = 2^(b-1) - 1: the largest code of the symmetric grid {-n, ..., n} / n (Tao et al. 2022, section 3)."""
     return (1 << (bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels (code + shift) * step of the whole-number codes low..high."""
+
+    low: int
+    high: int
+    shift: float = 0.0
+
+    @property
+    def ternary(self) -> bool:
+        return (self.low, self.high, self.shift) == (-1, 1, 0.0)
+
+
+def grid(kind: Levels, bits: int) -> Grid:
+    """`symmetric` has 2^b - 1 levels around zero; `full` all 2^b of two's complement; `midpoint` 2^b around zero and
+    none at zero."""
+    n = levels(bits)
+    grids = {"symmetric": Grid(-n, n), "full": Grid(-n - 1, n), "midpoint": Grid(-n - 1, n, 0.5)}
+    if kind not in grids:
+        raise ValueError(f"levels {kind!r} are not known; valid: {', '.join(grids)}")
+    return grids[kind]
+
+
+def levels_of(quantizer: QuantizerName) -> Levels:
+    return LEVELS.get(quantizer, "symmetric")
 
 
 @dataclass(frozen=True)
@@ -57,15 +90,20 @@ class QuantSpec:
     """How a student is quantized while it trains.
 
     `granularity` is that of the linear layers; word embeddings and heads always have one scale per row.
-    `gamma_init: auto` starts ternary modules at 1 and wider ones at the gamma of least squared error: at 4 and 8 bits
-    gamma = 1 clips far inside the distribution, at 2 bits the minimiser is not the better start (measured).
+    `gamma_init`: `one` is the published start of the quantizer (gamma = 1 for QuantGPT), `mse` the step of least
+    squared error; `auto` is the published one, but for QuantGPT at 4 and 8 bits, where gamma = 1 clips far inside the
+    distribution (measured; at 2 bits the minimiser is not the better start).
+    `gamma_gradient: outer` is PACT's gradient for gamma, the ablation of Tao et al. 2022.
+    `ste: auto` is the one each quantizer was published with.
     `overrides` maps a regular expression over module names to a weight width; the first full match wins.
     """
 
     bits: BitWidths
+    quantizer: QuantizerName = "quantgpt"
     granularity: Granularity = "tensor"
     gamma_init: GammaInit = "auto"
-    ste: Ste = "clipped"
+    gamma_gradient: GammaGradient = "both"
+    ste: Ste = "auto"
     activation_range: ActivationRange = "token"
     attention: AttentionOperands = "none"
     overrides: tuple[tuple[str, int], ...] = ()
@@ -76,7 +114,7 @@ class QuantSpec:
                 return width
         return self.bits.weights if role == "linear" else self.bits.embedding
 
-    def gamma_start(self, bits: int) -> Literal["one", "mse"]:
+    def starts_at_least_error(self, bits: int) -> bool:
         if self.gamma_init == "auto":
-            return "one" if bits == 2 else "mse"
-        return self.gamma_init
+            return self.quantizer == "quantgpt" and bits > 2
+        return self.gamma_init == "mse"

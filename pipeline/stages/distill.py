@@ -13,13 +13,14 @@ from torch import Tensor
 from pipeline.checkpoints import finish, store_tensors, weights
 from pipeline.config import Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
-from pipeline.families.models import FAMILIES, WithStates, last_states, load_model, make_student, set_dropout
+from pipeline.distillation import Distillation
+from pipeline.families.models import FAMILIES, WithStates, layer_states, load_model, make_student, set_dropout
 from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
-from pipeline.training import Distillation, Run, fit
+from pipeline.training import Run, fit
 
-VERSION = 1
+VERSION = 2
 
 
 def run(step: Step) -> Student:
@@ -65,22 +66,23 @@ def _train(
 
 def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device) -> tuple[WithStates, Distillation]:
     """The student, started from the teacher's weights, and what it is distilled from."""
-    if not isinstance(run.recipe, Distill):
+    recipe = run.recipe
+    if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
     teacher = load_model(folder).requires_grad_(False).to(device).eval()
     student = load_model(folder)
     set_dropout(student, 0.0)  # cached states have none
-    make_student(student, quant.spec(), FAMILIES[family], quant.quantizer)
+    make_student(student, quant.spec(), FAMILIES[family])
     hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
 
-    def states(ids: Tensor) -> Tensor:
-        return last_states(teacher, ids)
+    def states(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_states(teacher, ids, recipe.contrast_layer)
 
     head = teacher.get_output_embeddings() if run.cache is None else copy.deepcopy(teacher.get_output_embeddings())
     distillation = Distillation(
-        recipe=run.recipe,
+        recipe=recipe,
         head=head,
-        states=states if run.cache is None else None,
-        bank=MemoryBank(vocabulary, hidden, run.recipe.momentum, device),
+        teacher=states if run.cache is None else None,
+        bank=MemoryBank(vocabulary, hidden, recipe.momentum, device),
     )
-    return WithStates(student), distillation
+    return WithStates(student, recipe.contrast_layer), distillation

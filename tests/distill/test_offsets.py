@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.distill.losses import draw_offsets
+from pipeline.distill.negatives import draw_offsets
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 64, 200])

@@ -1,0 +1,57 @@
+"""Which representations the contrastive loss pushes a token away from.
+
+All draws are a function of (seed, step, row), never of the worker or the place in a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.distill.schedule import draw
+
+NegativesFrom = Literal["teacher", "student", "vocabulary", "batch"]
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """The negatives of one sequence's tokens.
+
+    `pool` is (candidates, hidden); `index` (length, negatives) says which of them each token takes, None: all.
+    """
+
+    pool: Tensor
+    index: Tensor | None = None
+
+
+def other_positions(states: Tensor, length: int, offsets: Tensor) -> Negatives:
+    """For token i the states at (i + offset) mod length of its own sequence; states (>= length, hidden)."""
+    positions = torch.arange(length, device=states.device).unsqueeze(1)
+    return Negatives(states[:length], (positions + offsets.to(states.device)) % length)
+
+
+def draw_offsets(seed: int, step: int, row_id: int, length: int, negatives: int) -> Tensor:
+    """Which other positions serve as negatives: min(negatives, length - 1) distinct whole numbers in 1..length-1."""
+    generator = draw("negatives", seed, step, row_id)
+    return torch.randperm(max(length - 1, 0), generator=generator)[:negatives] + 1
+
+
+def draw_ids(seed: int, step: int, row_id: int, vocabulary: int, negatives: int) -> Tensor:
+    """Distinct vocabulary ids that serve as negatives of all tokens of a row."""
+    return torch.randperm(vocabulary, generator=draw("vocabulary", seed, step, row_id))[:negatives]
+
+
+def draw_partner(seed: int, step: int, row_id: int, batch: Tensor) -> int | None:
+    """Another row of the global batch, whose tokens serve as negatives; None if there is no other."""
+    others = batch[batch != row_id]
+    if not len(others):
+        return None
+    return int(others[torch.randint(len(others), (), generator=draw("partner", seed, step, row_id))])
+
+
+def draw_positions(seed: int, step: int, row_id: int, length: int, negatives: int) -> Tensor:
+    """Distinct positions of another row that serve as negatives."""
+    return torch.randperm(length, generator=draw("positions", seed, step, row_id))[:negatives]
