@@ -33,6 +33,7 @@ class Progress:
     best_file: str = ""
     best_stored: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    modules: list[dict[str, Any]] = field(default_factory=list)  # what `diagnostics.Watch` saw
 
 
 def write_checkpoint(place: Place, tensors: dict[str, Tensor], progress: Progress) -> None:
@@ -77,6 +78,8 @@ def store_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> Stored
 def finish(place: Place, progress: Progress, steps: int, files: dict[str, StoredFile]) -> None:
     """Rank 0, when its weights are stored as `files`: what the stage needs for its record."""
     files = files | {"history.json": place.write("history.json", json.dumps(progress.history).encode())}
+    if progress.modules:
+        files = files | {"modules.json": place.write("modules.json", json.dumps(progress.modules).encode())}
     result = {
         "steps": steps,
         "best_step": progress.best_step,

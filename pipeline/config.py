@@ -136,6 +136,7 @@ class Finetune(Training):
 class Distill(Training):
     """Quantization-aware distillation (Tao et al. 2022); defaults are the paper's."""
 
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0: quantized and scored as it is
     gamma_lr: Rate = 1e-3
     contrast_weight: NotNegative = 0.1
     temperature: Rate = 0.1

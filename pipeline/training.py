@@ -32,6 +32,7 @@ from pipeline.checkpoints import (
     write_checkpoint,
 )
 from pipeline.config import Distill, Finetune, Resources
+from pipeline.diagnostics import Watch, token_cosine
 from pipeline.distill.losses import next_token_loss
 from pipeline.distill.memory_bank import alone
 from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
@@ -44,6 +45,7 @@ from pipeline.store import Place
 from pipeline.tables import Rows
 
 HISTORY_POINTS = 1000
+DIAGNOSES = 50  # looks at the modules over a run, about
 Advance = Callable[[int, int, str], None]  # done, of how many, a word on how it goes
 
 
@@ -97,11 +99,14 @@ class Loop:
         self.validation = Rows(run.tokens, run.validation)
         self.order = DataOrder([shard.rows for shard in run.train], self.recipe.seed)
         self.progress = Progress()
+        self.watch = Watch()
 
     def run(self) -> None:
         self._resume()
         steps = self.plan.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
+        if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be the best
+            self._validate()
         while self.progress.step < steps:
             losses = self.train_step(self.progress.step)
             self.progress.step += 1
@@ -184,15 +189,7 @@ class Loop:
             progress.history.append({"step": step, **losses})
         note = f"loss {losses['loss']:.3f}"
         if last or step % self.recipe.eval_every == 0:
-            nats = self.validate()
-            progress.history.append({"step": step, "validation_nats": nats})
-            note += f", validation perplexity {math.exp(min(nats, 700)):.2f}"
-            if nats < progress.best_nats:
-                progress.best_step, progress.best_nats = step, nats
-                progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
-                if self.rank == 0:
-                    stored = store_tensors(self.plan.place, progress.best_file, weights(self.model))
-                    progress.best_stored = stored.model_dump()
+            note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
         if last or step % self.recipe.eval_every == 0 or step % self.plan.resources.checkpoint_steps == 0:
             if self.rank == 0:
                 write_checkpoint(self.plan.place, self._tensors(), progress)
@@ -200,20 +197,41 @@ class Loop:
         if self.rank == 0:
             self.report(step, steps, note)
 
+    def _validate(self) -> float:
+        """Score the validation split, write it down, and keep the weights if they are the best so far."""
+        progress, step = self.progress, self.progress.step
+        nats, cosine = self.validate()
+        entry = {"step": step, "validation_nats": nats}
+        if self.distillation is not None:
+            entry["token_cosine"] = cosine
+            apart = self.plan.steps / DIAGNOSES
+            if self.rank == 0 and (step == self.plan.steps or step - self.watch.step >= apart or not self.watch.codes):
+                progress.modules.append({"step": step, "modules": self.watch.look(self.model, step)})
+        progress.history.append(entry)
+        if nats < progress.best_nats:
+            progress.best_step, progress.best_nats = step, nats
+            progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
+            if self.rank == 0:
+                stored = store_tensors(self.plan.place, progress.best_file, weights(self.model))
+                progress.best_stored = stored.model_dump()
+        return nats
+
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean next-token nats over the first `eval_rows` rows of the validation split."""
+    def validate(self) -> tuple[float, float]:
+        """Mean next-token nats over the first `eval_rows` rows of the validation split, and the mean cosine between
+        the states of different tokens of a row."""
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
         for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
             if len(micro):
                 ids, lengths, _ = self.validation.get(micro.tolist())
                 ids, lengths = ids.to(self.device), lengths.to(self.device)
-                nats, count = next_token_loss(self.model(ids)[1], ids, lengths)
-                sums += torch.tensor([nats.item(), count.item()], dtype=torch.float64)
-        nats_sum, count_sum = self._all_reduce(sums).tolist()
-        return float(nats_sum / count_sum)
+                states, logits = self.model(ids)
+                found = (*next_token_loss(logits, ids, lengths), *token_cosine(states, lengths))
+                sums += torch.tensor([value.item() for value in found], dtype=torch.float64)
+        nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
+        return nats / tokens, cosine / max(1.0, rows_of_two)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
@@ -221,6 +239,7 @@ class Loop:
         tensors |= optimizer_tensors(self.model, self.optimizer)
         if self.distillation is not None:
             tensors |= {f"bank.{name}": tensor for name, tensor in self.distillation.bank.state_dict().items()}
+            tensors |= {f"codes.{name}": tensor for name, tensor in self.watch.codes.items()}
         return tensors
 
     def _resume(self) -> None:
@@ -233,6 +252,8 @@ class Loop:
             load_optimizer(self.model, self.optimizer, under("optimizer.", tensors))
             if self.distillation is not None:
                 self.distillation.bank.load_state_dict(under("bank.", tensors))
+            self.watch.codes = under("codes.", tensors)
+            self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
         self._barrier()
 
     @contextlib.contextmanager

@@ -87,7 +87,7 @@ def test_quantized_runs_at_one_and_two_workers_end_within_the_spread_of_seeds(ca
     def final(rank: int, run: Run) -> float:
         loop = case.loop(run, LOW)
         steps_of(loop, run.steps)
-        return loop.validate()
+        return loop.validate()[0]
 
     recipes = [Distill(**{**DISTILL, "steps": 100, "seed": seed}) for seed in range(5)]
     alone = [final(0, case.run(recipe, f"spread{recipe.seed}")) for recipe in recipes]
@@ -202,7 +202,7 @@ def test_the_best_weights_on_validation_ship(case: Case) -> None:
     assert progress.best_step < run.steps  # with such a rate the last step is not the best
     ended = case.loop(run, LOW)
     ended.model.load_state_dict(loop.model.state_dict())
-    assert ended.validate() == validated[progress.best_step]
+    assert ended.validate()[0] == validated[progress.best_step]
 
 
 def test_a_diverged_loss_stops_the_run_and_keeps_the_checkpoint(case: Case) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.checkpoints import finish, store_tensors, weights
 from pipeline.config import Distill, Quant
+from pipeline.diagnostics import weight_histograms
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distillation import Distillation
 from pipeline.families.models import FAMILIES, WithStates, layer_states, load_model, make_student, set_dropout
@@ -61,7 +62,8 @@ def _train(
     progress = fit(student, run, distillation, device, report)
     if progress is not None:
         stored = store_tensors(run.place, Student.WEIGHTS, weights(student))
-        finish(run.place, progress, run.steps, {Student.WEIGHTS: stored})
+        histograms = run.place.write("histograms.json", json.dumps(weight_histograms(student)).encode())
+        finish(run.place, progress, run.steps, {Student.WEIGHTS: stored, "histograms.json": histograms})
 
 
 def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device) -> tuple[WithStates, Distillation]:

@@ -1,0 +1,79 @@
+"""What the quantized modules and the representations do while a student trains: the two diagnoses of Tao et al. 2022.
+
+Section 2.2 finds that quantization makes the representations of different tokens alike (`token_cosine`), and that
+modules differ in how their weights are distributed against the clip (`Watch`, `weight_histograms`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.quant.layers import quantizers
+
+BINS, WIDEST = 60, 6.0  # of a histogram of weights, in multiples of the mean magnitude
+
+
+def token_cosine(states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines between different tokens of the same row, summed over rows' means, and how many rows had two tokens.
+
+    Args:
+        states: (batch, length, hidden).
+        lengths: (batch,), valid tokens of each row.
+    """
+    total, count = states.new_zeros((), dtype=torch.float64), lengths.new_zeros(())
+    for row, length in zip(states, lengths.tolist(), strict=True):
+        if length < 2:
+            continue
+        whole = F.normalize(row[:length].double(), dim=-1).sum(0).square().sum()
+        total, count = total + (whole - length) / (length * (length - 1)), count + 1
+    return total, count
+
+
+class Watch:
+    """Remembers each module's codes, so that it can say how many have changed since it last looked."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, Tensor] = {}
+        self.step = 0
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, step: int) -> dict[str, dict[str, float]]:
+        """By module: `gamma`, the outermost level over mean |w| (of rows: their mean), the share of `zeros`, and the
+        share of codes `changed_per_100_steps`, absent at the first look."""
+        facts = {}
+        for name, weight, quantizer in quantizers(model):
+            codes, size = quantizer.freeze(weight)
+            edge = size * (quantizer.grid.high + quantizer.grid.shift)
+            magnitude = weight.abs().mean(1, keepdim=True) if len(size) > 1 else weight.abs().mean()
+            alive = (magnitude > 0).expand_as(edge)
+            found = {
+                "gamma": float((edge / magnitude)[alive].mean()),
+                "zeros": float((codes == 0).float().mean()) if quantizer.grid.shift == 0 else 0.0,
+            }
+            if name in self.codes and step > self.step:
+                changed = float((codes != self.codes[name]).float().mean())
+                found["changed_per_100_steps"] = changed * 100 / (step - self.step)
+            self.codes[name], facts[name] = codes.clone(), found
+        self.step = step
+        return facts
+
+
+@torch.no_grad()
+def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By module: counts of latent weights in equal bins over -6..6 mean |w|, the outer bins holding what lies beyond,
+    and where the outermost levels are in the same unit."""
+    found = {}
+    for name, weight, quantizer in quantizers(model):
+        mean = weight.abs().mean()
+        _, size = quantizer.freeze(weight)
+        relative = (weight / torch.where(mean == 0, 1, mean)).clamp(-WIDEST, WIDEST)
+        found[name] = {
+            "counts": [int(n) for n in torch.histc(relative.float().cpu(), BINS, -WIDEST, WIDEST)],
+            "highest_level": float(size.mean() * (quantizer.grid.high + quantizer.grid.shift) / mean),
+            "lowest_level": float(size.mean() * (quantizer.grid.low + quantizer.grid.shift) / mean),
+        }
+    return found
