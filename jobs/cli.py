@@ -113,6 +113,64 @@ def evaluate(
     _execute(work, as_json, debug)
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def quantizers(
+    config: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="Teacher, task and data; ignored with --teacher.")
+    ] = "configs/quickstart.yaml",
+    teacher: Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face directory as the teacher.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --teacher: text as data.source; without it the teacher generates some.")
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="W-E-A; may be repeated. Default: 2-2-8.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds; intervals need two.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each student.")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 16,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole table: 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 150 steps. Hours.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and pictures go.")] = "bench-quantizers",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train every quantizer and preset on the same teacher, tokens, steps and seeds, and print the gaps.
+
+    Each recipe gets a learning-rate search of equal cost, judged on validation. Every run is a keyed step, so an
+    interrupted bench goes on where it was.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from pathlib import Path
+
+        from jobs.bench.quantizers import Extent, compare, scratch_of, teacher_fields
+        from pipeline.config import Resources, load_config, load_fields
+        from pipeline.quant.spec import BitWidths
+
+        try:
+            widths = tuple(str(BitWidths.parse(text)) for text in bits or ["2-2-8"])
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
+        extent = Extent(widths, seeds, steps, batch_size)
+        if full:
+            extent = Extent(("2-2-8", "4-4-8", "8-8-8"), 5, 150, batch_size)
+        chosen = [*(overrides or []), f"resources.workers={workers}"]
+        if teacher is None:
+            base = load_config(config, chosen, _environment())
+        else:
+            resources = Resources.model_validate(_environment())
+            fields = teacher_fields(Path(teacher), data, extent, scratch_of(resources), console)
+            base = load_fields(fields, chosen, _environment(), f"--teacher {teacher}")
+        return compare(base, extent, Path(out), console)
+
+    _execute(work, as_json, debug)
+
+
 def _environment() -> dict[str, str]:
     """Resources as the variables of their ecosystems set them; a configuration's own values win."""
     variables = {

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from pipeline.distill.negatives import NegativesFrom
 from pipeline.errors import ConfigError
+from pipeline.presets import PRESETS, PresetName, filled
 from pipeline.quant.spec import (
     TERNARY_ONLY,
     UNQUANTIZED,
@@ -262,6 +263,7 @@ class Config(Closed):
     """One YAML a run."""
 
     name: Name
+    preset: PresetName | None = None  # fills quant, distill and pack; what the file itself sets wins
     model: Model
     task: Task = Task()
     data: Data
@@ -272,6 +274,12 @@ class Config(Closed):
     pack: Pack = Pack()
     register_: Register = Field(default=Register(), alias="register")
     resources: Resources = Resources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, fields: Any) -> Any:
+        preset = fields.get("preset") if isinstance(fields, dict) else None
+        return filled(fields, preset) if preset in PRESETS else fields  # an unknown one is refused by its type
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
@@ -316,6 +324,13 @@ def load_config(
         raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"The configuration {path} is not a mapping of sections such as name, model, data.")
+    return load_fields(fields, overrides, resources, str(path))
+
+
+def load_fields(
+    fields: dict[str, Any], overrides: list[str] | None, resources: dict[str, str] | None, origin: str
+) -> Config:
+    """As `load_config`, from the fields of a file; `origin` says in errors where they come from."""
     for override in overrides or []:
         _apply(fields, override)
     if isinstance(fields.setdefault("resources", {}), dict):
@@ -323,7 +338,7 @@ def load_config(
     try:
         return Config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError("\n".join([f"The configuration {path} is not valid.", *_explain(error)])) from error
+        raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *_explain(error)])) from error
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

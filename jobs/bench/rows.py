@@ -1,0 +1,71 @@
+"""What `bench quantizers` compares: every row is values laid over the same configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.presets import PRESETS
+from pipeline.quant.spec import TERNARY_ONLY, BitWidths, grid, levels_of
+
+PAPER, BEST, SMALLEST = "paper", "best", "smallest"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe: sections of a configuration, and whether it trains at all."""
+
+    name: str
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trained: bool = True
+
+    @property
+    def quantizer(self) -> Any:
+        return self.sections["quant"].get("quantizer", "quantgpt")
+
+    def offered_at(self, bits: str) -> bool:
+        """Whether the recipe exists at these widths: ternary ones only at 2 bits."""
+        ternary_only = self.quantizer in TERNARY_ONLY or self.name == SMALLEST
+        return not ternary_only or BitWidths.parse(bits).weights == 2
+
+    def ternary_at(self, bits: str) -> bool:
+        return grid(levels_of(self.quantizer), BitWidths.parse(bits).weights).ternary
+
+
+def _quantizer(quantizer: str, granularity: str, **distill: Any) -> Row:
+    quant = {"quantizer": quantizer, "granularity": granularity}
+    return Row(f"{quantizer}, {granularity}", {"quant": quant, "distill": {"contrast_weight": 0.0, **distill}})
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "rounding, row",
+        {"quant": {"granularity": "row", "gamma_init": "mse"}, "distill": {"steps": 0, "contrast_weight": 0.0}},
+        trained=False,
+    ),
+    _quantizer("pact", "tensor"),
+    _quantizer("twn", "tensor"),
+    _quantizer("twn", "row"),
+    _quantizer("statistics", "tensor"),
+    _quantizer("statistics", "row"),
+    _quantizer("laq_uniform", "tensor"),
+    _quantizer("laq", "tensor"),
+    _quantizer("laq", "row"),
+    _quantizer("lsq_symmetric", "row"),
+    _quantizer("lsq", "tensor"),
+    _quantizer("lsq", "row"),
+    _quantizer("seq", "row"),
+    Row(
+        "paper without contrast",
+        {**PRESETS["paper"], "distill": {**PRESETS["paper"]["distill"], "contrast_weight": 0.0}},
+    ),
+    _quantizer("quantgpt", "tensor"),
+    _quantizer("quantgpt", "row"),
+    *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),  # type: ignore[index]
+)
+
+
+def encoding_of(row: Row, bits: str) -> str:
+    """The smallest encoding that holds the row's levels, so that bytes are compared at their best."""
+    widths = BitWidths.parse(bits)
+    return "base3" if (widths.weights, widths.embedding) == (2, 2) and row.ternary_at(bits) else "dense"

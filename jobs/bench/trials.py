@@ -1,0 +1,128 @@
+"""Trials of a bench: each is the flow as far as `pack` with other values, run side by side on a pool of workers.
+
+A trial's steps are keyed like any other, so an interrupted bench goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jobs.bench.rows import Row, encoding_of
+from pipeline import flow
+from pipeline.config import Config, Resources
+from pipeline.engine import Engine
+from pipeline.records import Closed, Package, Report, Student
+from pipeline.step import Done
+from pipeline.store import Owner
+
+Advance = Callable[[int, int, str], None]
+IN_PROCESS: dict[str, Any] = {"workers": 0}
+
+
+class Trial(Closed):
+    """One row at one width, rate and seed; `config` is a whole configuration."""
+
+    row: str
+    bits: str
+    lr: float
+    seed: int
+    config: dict[str, Any]
+
+
+class Score(Closed):
+    """What a trial gave. The gap is log(student perplexity / teacher perplexity) on the test split, in nats."""
+
+    row: str
+    bits: str
+    lr: float
+    seed: int
+    validation_nats: float
+    gap_nats: float
+    kl_nats: float
+    top1_agreement: float
+    teacher_perplexity: float
+    packed_bytes: int
+    token_cosine: float
+
+
+def trial(base: Config, row: Row, bits: str, lr: float, seed: int) -> Trial:
+    """The base configuration with the row's values laid over it."""
+    fields = base.model_dump(mode="json", by_alias=True, exclude={"preset"})
+    own: dict[str, dict[str, Any]] = {
+        "quant": {"bits": bits},
+        "distill": {"lr": lr, "seed": seed},
+        "pack": {"encoding": encoding_of(row, bits)},
+    }
+    sections: dict[str, dict[str, Any]] = {**row.sections}
+    for name, values in own.items():
+        sections[name] = {**sections.get(name, {}), **values}
+    for name, values in sections.items():
+        fields[name] = {**fields[name], **values}
+    fields["resources"] = {**fields["resources"], **IN_PROCESS}
+    return Trial(row=row.name, bits=bits, lr=lr, seed=seed, config=fields)
+
+
+def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) -> list[Score]:
+    """Run what has not been run, `resources.workers` at a time; shared stages must be there already."""
+    engine = Engine(resources)
+    try:
+        lines = engine.shards(RunTrial, {}, trials, advance, gpus=resources.gpus_per_worker)
+        found = {(s.row, s.bits, s.lr, s.seed): s for s in map(Score.model_validate_json, lines)}
+    finally:
+        engine.close()
+    return [found[t.row, t.bits, t.lr, t.seed] for t in trials]
+
+
+class RunTrial:
+    """Runs one trial at a time, in this process."""
+
+    def __call__(self, trial: Trial) -> str:
+        outcome = flow.run(flow.plan(Config.model_validate(trial.config), Package.stage), Silent())
+        return score(trial, outcome.done).model_dump_json()
+
+
+def score(trial: Trial, done: dict[str, Done]) -> Score:
+    student: Student = done[Student.stage].record
+    report: Report = done[Report.stage].record
+    package: Package = done[Package.stage].record
+    history = done[Student.stage].place.local("history.json", student.files["history.json"])
+    cosines = {e["step"]: e["token_cosine"] for e in json.loads(history.read_text()) if "token_cosine" in e}
+    return Score(
+        **{name: getattr(trial, name) for name in ("row", "bits", "lr", "seed")},
+        validation_nats=student.validation_nats or math.inf,
+        gap_nats=math.log(report.student["perplexity"] / report.teacher["perplexity"]),
+        kl_nats=report.student["kl_nats"],
+        top1_agreement=report.student["top1_agreement"],
+        teacher_perplexity=report.teacher["perplexity"],
+        packed_bytes=package.size.packed_bytes,
+        token_cosine=cosines[student.best_step],
+    )
+
+
+class Silent:
+    """An observer that says nothing: the bench counts trials."""
+
+    def started(self, stage: str) -> None:
+        """A stage begins."""
+
+    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
+        """A stage goes on."""
+
+    def finished(self, stage: str, status: str, seconds: float) -> None:
+        """A stage ends."""
+
+    def waiting(self, stage: str, owner: Owner) -> None:
+        """Another process runs the step."""
+
+
+def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
+    """By row and width, the learning rate that is best on validation."""
+    best: dict[tuple[str, str], Score] = {}
+    for found in scores:
+        key = (found.row, found.bits)
+        if key not in best or found.validation_nats < best[key].validation_nats:
+            best[key] = found
+    return {key: found.lr for key, found in best.items()}
