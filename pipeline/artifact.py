@@ -24,7 +24,7 @@ from pipeline.families.models import family_of, read_config, restore_frozen
 from pipeline.objects import open_objects
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.packing import pack, packed_columns, unpack
-from pipeline.quant.spec import Encoding
+from pipeline.quant.spec import Encoding, grid
 from pipeline.records import Size
 from pipeline.store import checksum
 
@@ -179,7 +179,9 @@ def _packed(frozen: FrozenTensors, encoding: Encoding) -> dict[str, Tensor]:
 
 
 def _unpacked(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> FrozenTensors:
-    frozen = FrozenTensors(rest=dict(tensors), levels=quantization.get("levels", "symmetric"))  # not in format 1
+    levels = quantization.get("levels", "symmetric")  # not in format 1
+    grid(levels, 8)  # refuses what is not known
+    frozen = FrozenTensors(rest=dict(tensors), levels=levels)
     for name, module in quantization["modules"].items():
         bits, (rows, columns) = int(module["bits"]), module["shape"]
         packed, scale = frozen.rest.pop(f"{name}.weight"), frozen.rest.pop(f"{name}.weight_scale")

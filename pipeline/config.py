@@ -16,6 +16,7 @@ from pipeline.distill.negatives import NegativesFrom
 from pipeline.errors import ConfigError
 from pipeline.presets import PRESETS, PresetName, filled
 from pipeline.quant.spec import (
+    TAKES,
     TERNARY_ONLY,
     UNQUANTIZED,
     WEIGHT_WIDTHS,
@@ -188,6 +189,17 @@ class Quant(Closed):
                     f"overrides[{pattern!r}]: {bits} bits are not offered; valid: {', '.join(map(str, WEIGHT_WIDTHS))}"
                 )
         return overrides
+
+    @model_validator(mode="after")
+    def _options_of_the_quantizer(self) -> Quant:
+        for option, default in (("gamma_init", "auto"), ("gamma_gradient", "both"), ("ste", "auto")):
+            value, takers = getattr(self, option), TAKES[option]
+            if value not in (default, "one") and self.quantizer not in takers:
+                raise ValueError(
+                    f"{option} is {value}, which the quantizer {self.quantizer} does not take; leave it out, or use "
+                    f"one of {', '.join(takers)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ternary_where_it_must_be(self) -> Quant:

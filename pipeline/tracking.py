@@ -105,3 +105,9 @@ def log_run(
         client.set_terminated(run_id)
     except MlflowException as error:
         raise RunError(f"MLflow refused the run {run_id}: {str(error).splitlines()[0]}") from error
+
+
+def log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, Any]) -> None:
+    """Matplotlib figures as pictures of a run, by file name."""
+    for name, figure in figures.items():
+        client.log_figure(run_id, figure, f"pictures/{name}")

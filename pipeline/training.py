@@ -206,7 +206,7 @@ class Loop:
             entry["token_cosine"] = cosine
             apart = self.plan.steps / DIAGNOSES
             if self.rank == 0 and (step == self.plan.steps or step - self.watch.step >= apart or not self.watch.codes):
-                progress.modules.append({"step": step, "modules": self.watch.look(self.model, step)})
+                progress.modules.append({"step": step, "modules": self.watch.look(self.model.model, step)})
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats

@@ -73,7 +73,7 @@ def test_the_files_are_those_of_the_contract(finished):
     assert "tokenizer.json" in names
 
     manifest = json.loads((finished.package / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert (manifest["bits"], manifest["quantizer"]) == ("2-2-8", "quantgpt")
     assert manifest["files"] == {
         name: checksum(finished.package / name).model_dump() for name in sorted(names - {"manifest.json"})
@@ -164,11 +164,35 @@ def test_every_width_and_family_loads_as_it_was_frozen(tiny_config, tiny_llama, 
     quant, family = made.quant, FAMILIES[architecture]
     model = build(read_config(made.model.source, vocab_size=300), seed=0)
     make_student(model, quant.spec(), family)
-    manifest = packed(tmp_path / "package", freeze(model, torch.float16, torch.bfloat16), model.config, quant)
+    manifest = packed(
+        tmp_path / "package", freeze(model, quant.spec(), torch.float16, torch.bfloat16), model.config, quant
+    )
     frozen, _, _ = artifact.read(tmp_path / "package")
     assert frozen.digest() == manifest["digest"]
     assert {scale.dtype for scale in frozen.scales.values()} == {torch.float16}
     assert pipeline.load(tmp_path / "package")(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("quantizer", "levels"), [("lsq", "full"), ("seq", "midpoint")])
+@pytest.mark.parametrize("bits", ["2-2-8", "4-8-8"])
+@torch.no_grad()
+def test_grids_with_all_patterns_load_as_they_were_frozen(tiny_config, tmp_path, quantizer, levels, bits):
+    quant = Quant(bits=bits, quantizer=quantizer, granularity="row")
+    made = tiny_config(tmp_path)
+    student = build(read_config(made.model.source, vocab_size=300), seed=0)
+    config = read_config(made.model.source, vocab_size=300)
+    make_student(student, quant.spec(), FAMILIES["gpt2"])
+    frozen = freeze(student, quant.spec(), torch.float32, torch.float32)
+    assert min(int(codes.min()) for codes in frozen.codes.values()) < 1 - 2 ** (int(bits[0]) - 1)
+    manifest = packed(tmp_path / "package", frozen, config, quant)
+    read, _, quantization = artifact.read(tmp_path / "package")
+    assert (manifest["quantizer"], quantization["levels"], read.levels) == (quantizer, levels, levels)
+    assert read.digest() == manifest["digest"] == frozen.digest()
+    ids = torch.arange(24).reshape(2, 12)
+    assert torch.equal(pipeline.load(tmp_path / "package")(ids).logits, student.eval()(ids).logits)
+    if bits == "2-2-8":
+        with pytest.raises(ValueError, match=f"base3 holds ternary codes, not {levels} ones"):
+            packed(tmp_path / "base3", frozen, config, quant, "base3")
 
 
 def test_a_plain_transformers_load_fails_loudly(finished, tiny_llama, tmp_path):
@@ -176,7 +200,8 @@ def test_a_plain_transformers_load_fails_loudly(finished, tiny_llama, tmp_path):
     made = tiny_llama(tmp_path, quant={"bits": "8-8-8"})
     model = build(read_config(made.model.source, vocab_size=300), seed=0)
     make_student(model, made.quant.spec(), FAMILIES["llama"])
-    packed(tmp_path / "package", freeze(model, torch.float32, torch.float32), model.config, made.quant)
+    frozen = freeze(model, made.quant.spec(), torch.float32, torch.float32)
+    packed(tmp_path / "package", frozen, model.config, made.quant)
     done = python(LOAD_ALL, finished.package, tmp_path / "package")
     assert done.stdout.split() == ["refused", "refused"], done.stderr[-2000:]
 

@@ -7,6 +7,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
@@ -104,8 +105,35 @@ def test_a_damaged_package_is_refused(package, damage, message):
 
 
 def test_a_newer_format_is_refused_with_advice(package):
-    edited(package / "manifest.json", lambda fields: fields.update(format_version=2))
-    with pytest.raises(RunError, match=r"format_version 2; this bitmill reads up to 1\. Upgrade bitmill"):
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=3))
+    with pytest.raises(RunError, match=r"format_version 3; this bitmill reads up to 2\. Upgrade bitmill"):
+        pipeline.load(package)
+
+
+def test_the_first_format_which_does_not_name_its_levels_still_reads(finished, package):
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=1))
+    edited(package / "config.json", lambda fields: fields["quantization_config"].pop("levels"))
+    edited(package / "config.json", lambda fields: fields["quantization_config"].update(format_version=1))
+    signed(package)
+    ids = torch.arange(12)[None]
+    assert torch.equal(pipeline.load(package)(ids).logits, pipeline.load(finished.package)(ids).logits)
+
+
+@pytest.mark.parametrize("levels", ["quinary", "full", "midpoint", "", ["symmetric"], None, 3])
+def test_levels_that_are_not_known_or_not_those_of_the_codes_are_damage(package, levels):
+    edited(package / "config.json", lambda fields: fields["quantization_config"].update(levels=levels))
+    signed(package)
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
+        pipeline.load(package)
+
+
+def test_unknown_levels_are_damage_even_where_nothing_is_packed(package):
+    def change(fields):
+        fields["quantization_config"].update(levels=3, modules={})
+
+    edited(package / "config.json", change)
+    signed(package)
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
         pipeline.load(package)
 
 

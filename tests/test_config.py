@@ -69,8 +69,17 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
         (["quant.bits=2-2-4"], r"4 bits are not offered for activations; valid: 8, 32"),
         (["quant.bits=ternary"], r"'ternary' is not of the form W-E-A"),
         (["quant.overrides={'.*c_fc': 3}"], r"\.\*c_fc.*3 bits are not offered; valid: 2, 4, 8, 32"),
-        (["pack.encoding=base3", "quant.bits=4-2-8"], r"base3 holds ternary codes only, and quant.bits is 4-2-8"),
+        (["pack.encoding=base3", "quant.bits=4-2-8"], r"base3 holds ternary codes only; quant.bits is 4-2-8"),
         (["pack.encoding=base3", "quant.overrides={a: 4}"], r"base3 holds ternary codes only"),
+        (["pack.encoding=base3", "quant.quantizer=lsq"], r"base3 holds ternary .*quant\.quantizer is lsq"),
+        (["pack.encoding=base3", "quant.quantizer=seq"], r"base3 holds ternary .*quant\.quantizer is seq"),
+        (["pack.encoding=base3", "quant.quantizer=lsq", "quant.bits=32-2-8"], r"base3 holds ternary"),
+        (["quant.quantizer=twn", "quant.bits=4-4-8"], r"quant: quantizer twn gives ternary .*bits are 4-4-8"),
+        (["quant.quantizer=twn", "quant.bits=2-8-8"], r"quantizer twn gives ternary weights only"),
+        (["quant.quantizer=statistics", "quant.bits=8-2-8"], r"quantizer statistics gives ternary .*bits are 8-2-8"),
+        (["quant.quantizer=statistics", "quant.overrides={a: 4}"], r"ternary weights only.*overrides \{'a': 4\}"),
+        (["quant.quantizer=twn", "quant.overrides={a: 32, b: 8}"], r"ternary weights only.*'b': 8"),
+        (["quant.quantizer=apot"], r"quant\.quantizer: .*'seq'.*\(given: 'apot'\)"),
         (["model.source={architecture: gpt2}", "finetune.steps=1"], r"set model\.tokenizer to"),
         (["model.source={n_layer: 2}"], r"needs the key `architecture`"),
         ([ARCHITECTURE], r"an architecture without weights; add a finetune section"),
@@ -93,6 +102,22 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
 def test_what_cannot_work_is_refused_with_its_knob(load, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "encoding"),
+    [
+        *((name, "2-2-8", "base3") for name in ("quantgpt", "pact", "lsq_symmetric", "laq", "laq_uniform", "twn")),
+        ("statistics", "2-2-8", "base3"),
+        ("twn", "2-32-8", "base3"),
+        ("statistics", "32-2-8", "dense"),
+        *((name, bits, "dense") for name in ("lsq", "seq") for bits in ("2-2-8", "4-8-8", "8-4-32")),
+        ("lsq", "32-32-8", "base3"),  # nothing to pack
+    ],
+)
+def test_every_quantizer_goes_with_the_widths_and_encodings_that_hold_its_levels(load, quantizer, bits, encoding):
+    config = load(f"quant.quantizer={quantizer}", f"quant.bits={bits}", f"pack.encoding={encoding}")
+    assert (config.quant.spec().quantizer, config.pack.encoding) == (quantizer, encoding)
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])

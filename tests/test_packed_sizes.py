@@ -30,7 +30,7 @@ def frozen_at(model, bits):
     quant = Quant(bits=bits, gamma_init="one")
     student = copy.deepcopy(model)
     make_student(student, quant.spec(), FAMILIES["gpt2"])
-    return freeze(student, torch.float32, torch.float32), quant
+    return freeze(student, quant.spec(), torch.float32, torch.float32), quant
 
 
 @pytest.mark.parametrize(("bits", "mib", "ratio"), [("4-4-8", 62.4, 7.6), ("8-8-8", 121.3, 3.9)])

@@ -24,11 +24,16 @@ def quantize(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: weight or step holds a NaN or an infinity, or step is negative.
     """
+    refuse_diverged(weight, step)
+    return nearest(weight, step, grid).to(torch.int8)
+
+
+def refuse_diverged(weight: Tensor, step: Tensor) -> None:
+    """Raises ValueError for what cannot be quantized: NaN, infinity, a negative step."""
     if not (torch.isfinite(weight).all() and torch.isfinite(step).all()):
         raise ValueError("cannot quantize: the weight or its step holds NaN or infinity")
     if (step < 0).any():
         raise ValueError(f"cannot quantize: the step is negative ({step.min().item():g})")
-    return nearest(weight, step, grid).to(torch.int8)
 
 
 def dequantize(codes: Tensor, step: Tensor, grid: Grid) -> Tensor:

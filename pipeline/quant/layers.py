@@ -165,7 +165,7 @@ def freeze(model: nn.Module, spec: QuantSpec, scale_dtype: torch.dtype, rest_dty
     frozen = FrozenTensors(levels=levels_of(spec.quantizer))
     for name, weight, quantizer in quantizers(model):
         codes, scale = quantizer.freeze(weight)
-        frozen.codes[name], frozen.scales[name] = codes, scale.to(scale_dtype)
+        frozen.codes[name], frozen.scales[name] = codes, scale.detach().to(scale_dtype, copy=True)
         frozen.bits[name] = quantizer.bits
     for key, tensor in model.state_dict().items():
         module, _, leaf = key.rpartition(".")

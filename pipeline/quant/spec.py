@@ -21,6 +21,11 @@ Levels = Literal["symmetric", "full", "midpoint"]
 QuantizerName = Literal["quantgpt", "pact", "lsq", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics", "seq"]
 
 LEVELS: dict[QuantizerName, Levels] = {"lsq": "full", "seq": "midpoint"}  # the others: symmetric
+TAKES: dict[str, tuple[QuantizerName, ...]] = {
+    "gamma_init": ("quantgpt", "pact", "lsq", "lsq_symmetric", "seq"),
+    "gamma_gradient": ("quantgpt",),
+    "ste": ("quantgpt", "lsq", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics", "seq"),
+}
 TERNARY_ONLY: tuple[QuantizerName, ...] = ("twn", "statistics")
 
 

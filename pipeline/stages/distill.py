@@ -62,7 +62,7 @@ def _train(
     progress = fit(student, run, distillation, device, report)
     if progress is not None:
         stored = store_tensors(run.place, Student.WEIGHTS, weights(student))
-        histograms = run.place.write("histograms.json", json.dumps(weight_histograms(student)).encode())
+        histograms = run.place.write("histograms.json", json.dumps(weight_histograms(student.model)).encode())
         finish(run.place, progress, run.steps, {Student.WEIGHTS: stored, "histograms.json": histograms})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
-from pipeline import registry, tracking
+from pipeline import pictures, registry, tracking
 from pipeline.errors import RunError
 from pipeline.records import ModelVersion, Package, Report, Student, Teacher
 from pipeline.step import Done, Step
@@ -29,6 +29,7 @@ def run(step: Step) -> ModelVersion:
         run = tracking.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
         metrics = _metrics(report, package)
         tracking.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
+        tracking.log_figures(client, run.info.run_id, _figures(step))
         version = registry.find_version(client, name, step.place.key)
         model_id = str(version.model_id) if version is not None else ""
         if version is None:
@@ -77,13 +78,34 @@ def _metrics(report: Report, package: Package) -> dict[str, float]:
 
 
 def _curves(step: Step) -> dict[str, list[dict[str, float]]]:
+    """Losses of teacher and student, and the facts of each of the student's modules."""
     curves = {}
     for stage in (Teacher.stage, Student.stage):
-        done: Done = step.inputs[stage]
-        if "history.json" in done.record.files:
-            path = done.place.local("history.json", done.record.files["history.json"])
-            curves[stage] = json.loads(path.read_text())
+        history = _json(step, stage, "history.json")
+        if history is not None:
+            curves[stage] = history
+    for look in _json(step, Student.stage, "modules.json") or []:
+        for module, facts in look["modules"].items():
+            curves.setdefault(f"modules/{module}", []).append({"step": look["step"], **facts})
     return curves
+
+
+def _figures(step: Step) -> dict[str, Any]:
+    looks, histograms = (_json(step, Student.stage, name) for name in ("modules.json", "histograms.json"))
+    figures = {}
+    if looks:
+        figures["modules.png"] = pictures.module_curves(looks)
+        figures["token_cosine.png"] = pictures.cosine_curve(_json(step, Student.stage, "history.json"))
+    if histograms:
+        figures["weights.png"] = pictures.weight_histograms(histograms)
+    return figures
+
+
+def _json(step: Step, stage: str, name: str) -> Any:
+    """A JSON file of an earlier step, or None if it has none of that name."""
+    done: Done = step.inputs[stage]
+    stored = done.record.files.get(name)
+    return json.loads(done.place.local(name, stored).read_text()) if stored is not None else None
 
 
 def _tags(step: Step, package: Package, uri: str) -> dict[str, str]:

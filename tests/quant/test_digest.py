@@ -35,6 +35,7 @@ def test_the_digest_sees_every_value_dtype_shape_name_and_width(frozen):
             variants.append(dataclasses.replace(frozen, **{group: others | {name + "_": tensor}}))
     variants += [dataclasses.replace(frozen, bits=frozen.bits | {name: 8}) for name in frozen.bits]
     variants.append(changed(frozen, "rest", "bias", frozen.rest["bias"].view(torch.float16)))  # the same bytes
+    variants += [dataclasses.replace(frozen, levels=levels) for levels in ("full", "midpoint")]
     swapped = {"a": frozen.scales["b"], "b": frozen.scales["a"]}
     variants.append(dataclasses.replace(frozen, scales=swapped))
     digests = [variant.digest() for variant in variants]
@@ -42,8 +43,12 @@ def test_the_digest_sees_every_value_dtype_shape_name_and_width(frozen):
 
 
 def test_the_digest_does_not_depend_on_insertion_order_or_memory_layout(frozen):
-    groups = {f.name: getattr(frozen, f.name) for f in dataclasses.fields(frozen)}
+    groups = {name: getattr(frozen, name) for name in ("codes", "scales", "bits", "rest")}
     backwards = FrozenTensors(**{name: dict(reversed(group.items())) for name, group in groups.items()})
     strided = changed(frozen, "codes", "a", frozen.codes["a"].T.contiguous().T)
     copied = dataclasses.replace(frozen, rest={name: tensor.clone() for name, tensor in frozen.rest.items()})
     assert backwards.digest() == strided.digest() == copied.digest() == frozen.digest()
+
+
+def test_tensors_on_the_symmetric_grid_keep_the_digest_of_packages_that_do_not_name_their_levels(frozen):
+    assert frozen.digest() == "89c6e0f19aeb1ebbd944c4223f2e611228f242c8703eb04668de0d0dd9327289"

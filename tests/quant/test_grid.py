@@ -4,116 +4,183 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.quant.grid import dequantize, fake_quantize, fake_quantize_activation, quantize, step_size
-from pipeline.quant.spec import levels
+from pipeline.quant.grid import dequantize, fake_quantize, fake_quantize_activation, quantize
+from pipeline.quant.spec import grid
 
 WIDTHS = (2, 4, 8)
+GRIDS = [(kind, bits) for kind in ("symmetric", "full", "midpoint") for bits in WIDTHS]
+each_grid = pytest.mark.parametrize(("kind", "bits"), GRIDS)
 properties = settings(max_examples=150, deadline=None, derandomize=True)
 
 
+def codes_and_levels(kind, bits):
+    """Every code and the level it stands for in units of the step, by the definition of each kind."""
+    half = 2 ** (bits - 1)
+    codes = np.arange(1 - half if kind == "symmetric" else -half, half)
+    return codes, codes + 0.5 if kind == "midpoint" else codes.astype(np.float64)
+
+
+def edges(kind, bits):
+    """The ends of the range in which the gradient passes, in units of the step."""
+    half = 2 ** (bits - 1)
+    return {"symmetric": (1 - half, half - 1), "full": (-half, half - 1), "midpoint": (-half, half)}[kind]
+
+
 @st.composite
-def weights_and_alphas(draw):
-    """Ragged float32 matrices over many magnitudes, some rows zero, and a clipping factor per row or per tensor."""
+def weights_and_steps(draw):
+    """Ragged float32 matrices over many magnitudes, some rows zero, and a step per row or per tensor."""
     rows, columns = draw(st.integers(1, 7)), draw(st.integers(1, 19))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     weight = torch.randn(rows, columns, generator=generator) * 10.0 ** draw(st.integers(-6, 6))
     weight[torch.tensor(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))] = 0.0
     magnitude = weight.abs().mean(1, keepdim=True) if draw(st.booleans()) else weight.abs().mean().reshape(1, 1)
-    return weight, magnitude * draw(st.floats(1e-3, 6.0))
+    kind, bits = draw(st.sampled_from(GRIDS))
+    step = magnitude * draw(st.floats(1e-3, 6.0)) / (2 ** (bits - 1) - 1)
+    return weight, step, kind, bits
 
 
 @properties
-@given(weights_and_alphas(), st.sampled_from(WIDTHS))
-def test_fake_quantize_equals_dequantize_of_quantize(pair, bits):
-    weight, alpha = pair
-    codes = quantize(weight, alpha, bits)
+@given(weights_and_steps())
+def test_fake_quantize_equals_dequantize_of_quantize(case):
+    weight, step, kind, bits = case
+    codes = quantize(weight, step, grid(kind, bits))
+    possible, _ = codes_and_levels(kind, bits)
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape
-    assert int(codes.abs().max()) <= levels(bits)
-    assert torch.equal(fake_quantize(weight, alpha, bits), dequantize(codes, step_size(alpha, bits)))
+    assert possible[0] <= int(codes.min()) <= int(codes.max()) <= possible[-1]
+    assert torch.equal(fake_quantize(weight, step, grid(kind, bits)), dequantize(codes, step, grid(kind, bits)))
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_fake_quantize_equals_dequantize_of_quantize_in_the_sign_of_zero_too(bits):
-    weight, alpha = torch.tensor([[-1e-3, 1e-3, -0.0, 0.9]]), torch.ones(1, 1)
-    shipped = dequantize(quantize(weight, alpha, bits), step_size(alpha, bits))
-    assert torch.equal(fake_quantize(weight, alpha, bits).view(torch.int32), shipped.view(torch.int32))
+@each_grid
+def test_fake_quantize_equals_dequantize_of_quantize_in_the_sign_of_zero_too(kind, bits):
+    weight, step = torch.tensor([[-1e-3, 1e-3, -0.0, 0.9]]), torch.full((1, 1), 1 / (2 ** (bits - 1) - 1))
+    for scale in (step, step * 0):
+        shipped = dequantize(quantize(weight, scale, grid(kind, bits)), scale, grid(kind, bits))
+        trained = fake_quantize(weight, scale, grid(kind, bits))
+        assert torch.equal(trained.view(torch.int32), shipped.view(torch.int32))
 
 
 @properties
-@given(weights_and_alphas(), st.sampled_from(WIDTHS))
-def test_a_weight_on_its_grid_stays_there(pair, bits):
-    weight, alpha = pair
-    codes = quantize(weight, alpha, bits)
-    on_grid = dequantize(codes, step_size(alpha, bits))
-    alive = (alpha > 0).expand_as(codes)
-    assert torch.equal(quantize(on_grid, alpha, bits)[alive], codes[alive])
+@given(weights_and_steps())
+def test_a_weight_on_its_grid_stays_there(case):
+    weight, step, kind, bits = case
+    codes = quantize(weight, step, grid(kind, bits))
+    on_grid = dequantize(codes, step, grid(kind, bits))
+    alive = (step > 0).expand_as(codes)
+    assert torch.equal(quantize(on_grid, step, grid(kind, bits))[alive], codes[alive])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("rows_of_alpha", [1, 5])
-def test_codes_are_the_nearest_levels(bits, rows_of_alpha):
+@properties
+@given(weights_and_steps())
+def test_no_level_is_nearer_than_the_one_chosen(case):
+    weight, step, kind, bits = case
+    w, s, chosen = (t.double().numpy() for t in (weight, step, fake_quantize(weight, step, grid(kind, bits))))
+    nearest = np.abs(w[..., None] - codes_and_levels(kind, bits)[1] * s[..., None]).min(-1)
+    assert (np.abs(w - chosen) <= nearest + 1e-6 * (np.abs(w) + s)).all()  # places are computed in float32
+
+
+@each_grid
+@pytest.mark.parametrize("rows_of_step", [1, 5])
+def test_codes_are_the_nearest_levels(kind, bits, rows_of_step):
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(5, 40, generator=generator, dtype=torch.float64)
-    alpha = torch.rand(rows_of_alpha, 1, generator=generator, dtype=torch.float64) + 0.5
-    w, a, n = weight.numpy(), alpha.numpy(), 2 ** (bits - 1) - 1
-    grid = np.arange(-n, n + 1) / n
-    nearest = np.abs((np.clip(w, -a, a) / a)[..., None] - grid).argmin(-1)
-    assert np.array_equal(quantize(weight, alpha, bits).numpy(), nearest - n)
-    np.testing.assert_allclose(fake_quantize(weight, alpha, bits).numpy(), a * grid[nearest], rtol=1e-14)
+    step = torch.rand(rows_of_step, 1, generator=generator, dtype=torch.float64) + 0.5
+    step /= 2 ** (bits - 1) - 1
+    w, s = weight.numpy(), step.numpy()
+    codes, levels = codes_and_levels(kind, bits)
+    nearest = np.abs(w[..., None] - levels * s[..., None]).argmin(-1)
+    assert np.array_equal(quantize(weight, step, grid(kind, bits)).numpy(), codes[nearest])
+    quantized = fake_quantize(weight, step, grid(kind, bits)).numpy()
+    np.testing.assert_allclose(quantized, s * levels[nearest], rtol=1e-14)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@each_grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ties_go_to_the_even_code(bits, dtype):
-    n = levels(bits)
-    alpha = torch.full((1, 1), float(n), dtype=dtype)
-    halves = torch.arange(-n, n, dtype=dtype).unsqueeze(0) + 0.5
-    even = [2 * round((k + 0.5) / 2) for k in range(-n, n)]
-    assert quantize(halves, alpha, bits).tolist() == [even]
+def test_ties_go_to_the_even_code(kind, bits, dtype):
+    codes, levels = codes_and_levels(kind, bits)
+    between = torch.tensor((levels[:-1] + levels[1:]) / 2, dtype=dtype).unsqueeze(0)
+    even = [int(low if low % 2 == 0 else low + 1) for low in codes[:-1]]
+    assert quantize(between, torch.ones(1, 1, dtype=dtype), grid(kind, bits)).tolist() == [even]
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("ste", ["clipped", "identity"])
-def test_a_weight_exactly_at_alpha_counts_as_outside(bits, ste):
-    weight = torch.tensor([[-0.75, 0.75, -2.0, 2.0]], requires_grad=True)
-    alpha = torch.tensor([[0.75]], requires_grad=True)
+@each_grid
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_weight_exactly_at_the_edge_counts_as_outside(kind, bits, clipped):
+    step, (low, high), levels = 0.75, edges(kind, bits), codes_and_levels(kind, bits)[1]
+    weight = torch.tensor([[low * step, high * step, 3 * low * step, 3 * high * step]], requires_grad=True)
+    size = torch.tensor([[step]], requires_grad=True)
     upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
-    quantized = fake_quantize(weight, alpha, bits, ste)
+    quantized = fake_quantize(weight, size, grid(kind, bits), clipped)
     quantized.backward(upstream)
-    torch.testing.assert_close(quantized, torch.tensor([[-0.75, 0.75, -0.75, 0.75]]))
-    assert torch.equal(weight.grad, upstream if ste == "identity" else torch.zeros(1, 4))
-    assert alpha.grad.item() == -1 + 10 - 100 + 1000
+    torch.testing.assert_close(quantized, torch.tensor([[levels[0], levels[-1]] * 2]).float() * step)
+    assert torch.equal(weight.grad, torch.zeros(1, 4) if clipped else upstream)
+    assert size.grad.item() == levels[0] * 101 + levels[-1] * 1010
 
 
-@pytest.mark.parametrize("ste", ["clipped", "identity"])
-def test_a_zero_row_gives_zeros_and_finite_gradients(ste):
+@each_grid
+def test_a_weight_just_within_the_edge_counts_as_inside(kind, bits):
+    step, (low, high), levels = 0.75, edges(kind, bits), codes_and_levels(kind, bits)[1]
+    edge = torch.tensor([[low * step, high * step]])
+    weight = torch.nextafter(edge, torch.zeros(1, 2)).requires_grad_()
+    size = torch.tensor([[step]], requires_grad=True)
+    upstream = torch.tensor([[1.0, 10.0]])
+    fake_quantize(weight, size, grid(kind, bits)).backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+    inner = (levels[0] - low) + 10 * (levels[-1] - high)  # half a step where no level lies at the edge, else nothing
+    assert size.grad.item() == pytest.approx(inner, abs=1e-3)
+
+
+@each_grid
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("rows_of_step", [1, 5])
+def test_gradients_match_the_formulas(kind, bits, clipped, rows_of_step):
+    generator = torch.Generator().manual_seed(bits)
+    weight = (torch.randn(5, 40, generator=generator, dtype=torch.float64) * 2).requires_grad_()
+    upstream = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    step = torch.rand(rows_of_step, 1, generator=generator, dtype=torch.float64) + 0.5
+    step = (step / (2 ** (bits - 1) - 1)).requires_grad_()
+    fake_quantize(weight, step, grid(kind, bits), clipped).backward(upstream)
+    w, s, g = (t.detach().numpy() for t in (weight, step, upstream))
+    (low, high), levels = edges(kind, bits), codes_and_levels(kind, bits)[1]
+    level = levels[np.abs(w[..., None] / s[..., None] - levels).argmin(-1)]
+    inside = (low < w / s) & (w / s < high)
+    assert 0 < inside.sum() < inside.size
+    terms = g * np.where(inside, level - w / s, level)
+    expected = terms.sum(1, keepdims=True) if rows_of_step > 1 else terms.sum().reshape(1, 1)
+    np.testing.assert_array_equal(weight.grad.numpy(), np.where(inside, g, 0) if clipped else g)
+    np.testing.assert_allclose(step.grad.numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+@each_grid
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_zero_row_gives_zeros_and_finite_gradients(kind, bits, clipped):
     weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]], requires_grad=True)
-    alpha = torch.tensor([[0.0], [2.0]], requires_grad=True)
-    quantized = fake_quantize(weight, alpha, 4, ste)
+    step = torch.tensor([[0.0], [2.0]], requires_grad=True)
+    quantized = fake_quantize(weight, step, grid(kind, bits), clipped)
     quantized.sum().backward()
     assert quantized[0].tolist() == [0, 0, 0]
-    assert quantize(weight.detach(), alpha.detach(), 4)[0].tolist() == [0, 0, 0]
+    assert quantize(weight.detach(), step.detach(), grid(kind, bits))[0].tolist() == [0, 0, 0]
     assert torch.isfinite(weight.grad).all()
-    assert alpha.grad[0].item() == 0
-    assert torch.isfinite(alpha.grad).all()
+    assert step.grad[0].item() == 0
+    assert torch.isfinite(step.grad).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_quantize_refuses_values_that_are_not_finite(bad):
     with pytest.raises(ValueError, match="NaN or infinity"):
-        quantize(torch.tensor([[1.0, bad]]), torch.ones(1, 1), 8)
+        quantize(torch.tensor([[1.0, bad]]), torch.ones(1, 1), grid("symmetric", 8))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        quantize(torch.ones(2, 2), torch.tensor([[1.0], [bad]]), 8)
+        quantize(torch.ones(2, 2), torch.tensor([[1.0], [bad]]), grid("full", 8))
 
 
-def test_quantize_refuses_a_negative_clipping_factor_naming_it():
+def test_quantize_refuses_a_negative_step_naming_it():
     with pytest.raises(ValueError, match=r"negative \(-0\.25\)"):
-        quantize(torch.ones(2, 2), torch.tensor([[1.0], [-0.25]]), 8)
+        quantize(torch.ones(2, 2), torch.tensor([[1.0], [-0.25]]), grid("symmetric", 8))
 
 
-def test_training_sees_a_nan_as_a_nan():
-    quantized = fake_quantize(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 1), 2)
+@each_grid
+def test_training_sees_a_nan_as_a_nan(kind, bits):
+    quantized = fake_quantize(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 1), grid(kind, bits))
     assert quantized.isnan().tolist() == [[False, True]]
 
 

@@ -72,7 +72,8 @@ def test_embedding_and_tied_head_share_one_gradient():
     # The same two uses on two separate tables.
     below, above = (embedding.table().detach().clone().requires_grad_() for _ in range(2))
     (F.linear(F.embedding(ids, below).tanh(), above) * target).sum().backward()
-    inside = embedding.weight.abs() < embedding.quantizer.alpha(embedding.weight)
+    quantizer = embedding.quantizer
+    inside = embedding.weight.abs() < quantizer.step(embedding.weight) * quantizer.grid.high
     assert below.grad.any()
     assert above.grad.any()
     torch.testing.assert_close(embedding.weight.grad, (below.grad + above.grad) * inside)
@@ -85,7 +86,7 @@ def test_a_tied_table_is_stored_once(name):
     shape = model.get_submodule(table).weight.shape
     assert [n for n, p in model.named_parameters(remove_duplicate=False) if p.shape == shape] == [f"{table}.weight"]
     assert not [key for key in model.state_dict() if key.startswith("lm_head")]
-    frozen = freeze(model, torch.float32, torch.float32)
+    frozen = freeze(model, spec("4-4-8"), torch.float32, torch.float32)
     assert not [key for key in (*frozen.codes, *frozen.rest) if key.startswith("lm_head")]
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -97,14 +98,14 @@ def test_a_tied_table_is_stored_once(name):
 @each_model
 def test_scales_follow_the_role(name):
     model = prepared(MODELS[name](), spec("2-4-8"))
-    found = {n: (q.bits, tuple(q.gamma.shape)) for n, q in quantizers(model)}
+    found = {n: (q.bits, tuple(q.gamma.shape)) for n, _, q in quantizers(model)}
     tables = [s.name for s in sites_of(model) if s.role in ("embedding", "head")]
     linears = [s.name for s in sites_of(model) if s.role == "linear"]
     assert found == dict.fromkeys(tables, (4, (64, 1))) | dict.fromkeys(linears, (2, (1, 1)))
 
 
 def test_prepare_starts_gamma_at_one_for_ternary_modules_only():
-    gammas = {q.bits: q.gamma for _, q in quantizers(prepared(gpt2(), spec("2-8-8")))}
+    gammas = {q.bits: q.gamma for _, _, q in quantizers(prepared(gpt2(), spec("2-8-8")))}
     assert torch.equal(gammas[2], torch.ones(1, 1))
     assert (gammas[8] > 1.5).all()  # 8 bits with gamma = 1 would clip far inside the distribution
 
@@ -118,13 +119,20 @@ def test_prepare_starts_gamma_at_one_for_ternary_modules_only():
         spec("8-8-8", activation_range="tensor"),
         spec("2-32-8"),
         spec("32-4-32", overrides=((r".*\.1\..*", 8),)),
+        spec("2-2-8", quantizer="lsq"),
+        spec("4-8-8", quantizer="lsq", granularity="row"),
+        spec("2-4-8", quantizer="seq"),
+        spec("2-2-8", quantizer="twn"),
+        spec("2-2-8", quantizer="statistics", granularity="row"),
+        spec("2-4-8", quantizer="pact", gamma_init="mse"),
+        spec("2-8-8", quantizer="laq"),
     ],
-    ids=lambda s: str(s.bits),
+    ids=lambda s: f"{s.quantizer}-{s.bits}",
 )
 def test_a_thawed_model_is_the_prepared_model_bit_for_bit(name, options):
     student = prepared(MODELS[name](seed=0), options)
-    frozen = freeze(student, torch.float32, torch.float32)
-    assert {n: q.bits for n, q in quantizers(student)} == frozen.bits
+    frozen = freeze(student, options, torch.float32, torch.float32)
+    assert {n: q.bits for n, _, q in quantizers(student)} == frozen.bits
     thawed = MODELS[name](seed=7)
     thaw(thawed, sites_of(thawed), options, frozen)
     with torch.no_grad():
@@ -133,7 +141,7 @@ def test_a_thawed_model_is_the_prepared_model_bit_for_bit(name, options):
 
 def test_freeze_casts_to_what_ships_and_thaw_reads_exactly_that():
     student = prepared(gpt2(), spec())
-    frozen = freeze(student, torch.float16, torch.bfloat16)
+    frozen = freeze(student, spec(), torch.float16, torch.bfloat16)
     assert {t.dtype for t in frozen.codes.values()} == {torch.int8}
     assert {t.dtype for t in frozen.scales.values()} == {torch.float16}
     assert {t.dtype for t in frozen.rest.values()} == {torch.bfloat16}
@@ -147,9 +155,11 @@ def test_freeze_casts_to_what_ships_and_thaw_reads_exactly_that():
         assert torch.equal(state[f"{n}.weight"], codes.float() * frozen.scales[n].float())
 
 
-def test_frozen_tensors_do_not_follow_further_training():
-    student = prepared(gpt2(), spec())
-    frozen = freeze(student, torch.float32, torch.float32)
+@pytest.mark.parametrize("quantizer", ["quantgpt", "lsq", "laq"])
+def test_frozen_tensors_do_not_follow_further_training(quantizer):
+    options = spec(quantizer=quantizer)
+    student = prepared(gpt2(), options)
+    frozen = freeze(student, options, torch.float32, torch.float32)
     before = frozen.digest()
     with torch.no_grad():
         for parameter in student.parameters():
@@ -160,7 +170,7 @@ def test_frozen_tensors_do_not_follow_further_training():
 def test_overrides_choose_the_width_by_module_name():
     overrides = ((r"transformer\.h\.0\.attn\..*", 32), (r".*c_proj", 8), (r"c_fc", 4))
     model = prepared(gpt2(), spec("2-4-8", overrides=overrides))
-    bits = {name.removeprefix("transformer."): q.bits for name, q in quantizers(model)}
+    bits = {name.removeprefix("transformer."): q.bits for name, _, q in quantizers(model)}
     block = {"h.1.attn.c_attn": 2, "h.1.attn.c_proj": 8, "h.1.mlp.c_fc": 2, "h.1.mlp.c_proj": 8}
     assert bits == {"wte": 4, "h.0.mlp.c_fc": 2, "h.0.mlp.c_proj": 8} | block
 
@@ -178,7 +188,7 @@ def test_32_bits_leave_the_output_unchanged(name):
 
 
 def test_thaw_refuses_the_tensors_of_another_architecture():
-    frozen = freeze(prepared(gpt2(), spec()), torch.float32, torch.float32)
+    frozen = freeze(prepared(gpt2(), spec()), spec(), torch.float32, torch.float32)
     name, codes = next(iter(frozen.codes.items()))
     missing = {key: tensor for key, tensor in frozen.rest.items() if key != "transformer.ln_f.bias"}
     foreign = frozen.rest | {"transformer.h.9.bias": torch.zeros(3)}

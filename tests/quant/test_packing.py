@@ -4,37 +4,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.quant.packing import pack, packed_columns, unpack
-from pipeline.quant.spec import levels
 
-FORMATS = [(2, "dense"), (4, "dense"), (8, "dense"), (2, "base3")]
-each_format = pytest.mark.parametrize(("bits", "encoding"), FORMATS)
+TERNARY_OR_WIDER = [(2, "dense", "symmetric"), (4, "dense", "symmetric"), (8, "dense", "symmetric")]
+ALL_PATTERNS = [(bits, "dense", levels) for levels in ("full", "midpoint") for bits in (2, 4, 8)]
+FORMATS = [*TERNARY_OR_WIDER, (2, "base3", "symmetric"), *ALL_PATTERNS]
+each_format = pytest.mark.parametrize(("bits", "encoding", "levels"), FORMATS)
 
 
-def random_codes(rows, columns, bits, seed=0):
-    n = levels(bits)
+def ends(bits, levels):
+    """The lowest and the highest code."""
+    half = 2 ** (bits - 1)
+    return (1 - half if levels == "symmetric" else -half), half - 1
+
+
+def random_codes(rows, columns, bits, levels, seed=0):
+    low, high = ends(bits, levels)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-n, n + 1, (rows, columns), generator=generator).to(torch.int8)
+    return torch.randint(low, high + 1, (rows, columns), generator=generator).to(torch.int8)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.sampled_from(FORMATS), st.integers(1, 9), st.integers(1, 43), st.integers(0, 2**32))
 def test_unpack_of_pack_is_exact(fmt, rows, columns, seed):
-    bits, encoding = fmt
-    codes = random_codes(rows, columns, bits, seed)
-    packed = pack(codes, bits, encoding)
+    bits, encoding, levels = fmt
+    codes = random_codes(rows, columns, bits, levels, seed)
+    packed = pack(codes, bits, encoding, levels)
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, packed_columns(columns, bits, encoding))
-    back = unpack(packed, columns, bits, encoding)
+    back = unpack(packed, columns, bits, encoding, levels)
     assert back.dtype == torch.int8
     assert torch.equal(back, codes)
 
 
 @each_format
-def test_every_code_survives_at_every_place(bits, encoding):
-    n = levels(bits)
+def test_every_code_survives_at_every_place(bits, encoding, levels):
+    low, high = ends(bits, levels)
     for columns in range(1, 12):
-        codes = torch.arange(-n, n + 1).to(torch.int8).unsqueeze(1).expand(-1, columns)
-        assert torch.equal(unpack(pack(codes, bits, encoding), columns, bits, encoding), codes)
+        codes = torch.arange(low, high + 1).to(torch.int8).unsqueeze(1).expand(-1, columns)
+        assert torch.equal(unpack(pack(codes, bits, encoding, levels), columns, bits, encoding, levels), codes)
 
 
 @pytest.mark.parametrize(
@@ -66,43 +73,44 @@ def test_the_byte_layout_by_hand():
 
 
 @each_format
-def test_a_row_can_be_read_alone(bits, encoding):
-    codes = random_codes(6, 13, bits)
-    packed = pack(codes, bits, encoding)
-    assert torch.equal(unpack(packed[4:5], 13, bits, encoding), codes[4:5])
+def test_a_row_can_be_read_alone(bits, encoding, levels):
+    codes = random_codes(6, 13, bits, levels)
+    packed = pack(codes, bits, encoding, levels)
+    assert torch.equal(unpack(packed[4:5], 13, bits, encoding, levels), codes[4:5])
 
 
 @each_format
 @pytest.mark.parametrize("sign", [1, -1])
-def test_codes_outside_the_grid_are_refused(bits, encoding, sign):
+def test_codes_outside_the_grid_are_refused(bits, encoding, levels, sign):
     codes = torch.zeros(2, 3, dtype=torch.int16)
-    codes[1, 2] = sign * (levels(bits) + 1)
-    with pytest.raises(ValueError, match=f"{bits}-bit grid -{levels(bits)}..{levels(bits)}"):
-        pack(codes, bits, encoding)
+    low, high = ends(bits, levels)
+    codes[1, 2] = high + 1 if sign == 1 else low - 1
+    with pytest.raises(ValueError, match=f"{bits}-bit grid {low}..{high}"):
+        pack(codes, bits, encoding, levels)
 
 
 @each_format
 @pytest.mark.parametrize("extra", [-1, 1])
-def test_a_packed_shape_that_does_not_fit_is_refused(bits, encoding, extra):
+def test_a_packed_shape_that_does_not_fit_is_refused(bits, encoding, levels, extra):
     columns = 20
-    packed = pack(random_codes(2, columns, bits), bits, encoding)
+    packed = pack(random_codes(2, columns, bits, levels), bits, encoding, levels)
     wrong = torch.cat([packed, packed[:, :1]], 1) if extra == 1 else packed[:, :-1]
     with pytest.raises(
         ValueError, match=rf"packed bytes of shape \({wrong.shape[0]}, {wrong.shape[1]}\) do not hold rows of 20 codes"
     ):
-        unpack(wrong, columns, bits, encoding)
+        unpack(wrong, columns, bits, encoding, levels)
 
 
 @each_format
-def test_tensors_that_are_not_matrices_are_refused(bits, encoding):
-    codes = random_codes(4, 20, bits)
-    packed = pack(codes, bits, encoding)
+def test_tensors_that_are_not_matrices_are_refused(bits, encoding, levels):
+    codes = random_codes(4, 20, bits, levels)
+    packed = pack(codes, bits, encoding, levels)
     for wrong in (codes[0], codes.reshape(2, 2, 20)):
         with pytest.raises(ValueError, match=r".+"):
-            pack(wrong, bits, encoding)
+            pack(wrong, bits, encoding, levels)
     for wrong in (packed[0], packed.unsqueeze(-1), packed.reshape(2, 2, -1)):
         with pytest.raises(ValueError, match=r".+"):
-            unpack(wrong, 20, bits, encoding)
+            unpack(wrong, 20, bits, encoding, levels)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
@@ -117,6 +125,40 @@ def test_two_bit_patterns_that_are_not_ternary_are_refused(place):
 def test_the_lowest_pattern_of_wider_codes_is_refused(bits, byte):
     with pytest.raises(ValueError, match=f"outside the {bits}-bit grid"):
         unpack(torch.tensor([[byte]], dtype=torch.uint8), 8 // bits, bits)
+
+
+@pytest.mark.parametrize(("bits", "encoding", "levels"), ALL_PATTERNS)
+def test_every_byte_stands_for_codes_of_a_grid_with_all_patterns(bits, encoding, levels):
+    good = torch.arange(256, dtype=torch.int16).to(torch.uint8).unsqueeze(1)
+    codes = unpack(good, 8 // bits, bits, encoding, levels)
+    assert set(codes.unique().tolist()) == set(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+    assert torch.equal(pack(codes, bits, encoding, levels), good)
+
+
+@pytest.mark.parametrize("levels", ["full", "midpoint"])
+def test_padding_of_the_other_grids_must_be_zero_too(levels):
+    packed = pack(random_codes(2, 7, 2, levels), 2, "dense", levels)
+    packed[1, -1] += 64
+    with pytest.raises(ValueError, match="values that no codes give"):
+        unpack(packed, 7, 2, "dense", levels)
+
+
+def test_both_ends_must_agree_on_the_grid():
+    packed = pack(torch.tensor([[-2, 1]], dtype=torch.int8), 2, "dense", "full")
+    with pytest.raises(ValueError, match=r"codes -2\.\.1 lie outside the 2-bit grid -1\.\.1"):
+        unpack(packed, 2, 2)
+    with pytest.raises(ValueError, match="levels 'quinary' are not known"):
+        unpack(packed, 2, 2, "dense", "quinary")
+    with pytest.raises(ValueError, match="levels 'quinary' are not known"):
+        pack(torch.zeros(1, 2, dtype=torch.int8), 2, "dense", "quinary")
+
+
+@pytest.mark.parametrize("levels", ["full", "midpoint"])
+def test_base3_is_not_for_four_levels(levels):
+    with pytest.raises(ValueError, match=f"base3 holds ternary codes, not {levels} ones; valid: dense"):
+        pack(torch.zeros(1, 5, dtype=torch.int8), 2, "base3", levels)
+    with pytest.raises(ValueError, match=f"base3 holds ternary codes, not {levels} ones; valid: dense"):
+        unpack(torch.zeros(1, 1, dtype=torch.uint8), 5, 2, "base3", levels)
 
 
 @pytest.mark.parametrize(

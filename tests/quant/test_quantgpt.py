@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
-from pipeline.quant.quantizers.quantgpt import SMALLEST_GAMMA, QuantGPT, mean_abs, mse_gamma
+from pipeline.quant.quantizers.quantgpt import SMALLEST_GAMMA, QuantGPT
+from pipeline.quant.quantizers.step import least_error_step
+from tests.quant.cases import make, passed
 
 CASES = [(b, g, s) for b in (2, 4, 8) for g in ("tensor", "row") for s in ("clipped", "identity")]
 each_case = pytest.mark.parametrize(("bits", "granularity", "ste"), CASES)
@@ -42,13 +44,10 @@ def example(granularity, dtype=torch.float64):
     return weight.to(dtype), upstream.to(dtype), gamma.to(dtype)
 
 
-def run(weight, upstream, gamma, bits, granularity, ste):
-    quantizer = QuantGPT(weight, bits, granularity, "one", ste)
+def run(weight, upstream, gamma, bits, granularity, ste, **options):
+    quantizer = make("quantgpt", weight, bits, granularity, gamma_init="one", ste=ste, **options)
     quantizer.gamma.data = gamma.clone()
-    weight = weight.clone().requires_grad_()
-    quantized = quantizer(weight)
-    quantized.backward(upstream)
-    return quantized.detach().numpy(), weight.grad.numpy(), quantizer.gamma.grad.numpy()
+    return *passed(quantizer, weight, upstream), quantizer.gamma.grad.numpy()
 
 
 @each_case
@@ -86,15 +85,15 @@ def test_gradients_match_finite_differences_of_the_surrogate(bits, granularity, 
 
 def test_the_mean_magnitude_follows_the_weight():
     weight, _, _ = example("row", torch.float32)
-    quantizer = QuantGPT(weight, 4, "row")
+    quantizer = make("quantgpt", weight, 4, "row")
     assert torch.equal(quantizer(weight * 8), quantizer(weight) * 8)
 
 
 def test_one_row_does_not_depend_on_the_others():
     weight, _, gamma = example("row", torch.float32)
-    quantizer = QuantGPT(weight, 4, "row")
+    quantizer = make("quantgpt", weight, 4, "row")
     quantizer.gamma.data = gamma
-    alone = QuantGPT(weight[3:4], 4, "row")
+    alone = make("quantgpt", weight[3:4], 4, "row")
     alone.gamma.data = gamma[3:4]
     assert torch.equal(quantizer(weight)[3:4], alone(weight[3:4]))
 
@@ -105,7 +104,7 @@ def test_one_row_does_not_depend_on_the_others():
 def test_zero_rows_give_zeros_and_finite_gradients(bits, gamma_init, ste):
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     weight[1] = 0
-    quantizer = QuantGPT(weight, bits, "row", gamma_init, ste)
+    quantizer = make("quantgpt", weight, bits, "row", gamma_init=gamma_init, ste=ste)
     latent = weight.clone().requires_grad_()
     quantizer(latent).square().sum().backward()
     assert quantizer(latent)[1].tolist() == [0] * 6
@@ -120,34 +119,64 @@ def test_zero_rows_give_zeros_and_finite_gradients(bits, gamma_init, ste):
 @each_case
 def test_freeze_gives_the_numbers_of_the_forward_pass(bits, granularity, ste):
     weight, _, gamma = example(granularity, torch.float32)
-    quantizer = QuantGPT(weight, bits, granularity, "one", ste)
+    quantizer = make("quantgpt", weight, bits, granularity, gamma_init="one", ste=ste)
     quantizer.gamma.data = gamma
     codes, scale = quantizer.freeze(weight)
     assert codes.dtype == torch.int8
     assert scale.shape == quantizer.gamma.shape == ((9, 1) if granularity == "row" else (1, 1))
-    assert torch.equal(dequantize(codes, scale), quantizer(weight))
+    assert torch.equal(dequantize(codes, scale, quantizer.grid), quantizer(weight))
 
 
-def test_freeze_refuses_a_diverged_weight():
-    weight = torch.ones(2, 3)
-    quantizer = QuantGPT(weight, 2)
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        quantizer.freeze(weight * float("nan"))
+def outer_reference(w, gamma, g, bits, granularity):
+    """PACT's gradient for gamma: the part of the weights at or beyond the clip alone."""
+    mean = mean_magnitude(w, granularity)
+    terms = np.where(np.abs(w) >= gamma * mean, g * np.sign(w) * mean, 0)
+    return terms.sum(axis=1, keepdims=True) if granularity == "row" else terms.sum().reshape(1, 1)
 
 
-def test_project_keeps_gamma_positive_and_leaves_the_rest_alone():
-    quantizer = QuantGPT(torch.ones(3, 2), 2, "row")
+@each_case
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_the_outer_gradient_is_that_of_weights_beyond_the_clip_alone(bits, granularity, ste, dtype, tolerance):
+    weight, upstream, gamma = example(granularity, dtype)
+    both = run(weight, upstream, gamma, bits, granularity, ste)
+    outer = run(weight, upstream, gamma, bits, granularity, ste, gamma_gradient="outer")
+    np.testing.assert_array_equal(outer[0], both[0])
+    np.testing.assert_array_equal(outer[1], both[1])
+    given = (t.double().numpy() for t in (weight, gamma, upstream))
+    expected = outer_reference(*given, bits, granularity)
+    assert np.abs(expected - both[2]).max() > 1e-5
+    np.testing.assert_allclose(outer[2], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("gamma_gradient", "inner"), [("both", 100 * (1 - 0.5) * 2), ("outer", 0)])
+def test_a_weight_exactly_at_alpha_moves_gamma_as_one_beyond_it(gamma_gradient, inner):
+    weight = torch.tensor([[-2.0, 2.0, 1.0 + 2**-20, 3.0 - 2**-20]])  # the mean magnitude is 2
+    quantizer = make("quantgpt", weight, 2, gamma_gradient=gamma_gradient)
+    _, dw = passed(quantizer, weight, torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
+    assert dw.tolist() == [[0, 0, 100, 0]]
+    assert quantizer.gamma.grad.item() == pytest.approx((-1 + 10 + 1000) * 2 + inner, abs=1e-3)
+
+
+def test_after_a_step_gamma_is_positive_and_the_rest_is_left_alone():
+    quantizer = make("quantgpt", torch.ones(3, 2), 2, "row")
     quantizer.gamma.data = torch.tensor([[-0.5], [0.0], [1.5]])
-    quantizer.project_()
+    quantizer.after_step(torch.ones(3, 2), None)
     assert quantizer.gamma.flatten().tolist() == pytest.approx([SMALLEST_GAMMA, SMALLEST_GAMMA, 1.5])
     assert quantizer.gamma.requires_grad
 
 
 def test_gamma_starts_at_one_or_at_the_least_squared_error():
     weight, _, _ = example("row", torch.float32)
-    assert torch.equal(QuantGPT(weight, 4, "row").gamma, torch.ones(9, 1))
-    found = mse_gamma(weight, mean_abs(weight, "row"), 4)
-    assert torch.equal(QuantGPT(weight, 4, "row", "mse").gamma, found)
+    weight[2] = 0
+    quantizers = {start: make("quantgpt", weight, 4, "row", gamma_init=start) for start in ("one", "mse", "auto")}
+    assert torch.equal(quantizers["one"].gamma, torch.ones(9, 1))
+    found = least_error_step(weight, quantizers["mse"].grid, "row")
+    alive = torch.arange(9) != 2
+    torch.testing.assert_close(quantizers["mse"].step(weight), found)
+    assert (quantizers["mse"].gamma[alive] != 1).all()
+    assert quantizers["mse"].gamma[2].item() == 1  # nothing to choose for a row of zeros
+    assert torch.equal(quantizers["auto"].gamma, quantizers["mse"].gamma)
+    assert torch.equal(make("quantgpt", weight, 2, "row").gamma, torch.ones(9, 1))
     assert QUANTIZERS["quantgpt"] is QuantGPT
 
 
@@ -160,9 +189,9 @@ def squared_error(w, gamma, bits, granularity):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_mse_gamma_is_within_two_percent_of_a_fine_grid(bits, granularity):
+def test_gamma_of_least_error_is_within_two_percent_of_a_fine_grid(bits, granularity):
     weight = torch.randn(12, 768, generator=torch.Generator().manual_seed(0)) * 0.05
-    found = mse_gamma(weight, mean_abs(weight, granularity), bits)
+    found = make("quantgpt", weight, bits, granularity, gamma_init="mse").gamma.detach()
     w = weight.double().numpy()
     best = np.min([squared_error(w, gamma, bits, granularity) for gamma in np.arange(0.4, 6.5, 0.01)], axis=0)
     ours = squared_error(w, found.double().numpy(), bits, granularity)
@@ -175,11 +204,11 @@ def test_mse_gamma_is_within_two_percent_of_a_fine_grid(bits, granularity):
     bits=st.sampled_from([2, 4, 8]),
     granularity=st.sampled_from(["tensor", "row"]),
 )
-def test_mse_gamma_is_never_worse_than_one(weight, bits, granularity):
+def test_gamma_of_least_error_is_never_worse_than_one(weight, bits, granularity):
     weight = torch.tensor([*weight, [1, -2, 3, 5]], dtype=torch.float32)  # not all zero
 
     def error(gamma_init):
-        quantizer = QuantGPT(weight, bits, granularity, gamma_init)
+        quantizer = make("quantgpt", weight, bits, granularity, gamma_init=gamma_init)
         rows = (weight - quantizer(weight)).double().square().sum(1).detach()
         return rows if granularity == "row" else rows.sum()
 

@@ -2,12 +2,34 @@ import dataclasses
 
 import pytest
 
-from pipeline.quant.spec import BitWidths, QuantSpec, levels
+from pipeline.quant.spec import BitWidths, QuantSpec, grid, levels, levels_of
 
 
 @pytest.mark.parametrize(("bits", "number_of_levels"), [(2, 3), (4, 15), (8, 255)])
 def test_the_grid_is_symmetric_with_an_odd_number_of_levels(bits, number_of_levels):
     assert 2 * levels(bits) + 1 == number_of_levels
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_kinds_of_grid_differ_in_what_lies_at_and_around_zero(bits):
+    symmetric, full, midpoint = (grid(kind, bits) for kind in ("symmetric", "full", "midpoint"))
+    half = 2 ** (bits - 1)
+    values = [[code + g.shift for code in range(g.low, g.high + 1)] for g in (symmetric, full, midpoint)]
+    assert values[0] == list(range(1 - half, half))
+    assert values[1] == list(range(-half, half))
+    assert values[2] == [code + 0.5 for code in range(-half, half)]
+    assert [g.ternary for g in (symmetric, full, midpoint)] == [bits == 2, False, False]
+
+
+def test_a_grid_that_is_not_known_is_refused_naming_the_valid_ones():
+    with pytest.raises(ValueError, match="levels 'quinary' are not known; valid: symmetric, full, midpoint"):
+        grid("quinary", 2)
+
+
+def test_levels_follow_the_quantizer():
+    assert (levels_of("lsq"), levels_of("seq")) == ("full", "midpoint")
+    others = ("quantgpt", "pact", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics")
+    assert {levels_of(name) for name in others} == {"symmetric"}
 
 
 @pytest.mark.parametrize("text", ["2-2-8", "4-4-8", "8-8-8", "2-4-8", "8-2-32", "32-32-32", "2-32-8"])
@@ -41,11 +63,15 @@ def test_a_width_not_offered_is_refused_naming_the_part_and_the_valid_ones(text,
         BitWidths.parse(text)
 
 
-def test_gamma_starts_by_the_width_unless_told():
+def test_the_start_follows_quantizer_and_width_unless_told():
     widths = BitWidths.parse("2-2-8")
-    assert [QuantSpec(widths).gamma_start(bits) for bits in (2, 4, 8)] == ["one", "mse", "mse"]
-    for told in ("one", "mse"):
-        assert [QuantSpec(widths, gamma_init=told).gamma_start(bits) for bits in (2, 4, 8)] == [told] * 3
+    assert [QuantSpec(widths).starts_at_least_error(bits) for bits in (2, 4, 8)] == [False, True, True]
+    for quantizer in ("pact", "lsq", "lsq_symmetric", "seq"):
+        assert not any(QuantSpec(widths, quantizer).starts_at_least_error(bits) for bits in (2, 4, 8))
+    for quantizer in ("quantgpt", "pact", "lsq", "seq"):
+        for told in ("one", "mse"):
+            spec = QuantSpec(widths, quantizer, gamma_init=told)
+            assert [spec.starts_at_least_error(bits) for bits in (2, 4, 8)] == [told == "mse"] * 3
 
 
 def test_weight_bits_come_from_the_role():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.quant.grid import fake_quantize, quantize
+from pipeline.quant.grid import fake_quantize, quantize, refuse_diverged
 from pipeline.quant.quantizers.step import StepQuantizer, least_error_step, mean_abs
 from pipeline.quant.spec import Granularity, QuantSpec
 
@@ -44,6 +44,7 @@ class PACT(StepQuantizer):
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         clipped = self.clip(weight)
         step = self.step(clipped)
+        refuse_diverged(weight, step)
         return quantize(clipped, step, self.grid), step
 
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:

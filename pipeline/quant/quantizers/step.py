@@ -37,7 +37,7 @@ class StepQuantizer(nn.Module):
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, int8, in the weight's shape, and the step that ships beside them."""
         step = self.step(weight)
-        return quantize(weight, step, self.grid), step
+        return quantize(weight, step, self.grid), step.detach().clone()
 
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
         """Called after each optimizer step with the weight's second moment in Adam, if it has one."""
@@ -57,7 +57,8 @@ def reduce_mean(values: Tensor, granularity: Granularity) -> Tensor:
 def least_error_step(weight: Tensor, grid: Grid, granularity: Granularity) -> Tensor:
     """The step that minimises ||w - w_q||^2, by a coarse and a fine search; 0 for weights that are all zero.
 
-    The search runs over outermost levels between half the mean magnitude and the largest magnitude.
+    The search runs over outermost levels between half the mean magnitude and the largest magnitude; the mean itself
+    is one more candidate, so that the result is never worse than QuantGPT's gamma = 1.
     """
     edge = max(-(grid.low + grid.shift), grid.high + grid.shift)
     mean = mean_abs(weight, granularity)
@@ -69,7 +70,9 @@ def least_error_step(weight: Tensor, grid: Grid, granularity: Granularity) -> Te
         errors = torch.stack([_squared_error(weight, step, grid) for step in candidates])
         best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
         lowest, highest = best / ratio, best * ratio
-    return best
+    at_mean = mean / edge
+    better = _squared_error(weight, best, grid) < _squared_error(weight, at_mean, grid)
+    return torch.where(better, best, at_mean)
 
 
 def _squared_error(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:

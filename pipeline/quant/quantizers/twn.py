@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.quant.grid import dequantize
+from pipeline.quant.grid import dequantize, refuse_diverged
 from pipeline.quant.quantizers.step import StepQuantizer, mean_abs
 
 THRESHOLD = 0.7  # of mean |w|
@@ -30,6 +30,7 @@ class TWN(StepQuantizer):
 
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes, step = self._codes_and_step(weight)
+        refuse_diverged(weight, step)
         return codes.to(torch.int8), step
 
     @torch.no_grad()
