@@ -171,6 +171,31 @@ def quantizers(
     _execute(work, as_json, debug)
 
 
+@bench.command()
+def paper(
+    table: Annotated[str, typer.Option(help="1: language modelling and next utterance; 3: summarization.")] = "1",
+    scale: Annotated[str, typer.Option(help="tiny: minutes, anywhere; full: what the paper's own takes.")] = "tiny",
+    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's table beside ours; each of its cells is marked as seen in a public source or recalled."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.bench.paper import TABLES, beside, requirements
+        from pipeline.config import load_config
+
+        if table not in TABLES or scale not in ("tiny", "full"):
+            raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
+        if scale == "full":
+            return requirements(table, console)
+        chosen = [*(overrides or []), f"resources.workers={workers}"]
+        return beside(table, load_config(TABLES[table].tiny, chosen, _environment()), console)
+
+    _execute(work, as_json, debug)
+
+
 def _environment() -> dict[str, str]:
     """Resources as the variables of their ecosystems set them; a configuration's own values win."""
     variables = {

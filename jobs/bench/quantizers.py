@@ -114,7 +114,7 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
 def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, console: Console) -> dict[str, Any]:
     tables = {bits: lines(scores, bits) for bits in extent.bits}
     everything = [line for bits in extent.bits for line in tables[bits]]
-    teacher = scores[0].teacher_perplexity
+    teacher = scores[0].teacher["perplexity"]
     document = {
         "name": base.name,
         "date": datetime.now(UTC).date().isoformat(),

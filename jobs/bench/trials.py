@@ -33,19 +33,21 @@ class Trial(Closed):
 
 
 class Score(Closed):
-    """What a trial gave. The gap is log(student perplexity / teacher perplexity) on the test split, in nats."""
+    """What a trial gave on the test split. The gap is log(student's perplexity / teacher's), in nats."""
 
     row: str
     bits: str
     lr: float
     seed: int
     validation_nats: float
-    gap_nats: float
-    kl_nats: float
-    top1_agreement: float
-    teacher_perplexity: float
+    teacher: dict[str, float]
+    student: dict[str, float]
     packed_bytes: int
     token_cosine: float
+
+    @property
+    def gap_nats(self) -> float:
+        return math.log(self.student["perplexity"] / self.teacher["perplexity"])
 
 
 def trial(base: Config, row: Row, bits: str, lr: float, seed: int) -> Trial:
@@ -93,10 +95,8 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
     return Score(
         **{name: getattr(trial, name) for name in ("row", "bits", "lr", "seed")},
         validation_nats=student.validation_nats or math.inf,
-        gap_nats=math.log(report.student["perplexity"] / report.teacher["perplexity"]),
-        kl_nats=report.student["kl_nats"],
-        top1_agreement=report.student["top1_agreement"],
-        teacher_perplexity=report.teacher["perplexity"],
+        teacher=report.teacher,
+        student=report.student,
         packed_bytes=package.size.packed_bytes,
         token_cosine=cosines[student.best_step],
     )
