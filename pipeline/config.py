@@ -38,6 +38,7 @@ from pipeline.records import Closed
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
@@ -108,7 +109,9 @@ class Data(Closed):
 
 
 class Training(Closed):
-    """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay linearly to 1e-6."""
+    """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay linearly to 1e-6.
+
+    `lr` is that of the matrices; the scales say by what it is multiplied for other parameters."""
 
     steps: Positive | None = None
     epochs: Rate | None = None
@@ -116,6 +119,9 @@ class Training(Closed):
     lr: Rate = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NotNegative = 0.0
+    betas: Annotated[tuple[Beta, Beta], Field(json_schema_extra={"added_with": [0.9, 0.999]})] = (0.9, 0.999)
+    vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms and biases
+    embedding_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # the word embedding
     clip_norm: Rate | None = 1.0  # of the weights' gradient; null: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: Positive = 100  # optimizer steps between validations; the best one ships

@@ -290,14 +290,18 @@ class Loop:
 def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.AdamW:
     gammas = {id(parameter) for _, _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
     weights = [p for p in model.parameters() if id(p) not in gammas]
+    table = model.model.get_input_embeddings().weight
+    matrices = [p for p in weights if p.ndim > 1 and p is not table]
+    vectors = [p for p in weights if p.ndim <= 1]
     groups = [
-        _group([p for p in weights if p.ndim > 1], recipe.lr, recipe.weight_decay, clipped=True),
-        _group([p for p in weights if p.ndim <= 1], recipe.lr, 0.0, clipped=True),
+        _group(matrices, recipe.lr, recipe.weight_decay, clipped=True),
+        _group([table], recipe.lr * recipe.embedding_lr_scale, recipe.weight_decay, clipped=True),
+        _group(vectors, recipe.lr * recipe.vector_lr_scale, 0.0, clipped=True),
     ]
     if isinstance(recipe, Distill):
         scales = [p for p in model.parameters() if id(p) in gammas and p.requires_grad]
         groups.append(_group(scales, recipe.gamma_lr, 0.0, clipped=False))
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.betas)
 
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:

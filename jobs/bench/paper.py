@@ -100,8 +100,8 @@ TABLES: dict[TableNumber, PaperTable] = {
         ("rouge1", "rouge2", "rougeL"),
         "configs/summarization-aclsum.yaml",
         ("configs/bart-xsum.yaml",),
-        "BART base (139M parameters) and XSum from the Hugging Face hub, and GPUs: 8 epochs of 204,000 articles. We have "
-        "not run it",
+        "BART base (139M parameters) and XSum from the Hugging Face hub, and GPUs: 8 epochs of 204,000 articles. "
+        "We have not run it",
     ),
 }
 

@@ -31,10 +31,11 @@ CASES = [
     for bits in ((2,) if name in TERNARY else (2, 4, 8))
     for granularity in GRANULARITIES
 ]
+LEARN_A_RATIO = ("lsq", "lsq_symmetric", "seq")
 each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 each_case = pytest.mark.parametrize(("name", "bits", "granularity"), CASES)
 LEARNED = {
-    "quantgpt": {"gamma"}, "pact": {"low", "high"}, "lsq": {"size"}, "lsq_symmetric": {"size"}, "seq": {"size"},
+    "quantgpt": {"gamma"}, "pact": {"low", "high"}, "lsq": {"gamma"}, "lsq_symmetric": {"gamma"}, "seq": {"gamma"},
     "laq": set(), "laq_uniform": set(), "twn": set(), "statistics": set(),
 }  # fmt: skip
 
@@ -48,7 +49,7 @@ def test_what_is_learned_and_what_is_computed(name):
     quantizer = make(name, example()[0])
     assert {key for key, p in quantizer.named_parameters() if p.requires_grad} == LEARNED[name]
     computed = {key for key, p in quantizer.named_parameters() if not p.requires_grad}
-    assert computed == ({"size"} if name.startswith("laq") else set())
+    assert computed == ({"size"} if name.startswith("laq") else {"start"} if name in LEARN_A_RATIO else set())
     assert list(quantizer.buffers()) == []
 
 
@@ -248,6 +249,6 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(case: Case, o
     assert undisturbed.keys() == disturbed.keys()
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
     started = case.loop(case.run(recipe, f"start-{quant.quantizer}"), quant).model.model
-    sizes = {name: p for name, p in started.named_parameters() if name.endswith("quantizer.size")}
+    sizes = {name: p for name, p in started.named_parameters() if name.endswith(("quantizer.size", "quantizer.gamma"))}
     assert len(sizes) == 2 * 4 + 1
     assert all((undisturbed[f"model.{name}"] != size).any() for name, size in sizes.items())

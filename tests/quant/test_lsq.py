@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.quant.quantizers.lsq import SMALLEST_RATIO
+from pipeline.quant.quantizers.lsq import SMALLEST_GAMMA
 from tests.quant.cases import GRANULARITIES, clipping_steps, example, make, mean, passed, total, trained
 
 CASES = [(name, bits, g) for name in ("lsq", "lsq_symmetric") for bits in (2, 4, 8) for g in GRANULARITIES]
@@ -34,12 +34,12 @@ def reference(w, s, g, name, bits, granularity, clipped=True):
 def test_values_and_gradients_match_the_formulas(name, bits, granularity, ste, dtype, tolerance):
     weight, upstream = example(dtype)
     quantizer = make(name, weight, bits, granularity, ste=ste)
-    quantizer.size.data = clipping_steps(weight, bits, granularity)
+    quantizer.start.data = clipping_steps(weight, bits, granularity)
     quantized, dw = passed(quantizer, weight, upstream)
-    given = [t.detach().double().numpy() for t in (weight, quantizer.size, upstream)]
+    given = [t.detach().double().numpy() for t in (weight, quantizer.start, upstream)]
     expected = reference(*given, name, bits, granularity, ste != "identity")
     assert 0 < (reference(*given, name, bits, granularity)[1] == 0).sum() < weight.numel()
-    for ours, theirs in zip((quantized, dw, quantizer.size.grad.numpy()), expected, strict=True):
+    for ours, theirs in zip((quantized, dw, (quantizer.gamma.grad / quantizer.start).numpy()), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
@@ -47,13 +47,13 @@ def test_values_and_gradients_match_the_formulas(name, bits, granularity, ste, d
 def test_the_step_starts_as_published(name, bits, granularity):
     weight, _ = example()
     expected = 2 * mean(np.abs(weight.numpy()), granularity) / math.sqrt(ends(name, bits)[1])
-    np.testing.assert_allclose(make(name, weight, bits, granularity).size.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(make(name, weight, bits, granularity).start.detach().numpy(), expected, rtol=1e-12)
 
 
 @each_case
 def test_the_step_may_start_at_the_least_squared_error(name, bits, granularity):
     weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.05
-    found = make(name, weight, bits, granularity, gamma_init="mse").size.detach().double().numpy()
+    found = make(name, weight, bits, granularity, gamma_init="mse").start.detach().double().numpy()
     w, (negative, positive) = weight.double().numpy(), ends(name, bits)
 
     def error(s):
@@ -68,31 +68,31 @@ def test_two_bits_have_four_levels_or_three():
     weight = torch.linspace(-4, 4, 33).unsqueeze(0)
     for name, levels in (("lsq", [-2, -1, 0, 1]), ("lsq_symmetric", [-1, 0, 1])):
         quantizer = make(name, weight)
-        quantizer.size.data = torch.ones(1, 1)
+        quantizer.start.data = torch.ones(1, 1)
         assert quantizer(weight).unique().tolist() == levels
 
 
 def test_the_ends_of_the_published_grid_are_outside_each_on_its_side():
     weight = torch.tensor([[-1.0, -0.75, 0.25, 0.5]], requires_grad=True)
     quantizer = make("lsq", weight.detach())
-    quantizer.size.data = torch.tensor([[0.5]])
+    quantizer.start.data = torch.tensor([[0.5]])
     assert quantizer(weight).tolist() == [[-1, -1, 0, 0.5]]
     quantizer(weight).backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
     assert weight.grad.tolist() == [[0, 10, 100, 0]]
     slopes = 1 * -2 + 10 * (-2 + 1.5) + 100 * (0 - 0.5) + 1000 * 1
-    assert quantizer.size.grad.item() == pytest.approx(slopes / math.sqrt(4))
+    assert quantizer.gamma.grad.item() == pytest.approx(0.5 * slopes / math.sqrt(4))  # the step is gamma times 0.5
 
 
 @pytest.mark.parametrize("name", ["lsq", "lsq_symmetric", "seq"])
 def test_a_step_stays_positive_and_what_is_above_stays_as_it_is(name):
     weight, _ = example(torch.float32)
     quantizer = make(name, weight, 2, "row")
-    start = quantizer.size.detach().clone()
-    quantizer.size.data[:3] = torch.tensor([[-1.0], [0.0], [1e-30]])
+    quantizer.gamma.data[:3] = torch.tensor([[-1.0], [0.0], [1e-30]])
     quantizer.after_step(weight, None)
-    assert torch.equal(quantizer.size[:3], SMALLEST_RATIO * start[:3])
-    assert torch.equal(quantizer.size[3:], start[3:])
-    assert quantizer.size.requires_grad
+    assert quantizer.gamma[:3].flatten().tolist() == [pytest.approx(SMALLEST_GAMMA)] * 3
+    assert torch.equal(quantizer.gamma[3:], torch.ones(len(weight) - 3, 1))
+    assert quantizer.gamma.requires_grad
+    assert not quantizer.start.requires_grad
 
 
 def test_a_step_driven_down_stays_positive():
@@ -100,4 +100,4 @@ def test_a_step_driven_down_stays_positive():
     quantizer = make("lsq", weight, 2, "row")
     upstream = quantizer.grid.high * weight.sign()  # growing levels grow the loss
     trained(quantizer, weight, upstream, steps=30, lr=1.0)
-    assert (quantizer.size > 0).all()
+    assert (quantizer.step(weight) > 0).all()

@@ -25,43 +25,43 @@ def reference(w, s, g, bits, granularity):
 def test_values_and_gradients_match_the_formulas(bits, granularity, dtype, tolerance):
     weight, upstream = example(dtype)
     quantizer = make("seq", weight, bits, granularity)
-    quantizer.size.data = clipping_steps(weight, bits, granularity)
+    quantizer.start.data = clipping_steps(weight, bits, granularity)
     quantized, dw = passed(quantizer, weight, upstream)
-    given = (t.detach().double().numpy() for t in (weight, quantizer.size, upstream))
+    given = (t.detach().double().numpy() for t in (weight, quantizer.start, upstream))
     expected = reference(*given, bits, granularity)
     assert 0 < (expected[1] == 0).sum() < weight.numel()
-    for ours, theirs in zip((quantized, dw, quantizer.size.grad.numpy()), expected, strict=True):
+    for ours, theirs in zip((quantized, dw, (quantizer.gamma.grad / quantizer.start).numpy()), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_two_bits_have_four_levels_around_zero_and_none_at_zero():
     weight = torch.linspace(-4, 4, 33).unsqueeze(0)
     quantizer = make("seq", weight)
-    quantizer.size.data = torch.ones(1, 1)
+    quantizer.start.data = torch.ones(1, 1)
     assert quantizer(weight).unique().tolist() == [-1.5, -0.5, 0.5, 1.5]
 
 
 def test_the_gradient_reaches_half_a_step_beyond_the_outermost_levels():
     weight = torch.tensor([[-1.0, -0.875, 0.875, 1.0]], requires_grad=True)
     quantizer = make("seq", weight.detach())
-    quantizer.size.data = torch.tensor([[0.5]])  # the outermost levels are -0.75 and 0.75
+    quantizer.start.data = torch.tensor([[0.5]])  # the outermost levels are -0.75 and 0.75
     quantizer(weight).backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
     assert weight.grad.tolist() == [[0, 10, 100, 0]]
     slopes = 1 * -1.5 + 10 * (-1.5 + 1.75) + 100 * (1.5 - 1.75) + 1000 * 1.5
-    assert quantizer.size.grad.item() == pytest.approx(slopes / math.sqrt(4))
+    assert quantizer.gamma.grad.item() == pytest.approx(0.5 * slopes / math.sqrt(4))  # the step is gamma times 0.5
 
 
 @each_case
 def test_the_step_starts_as_that_of_lsq(bits, granularity):
     weight, _ = example()
     expected = 2 * mean(np.abs(weight.numpy()), granularity) / math.sqrt(2 ** (bits - 1) - 1)
-    np.testing.assert_allclose(make("seq", weight, bits, granularity).size.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(make("seq", weight, bits, granularity).start.detach().numpy(), expected, rtol=1e-12)
 
 
 @each_case
 def test_the_step_may_start_at_the_least_squared_error(bits, granularity):
     weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.05
-    found = make("seq", weight, bits, granularity, gamma_init="mse").size.detach().double().numpy()
+    found = make("seq", weight, bits, granularity, gamma_init="mse").start.detach().double().numpy()
     w, half = weight.double().numpy(), 2 ** (bits - 1)
 
     def error(s):
