@@ -25,8 +25,8 @@ from pipeline.quant.spec import (
     Ste,
 )
 from pipeline.records import Closed
+from pipeline.schema import Data, Evaluate, Positive, Task
 
-Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -45,7 +45,7 @@ class Model(Closed):
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None
-    family: Literal["auto", "gpt2", "llama"] = "auto"
+    family: Literal["auto", "gpt2", "llama", "bart"] = "auto"
 
     @model_validator(mode="after")
     def _an_architecture_needs_more(self) -> Model:
@@ -61,39 +61,6 @@ class Model(Closed):
             raise ValueError(
                 "model.tokenizer: {train_bpe} gives a new vocabulary, which the weights of model.source do not know; "
                 "use it with {architecture: ...} only"
-            )
-        return self
-
-
-class Task(Closed):
-    """`block_length`: tokens of a row; text is cut into rows without overlap."""
-
-    name: Literal["language_modeling"] = "language_modeling"
-    block_length: Annotated[int, Field(ge=2)] = 512
-
-
-class Data(Closed):
-    """Where text comes from: globs of txt, jsonl or parquet, `s3://...`, `hf://org/name@commit/glob`, `python://chitchat`.
-
-    `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
-    `unit: line` takes rows or lines as running text. Without `validation` or `test`, `holdout` of the documents
-    each, chosen by content hash. `sample` takes that share of the documents of `source`, by the same hash.
-    """
-
-    source: str
-    validation: str | None = None
-    test: str | None = None
-    unit: Literal["document", "line"] = "document"
-    text_column: str = "text"
-    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _lines_need_files(self) -> Data:
-        if self.unit == "line" and (self.validation is None or self.test is None or self.sample < 1):
-            raise ValueError(
-                "data.unit: line has no documents to hold out or sample; set data.validation and data.test and leave "
-                "data.sample, or use unit: document"
             )
         return self
 
@@ -242,6 +209,7 @@ class Config(Closed):
     cache: Cache = Cache()
     quant: Quant = Quant()
     distill: Distill
+    evaluate: Evaluate = Evaluate()
     pack: Pack = Pack()
     register_: Register = Field(default=Register(), alias="register")
     resources: Resources = Resources()
@@ -253,6 +221,10 @@ class Config(Closed):
             raise ValueError(
                 f"pack.encoding: base3 holds ternary codes only, and quant.bits is {self.quant.bits}; "
                 "use encoding: dense, or 2 bits throughout"
+            )
+        if self.task.name != "language_modeling" and self.data.unit == "line":
+            raise ValueError(
+                f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
             )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,13 +32,7 @@ from pipeline.checkpoints import (
     write_checkpoint,
 )
 from pipeline.config import Distill, Finetune, Resources
-from pipeline.distill.losses import (
-    contrastive_loss,
-    draw_offsets,
-    logit_distillation_loss,
-    next_token_loss,
-    valid_tokens,
-)
+from pipeline.distill.losses import contrastive_loss, draw_offsets, valid_tokens
 from pipeline.distill.memory_bank import MemoryBank, alone
 from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
 from pipeline.errors import RunError
@@ -47,6 +41,9 @@ from pipeline.quant.layers import quantizers
 from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
 from pipeline.tables import Rows
+from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.task import Batch, Task
+from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, distilling_terms, reference_nats, teaching_terms
 
 HISTORY_POINTS = 1000
 Advance = Callable[[int, int, str], None]  # done, of how many, a word on how it goes
@@ -63,6 +60,7 @@ class Run:
     validation: tuple[Shard, ...]
     resources: Resources
     cache: Place | None = None
+    task: Task = field(default_factory=LanguageModeling)
 
     @property
     def steps(self) -> int:
@@ -82,7 +80,7 @@ class Distillation:
 
     recipe: Distill
     head: nn.Module
-    states: Callable[[Tensor], Tensor] | None
+    states: Callable[..., Tensor] | None
     bank: MemoryBank
 
 
@@ -129,7 +127,7 @@ class Loop:
             load_parameters(self.model.model, load_file(best))
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step over one global batch; mean losses in nats per valid token."""
+        """One optimizer step over one global batch; means of the terms in nats."""
         losses = self.backward(step)
         if not math.isfinite(losses["loss"]):
             raise RunError(
@@ -153,51 +151,61 @@ class Loop:
         self.replica.train()
         self.optimizer.zero_grad(set_to_none=True)
         row_ids = share(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        count = self._all_reduce(self._count(self.rows.lengths(row_ids.tolist())))
-        sums = torch.zeros(3, dtype=torch.float64)
+        counted = self.plan.task.counts(self.rows.lengths(row_ids.tolist()))
+        names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
+        counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
+        sums = torch.zeros(len(names), dtype=torch.float64)
         micro_batches = row_ids.split(self.plan.resources.micro_batch)
         for index, micro in enumerate(micro_batches):
             with self._no_sync(last=index == len(micro_batches) - 1):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
-                loss, parts = self._loss(step, micro.tolist())
-                # DistributedDataParallel averages over workers; the loss is a mean over the tokens of all of them.
-                (loss * self.world / count).backward()
-            sums += parts
-        total, logit, contrast = (self._all_reduce(sums) / count).tolist()
-        if self.distillation is None:
-            return {"loss": total}
-        return {"loss": total, "distillation_nats": logit, "contrastive_nats": contrast}
+                terms = self._terms(step, micro.tolist())
+                # DistributedDataParallel averages over workers; each term is a mean over the tokens of all of them.
+                parts = [self._weight(n) * terms[n] * self.world / c for n, c in zip(names, counts, strict=True)]
+                torch.stack(parts).sum().backward()
+            sums += torch.stack([terms[name].detach().cpu() for name in names])
+        means = dict(zip(names, (self._all_reduce(sums) / counts).tolist(), strict=True))
+        total = sum(self._weight(name) * mean for name, mean in means.items())
+        return {"loss": total} if len(names) == 1 else {"loss": total, **means}
 
-    def _loss(self, step: int, row_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def _weight(self, term: str) -> float:
+        return self.distillation.recipe.contrast_weight if term == CONTRAST and self.distillation is not None else 1.0
+
+    def _terms(self, step: int, row_ids: list[int]) -> dict[str, Tensor]:
+        """The terms of the loss of one micro-batch, each a sum in nats."""
         ids, lengths, states = self.rows.get(row_ids)
-        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        batch = self.plan.task.batch(ids, lengths).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            student_states, logits = self.replica(ids)
+            student_states, logits = self.replica(*batch.inputs)
         if self.distillation is None:
-            loss, _ = next_token_loss(logits, ids, lengths)
-            return loss, torch.tensor([loss.item(), 0.0, 0.0], dtype=torch.float64)
-        given, recipe, bank = self.distillation, self.distillation.recipe, self.distillation.bank
-        valid = valid_tokens(lengths, ids.shape[1])
+            return teaching_terms(logits, batch)
+        given = self.distillation
         with torch.no_grad():
-            teacher_states = given.states(ids) if given.states is not None else _present(states).to(self.device)
+            if given.states is not None:
+                teacher_states = given.states(*batch.inputs)
+            else:
+                teacher_states = _present(states).to(self.device).reshape(student_states.shape)
             teacher_logits = given.head(teacher_states)
-        logit, _ = logit_distillation_loss(logits, teacher_logits, valid)
-        contrast = logit.new_zeros(())
-        if recipe.contrast_weight > 0:
-            offsets = [
-                draw_offsets(recipe.seed, step, row, int(length), recipe.negatives)
-                for row, length in zip(row_ids, lengths.tolist(), strict=True)
-            ]
-            query = bank.query(ids, student_states)
-            contrast, _ = contrastive_loss(query, teacher_states, lengths, offsets, recipe.temperature)
-            bank.accumulate(ids, student_states, valid)
-        loss = logit + recipe.contrast_weight * contrast
-        return loss, torch.tensor([loss.item(), logit.item(), contrast.item()], dtype=torch.float64)
+        terms = distilling_terms(logits, teacher_logits, batch)
+        return terms | {CONTRAST: self._contrast(step, row_ids, batch, student_states, teacher_states)}
 
-    def _count(self, lengths: Tensor) -> Tensor:
-        counted = lengths.sum() if self.distillation is not None else (lengths - 1).clamp(min=0).sum()
-        return counted.double()
+    def _contrast(
+        self, step: int, row_ids: list[int], batch: Batch, student_states: Tensor, teacher_states: Tensor
+    ) -> Tensor:
+        given = _given(self.distillation)
+        recipe, bank = given.recipe, given.bank
+        if recipe.contrast_weight == 0:
+            return student_states.new_zeros((), dtype=torch.float64)
+        sequences = [row * batch.group + place for row in row_ids for place in range(batch.group)]
+        offsets = [
+            draw_offsets(recipe.seed, step, sequence, int(length), recipe.negatives)
+            for sequence, length in zip(sequences, batch.lengths.tolist(), strict=True)
+        ]
+        query = bank.query(batch.ids, student_states)
+        contrast, _ = contrastive_loss(query, teacher_states, batch.lengths, offsets, recipe.temperature)
+        bank.accumulate(batch.ids, student_states, valid_tokens(batch.lengths, batch.ids.shape[1]))
+        return contrast
 
     def _after_step(self, losses: dict[str, float], steps: int) -> None:
         progress, step = self.progress, self.progress.step
@@ -230,9 +238,8 @@ class Loop:
         rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
         for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
             if len(micro):
-                ids, lengths, _ = self.validation.get(micro.tolist())
-                ids, lengths = ids.to(self.device), lengths.to(self.device)
-                nats, count = next_token_loss(self.model(ids)[1], ids, lengths)
+                batch = self.plan.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
+                nats, count = reference_nats(self.model(*batch.inputs)[1], batch)
                 sums += torch.tensor([nats.item(), count.item()], dtype=torch.float64)
         nats_sum, count_sum = self._all_reduce(sums).tolist()
         return float(nats_sum / count_sum)
@@ -303,6 +310,12 @@ def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.Ada
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:
     return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "clipped": clipped}
+
+
+def _given(distillation: Distillation | None) -> Distillation:
+    if distillation is None:
+        raise TypeError("this run has no distillation")
+    return distillation
 
 
 def _present(states: Tensor | None) -> Tensor:

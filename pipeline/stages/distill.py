@@ -13,10 +13,11 @@ from torch import Tensor
 from pipeline.checkpoints import finish, store_tensors, weights
 from pipeline.config import Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
-from pipeline.families.models import FAMILIES, WithStates, last_states, load_model, make_student, set_dropout
+from pipeline.families.models import FAMILIES, WithStates, head_of, last_states, load_model, make_student, set_dropout
 from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
+from pipeline.tasks import task_of
 from pipeline.training import Distillation, Run, fit
 
 VERSION = 1
@@ -42,6 +43,7 @@ def settings_of(step: Step) -> dict[str, Any]:
         validation=tokens.splits["validation"].shards,
         resources=step.resources,
         cache=cache_place if cache.mode == "states" else None,
+        task=task_of(tokens.recipe),
     )
     quant = Quant.model_validate(step.recipe["quant"])
     return {"run": run, "teacher": teacher_place, "files": teacher.files, "family": teacher.family, "quant": quant}
@@ -73,10 +75,10 @@ def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device
     make_student(student, quant.spec(), FAMILIES[family], quant.quantizer)
     hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
 
-    def states(ids: Tensor) -> Tensor:
-        return last_states(teacher, ids)
+    def states(*inputs: Tensor) -> Tensor:
+        return last_states(teacher, *inputs)
 
-    head = teacher.get_output_embeddings() if run.cache is None else copy.deepcopy(teacher.get_output_embeddings())
+    head = head_of(teacher) if run.cache is None else copy.deepcopy(head_of(teacher))
     distillation = Distillation(
         recipe=run.recipe,
         head=head,
