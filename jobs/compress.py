@@ -13,7 +13,8 @@ from jobs.display import Display
 from pipeline.config import Config
 from pipeline.flow import Outcome, Plan, plan, run
 from pipeline.locations import tracking_uri
-from pipeline.records import ModelVersion, Package, Record, Report
+from pipeline.records import ModelVersion, Package, Record, Report, Tokens
+from pipeline.tasks import task_of
 from pipeline.tracking import sqlite_file
 
 MIB = 2**20
@@ -130,9 +131,13 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
     console.print("\nTry next:")
     other_bits = "4-4-8" if planned.config.quant.bits != "4-4-8" else "8-8-8"
     tracking = tracking_uri(planned.config.resources)
-    for command in (
-        f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {shlex.quote(planned.config.data.source)}",
+    commands = [
         f"bitmill compress {shlex.quote(path)} --bits {other_bits}",
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
-    ):
+    ]
+    recipe = planned.step(Tokens.stage).recipe
+    if task_of(recipe).columns(recipe["data"]) is None:  # a model of running text can be scored on any other
+        data = shlex.quote(planned.config.data.source)
+        commands.insert(0, f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {data}")
+    for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def packaged_rows(name: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
             yield {"text": item}
 
 
+@lru_cache(maxsize=1)  # every part of a file asks for it
 def _items(name: str) -> list[Any]:
     if name == "pydoc":
         from pydoc_data.topics import topics
