@@ -101,19 +101,22 @@ def inspect(config: Config, scratch: str) -> Inputs:
     sites(shape, family)
     check_spec(shape, family, config.quant.spec())
     inputs = Inputs(text, model, tokenizer, model_config, family.name, parameters(shape))
-    _check_task(config.task.name, inputs.task(config), inputs)
+    _check_task(config, inputs.task(config), inputs)
     return inputs
 
 
-def _check_task(name: str, task: Task, inputs: Inputs) -> None:
+def _check_task(wanted: Config, task: Task, inputs: Inputs) -> None:
     """Raises ConfigError if the task needs another kind of model, more positions, or tokens that are not there."""
     config, tokenizer = inputs.config, inputs.tokenizer
     if task.encoder_decoder != bool(config.is_encoder_decoder):
         needs = "an encoder and a decoder" if task.encoder_decoder else "a decoder alone"
         raise ConfigError(
-            f"task.name is {name}, which needs {needs}, and model.source is a {config.model_type} model. "
+            f"task.name is {wanted.task.name}, which needs {needs}, and model.source is a {config.model_type} model. "
             f"Use a model of the families {'bart' if task.encoder_decoder else 'gpt2, llama'}, or another task."
         )
+    decided = {"bos_token_id", "eos_token_id", *task.model_settings(None, None)}
+    for field in decided.intersection(wanted.model.source if isinstance(wanted.model.source, dict) else ()):
+        raise ConfigError(f"model.source.{field}: the tokenizer decides it; leave it out")
     longest = getattr(config, "max_position_embeddings", None)
     for knob, length in task.positions.items():
         if longest is not None and length > longest:

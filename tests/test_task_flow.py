@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 import pipeline
 from jobs.evaluate import evaluate
 from pipeline import artifact, flow
 from pipeline.config import Config, Resources
 from pipeline.errors import ConfigError
-from pipeline.families.models import read_config, restore_frozen
+from pipeline.families.models import build, read_config, restore_frozen
+from pipeline.tables import read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer
@@ -131,6 +134,56 @@ def test_beam_search_runs_from_the_packed_model_as_from_the_frozen_student(finis
     assert torch.equal(cached, whole)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BART with a tokenizer like its own, which puts <s> and </s> around a text; its logits have a bias."""
+    folder, special = tmp_path_factory.mktemp("pretrained"), ["<s>", "<pad>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["ba na du ro ki ti lo"] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+    words.save_pretrained(folder)
+    decided = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = build(read_config(ARCHITECTURES["bart"], vocab_size=len(words), **decided), seed=0)
+    with torch.no_grad():
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, len(words)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_model_keeps_its_special_tokens_and_the_bias_of_its_logits(
+    fields: Callable[..., dict[str, Any]], run_flow: Callable[..., Ran], pretrained: Path, tmp_path: Path
+) -> None:
+    given = fields(tmp_path, "summarization", model={"source": str(pretrained)}, cache={"mode": "online"})
+    ran = run_flow(Config.model_validate(given | {"finetune": None}), until="pack")
+    tokens = ran.record("tokenize")
+    ids, lengths = read_tokens(next(ran.folder("tokenize").glob("rows/test-*.parquet")))
+    assert tokens.recipe["decoder_start"] == 2
+    assert (ids[:, 0] == 0).all()
+    assert (ids[:, 40:42] == [2, 0]).all()
+    assert all(row[source - 1] == row[40 + target - 1] == 2 for row, (source, target) in zip(ids, lengths, strict=True))
+    bias = pipeline.load(ran.package).final_logits_bias
+    assert torch.equal(bias, torch.linspace(-1, 1, tokens.vocabulary).unsqueeze(0))
+    assert ran.record("finetune").fp32_bytes == 4 * (ran.record("finetune").parameters + tokens.vocabulary)
+
+
+def test_a_tokenizer_without_the_tokens_of_the_task_is_refused(
+    fields: Callable[..., dict[str, Any]], pretrained: Path, tmp_path: Path
+) -> None:
+    words = read_tokenizer(pretrained)
+    words.pad_token = None
+    words.save_pretrained(tmp_path / "words")
+    given = fields(tmp_path, "summarization", model={"source": str(pretrained), "tokenizer": str(tmp_path / "words")})
+    with pytest.raises(ConfigError, match=r"padding token, and this tokenizer has .* pad_token None"):
+        flow.plan(Config.model_validate(given))
+
+
 @pytest.mark.parametrize(
     ("task", "overrides", "message"),
     [
@@ -153,6 +206,11 @@ def test_beam_search_runs_from_the_packed_model_as_from_the_frozen_student(finis
             "summarization",
             {"task": {"name": "summarization", "source_length": 64, "target_length": 12}},
             r"task\.source_length is 64, and the model has 40 positions",
+        ),
+        (
+            "summarization",
+            {"model": {"source": {**ARCHITECTURES["bart"], "pad_token_id": 3}, "tokenizer": {"train_bpe": 300}}},
+            r"model\.source\.pad_token_id: the tokenizer decides it",
         ),
         (
             "next_utterance",

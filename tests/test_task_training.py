@@ -134,3 +134,10 @@ def test_validation_is_the_nats_of_the_reference_alone(case: Case) -> None:
         nats = -logits.double().log_softmax(-1)[torch.arange(len(where)), batch.targets[sequence]]
         total, count = total + float(nats[where].sum()), count + int(where.sum())
     assert loop.validate() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient(case: Case) -> None:
+    plain = gradients(case.loop(case.run(RECIPES["distill"], "plain"), LOW))
+    saved = gradients(case.loop(case.run(RECIPES["distill"], "saved", activation_checkpointing=True), LOW))
+    assert saved[0] == plain[0]
+    assert relative(saved[1], plain[1]) < 1e-6
