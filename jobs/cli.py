@@ -69,7 +69,7 @@ def compress(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.compress import compress as run
-        from pipeline.config import load_config
+        from pipeline.loading import load_config
 
         chosen = [*(overrides or []), *([f"quant.bits={bits}"] if bits else [])]
         loaded = load_config(config, chosen, _environment())
@@ -149,7 +149,8 @@ def quantizers(
         from pathlib import Path
 
         from jobs.bench.quantizers import Extent, compare, scratch_of, teacher_fields
-        from pipeline.config import Resources, load_config, load_fields
+        from pipeline.config import Resources
+        from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
 
         try:
@@ -184,7 +185,7 @@ def paper(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.bench.paper import TABLES, beside, requirements
-        from pipeline.config import load_config
+        from pipeline.loading import load_config
 
         if table not in TABLES or scale not in ("tiny", "full"):
             raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")

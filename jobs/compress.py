@@ -13,10 +13,19 @@ from jobs.display import Display
 from pipeline.config import Config
 from pipeline.flow import Outcome, Plan, plan, run
 from pipeline.locations import tracking_uri
-from pipeline.records import ModelVersion, Package, Record, Report
+from pipeline.records import ModelVersion, Package, Record, Report, Tokens
+from pipeline.tasks import task_of
 from pipeline.tracking import sqlite_file
 
 MIB = 2**20
+FORMS = {
+    "accuracy": ".1%",
+    "rouge1": ".2f",
+    "rouge2": ".2f",
+    "rougeL": ".2f",
+    "perplexity": ".2f",
+    "bits_per_byte": ".4f",
+}
 
 
 def compress(config: Config, path: str, console: Console, *, until: str, only_plan: bool, wait: bool) -> dict[str, Any]:
@@ -63,7 +72,7 @@ def print_plan(planned: Plan, console: Console) -> None:
     console.print(table)
     about = "" if planned.rows_are_exact else "about "
     console.print(
-        f"{about}{planned.rows:,} rows of {planned.config.task.block_length} tokens to train on; "
+        f"{about}{planned.rows:,} rows to train on ({planned.shape}); "
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
     console.print(f"cache mode {planned.cache_reason}", highlight=False)
@@ -107,8 +116,9 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
         console.print(f"done as far as {planned.steps[-1].stage}: {planned.steps[-1].place.uri}", highlight=False)
         return
     table = Table("", "teacher", f"student {planned.config.quant.bits}", title=planned.config.name)
-    for name, form in (("perplexity", ".2f"), ("bits_per_byte", ".4f")):
-        table.add_row(name, *(f"{metrics[who][name]:{form}}" for who in ("teacher", "student")))
+    for name, form in FORMS.items():
+        if name in metrics["student"]:
+            table.add_row(name, *(f"{metrics[who][name]:{form}}" for who in ("teacher", "student")))
     table.add_row("kl_nats", "", f"{metrics['student']['kl_nats']:.4f}")
     table.add_row("top1_agreement", "", f"{metrics['student']['top1_agreement']:.1%}")
     table.add_row("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}")
@@ -121,9 +131,13 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
     console.print("\nTry next:")
     other_bits = "4-4-8" if planned.config.quant.bits != "4-4-8" else "8-8-8"
     tracking = tracking_uri(planned.config.resources)
-    for command in (
-        f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {shlex.quote(planned.config.data.source)}",
+    commands = [
         f"bitmill compress {shlex.quote(path)} --bits {other_bits}",
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
-    ):
+    ]
+    recipe = planned.step(Tokens.stage).recipe
+    if task_of(recipe).columns(recipe["data"]) is None:  # a model of running text can be scored on any other
+        data = shlex.quote(planned.config.data.source)
+        commands.insert(0, f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {data}")
+    for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)

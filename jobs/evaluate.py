@@ -42,6 +42,11 @@ def evaluate(
         files = pin_text(data, "--data", ContentMemo(scratch))
         folder = locate(model, resources, Path(temporary) / "model")
         loaded, tokenizer = open_model(folder), read_tokenizer(folder)
+        if loaded.config.is_encoder_decoder:
+            raise ConfigError(
+                f"MODEL is {model!r}, an encoder and a decoder, which running text does not measure. Its ROUGE is in "
+                "its manifest.json; to score it again, give bitmill compress its configuration with another data.test."
+            )
         longest = int(getattr(loaded.config, "max_position_embeddings", 512))
         width = block_length or min(512, longest)
         if width > longest:

@@ -6,12 +6,12 @@
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
     training    the one training loop, and its checkpoints
     artifact    the packed model on disk: write, check, load
-    tasks       how a task encodes text and scores a model; families: which modules of a model are quantized
+    tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
     tracking, registry      MLflow: runs by key; versions and aliases
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     locations   where store, runs and scratch files lie
-    config, identity, records   the closed schema, canonical keys, what stages hand on
+    config, schema, identity, records       the closed schema, canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch
 
 `pipeline.load(DIR)` returns a packed model, ready to run.

@@ -6,14 +6,11 @@ What changes the answer is a recipe and enters keys; `resources` never does.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.distill.negatives import NegativesFrom
-from pipeline.errors import ConfigError
 from pipeline.presets import PRESETS, PresetName, filled
 from pipeline.quant.spec import (
     TAKES,
@@ -34,8 +31,8 @@ from pipeline.quant.spec import (
     levels_of,
 )
 from pipeline.records import Closed
+from pipeline.schema import Data, Evaluate, Positive, Task
 
-Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -55,7 +52,7 @@ class Model(Closed):
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None
-    family: Literal["auto", "gpt2", "llama"] = "auto"
+    family: Literal["auto", "gpt2", "llama", "bart"] = "auto"
 
     @model_validator(mode="after")
     def _an_architecture_needs_more(self) -> Model:
@@ -71,39 +68,6 @@ class Model(Closed):
             raise ValueError(
                 "model.tokenizer: {train_bpe} gives a new vocabulary, which the weights of model.source do not know; "
                 "use it with {architecture: ...} only"
-            )
-        return self
-
-
-class Task(Closed):
-    """`block_length`: tokens of a row; text is cut into rows without overlap."""
-
-    name: Literal["language_modeling"] = "language_modeling"
-    block_length: Annotated[int, Field(ge=2)] = 512
-
-
-class Data(Closed):
-    """Where text comes from: globs of txt, jsonl or parquet, `s3://...`, `hf://org/name@commit/glob`, `python://chitchat`.
-
-    `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
-    `unit: line` takes rows or lines as running text. Without `validation` or `test`, `holdout` of the documents
-    each, chosen by content hash. `sample` takes that share of the documents of `source`, by the same hash.
-    """
-
-    source: str
-    validation: str | None = None
-    test: str | None = None
-    unit: Literal["document", "line"] = "document"
-    text_column: str = "text"
-    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _lines_need_files(self) -> Data:
-        if self.unit == "line" and (self.validation is None or self.test is None or self.sample < 1):
-            raise ValueError(
-                "data.unit: line has no documents to hold out or sample; set data.validation and data.test and leave "
-                "data.sample, or use unit: document"
             )
         return self
 
@@ -289,6 +253,7 @@ class Config(Closed):
     cache: Cache = Cache()
     quant: Quant = Quant()
     distill: Distill
+    evaluate: Evaluate = Evaluate()
     pack: Pack = Pack()
     register_: Register = Field(default=Register(), alias="register")
     resources: Resources = Resources()
@@ -310,6 +275,10 @@ class Config(Closed):
                 f"quant.quantizer is {self.quant.quantizer}; use encoding: dense, or a ternary quantizer at 2 bits "
                 "throughout"
             )
+        if self.task.name != "language_modeling" and self.data.unit == "line":
+            raise ValueError(
+                f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
+            )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
         if self.distill.contrast_layer != -1 and self.cache.mode == "states":
@@ -324,79 +293,3 @@ class Config(Closed):
                     f"({self.resources.workers}); raise one or lower the other"
                 )
         return self
-
-
-def load_config(
-    path: str | Path, overrides: list[str] | None = None, resources: dict[str, str] | None = None
-) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate.
-
-    `resources` holds values for that section where neither the file nor an override sets them.
-
-    Raises:
-        ConfigError: with one line for each thing that is wrong.
-    """
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"The configuration {path} is not a mapping of sections such as name, model, data.")
-    return load_fields(fields, overrides, resources, str(path))
-
-
-def load_fields(
-    fields: dict[str, Any], overrides: list[str] | None, resources: dict[str, str] | None, origin: str
-) -> Config:
-    """As `load_config`, from the fields of a file; `origin` says in errors where they come from."""
-    for override in overrides or []:
-        _apply(fields, override)
-    if isinstance(fields.setdefault("resources", {}), dict):
-        fields["resources"] = {**(resources or {}), **fields["resources"]}
-    try:
-        return Config.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *_explain(error)])) from error
-
-
-def _apply(fields: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as distill.steps=200")
-    *sections, key = path.split(".")
-    section: Any = fields
-    for name in sections:
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
-    try:
-        section[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
-
-
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            valid = ", ".join(_valid_keys(problem["loc"][:-1]))
-            lines.append(f"  {path}: unknown key. Valid keys: {valid}")
-        elif problem["type"] == "value_error":
-            lines.append(f"  {path + ': ' if path else ''}{problem['ctx']['error']}")
-        else:
-            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
-            lines.append(f"  {path}: {problem['msg']}{given}")
-    return lines
-
-
-def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = Config
-    for part in loc:
-        for name, field in section.model_fields.items():
-            if part in (name, field.alias):
-                candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-                section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
-    return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Distill
-from pipeline.distill.losses import contrastive_loss, logit_distillation_loss, valid_tokens
+from pipeline.distill.losses import contrastive_loss, valid_tokens
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import (
     Negatives,
@@ -20,82 +20,92 @@ from pipeline.distill.negatives import (
     other_positions,
 )
 from pipeline.errors import RunError
+from pipeline.tasks.task import Batch
+from pipeline.tasks.terms import CONTRAST, distilling_terms
 
-# Row id to token ids (1, length), lengths (1,) and, where they are cached, the teacher's states (1, length, hidden).
-ReadRow = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
+ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
 
 
 @dataclass
 class Distillation:
     """What turns next-token training into distillation.
 
-    `teacher` gives the last states and those of the contrast layer, (batch, length, hidden) each, for ids where they
-    are not cached; `head` turns last states into the teacher's logits.
+    `teacher` gives the last states and those of the contrast layer, (sequences, length, hidden) each, for a batch's
+    inputs where they are not cached; `head` turns last states into the teacher's logits.
     """
 
     recipe: Distill
     head: nn.Module
-    teacher: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    teacher: Callable[..., tuple[Tensor, Tensor]] | None
     bank: MemoryBank
 
-    def losses(
+    def terms(
         self,
         step: int,
-        batch: Tensor,
+        rows: Tensor,
         row_ids: list[int],
-        ids: Tensor,
-        lengths: Tensor,
+        batch: Batch,
         cached: Tensor | None,
         states: Tensor,
         logits: Tensor,
         read: ReadRow,
-    ) -> tuple[Tensor, Tensor]:
-        """Sums of logit distillation and of contrast over the rows of a micro-batch.
+    ) -> dict[str, Tensor]:
+        """The terms of the loss of a micro-batch, each a sum in nats.
 
         Args:
-            step: optimizer step. batch: row ids of the whole global batch. row_ids: those of this micro-batch.
-            ids, lengths, cached: what the rows hold. states, logits: the student's, of its contrast layer.
-            read: gives any row of the batch, for `negatives_from: batch`.
+            step: optimizer step. rows: row ids of the whole global batch. row_ids: those of this micro-batch.
+            batch, cached: what the rows hold. states, logits: the student's, states of its contrast layer.
+            read: gives any row of the global batch, for `negatives_from: batch`.
         """
         with torch.no_grad():
-            last, layer = self._teacher_states(ids, cached)
+            last, layer = self._teacher_states(batch, cached)
             teacher_logits = self.head(last)
-        valid = valid_tokens(lengths, ids.shape[1])
-        logit, _ = logit_distillation_loss(logits, teacher_logits, valid)
-        if not self.recipe.contrast_weight:
-            return logit, logit.new_zeros(())
-        negatives = [
-            self._negatives(step, batch, row, layer[place], states[place], int(lengths[place]), read)
-            for place, row in enumerate(row_ids)
-        ]
-        query = self.bank.query(ids, states)
-        contrast, _ = contrastive_loss(query, layer, lengths, negatives, self.recipe.temperature)
-        self.bank.accumulate(ids, states, valid)
-        return logit, contrast
+        terms = distilling_terms(logits, teacher_logits, batch)
+        contrast = states.new_zeros((), dtype=torch.float64)
+        if self.recipe.contrast_weight:
+            negatives = [
+                self._negatives(step, rows, row, place, batch.group, layer[i], states[i], int(batch.lengths[i]), read)
+                for i, (row, place) in enumerate((row, place) for row in row_ids for place in range(batch.group))
+            ]
+            query = self.bank.query(batch.ids, states)
+            contrast, _ = contrastive_loss(query, layer, batch.lengths, negatives, self.recipe.temperature)
+            self.bank.accumulate(batch.ids, states, valid_tokens(batch.lengths, batch.ids.shape[1]))
+        return terms | {CONTRAST: contrast}
 
     def _negatives(
-        self, step: int, batch: Tensor, row: int, teacher: Tensor, student: Tensor, length: int, read: ReadRow
+        self,
+        step: int,
+        rows: Tensor,
+        row: int,
+        place: int,
+        group: int,
+        teacher: Tensor,
+        student: Tensor,
+        length: int,
+        read: ReadRow,
     ) -> Negatives:
-        """As `negatives_from` says; the student's own states let the gradient through on both sides."""
+        """Those of the sequence at `place` of its row, as `negatives_from` says; the student's own states let the
+        gradient through on both sides."""
         seed, count, chosen = self.recipe.seed, self.recipe.negatives, self.recipe.negatives_from
+        sequence = row * group + place
         if chosen in ("teacher", "student"):
-            offsets = draw_offsets(seed, step, row, length, count)
+            offsets = draw_offsets(seed, step, sequence, length, count)
             return other_positions(teacher if chosen == "teacher" else student, length, offsets)
         if chosen == "vocabulary":
-            drawn = draw_ids(seed, step, row, len(self.bank.seen), count).to(teacher.device)
+            drawn = draw_ids(seed, step, sequence, len(self.bank.seen), count).to(teacher.device)
             return Negatives(self.bank.states[drawn[self.bank.seen[drawn]]])
-        partner = draw_partner(seed, step, row, batch)
+        partner = draw_partner(seed, step, row, rows)
         if partner is None:
             return Negatives(teacher[:0])
-        ids, lengths, cached = read(partner)
+        batch, cached = read(partner)
         with torch.no_grad():
-            _, states = self._teacher_states(ids.to(teacher.device), cached)
-        return Negatives(states[0, draw_positions(seed, step, row, int(lengths[0]), count)])
+            _, states = self._teacher_states(batch, cached)
+        return Negatives(states[place, draw_positions(seed, step, sequence, int(batch.lengths[place]), count)])
 
-    def _teacher_states(self, ids: Tensor, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
-            return self.teacher(ids)
+            return self.teacher(*batch.inputs)
         if cached is None:
             raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = cached.to(ids.device)
+        states = cached.to(batch.ids.device).reshape(*batch.ids.shape, -1)
         return states, states

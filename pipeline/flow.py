@@ -22,7 +22,6 @@ from pipeline.records import ModelVersion, Package, Record, Report, Student, Tea
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Owner, Place, check_writable, records
-from pipeline.tasks.language_modeling import PROTOCOL
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),
@@ -71,6 +70,7 @@ class Plan:
     parameters: int
     cache_bytes: int
     cache_reason: str
+    shape: str
 
     @property
     def run_key(self) -> str:
@@ -105,14 +105,15 @@ class _Planner:
         self.storage_uri = storage_uri(config.resources)
         self.scratch = scratch_dir(config.resources)
         self.inputs = preflight.inspect(config, self.scratch)
+        self.task = self.inputs.task(config)
         self.steps: dict[str, Planned] = {}
 
     def plan(self, stages: tuple[str, ...]) -> Plan:
         config, text = self.config, self.inputs.text
         self._add(Tokens, *self._tokenize(), ())
         tokens: Tokens | None = self.steps[Tokens.stage].record
-        width = config.task.block_length
-        rows = tokens.splits["train"].rows if tokens else preflight.estimated_rows(config, text["train"])
+        width = self.task.states
+        rows = tokens.splits["train"].rows if tokens else preflight.estimated_rows(config, self.task, text["train"])
         if tokens is None:
             preflight.check_length(config, self.inputs, self.steps[Tokens.stage].locations, self.scratch)
         self._add(Teacher, *self._finetune(), (Tokens,) if config.finetune is not None else ())
@@ -122,14 +123,10 @@ class _Planner:
         steps = tuple(self.steps[stage] for stage in stages)
         if any(step.stage == TeacherCache.stage and step.record is None for step in steps):
             cache.check_space(self.steps[TeacherCache.stage].place, needed, rows * width)
-        return Plan(config, steps, rows, tokens is not None, self.inputs.parameters, needed, reason)
+        return Plan(config, steps, rows, tokens is not None, self.inputs.parameters, needed, reason, self.task.shape)
 
     def _tokenize(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        recipe = {
-            "data": self.inputs.text_recipe(self.config),
-            "tokenizer": self.inputs.tokenizer_recipe(self.config),
-            "task": recipe_of(self.config.task),
-        }
+        recipe = self.inputs.tokens_recipe(self.config)
         locations: dict[str, Any] = {
             split: [file.model_dump() for file in files] for split, files in self.inputs.text.items()
         }
@@ -167,7 +164,7 @@ class _Planner:
             self.config.distill,
             self.inputs,
             rows,
-            self.config.task.block_length,
+            self.task.states,
             self.config.resources.cache_gib_per_teacher_hour,
         )
         self._add(TeacherCache, self._cache_recipe(mode), {}, inputs)
@@ -182,7 +179,7 @@ class _Planner:
         ship = {name: quant.pop(name) for name in SHIPS}
         name = config.register_.name or config.name
         self._add(Student, {"quant": quant, "distill": recipe_of(config.distill)}, {}, (Tokens, Teacher, TeacherCache))
-        scoring: dict[str, Any] = {"ship": ship, "protocol": PROTOCOL}
+        scoring: dict[str, Any] = {"ship": ship, "protocol": self.task.protocol, **self.task.scoring(config.evaluate)}
         if config.quant.activation_range == "tensor":  # the only case in which the batch shows in the result
             scoring["batch"] = config.resources.inference_batch
         self._add(Report, scoring, {}, (Tokens, Teacher, Student))
@@ -198,7 +195,7 @@ class _Planner:
             "quantizer": config.quant.quantizer,
             "granularity": config.quant.granularity,
             "task": config.task.name,
-            "block_length": config.task.block_length,
+            **{knob.removeprefix("task."): length for knob, length in self.task.positions.items()},
             "steps": config.distill.steps or f"{config.distill.epochs} epochs",
             "batch_size": config.distill.batch_size,
             "lr": config.distill.lr,

@@ -16,15 +16,16 @@ from pipeline.errors import ConfigError
 from pipeline.families.models import check_spec, family_of, parameters, read_config, sites, skeleton
 from pipeline.identity import recipe_of
 from pipeline.sources.content import ContentMemo
+from pipeline.sources.fields import rows
 from pipeline.sources.models import TOKENIZER_FILES, ModelSource, pin_model
 from pipeline.sources.text import SourceFile, pin_text
 from pipeline.stages.cache import cache_bytes
-from pipeline.stages.tokenize import SPLITS, split_parts, texts, too_short
-from pipeline.tasks.language_modeling import encode
+from pipeline.stages.tokenize import SPLITS, SplitPart, documents_of, split_parts
+from pipeline.tasks import task_of
+from pipeline.tasks.task import Task
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 SMALL_TEXT_BYTES = 2**20  # up to here the corpus is counted exactly before anything starts
-BYTES_A_TOKEN = 4  # a guess, for corpora not yet tokenized
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ class Inputs:
     @property
     def hidden(self) -> int:
         return int(self.config.hidden_size)
+
+    def tokens_recipe(self, config: Config) -> dict[str, Any]:
+        """What the tokenize step depends on. A pretrained decoder says what it reads first; it is part of the rows."""
+        recipe = {
+            "data": self.text_recipe(config),
+            "tokenizer": self.tokenizer_recipe(config),
+            "task": recipe_of(config.task),
+        }
+        if self.config.is_encoder_decoder and self.model is not None:
+            recipe["decoder_start"] = self.config.decoder_start_token_id
+        return recipe
+
+    def task(self, config: Config) -> Task:
+        return task_of(self.tokens_recipe(config))
 
     def model_recipe(self, config: Config) -> dict[str, Any]:
         if self.model is None:
@@ -85,18 +100,35 @@ def inspect(config: Config, scratch: str) -> Inputs:
     shape = skeleton(model_config)
     sites(shape, family)
     check_spec(shape, family, config.quant.spec())
-    layers = int(model_config.num_hidden_layers)
-    if config.distill.contrast_layer < -layers - 1:
+    inputs = Inputs(text, model, tokenizer, model_config, family.name, parameters(shape))
+    _check_task(config, inputs.task(config), inputs)
+    return inputs
+
+
+def _check_task(wanted: Config, task: Task, inputs: Inputs) -> None:
+    """Raises ConfigError if the task needs another kind of model, more positions, or tokens that are not there."""
+    config, tokenizer = inputs.config, inputs.tokenizer
+    if task.encoder_decoder != bool(config.is_encoder_decoder):
+        needs = "an encoder and a decoder" if task.encoder_decoder else "a decoder alone"
         raise ConfigError(
-            f"distill.contrast_layer is {config.distill.contrast_layer}, and the model has {layers} layers and the "
-            f"embedding; valid: -1 to {-layers - 1}."
+            f"task.name is {wanted.task.name}, which needs {needs}, and model.source is a {config.model_type} model. "
+            f"Use a model of the families {'bart' if task.encoder_decoder else 'gpt2, llama'}, or another task."
         )
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest is not None and config.task.block_length > longest:
+    decided = {"bos_token_id", "eos_token_id", *task.model_settings(None, None)}
+    for field in decided.intersection(wanted.model.source if isinstance(wanted.model.source, dict) else ()):
+        raise ConfigError(f"model.source.{field}: the tokenizer decides it; leave it out")
+    longest = getattr(config, "max_position_embeddings", None)
+    for knob, length in task.positions.items():
+        if longest is not None and length > longest:
+            raise ConfigError(f"{knob} is {length}, and the model has {longest} positions; lower it.")
+    layers = int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+    if wanted.distill.contrast_layer < -layers - 1:
         raise ConfigError(
-            f"task.block_length is {config.task.block_length}, and the model has {longest} positions; lower it."
+            f"distill.contrast_layer is {wanted.distill.contrast_layer}, and the model has {layers} decoder layers and "
+            f"the embedding; valid: -1 to {-layers - 1}."
         )
-    return Inputs(text, model, tokenizer, model_config, family.name, parameters(shape))
+    if tokenizer is not None:
+        task.check_tokenizer(read_tokenizer(tokenizer.folder, tokenizer.gguf_file))
 
 
 def _pin_models(config: Config, memo: ContentMemo) -> tuple[ModelSource | None, ModelSource | None]:
@@ -134,42 +166,53 @@ def _model_config(config: Config, model: ModelSource | None, tokenizer: ModelSou
 def check_length(config: Config, inputs: Inputs, locations: dict[str, Any], scratch: str) -> None:
     """Count a small corpus exactly. Raises ConfigError if a split cannot fill what it must."""
     small = [split for split, files in inputs.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES]
+    recipe, task = inputs.tokens_recipe(config), inputs.task(config)
+    work = split_parts(recipe, locations)
+    _check_columns(recipe, work, scratch)
     if not small:
         return
-    recipe = {"data": inputs.text_recipe(config)}
-    work = split_parts(recipe, locations)
     found = {
-        split: [text for part in work if part.split == split for text in texts(part, recipe["data"], scratch)]
+        split: [document for part in work if part.split == split for document in documents_of(part, recipe, scratch)]
         for split in SPLITS
         if (split if inputs.text.get(split) else "train") in small
     }
     if isinstance(config.model.tokenizer, TrainBpe):
-        texts_known = found.get("train") or [text for some in found.values() for text in some]
-        tokenizer = train_bpe(texts_known, config.model.tokenizer.train_bpe)
+        known = found.get("train") or [document for some in found.values() for document in some]
+        strings = (text for document in known for text in task.strings(document))
+        tokenizer = train_bpe(strings, config.model.tokenizer.train_bpe, task.special_tokens)
     elif inputs.tokenizer is not None:
         tokenizer = read_tokenizer(inputs.tokenizer.folder, inputs.tokenizer.gguf_file)
-    width = config.task.block_length
-    for split, split_texts in found.items():
-        _, lengths, _ = encode(split_texts, tokenizer, width, config.data.unit)
-        if lengths.sum() < (width if split == "train" else len(lengths) + 1):
-            raise ConfigError(too_short(split, int(lengths.sum()), width))
+    for split, documents in found.items():
+        shared = task.collect(documents) if task.collects else None
+        _, lengths, _ = task.encode(iter(documents), tokenizer, split, shared, config.data.unit)
+        shortage = task.shortage(split, len(lengths), task.tokens(lengths))
+        if shortage is not None:
+            raise ConfigError(shortage)
 
 
-def estimated_rows(config: Config, files: Sequence[SourceFile]) -> int:
+def _check_columns(recipe: dict[str, Any], work: Sequence[SplitPart], scratch: str) -> None:
+    """Read the first row of each file on this machine. Raises ConfigError if it lacks a column of the task."""
+    columns = task_of(recipe).columns(recipe["data"])
+    for part in work if columns is not None else ():
+        if part.start == 0 and ("://" not in part.file.uri or part.file.format == "python"):
+            next(rows(part, columns or (), scratch), None)
+
+
+def estimated_rows(config: Config, task: Task, files: Sequence[SourceFile]) -> int:
     """About how many rows of training text there are."""
     held_out = sum(config.data.holdout for given in (config.data.validation, config.data.test) if given is None)
     text_bytes = sum(file.bytes for file in files) * config.data.sample * (1 - held_out)
-    return max(1, int(text_bytes / BYTES_A_TOKEN / config.task.block_length))
+    return task.estimated_rows(text_bytes)
 
 
 def cheaper_mode(
-    cache: Cache, distill: Distill, inputs: Inputs, rows: int, block_length: int, gib_per_hour: float
+    cache: Cache, distill: Distill, inputs: Inputs, rows: int, positions: int, gib_per_hour: float
 ) -> tuple[str, str]:
     """`states` or `online`, with the arithmetic: hours of the teacher that the states save against their price."""
-    size_gib = cache_bytes(rows, block_length, inputs.hidden, cache.dtype) / 2**30
+    size_gib = cache_bytes(rows, positions, inputs.hidden, cache.dtype) / 2**30
     uses = distill.steps * distill.batch_size if distill.steps is not None else (distill.epochs or 0) * rows
     rate = _flops_per_s() / (2 * inputs.parameters)
-    saved_hours = max(0.0, uses - rows) * block_length / rate / 3600
+    saved_hours = max(0.0, uses - rows) * positions / rate / 3600
     mode = "states" if saved_hours * gib_per_hour >= size_gib else "online"
     why = (
         f"{mode}: states save {uses:.0f} - {rows} rows of the teacher = {saved_hours:.3f} h at {rate:,.0f} tokens/s "

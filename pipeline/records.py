@@ -74,6 +74,7 @@ class Tokens(Record):
     block_length: int
     vocabulary: int
     end_of_text: int | None
+    padding: int | None = None  # where the task needs a padding token
     splits: dict[SplitName, Split]
 
 

@@ -34,24 +34,35 @@ def rows_per_shard(block_length: int) -> int:
 
 
 def write_tokens(path: Path, ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-    """Rows of token ids (rows, block) and how many of each are not padding (rows,)."""
-    width = ids.shape[1]
-    columns = [pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), width), pa.array(lengths)]
-    pq.write_table(pa.table(columns, names=["input_ids", "length"]), path, compression="zstd")
+    """Rows of token ids (rows, width) and how many are not padding: of each row (rows,), or what else the task
+    counts (rows, several)."""
+    columns = {"input_ids": _lists(ids)}
+    columns |= {"length": pa.array(lengths)} if lengths.ndim == 1 else {"lengths": _lists(lengths)}
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def _lists(values: NDArray[np.int32]) -> Any:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
 def read_tokens(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """What `write_tokens` wrote."""
     table = pq.read_table(path).combine_chunks()
-    lengths = table.column("length").to_numpy()
-    width = table.schema.field("input_ids").type.list_size
-    chunks: Any = table.column("input_ids").chunks
-    ids = chunks[0].flatten().to_numpy() if len(lengths) else np.empty(0, np.int32)
-    return ids.reshape(len(lengths), width), lengths
+    if "length" in table.column_names:
+        return _matrix(table, "input_ids"), table.column("length").to_numpy()
+    return _matrix(table, "input_ids"), _matrix(table, "lengths")
+
+
+def _matrix(table: pa.Table, name: str) -> NDArray[np.int32]:
+    """A column of lists of one length as (rows, length)."""
+    chunks: Any = table.column(name).chunks
+    values = chunks[0].flatten().to_numpy() if table.num_rows else np.empty(0, np.int32)
+    found: NDArray[np.int32] = values.reshape(table.num_rows, table.schema.field(name).type.list_size)
+    return found
 
 
 def write_states(path: Path, states: Tensor, dtype: str) -> None:
-    """Hidden states (rows, length, hidden) as one uncompressed record batch, for mapping."""
+    """Hidden states, such as (rows, length, hidden), as one uncompressed record batch, for mapping."""
     words = states.to(getattr(torch, dtype)).contiguous()
     flat = (words.view(torch.uint16) if dtype == "bfloat16" else words).numpy().reshape(-1)
     width = int(np.prod(states.shape[1:]))
@@ -116,8 +127,8 @@ def _entry(place: Place, name: str) -> tuple[Shard, StoredFile]:
 class Rows:
     """Random access to rows of a split by global row id, a bounded number of shards open at a time.
 
-    Yields token ids (batch, length), lengths (batch,) and, where `cache` is given, the teacher's states
-    (batch, length, hidden) in fp32.
+    Yields token ids (batch, width), lengths (batch,) or (batch, several) and, where `cache` is given, the teacher's
+    states in fp32, such as (batch, length, hidden).
     """
 
     def __init__(
@@ -137,18 +148,19 @@ class Rows:
             shard_ids, shard_lengths, shard_states, dtype = self._shard(index)
             row = row_id - int(self._first[index])
             ids.append(torch.from_numpy(shard_ids[row].astype(np.int64)))
-            lengths.append(int(shard_lengths[row]))
+            lengths.append(torch.from_numpy(np.asarray(shard_lengths[row], np.int64)))
             if shard_states is not None:
                 states.append(to_tensor(shard_states[row], dtype))
-        return torch.stack(ids), torch.tensor(lengths), torch.stack(states) if states else None
+        return torch.stack(ids), torch.stack(lengths), torch.stack(states) if states else None
 
     def lengths(self, row_ids: Sequence[int]) -> Tensor:
-        """Valid tokens of each row, (rows,)."""
+        """The lengths of each row, as `get` gives them."""
         found = []
         for row_id in row_ids:
             index = self._index(row_id)
-            found.append(int(self._shard(index)[1][row_id - int(self._first[index])]))
-        return torch.tensor(found)
+            lengths = self._shard(index)[1][row_id - int(self._first[index])]
+            found.append(torch.from_numpy(np.asarray(lengths, np.int64)))
+        return torch.stack(found)
 
     def _index(self, row_id: int) -> int:
         return int(np.searchsorted(self._first, row_id, side="right")) - 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ from pipeline.checkpoints import (
 )
 from pipeline.config import Distill, Finetune, Resources
 from pipeline.diagnostics import Watch, token_cosine
-from pipeline.distill.losses import next_token_loss
 from pipeline.distill.memory_bank import alone
 from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
 from pipeline.distillation import Distillation
@@ -43,6 +42,9 @@ from pipeline.quant.layers import quantizers
 from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
 from pipeline.tables import Rows
+from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.task import Batch, Task
+from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a run, about
@@ -60,6 +62,7 @@ class Run:
     validation: tuple[Shard, ...]
     resources: Resources
     cache: Place | None = None
+    task: Task = field(default_factory=LanguageModeling)
 
     @property
     def steps(self) -> int:
@@ -116,7 +119,7 @@ class Loop:
             load_parameters(self.model.model, load_file(best))
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step over one global batch; mean losses in nats per valid token."""
+        """One optimizer step over one global batch; means of the terms in nats."""
         losses = self.backward(step)
         if not math.isfinite(losses["loss"]):
             raise RunError(
@@ -140,47 +143,41 @@ class Loop:
         self.replica.train()
         self.optimizer.zero_grad(set_to_none=True)
         row_ids = share(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        count = self._all_reduce(self._count(self.rows.lengths(row_ids.tolist())))
-        sums = torch.zeros(3, dtype=torch.float64)
+        counted = self.plan.task.counts(self.rows.lengths(row_ids.tolist()))
+        names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
+        counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
+        sums = torch.zeros(len(names), dtype=torch.float64)
         micro_batches = row_ids.split(self.plan.resources.micro_batch)
         for index, micro in enumerate(micro_batches):
             with self._no_sync(last=index == len(micro_batches) - 1):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
-                loss, parts = self._loss(step, micro.tolist())
-                # DistributedDataParallel averages over workers; the loss is a mean over the tokens of all of them.
-                (loss * self.world / count).backward()
-            sums += parts
-        total, logit, contrast = (self._all_reduce(sums) / count).tolist()
-        if self.distillation is None:
-            return {"loss": total}
-        return {"loss": total, "distillation_nats": logit, "contrastive_nats": contrast}
+                terms = self._terms(step, micro.tolist())
+                # DistributedDataParallel averages over workers; each term is a mean over the tokens of all of them.
+                parts = [self._weight(n) * terms[n] * self.world / c for n, c in zip(names, counts, strict=True)]
+                torch.stack(parts).sum().backward()
+            sums += torch.stack([terms[name].detach().cpu() for name in names])
+        means = dict(zip(names, (self._all_reduce(sums) / counts).tolist(), strict=True))
+        total = sum(self._weight(name) * mean for name, mean in means.items())
+        return {"loss": total} if len(names) == 1 else {"loss": total, **means}
 
-    def _loss(self, step: int, row_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def _weight(self, term: str) -> float:
+        return self.distillation.recipe.contrast_weight if term == CONTRAST and self.distillation is not None else 1.0
+
+    def _terms(self, step: int, row_ids: list[int]) -> dict[str, Tensor]:
+        """The terms of the loss of one micro-batch, each a sum in nats."""
         ids, lengths, states = self.rows.get(row_ids)
-        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        batch = self.plan.task.batch(ids, lengths).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            student_states, logits = self.replica(ids)
+            student_states, logits = self.replica(*batch.inputs)
         if self.distillation is None:
-            loss, _ = next_token_loss(logits, ids, lengths)
-            return loss, torch.tensor([loss.item(), 0.0, 0.0], dtype=torch.float64)
-        logit, contrast = self.distillation.losses(
-            step,
-            self.order.batch(step, self.recipe.batch_size),
-            row_ids,
-            ids,
-            lengths,
-            states,
-            student_states,
-            logits,
-            lambda row: self.rows.get([row]),
-        )
-        loss = logit + self.distillation.recipe.contrast_weight * contrast
-        return loss, torch.tensor([loss.item(), logit.item(), contrast.item()], dtype=torch.float64)
+            return teaching_terms(logits, batch)
+        rows = self.order.batch(step, self.recipe.batch_size)
+        return self.distillation.terms(step, rows, row_ids, batch, states, student_states, logits, self._read)
 
-    def _count(self, lengths: Tensor) -> Tensor:
-        counted = lengths.sum() if self.distillation is not None else (lengths - 1).clamp(min=0).sum()
-        return counted.double()
+    def _read(self, row: int) -> tuple[Batch, Tensor | None]:
+        ids, lengths, states = self.rows.get([row])
+        return self.plan.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, losses: dict[str, float], steps: int) -> None:
         progress, step = self.progress, self.progress.step
@@ -225,10 +222,9 @@ class Loop:
         rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
         for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
             if len(micro):
-                ids, lengths, _ = self.validation.get(micro.tolist())
-                ids, lengths = ids.to(self.device), lengths.to(self.device)
-                states, logits = self.model(ids)
-                found = (*next_token_loss(logits, ids, lengths), *token_cosine(states, lengths))
+                batch = self.plan.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
+                states, logits = self.model(*batch.inputs)
+                found = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
                 sums += torch.tensor([value.item() for value in found], dtype=torch.float64)
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)

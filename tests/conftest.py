@@ -35,6 +35,18 @@ ARCHITECTURES = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 32,
     },
+    "bart": {
+        "architecture": "bart",
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 40,
+        "scale_embedding": True,
+    },
 }
 
 

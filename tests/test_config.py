@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.loading import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.y*ml"))
 MINIMAL = {"name": "tiny", "model": {"source": "org/name"}, "data": {"source": "*.txt"}, "distill": {"steps": 10}}
@@ -85,6 +86,19 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
         ([ARCHITECTURE], r"an architecture without weights; add a finetune section"),
         (["model.tokenizer={train_bpe: 300}"], r"which the weights of model\.source do not know"),
         (["model.tokenizer={train_bpe: 256}"], r"greater than or equal to 257"),
+        (["task.candidates=1"], r"task\.candidates: .*greater than or equal to 2"),
+        (["task={name: next_utterance, candidates: 1}"], r"task\.candidates: .*greater than or equal to 2"),
+        (["task={name: next_utterance, block_length: 4}"], r"a context with a reply needs at least 8 tokens"),
+        (
+            ["task.source_length=64"],
+            r"source_length is 64, and the task language_modeling has no such.*valid: block_length",
+        ),
+        (["task={name: summarization, block_length: 64}"], r"valid: source_length, target_length"),
+        (["task={name: translation}"], r"'language_modeling', 'next_utterance' or 'summarization'"),
+        (
+            ["task.name=summarization", "data.unit=line", "data.validation=v", "data.test=t"],
+            r"running text, which the task summarization cannot use",
+        ),
         (["data.unit=line"], r"data\.unit: line .*set data\.validation and data\.test"),
         (["data.unit=line", "data.validation=v.txt"], r"set data\.validation and data\.test"),
         (["distill.epochs=2"], r"distill: give exactly one of steps and epochs"),

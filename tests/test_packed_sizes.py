@@ -1,4 +1,4 @@
-"""GPT-2 small, 124M parameters, packs to the sizes that the paper prints."""
+"""GPT-2 small and BART base, 124M and 139M parameters, pack to the sizes that the paper prints."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from pipeline import artifact
 from pipeline.config import Quant
-from pipeline.families.models import FAMILIES, make_student, parameters
+from pipeline.families.models import FAMILIES, fp32_bytes, make_student, parameters
 from pipeline.quant.layers import freeze
 
 MIB = 2**20
 TEACHER_BYTES = 124_439_808 * 4
+BASE = {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +26,21 @@ def gpt2_small():
     return model
 
 
-def frozen_at(model, bits):
+@pytest.fixture(scope="module")
+def bart_base():
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in BASE.items()}
+    model = BartForConditionalGeneration(BartConfig(d_model=768, **sides))
+    assert parameters(model) == 139_420_416
+    assert round(fp32_bytes(model) / MIB, 1) == 532.0
+    return model
+
+
+def frozen_at(model, bits, family="gpt2"):
     """gamma 1 everywhere: its search changes scales, not sizes."""
     quant = Quant(bits=bits, gamma_init="one")
     student = copy.deepcopy(model)
-    make_student(student, quant.spec(), FAMILIES["gpt2"])
+    make_student(student, quant.spec(), FAMILIES[family])
     return freeze(student, quant.spec(), torch.float32, torch.float32), quant
 
 
@@ -52,3 +63,22 @@ def test_two_bits_give_the_size_of_the_paper_and_about_that_on_disk(gpt2_small, 
     assert size["packed_bytes"] == (tmp_path / artifact.WEIGHTS).stat().st_size <= most_mib * MIB
     unpacked, _, _ = artifact.read(tmp_path)
     assert unpacked.digest() == frozen.digest()
+
+
+@pytest.mark.parametrize(("bits", "mib", "ratio"), [("4-4-8", 72.4, 7.3), ("8-8-8", 138.1, 3.9)])
+def test_bart_base_has_the_sizes_of_the_paper(bart_base, bits, mib, ratio):
+    frozen, _ = frozen_at(bart_base, bits, "bart")
+    size = artifact.sizes(frozen, packed_bytes=1, teacher_bytes=fp32_bytes(bart_base))
+    assert round(size.paper_bytes / MIB, 1) == mib
+    assert round(size.paper_ratio, 1) == ratio
+
+
+def test_bart_base_at_two_bits_has_the_size_of_the_paper_and_about_that_on_disk(bart_base, tmp_path):
+    frozen, quant = frozen_at(bart_base, "2-2-8", "bart")
+    nothing = {"teacher": {}, "student": {}, "protocol": ""}
+    facts = {"name": "bart", "teacher_bytes": fp32_bytes(bart_base), "lineage": {}, "metrics": nothing}
+    size = artifact.write(tmp_path, frozen, bart_base.config, quant, "dense", "bart", facts)["size"]
+    assert round(size["paper_bytes"] / MIB, 1) == 39.6
+    assert round(size["paper_ratio"], 1) == 13.4
+    assert 39.6 * MIB < size["packed_bytes"] < 40.1 * MIB
+    assert artifact.read(tmp_path)[0].digest() == frozen.digest()

@@ -67,6 +67,17 @@ def test_tokens_survive(tmp_path, rows):
     np.testing.assert_array_equal(found_lengths, lengths)
 
 
+def test_rows_of_several_lengths_survive(tmp_path):
+    ids = np.arange(24, dtype=np.int32).reshape(4, 6)
+    for count in (4, 0):
+        lengths = np.arange(12, dtype=np.int32).reshape(4, 3)[:count]
+        write_tokens(tmp_path / "a.parquet", ids[:count], lengths)
+        found_ids, found_lengths = read_tokens(tmp_path / "a.parquet")
+        assert (found_ids.dtype, found_lengths.dtype) == (np.int32, np.int32)
+        np.testing.assert_array_equal(found_ids, ids[:count])
+        np.testing.assert_array_equal(found_lengths, lengths)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_survive_in_every_bit(tmp_path, dtype):
     finest = torch.finfo(DTYPES[dtype])

@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.store import Owner, Place
 from pipeline.tables import commit_shard, write_tokens
+from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.task import Task
 from pipeline.training import Loop, Run
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
@@ -57,6 +59,21 @@ class Case:
     validation: tuple[Shard, ...]
     teacher: Path
     runs: int = 0
+    task: Task = field(default_factory=LanguageModeling)
+    family: str = "gpt2"
+
+    @classmethod
+    def of(cls, root: Path, task: Task, model: dict[str, Any], ids: np.ndarray, lengths: np.ndarray) -> Case:
+        """Rows of a task, 20 a shard, the last shard for validation, and a teacher with random weights."""
+        tokens, shards = fenced(root, "tokenize"), []
+        for number, start in enumerate(range(0, len(ids), 20)):
+            rows, valid = ids[start : start + 20], lengths[start : start + 20]
+            write = lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid)  # noqa: E731
+            shards.append(commit_shard(tokens, f"rows/train-{number}.parquet", 20, task.tokens(valid), write))
+        teacher = root / "teacher"
+        build(read_config(model), seed=0).save_pretrained(teacher)
+        family = model["architecture"]
+        return cls(root, tokens, tuple(shards[:-1]), tuple(shards[-1:]), teacher, task=task, family=family)
 
     @classmethod
     def make(cls, root: Path) -> Case:
@@ -83,6 +100,7 @@ class Case:
         place = fenced(self.root, "cache", f"{dtype}-{self.runs}")
         worker = CacheShard.__new__(CacheShard)
         worker.place, worker.tokens, worker.dtype, worker.batch = place, self.tokens, dtype, 7
+        worker.task = self.task
         worker.device, worker.model = torch.device("cpu"), load_model(self.teacher).eval()
         for shard in self.train:
             worker(shard)
@@ -98,12 +116,13 @@ class Case:
             validation=self.validation,
             resources=Resources(**{"micro_batch": 8, "checkpoint_steps": 1000, **resources}),
             cache=cache,
+            task=self.task,
         )
 
     def loop(self, run: Run, quant: Quant) -> Loop:
         cpu = torch.device("cpu")
         student, distillation = (
-            distill_stage.make(run, self.teacher, "gpt2", quant, cpu)
+            distill_stage.make(run, self.teacher, self.family, quant, cpu)
             if isinstance(run.recipe, Distill)
             else (WithStates(load_model(self.teacher)), None)
         )

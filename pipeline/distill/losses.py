@@ -22,9 +22,19 @@ def next_token_loss(logits: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tenso
         ids: (batch, length).
         lengths: (batch,), valid tokens of each row.
     """
-    targets = ids[:, 1:]
-    nats = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
-    valid = valid_tokens(lengths, ids.shape[1])[:, 1:]
+    return target_loss(logits, ids[:, 1:], valid_tokens(lengths, ids.shape[1])[:, 1:])
+
+
+def target_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of targets, nats, where `valid`.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        targets: (batch, at most length): the token that each position predicts.
+        valid: bool, as targets.
+    """
+    predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
+    nats = F.cross_entropy(predicted, targets.flatten(), reduction="none")
     return (nats * valid.flatten()).sum(dtype=torch.float64), valid.sum()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,5 +15,6 @@ class Family:
     name: str
     linears: tuple[tuple[str, bool], ...]
     embedding: str
+    tied_embeddings: tuple[str, ...] = field(default=(), kw_only=True)  # further names of the embedding's table
     unquantized: tuple[str, ...]  # modules with a weight that stay in full precision
     head: str = "lm_head"

@@ -12,23 +12,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from pipeline.config import Quant
 from pipeline.errors import ConfigError, RunError
-from pipeline.families import gpt2, llama
+from pipeline.families import bart, gpt2, llama
 from pipeline.families.attention import use_quantized_attention
 from pipeline.families.family import Family
-from pipeline.quant.layers import FrozenTensors, Site, freeze, prepare, thaw
+from pipeline.quant.layers import TIED, FrozenTensors, Site, freeze, prepare, thaw
 from pipeline.quant.spec import QuantSpec
 
 logging.set_verbosity_error()  # what matters is said by our own errors and progress
 logging.disable_progress_bar()
 
 LAST = -1
-FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY)}
+FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY, bart.FAMILY)}
 
 
 def read_config(source: Path | dict[str, Any], gguf_file: str | None = None, **decided: Any) -> PreTrainedConfig:
@@ -90,7 +90,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return _auto(config).from_config(config)
     except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
 
@@ -98,7 +98,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A model with fresh fp32 weights."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _auto(config).from_config(config, dtype=torch.float32)
+
+
+def _auto(config: PreTrainedConfig) -> Any:
+    """The class that builds a model with a language-modelling head: decoder-only, or encoder and decoder."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
@@ -109,7 +114,7 @@ def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
     """
     kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _auto(read_config(folder, gguf_file)).from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -132,10 +137,17 @@ def sites(model: PreTrainedModel, family: Family) -> list[Site]:
         ConfigError: a linear layer or an embedding that the family does not name.
     """
     tied = bool(model.config.tie_word_embeddings)
+    if family.tied_embeddings and not tied:
+        raise ConfigError(
+            f"model: tie_word_embeddings is false, and the family {family.name} has one table for encoder, decoder and "
+            "head; such a model cannot be quantized"
+        )
     found: list[Site] = []
     for name, module in model.named_modules():
         if name == family.embedding:
             found.append(Site(name, "embedding"))
+        elif name in family.tied_embeddings:
+            found.append(Site(name, "tied_embedding"))
         elif name == family.head:
             found.append(Site(name, "tied_head" if tied else "head"))
         elif isinstance(module, nn.Linear | Conv1D | nn.Embedding) and name not in family.unquantized:
@@ -152,7 +164,7 @@ def sites(model: PreTrainedModel, family: Family) -> list[Site]:
             raise ConfigError(f"model: the family {family.name} does not know the matrix {name}")
     if not any(site.role == "embedding" for site in found) or not any(site.role == "linear" for site in found):
         raise ConfigError(f"model: no layers of the family {family.name} in this {model.config.model_type} model")
-    return sorted(found, key=lambda site: site.role == "tied_head")
+    return sorted(found, key=lambda site: site.role in TIED)
 
 
 def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family) -> None:
@@ -167,7 +179,7 @@ def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, fr
         raise ValueError(f"{config.num_hidden_layers} layers, and fewer tensors")
     shapes = skeleton(config)  # so that absurd shapes are refused before any memory is asked for
     thaw(shapes, sites(shapes, family), spec, frozen)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _auto(config).from_config(config, dtype=torch.float32)
     thaw(model, sites(model, family), spec, frozen)
     use_quantized_attention(model, spec)
     return model.eval()
@@ -176,9 +188,10 @@ def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, fr
 def frozen_student(folder: Path, weights: Path, quant: Quant, family: Family) -> FrozenTensors:
     """The trained student's codes, scales and other tensors in the dtypes that ship.
 
-    `folder` is the teacher's, for the architecture; `weights` the student's latent weights.
+    `folder` is the teacher's, for the architecture and the buffers, which do not train; `weights` the student's
+    latent weights.
     """
-    model = AutoModelForCausalLM.from_config(read_config(folder), dtype=torch.float32)
+    model = load_model(folder)
     make_student(model, replace(quant.spec(), gamma_init="one"), family)
     load_parameters(model, load_file(weights))
     return freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
@@ -196,52 +209,120 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def check_spec(model: PreTrainedModel, family: Family, spec: QuantSpec) -> None:
     """Raises ConfigError for an override that names no module of the model."""
-    names = [site.name for site in sites(model, family) if site.role != "tied_head"]
+    names = [site.name for site in sites(model, family) if site.role not in TIED]
     for pattern, _ in spec.overrides:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ConfigError(f"quant.overrides: {pattern!r} matches no module; modules: {', '.join(names[:12])} ...")
 
 
 class WithStates(nn.Module):
-    """A causal language model that returns the hidden states of a layer beside its logits: see `layer_states`."""
+    """A language model that returns the hidden states of a decoder layer beside its logits: see `layer_states`."""
 
     def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
         super().__init__()
         self.model, self.layer = model, layer
+        _keep_padding_row(model)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
         """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
 
-        Rows are padded on the right, so the causal mask alone keeps padding out of every valid token.
+        Decoder rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What
+        an encoder reads, (batch, source length), has its padding masked.
         """
-        last, states = layer_states(self.model, ids, self.layer)
-        return states, self.model.get_output_embeddings()(last)
+        last, states = layer_states(self.model, self.layer, ids, source_ids, source_mask)
+        return states, logits_of(self.model, last)
 
 
-def last_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The hidden states that the head reads, after the final norm."""
-    return layer_states(model, ids, LAST)[0]
+def last_states(
+    model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
+) -> Tensor:
+    """The hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
+    return layer_states(model, LAST, ids, source_ids, source_mask)[0]
 
 
-def layer_states(model: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """The last states, and those of one layer counted from the end: -1 what the head reads, -2 the output of the
-    layer before the last one, and so on down to the embedding."""
+def layer_states(
+    model: PreTrainedModel,
+    layer: int,
+    ids: Tensor,
+    source_ids: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the output of
+    the layer before the last one, and so on down to the embedding."""
+    given: dict[str, Any] = {"input_ids": ids}
+    if source_ids is not None:
+        given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
+    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
     if layer == LAST:
-        output = model.base_model(input_ids=ids, use_cache=False)
         return output.last_hidden_state, output.last_hidden_state
-    output = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    return output.last_hidden_state, output.hidden_states[layer]
+    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
+    return output.last_hidden_state, hidden[layer]
+
+
+def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """(batch, length, vocabulary) from what `last_states` gave."""
+    logits: Tensor = head_of(model)(states)
+    return logits
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """What turns last states into logits: the output embedding, with BART's `final_logits_bias` where there is one."""
+    head: nn.Module = model.get_output_embeddings()
+    bias = getattr(model, "final_logits_bias", None)
+    return head if bias is None else BiasedHead(head, bias)
+
+
+class BiasedHead(nn.Module):
+    """An output embedding and the bias (1, vocabulary) that the model keeps outside it."""
+
+    def __init__(self, head: nn.Module, bias: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, states: Tensor) -> Any:
+        return self.head(states) + self.bias
+
+
+def _keep_padding_row(model: PreTrainedModel) -> None:
+    """A padding row of zeros stays zeros: a tied head would otherwise move it, as it moves every row."""
+    embedding = model.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None)
+    weight = embedding.weight
+    if row is None or weight.is_meta or not weight.requires_grad or weight[row].any():
+        return
+
+    def mask(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0)
+
+    weight.register_hook(mask)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Every dropout of a model, attention's included."""
+    """Every dropout of a model: modules, attention's, and BART's, which are plain numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = probability  # type: ignore[assignment]
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+    keep_all_layers(model)
+
+
+def keep_all_layers(model: nn.Module) -> None:
+    """No layer is left out at random: its parameters would have no gradient, and workers would draw different ones."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layerdrop", None), float):
+            module.layerdrop = 0.0  # type: ignore[assignment]
 
 
 def parameters(model: nn.Module) -> int:
     """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fp32_bytes(model: nn.Module) -> int:
+    """Bytes of a checkpoint in fp32: parameters, and the buffers that are stored, such as `final_logits_bias`."""
+    stored = model.state_dict()
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in stored)
+    return 4 * (parameters(model) + buffers)

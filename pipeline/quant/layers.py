@@ -18,7 +18,8 @@ from pipeline.quant.grid import dequantize, fake_quantize_activation
 from pipeline.quant.quantizers import QUANTIZERS, StepQuantizer
 from pipeline.quant.spec import UNQUANTIZED, ActivationRange, Levels, QuantSpec, grid, levels_of
 
-Role = Literal["linear", "embedding", "tied_head", "head"]
+Role = Literal["linear", "embedding", "tied_embedding", "tied_head", "head"]
+TIED: tuple[Role, ...] = ("tied_embedding", "tied_head")  # they read the embedding's table and own none
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,45 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A word embedding (vocabulary, hidden) with one scale per row; a tied head reads the same table."""
+    """A word embedding (vocabulary, hidden) with one scale per row; tied embeddings and heads read the same table.
+
+    `embed_scale` multiplies what is looked up, as in BART's family; it does not touch the table.
+    """
 
     def __init__(self, embedding: nn.Embedding, quantizer: StepQuantizer | None) -> None:
         super().__init__()
         self.weight = embedding.weight
         self.padding_idx = embedding.padding_idx
+        self.embed_scale = embed_scale_of(embedding)
         self.quantizer = quantizer
 
     def table(self) -> Tensor:
         return self.weight if self.quantizer is None else cast(Tensor, self.quantizer(self.weight))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.table(), self.padding_idx)
+        return _look_up(ids, self.table(), self.padding_idx, self.embed_scale)
+
+
+class TiedEmbedding(nn.Module):
+    """A further name of the word embedding, such as BART's encoder.embed_tokens; it owns no parameter."""
+
+    def __init__(self, embedding: QuantizedEmbedding, own: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)
+        self.padding_idx, self.embed_scale = own.padding_idx, embed_scale_of(own)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _look_up(ids, self._embedding[0].table(), self.padding_idx, self.embed_scale)
+
+
+def embed_scale_of(embedding: nn.Module) -> float:
+    """What the model multiplies looked-up rows by; 1 for most."""
+    return float(getattr(embedding, "embed_scale", 1.0) or 1.0)
+
+
+def _look_up(ids: Tensor, table: Tensor, padding_idx: int | None, scale: float) -> Tensor:
+    found = F.embedding(ids, table, padding_idx)
+    return found if scale == 1.0 else found * scale
 
 
 class TiedHead(nn.Module):
@@ -103,8 +130,11 @@ def prepare(model: nn.Module, sites: Iterable[Site], spec: QuantSpec) -> None:
     for site in sites:
         inputs = InputQuantizer(spec.bits.activations, site.symmetric_input, spec.activation_range)
         module = model.get_submodule(site.name)
-        if site.role == "tied_head":
-            model.set_submodule(site.name, TiedHead(_embedding_of(model), inputs))
+        if site.role in TIED:
+            table = _embedding_of(model)
+            own = cast(nn.Embedding, module)
+            tied = TiedHead(table, inputs) if site.role == "tied_head" else TiedEmbedding(table, own)
+            model.set_submodule(site.name, tied)
             continue
         weight = cast(Tensor, module.weight).detach()
         weight = weight.T.contiguous() if site.transposed else weight

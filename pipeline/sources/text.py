@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from pipeline.errors import ConfigError, RunError
 from pipeline.objects import FAULTS, Bucket
 from pipeline.records import Closed
-from pipeline.sources.content import ContentMemo, package_folder
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.packaged import PACKAGED_TEXT, packaged_count, packaged_files, packaged_texts
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20
-PACKAGED_TEXT = {"chitchat": ("chitchat_dataset", "chitchat-dataset"), "pydoc": ("pydoc_data", None)}
 
 
 class SourceFile(Closed):
@@ -49,7 +49,7 @@ def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...
         ConfigError: nothing matches, a file is empty or of an unknown format, a package is missing.
     """
     if source.startswith("python://"):
-        files = [_packaged_text(source, knob, memo)]
+        files = _packaged_text(source, knob, memo)
     elif source.startswith("s3://"):
         files = _s3_text(source, knob)
     elif source.startswith("hf://"):
@@ -84,18 +84,19 @@ def _format(name: str, knob: str) -> str:
         raise ConfigError(f"{knob}: {name} is of no known format; valid endings: {', '.join(FORMATS)}") from None
 
 
-def _packaged_text(source: str, knob: str, memo: ContentMemo) -> SourceFile:
-    name = source.removeprefix("python://")
-    if name not in PACKAGED_TEXT:
+def _packaged_text(source: str, knob: str, memo: ContentMemo) -> list[SourceFile]:
+    paths = packaged_files(source.removeprefix("python://"))
+    if paths is None:
         raise ConfigError(f"{knob} is {source!r}; valid packages of text: python://{', python://'.join(PACKAGED_TEXT)}")
-    file = SourceFile(uri=source, format="python", content=memo.sha256(_packaged_path(name)), bytes=0)
-    return file.model_copy(update={"bytes": sum(len(text.encode()) for text in _packaged_documents(file))})
-
-
-def _packaged_path(name: str) -> Path:
-    module, package = PACKAGED_TEXT[name]
-    folder = package_folder(module, package)
-    return folder / ("dataset.json" if name == "chitchat" else "topics.py")
+    return [
+        SourceFile(
+            uri=f"python://{name}",
+            format="python",
+            content=memo.sha256(path),
+            bytes=sum(len(text.encode()) for text in packaged_texts(name)),
+        )
+        for name, path in paths.items()
+    ]
 
 
 def _s3_text(source: str, knob: str) -> list[SourceFile]:
@@ -165,7 +166,7 @@ def parts(file: SourceFile) -> list[Part]:
             raise ConfigError(f"data: {file.uri} is not Parquet: {error}") from error
         return _ranges(file, count, step=-(-count // max(1, file.bytes // PART_BYTES)))
     if file.format == "python":
-        count = sum(1 for _ in _packaged_documents(file))
+        count = packaged_count(file.uri.removeprefix("python://"))
         return _ranges(file, count, step=-(-count // max(1, file.bytes // PART_BYTES)))
     return _ranges(file, file.bytes, step=PART_BYTES)
 
@@ -213,7 +214,7 @@ def documents(part: Part, unit: str, text_column: str, scratch: str) -> Iterator
     file = part.file
     texts: Iterable[str]
     if file.format == "python":
-        texts = list(_packaged_documents(file))[part.start : part.stop]
+        texts = packaged_texts(file.uri.removeprefix("python://"), part.start, part.stop)
     elif file.format == "parquet":
         texts = _parquet_rows(open_text(file, scratch), part, text_column)
     else:
@@ -223,18 +224,6 @@ def documents(part: Part, unit: str, text_column: str, scratch: str) -> Iterator
             yield text if text.endswith("\n") else text + "\n"
         elif text.strip():
             yield text
-
-
-def _packaged_documents(file: SourceFile) -> Iterator[str]:
-    name = file.uri.removeprefix("python://")
-    if name == "pydoc":
-        from pydoc_data.topics import topics
-
-        yield from (topics[topic] for topic in sorted(topics))
-        return
-    conversations = json.loads(_packaged_path(name).read_text(encoding="utf-8"))
-    for conversation in conversations.values():
-        yield "\n".join(" ".join(message["text"] for message in turn) for turn in conversation["messages"])
 
 
 def _parquet_rows(path: Path, part: Part, column: str) -> Iterator[str]:
@@ -252,7 +241,7 @@ def _parquet_rows(path: Path, part: Part, column: str) -> Iterator[str]:
 def _text_lines(path: Path, part: Part, unit: str, column: str) -> Iterator[str]:
     paragraphs = part.file.format == "txt" and unit == "document"
     collected: list[str] = []
-    for line in _lines(path, part, paragraphs):
+    for line in lines_of(path, part, paragraphs):
         if part.file.format == "jsonl":
             yield _json_text(line, path, column)
         elif unit == "line":
@@ -266,7 +255,7 @@ def _text_lines(path: Path, part: Part, unit: str, column: str) -> Iterator[str]
         yield "".join(collected)
 
 
-def _lines(path: Path, part: Part, to_blank: bool) -> Iterator[str]:
+def lines_of(path: Path, part: Part, to_blank: bool) -> Iterator[str]:
     """Lines of a byte range: those that start in it.
 
     With `to_blank` a range reaches from the first blank line that starts in it or after it to the first blank line

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.config import Cache
-from pipeline.distill.losses import logit_distillation_loss, valid_tokens
+from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import last_states, load_model
+from pipeline.families.models import head_of, last_states, load_model
 from pipeline.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import Rows, commit_shard, committed_shard, open_shard, read_tokens, states_name, write_states
+from pipeline.tasks import task_of
+from pipeline.tasks.task import Batch, Task
 
 VERSION = 1
 PROBE_ROWS = 8
@@ -33,9 +36,9 @@ def run(step: Step) -> TeacherCache:
     if mode == "online":
         return TeacherCache(**step.identity(), mode="online", dtype="float32", hidden=teacher.hidden)
     recipe = Cache.model_validate(step.recipe["cache"])
-    split = tokens.splits["train"]
-    check_space(step.place, cache_bytes(split.rows, tokens.block_length, teacher.hidden, recipe.dtype), split.tokens)
-    source = {"teacher": teacher_place, "files": teacher.files}
+    split, task = tokens.splits["train"], task_of(tokens.recipe)
+    check_space(step.place, cache_bytes(split.rows, task.states, teacher.hidden, recipe.dtype), split.tokens)
+    source = {"teacher": teacher_place, "files": teacher.files, "task": task}
     probe_settings = source | {"tokens": tokens_place, "shards": split.shards[:1], "dtype": recipe.dtype}
     dtype, kl_nats = step.engine.task(_probe, probe_settings, step.place)
     if kl_nats > recipe.max_kl_nats:
@@ -63,8 +66,9 @@ def run(step: Step) -> TeacherCache:
     )
 
 
-def cache_bytes(rows: int, block_length: int, hidden: int, dtype: str) -> int:
-    return rows * block_length * hidden * BYTES_OF[dtype]
+def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
+    """`positions`: states of a row."""
+    return rows * positions * hidden * BYTES_OF[dtype]
 
 
 def check_space(place: Place, needed: int, tokens: int) -> None:
@@ -82,9 +86,16 @@ class CacheShard:
     """Computes the states of one shard of rows at a time; a committed shard is not computed again."""
 
     def __init__(
-        self, place: Place, tokens: Place, teacher: Place, files: dict[str, StoredFile], dtype: str, batch: int
+        self,
+        place: Place,
+        tokens: Place,
+        teacher: Place,
+        files: dict[str, StoredFile],
+        task: Task,
+        dtype: str,
+        batch: int,
     ) -> None:
-        self.place, self.tokens, self.dtype, self.batch = place, tokens, dtype, batch
+        self.place, self.tokens, self.task, self.dtype, self.batch = place, tokens, task, dtype, batch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(teacher.folder(files, Teacher.FOLDER)).to(self.device).eval()
 
@@ -95,11 +106,17 @@ class CacheShard:
 
     @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
-        ids, _ = read_tokens(open_shard(self.tokens, rows.name))
-        batches = torch.from_numpy(ids.astype(np.int64)).split(self.batch)
-        states = torch.cat([last_states(self.model, batch.to(self.device)).cpu() for batch in batches])
+        ids, lengths = (torch.from_numpy(x.astype(np.int64)) for x in read_tokens(open_shard(self.tokens, rows.name)))
+        batches = map(self.task.batch, ids.split(self.batch), lengths.split(self.batch))
+        states = torch.cat([row_states(self.model, batch.to(self.device)).cpu() for batch in batches])
         dtype = storable(states, self.dtype)
         return commit_shard(self.place, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+
+
+def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The states of a batch, a row first: (rows, length, hidden), or (rows, sequences, length, hidden)."""
+    states = last_states(model, *batch.inputs)
+    return states if batch.group == 1 else states.unflatten(0, (-1, batch.group))
 
 
 def storable(states: Tensor, dtype: str) -> str:
@@ -109,18 +126,18 @@ def storable(states: Tensor, dtype: str) -> str:
 
 @torch.no_grad()
 def _probe(
-    teacher: Place, files: dict[str, StoredFile], tokens: Place, shards: tuple[Shard, ...], dtype: str
+    teacher: Place, files: dict[str, StoredFile], task: Task, tokens: Place, shards: tuple[Shard, ...], dtype: str
 ) -> tuple[str, float]:
     """The dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
     model = load_model(teacher.folder(files, Teacher.FOLDER)).eval()
     reader = Rows(tokens, shards)
     ids, lengths, _ = reader.get(range(min(PROBE_ROWS, reader.rows)))
-    states = last_states(model, ids)
+    batch = task.batch(ids, lengths)
+    states = last_states(model, *batch.inputs)
     dtype = storable(states, dtype)
-    head: Any = model.get_output_embeddings()
+    head: Any = head_of(model)
     exact: Tensor = head(states)
     stored: Tensor = head(states.to(getattr(torch, dtype)).float())
-    valid = valid_tokens(lengths, ids.shape[1])
-    cross, count = logit_distillation_loss(stored, exact, valid)
-    entropy, _ = logit_distillation_loss(exact, exact, valid)
+    cross, count = logit_distillation_loss(stored, exact, batch.distilled)
+    entropy, _ = logit_distillation_loss(exact, exact, batch.distilled)
     return dtype, max(0.0, float((cross - entropy) / count))

@@ -15,10 +15,19 @@ from pipeline.config import Distill, Quant
 from pipeline.diagnostics import weight_histograms
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distillation import Distillation
-from pipeline.families.models import FAMILIES, WithStates, layer_states, load_model, make_student, set_dropout
+from pipeline.families.models import (
+    FAMILIES,
+    WithStates,
+    head_of,
+    layer_states,
+    load_model,
+    make_student,
+    set_dropout,
+)
 from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.step import Advance, Step
 from pipeline.store import Place
+from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 
 VERSION = 2
@@ -44,6 +53,7 @@ def settings_of(step: Step) -> dict[str, Any]:
         validation=tokens.splits["validation"].shards,
         resources=step.resources,
         cache=cache_place if cache.mode == "states" else None,
+        task=task_of(tokens.recipe),
     )
     quant = Quant.model_validate(step.recipe["quant"])
     return {"run": run, "teacher": teacher_place, "files": teacher.files, "family": teacher.family, "quant": quant}
@@ -77,10 +87,10 @@ def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device
     make_student(student, quant.spec(), FAMILIES[family])
     hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
 
-    def states(ids: Tensor) -> tuple[Tensor, Tensor]:
-        return layer_states(teacher, ids, recipe.contrast_layer)
+    def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_states(teacher, recipe.contrast_layer, *inputs)
 
-    head = teacher.get_output_embeddings() if run.cache is None else copy.deepcopy(teacher.get_output_embeddings())
+    head = head_of(teacher) if run.cache is None else copy.deepcopy(head_of(teacher))
     distillation = Distillation(
         recipe=recipe,
         head=head,

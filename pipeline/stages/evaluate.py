@@ -10,11 +10,13 @@ from torch import Tensor
 from pipeline.config import Quant
 from pipeline.families.models import FAMILIES, frozen_student, load_model, read_config, restore_frozen
 from pipeline.records import Report, Shard, StoredFile, Student, Teacher, Tokens
+from pipeline.schema import Evaluate
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import Rows
-from pipeline.tasks.language_modeling import score
-from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
+from pipeline.tasks import task_of
+from pipeline.tasks.task import Task
+from pipeline.tasks.tokenizers import read_tokenizer
 
 VERSION = 1
 
@@ -34,9 +36,12 @@ def run(step: Step) -> Report:
         "family": student.family,
         "quant": Quant.model_validate({**student.recipe["quant"], **step.recipe["ship"]}),
         "batch": step.recipe.get("batch", step.resources.inference_batch),
+        "task": task_of(tokens.recipe),
+        "evaluate": Evaluate.model_validate(step.recipe.get("evaluate", {})),
     }
     found = step.engine.task(_evaluate, settings, step.place)
-    return Report(**step.identity(), protocol=f"block length {tokens.block_length}: {step.recipe['protocol']}", **found)
+    shape = task_of(tokens.recipe).shape
+    return Report(**step.identity(), protocol=f"{shape}: {step.recipe['protocol']}", **found)
 
 
 def _evaluate(
@@ -50,15 +55,16 @@ def _evaluate(
     family: str,
     quant: Quant,
     batch: int,
+    task: Task,
+    evaluate: Evaluate,
 ) -> dict[str, Any]:
     folder = teacher.folder(teacher_files, Teacher.FOLDER)
     frozen = frozen_student(folder, student.local(Student.WEIGHTS, weights), quant, FAMILIES[family])
     model = restore_frozen(read_config(folder), quant.spec(), FAMILIES[family], frozen)
-    bytes_of = token_bytes(read_tokenizer(tokens.folder(tokenizer, Tokens.FOLDER)))
-    scores, reference = score(batches(Rows(tokens, shards), batch), model, bytes_of, load_model(folder).eval())
-    if reference is None:
-        raise TypeError("a teacher was given and not scored")
-    return {"digest": frozen.digest(), "student": scores.metrics(), "teacher": reference.metrics()}
+    words = read_tokenizer(tokens.folder(tokenizer, Tokens.FOLDER))
+    rows = batches(Rows(tokens, shards), batch)
+    ours, theirs = task.score(rows, model, load_model(folder).eval(), words, evaluate)
+    return {"digest": frozen.digest(), "student": ours, "teacher": theirs}
 
 
 def batches(rows: Rows, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

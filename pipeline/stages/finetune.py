@@ -12,11 +12,21 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoints import finish
 from pipeline.config import Finetune
-from pipeline.families.models import WithStates, build, load_model, parameters, read_config, set_dropout
+from pipeline.families.models import (
+    WithStates,
+    build,
+    fp32_bytes,
+    keep_all_layers,
+    load_model,
+    parameters,
+    read_config,
+    set_dropout,
+)
 from pipeline.records import StoredFile, Teacher, Tokens
 from pipeline.sources.models import model_folder
 from pipeline.step import Advance, Step
 from pipeline.store import Place
+from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 
 VERSION = 1
@@ -44,6 +54,7 @@ def _settings(step: Step) -> dict[str, Any]:
             "vocab_size": tokens.vocabulary,
             "bos_token_id": tokens.end_of_text,
             "eos_token_id": tokens.end_of_text,
+            **task_of(tokens.recipe).model_settings(tokens.end_of_text, tokens.padding),
         }
         start = {"architecture": model["architecture"] | known}
     training = Run(
@@ -53,6 +64,7 @@ def _settings(step: Step) -> dict[str, Any]:
         train=tokens.splits["train"].shards,
         validation=tokens.splits["validation"].shards,
         resources=step.resources,
+        task=task_of(tokens.recipe),
     )
     return {"run": training, "start": start, "family": step.recipe["model"]["family"]}
 
@@ -65,6 +77,7 @@ def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, r
         model = load_model(model_folder(start), start["gguf_file"])
     if isinstance(recipe, Finetune) and recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
+    keep_all_layers(model)
     progress = fit(WithStates(model), run, None, device, report)
     if progress is not None:
         finish(run.place, progress, run.steps, _save(model, run.place, family))
@@ -82,6 +95,6 @@ def _save(model: PreTrainedModel, place: Place, family: str) -> dict[str, Stored
         paths = sorted(Path(folder).iterdir())
         files = {Teacher.FOLDER + path.name: place.upload(Teacher.FOLDER + path.name, path) for path in paths}
     count = parameters(model)
-    facts = {"parameters": count, "fp32_bytes": 4 * count, "hidden": model.config.hidden_size, "family": family}
+    facts = {"parameters": count, "fp32_bytes": fp32_bytes(model), "hidden": model.config.hidden_size, "family": family}
     place.write("attempt/facts.json", json.dumps(facts).encode())
     return files

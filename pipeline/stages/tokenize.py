@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.records import Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.sources.fields import rows
 from pipeline.sources.models import model_folder
 from pipeline.sources.text import Part, SourceFile, documents, parts
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import commit_shard, committed_shard, rows_per_shard, write_tokens
-from pipeline.tasks.language_modeling import encode
+from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 VERSION = 1
@@ -39,7 +40,11 @@ def run(step: Step) -> Tokens:
     recipe, place = step.recipe, step.place
     work = split_parts(recipe, step.locations)
     tokenizer_files = _tokenizer(step, [part for part in work if part.split == "train"])
-    settings = {"place": place, "files": tokenizer_files, "recipe": recipe}
+    task = task_of(recipe)
+    shared = {}
+    if task.collects:
+        shared = step.engine.task(_collect, {"place": place, "recipe": recipe, "work": work}, place)
+    settings = {"place": place, "files": tokenizer_files, "recipe": recipe, "shared": shared}
     found = {split: Split() for split in SPLITS}
     entries = [json.loads(line) for line in step.engine.shards(TokenizePart, settings, work, step.advance, gpus=0)]
     for entry in sorted(entries, key=lambda entry: (entry["split"], entry["index"])):
@@ -49,9 +54,9 @@ def run(step: Step) -> Tokens:
             text_bytes=split.text_bytes + entry["text_bytes"],
         )
     for name, split in found.items():
-        needed = recipe["task"]["block_length"] if name == "train" else split.rows + 1
-        if split.tokens < needed:
-            raise ConfigError(too_short(name, split.tokens, recipe["task"]["block_length"]))
+        shortage = task.shortage(name, split.rows, split.tokens)
+        if shortage is not None:
+            raise ConfigError(shortage)
     tokenizer = read_tokenizer(place.folder(tokenizer_files, Tokens.FOLDER))
     return Tokens(
         **step.identity(),
@@ -59,14 +64,8 @@ def run(step: Step) -> Tokens:
         block_length=recipe["task"]["block_length"],
         vocabulary=len(tokenizer),
         end_of_text=tokenizer.eos_token_id,
+        padding=tokenizer.pad_token_id if task.encoder_decoder else None,
         splits=found,
-    )
-
-
-def too_short(split: str, tokens: int, block_length: int) -> str:
-    return (
-        f"The {split} split holds {tokens} tokens, shorter than one block. Give data with more text, or lower "
-        f"task.block_length (now {block_length})."
     )
 
 
@@ -90,14 +89,20 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     return work
 
 
-def texts(part: SplitPart, data: dict[str, Any], scratch: str) -> Iterator[str]:
-    """The part's documents that belong to its split."""
-    for text in documents(part, data["unit"], data["text_column"], scratch):
-        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(text) < part.high:
-            yield text
+def documents_of(part: SplitPart, recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
+    """The part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
+    data = recipe["data"]
+    columns = task_of(recipe).columns(data)
+    found: Iterator[Any] = (
+        documents(part, data["unit"], data["text_column"], scratch) if columns is None else rows(part, columns, scratch)
+    )
+    for document in found:
+        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(document) < part.high:
+            yield document
 
 
-def _position(text: str) -> float:
+def _position(document: Any) -> float:
+    text = document if isinstance(document, str) else json.dumps(document)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
@@ -115,9 +120,10 @@ def _make_tokenizer(
 ) -> dict[str, StoredFile]:
     """Read from its folder, or learned from the training split."""
     if location is None:
-        scratch = str(place.scratch_dir())
-        stream = (text for part in training for text in texts(part, recipe["data"], scratch))
-        tokenizer = train_bpe(stream, recipe["tokenizer"]["train_bpe"])
+        task, scratch = task_of(recipe), str(place.scratch_dir())
+        found = (document for part in training for document in documents_of(part, recipe, scratch))
+        stream = (text for document in found for text in task.strings(document))
+        tokenizer = train_bpe(stream, recipe["tokenizer"]["train_bpe"], task.special_tokens)
     else:
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
@@ -127,11 +133,24 @@ def _make_tokenizer(
         }
 
 
+def _collect(place: Place, recipe: dict[str, Any], work: Sequence[SplitPart]) -> dict[str, StoredFile]:
+    """What the task must know of each split before its rows are made, one JSON file a split."""
+    task, scratch = task_of(recipe), str(place.scratch_dir())
+    files: dict[str, StoredFile] = {}
+    for split in SPLITS:
+        parts_of = [part for part in work if part.split == split]
+        known = task.collect(document for part in parts_of for document in documents_of(part, recipe, scratch))
+        files[split] = place.write(f"attempt/{split}.json", json.dumps(known).encode())
+    return files
+
+
 class TokenizePart:
     """Tokenizes parts on one worker; a part whose shards are all committed is not done again."""
 
-    def __init__(self, place: Place, files: dict[str, StoredFile], recipe: dict[str, Any]) -> None:
-        self.place, self.recipe = place, recipe
+    def __init__(
+        self, place: Place, files: dict[str, StoredFile], recipe: dict[str, Any], shared: dict[str, StoredFile]
+    ) -> None:
+        self.place, self.recipe, self.shared, self.task = place, recipe, shared, task_of(recipe)
         self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(place.folder(files, Tokens.FOLDER))
 
     def __call__(self, part: SplitPart) -> str:
@@ -151,10 +170,11 @@ class TokenizePart:
         return entry if sound else None
 
     def _tokenize(self, part: SplitPart) -> dict[str, Any]:
-        data, width = self.recipe["data"], self.recipe["task"]["block_length"]
-        found = texts(part, data, str(self.place.scratch_dir()))
-        ids, lengths, text_bytes = encode(found, self.tokenizer, width, data["unit"])
-        step = rows_per_shard(width)
+        found = documents_of(part, self.recipe, str(self.place.scratch_dir()))
+        ids, lengths, text_bytes = self.task.encode(
+            found, self.tokenizer, part.split, self._shared(part.split), self.recipe["data"]["unit"]
+        )
+        step = rows_per_shard(ids.shape[1])
         shards = []
         for number, start in enumerate(range(0, len(ids), step)):
             rows, valid = ids[start : start + step], lengths[start : start + step]
@@ -162,8 +182,13 @@ class TokenizePart:
                 self.place,
                 f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
                 len(rows),
-                int(valid.sum()),
+                self.task.tokens(valid),
                 lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid),  # type: ignore[misc]
             )
             shards.append(shard.model_dump())
         return {"split": part.split, "index": part.index, "shards": shards, "text_bytes": text_bytes}
+
+    def _shared(self, split: str) -> Any:
+        if split not in self.shared:
+            return None
+        return json.loads(self.place.local(f"attempt/{split}.json", self.shared[split]).read_text())

@@ -2,21 +2,113 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.distill.losses import logit_distillation_loss, next_token_loss, valid_tokens
-from pipeline.families.models import last_states
+from pipeline import schema
+from pipeline.distill.losses import valid_tokens
+from pipeline.schema import Evaluate
+from pipeline.tasks.scoring import Scores, score_tokens
+from pipeline.tasks.task import Batch, Encoded, Metrics
+from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
+from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
 PROTOCOL = "blocks without overlap, stride = block length, no BOS; the first token of a block is context only"
 ENCODE_CHARACTERS = 2**20  # running text is encoded in pieces of about this size, cut at line ends
+BYTES_A_TOKEN = 4  # a guess, for corpora not yet tokenized
+
+
+@dataclass(frozen=True)
+class LanguageModeling:
+    """A row is a block of text; only the last row of a part may be padded."""
+
+    settings: schema.Task = field(default_factory=schema.Task)
+    special_tokens = (END_OF_TEXT,)
+    encoder_decoder = False
+    collects = False
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> LanguageModeling:
+        return cls(schema.Task.model_validate(recipe["task"]))
+
+    @property
+    def positions(self) -> dict[str, int]:
+        return {"task.block_length": self.settings.block_length}
+
+    @property
+    def states(self) -> int:
+        return self.settings.block_length
+
+    @property
+    def protocol(self) -> str:
+        return PROTOCOL
+
+    @property
+    def shape(self) -> str:
+        return f"block length {self.settings.block_length}"
+
+    def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
+        return None
+
+    def strings(self, document: Any) -> Iterable[str]:
+        return (document,)
+
+    def collect(self, documents: Iterable[Any]) -> Any:
+        return None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        return None
+
+    def encode(
+        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
+    ) -> Encoded:
+        return encode(documents, tokenizer, self.settings.block_length, unit)
+
+    def tokens(self, lengths: NDArray[np.int32]) -> int:
+        return int(lengths.sum())
+
+    def shortage(self, split: str, rows: int, tokens: int) -> str | None:
+        width = self.settings.block_length
+        if tokens >= (width if split == "train" else rows + 1):
+            return None
+        return (
+            f"The {split} split holds {tokens} tokens, shorter than one block. Give data with more text, or lower "
+            f"task.block_length (now {width})."
+        )
+
+    def estimated_rows(self, text_bytes: float) -> int:
+        return max(1, int(text_bytes / BYTES_A_TOKEN / self.settings.block_length))
+
+    def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
+        return {}
+
+    def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
+        valid = valid_tokens(lengths, ids.shape[1])
+        return Batch(ids, lengths, targets=ids[:, 1:], supervised=valid[:, 1:], distilled=valid)
+
+    def counts(self, lengths: Tensor) -> dict[str, int]:
+        tokens = int(lengths.sum())
+        return {NEXT_TOKEN: int((lengths - 1).clamp(min=0).sum()), DISTILLATION: tokens, CONTRAST: tokens}
+
+    def scoring(self, evaluate: Evaluate) -> dict[str, Any]:
+        return {}
+
+    def score(
+        self,
+        rows: Iterable[tuple[Tensor, Tensor]],
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        evaluate: Evaluate,
+    ) -> tuple[Metrics, Metrics]:
+        scores, reference = score(rows, model, token_bytes(tokenizer), teacher)
+        return scores.metrics(), (reference or Scores()).metrics()
 
 
 def encode(
@@ -57,30 +149,6 @@ def _batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, unit: str
         yield ["".join(batch)] if unit == "line" else batch
 
 
-@dataclass
-class Scores:
-    """Sums over tokens of a text; divide once, in `metrics`."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    kl_nats: float = 0.0
-    agreed: int = 0
-    compared: int = 0
-
-    def metrics(self) -> dict[str, float]:
-        """perplexity, bits_per_byte and, against a teacher, kl_nats and top1_agreement per token."""
-        nats = self.nats / self.tokens
-        found = {"perplexity": math.exp(min(nats, 700.0)), "nats_per_token": nats}
-        if self.bytes:
-            found["bits_per_byte"] = self.nats / math.log(2) / self.bytes
-        if self.compared:
-            found["kl_nats"] = self.kl_nats / self.compared
-            found["top1_agreement"] = self.agreed / self.compared
-        return found
-
-
-@torch.no_grad()
 def score(
     batches: Iterable[tuple[Tensor, Tensor]],
     model: PreTrainedModel,
@@ -91,32 +159,5 @@ def score(
 
     The model's kl_nats is KL(teacher || model) over all valid tokens. Sums run in fp64.
     """
-    scores = Scores()
-    teacher_scores = Scores() if teacher is not None else None
-    for ids, lengths in batches:
-        logits = _logits(model, ids)
-        _add(scores, logits, ids, lengths, bytes_of)
-        if teacher is None or teacher_scores is None:
-            continue
-        reference = _logits(teacher, ids)
-        _add(teacher_scores, reference, ids, lengths, bytes_of)
-        valid = valid_tokens(lengths, ids.shape[1])
-        cross, count = logit_distillation_loss(logits, reference, valid)
-        entropy, _ = logit_distillation_loss(reference, reference, valid)
-        scores.kl_nats += float(cross - entropy)
-        scores.agreed += int(((logits.argmax(-1) == reference.argmax(-1)) & valid).sum())
-        scores.compared += int(count)
-    return scores, teacher_scores
-
-
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model.get_output_embeddings()(last_states(model, ids))
-    return logits
-
-
-def _add(scores: Scores, logits: Tensor, ids: Tensor, lengths: Tensor, bytes_of: Tensor) -> None:
-    nats, count = next_token_loss(logits, ids, lengths)
-    scores.nats += float(nats)
-    scores.tokens += int(count)
-    predicted = valid_tokens(lengths, ids.shape[1])[:, 1:]
-    scores.bytes += int(bytes_of[ids[:, 1:]][predicted].sum())
+    task = LanguageModeling()
+    return score_tokens((task.batch(ids, lengths) for ids, lengths in batches), model, bytes_of, teacher)

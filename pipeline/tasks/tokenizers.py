@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.errors import ConfigError
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -30,19 +30,22 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
-def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of at most `size` tokens, end-of-text included; every text can be encoded."""
+def train_bpe(
+    texts: Iterable[str], size: int, special_tokens: tuple[str, ...] = (END_OF_TEXT,)
+) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most `size` tokens, special ones included; every text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[*special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    padding = {"pad_token": PADDING} if PADDING in special_tokens else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, **padding)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:

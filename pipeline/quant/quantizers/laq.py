@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import nearest
-from pipeline.quant.quantizers.step import StepQuantizer, least_error_step
+from pipeline.quant.quantizers.step import StepQuantizer, least_error_step, mean_abs
 from pipeline.quant.spec import Granularity, QuantSpec
 
 ROUNDS = 10
@@ -26,7 +26,9 @@ class LAQ(StepQuantizer):
 
     def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:
         super().__init__(weight, bits, granularity, spec)
-        start = least_error_step(weight.detach(), self.grid, granularity)
+        start = mean_abs(weight, granularity)
+        if spec.gamma_init != "one":  # which is asked for where the step is about to be loaded
+            start = least_error_step(weight.detach(), self.grid, granularity)
         self.size = nn.Parameter(start, requires_grad=False)
 
     def step(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""A configuration from a file and overrides; what is wrong with it is said line by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, resources: dict[str, str] | None = None
+) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate.
+
+    `resources` holds values for that section where neither the file nor an override sets them.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"The configuration {path} is not a mapping of sections such as name, model, data.")
+    return load_fields(fields, overrides, resources, str(path))
+
+
+def load_fields(
+    fields: dict[str, Any], overrides: list[str] | None, resources: dict[str, str] | None, origin: str
+) -> Config:
+    """As `load_config`, from the fields of a file; `origin` says in errors where they come from."""
+    for override in overrides or []:
+        _apply(fields, override)
+    if isinstance(fields.setdefault("resources", {}), dict):
+        fields["resources"] = {**(resources or {}), **fields["resources"]}
+    try:
+        return Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *_explain(error)])) from error
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as distill.steps=200")
+    *sections, key = path.split(".")
+    section: Any = fields
+    for name in sections:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+    try:
+        section[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = ", ".join(_valid_keys(problem["loc"][:-1]))
+            lines.append(f"  {path}: unknown key. Valid keys: {valid}")
+        elif problem["type"] == "value_error":
+            lines.append(f"  {path + ': ' if path else ''}{problem['ctx']['error']}")
+        else:
+            given = "" if problem["type"] == "missing" else f" (given: {problem['input']!r})"
+            lines.append(f"  {path}: {problem['msg']}{given}")
+    return lines
+
+
+def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in loc:
+        for name, field in section.model_fields.items():
+            if part in (name, field.alias):
+                candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+                section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    return sorted(field.alias or name for name, field in section.model_fields.items())

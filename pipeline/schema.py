@@ -1,0 +1,94 @@
+"""The sections of a configuration that say what the text is, what the model is for, and how it is scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.records import Closed
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Task(Closed):
+    """What the model is for, and how long its rows are, in tokens.
+
+    `language_modeling`: text is cut into rows of `block_length` without overlap.
+    `next_utterance`: conversations; a row is a context with `candidates` replies, one of them the true one (training
+    and validation rows: `train_candidates`), each within `block_length`.
+    `summarization`: documents cut to `source_length`, summaries to `target_length`; the model has an encoder.
+    """
+
+    name: Literal["language_modeling", "next_utterance", "summarization"] = "language_modeling"
+    block_length: Annotated[int, Field(ge=2)] = 512
+    candidates: Annotated[int, Field(ge=2)] = Field(default=20, json_schema_extra={"added_with": 20})
+    train_candidates: Annotated[int, Field(ge=2)] = Field(default=4, json_schema_extra={"added_with": 4})
+    source_length: Annotated[int, Field(ge=4)] = Field(default=512, json_schema_extra={"added_with": 512})
+    target_length: Annotated[int, Field(ge=4)] = Field(default=64, json_schema_extra={"added_with": 64})
+
+    @model_validator(mode="after")
+    def _of_this_task(self) -> Task:
+        for field in type(self).model_fields:
+            if field in TASK_OF and self.name not in TASK_OF[field]:
+                value, default = getattr(self, field), type(self).model_fields[field].default
+                valid = ", ".join(known for known, names in TASK_OF.items() if self.name in names)
+                if value != default:
+                    raise ValueError(
+                        f"task.{field} is {value}, and the task {self.name} has no such setting; valid: {valid}"
+                    )
+        if self.name == "next_utterance" and self.block_length < 8:
+            raise ValueError(
+                f"task.block_length is {self.block_length}; a context with a reply needs at least 8 tokens"
+            )
+        return self
+
+
+TASK_OF = {
+    "block_length": ("language_modeling", "next_utterance"),
+    "candidates": ("next_utterance",),
+    "train_candidates": ("next_utterance",),
+    "source_length": ("summarization",),
+    "target_length": ("summarization",),
+}
+
+
+class Data(Closed):
+    """Where text comes from: globs of txt, jsonl or parquet, `s3://...`, `hf://org/name@commit/glob`, `python://chitchat`,
+    `python://aclsum` (of which /train, /validation and /test are parts).
+
+    `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
+    `unit: line` takes rows or lines as running text. Without `validation` or `test`, `holdout` of the documents
+    each, chosen by content hash. `sample` takes that share of the documents of `source`, by the same hash.
+
+    Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
+    `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with
+    `candidates_column`, a row is one example: the turns so far, and candidate replies of which the last is true.
+    """
+
+    source: str
+    validation: str | None = None
+    test: str | None = None
+    unit: Literal["document", "line"] = "document"
+    text_column: str = "text"
+    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    sample: Annotated[float, Field(gt=0, le=1)] = 1.0
+    summary_column: str = Field(default="summary", json_schema_extra={"added_with": "summary"})
+    candidates_column: str | None = Field(default=None, json_schema_extra={"added_with": None})
+    persona_column: str | None = Field(default=None, json_schema_extra={"added_with": None})
+
+    @model_validator(mode="after")
+    def _lines_need_files(self) -> Data:
+        if self.unit == "line" and (self.validation is None or self.test is None or self.sample < 1):
+            raise ValueError(
+                "data.unit: line has no documents to hold out or sample; set data.validation and data.test and leave "
+                "data.sample, or use unit: document"
+            )
+        return self
+
+
+class Evaluate(Closed):
+    """Generation on the test split, where the task generates: beam search over its first `generated_rows` rows."""
+
+    beams: Positive = Field(default=6, json_schema_extra={"added_with": 6})
+    generated_rows: Positive | None = Field(default=None, json_schema_extra={"added_with": None})  # null: all

@@ -1,0 +1,79 @@
+"""Rows with several columns, for tasks that need more than running text: documents with summaries, conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError
+from pipeline.sources.packaged import packaged_rows
+from pipeline.sources.text import Part, documents, lines_of, open_text
+
+
+def rows(part: Part, columns: tuple[str, ...], scratch: str) -> Iterator[tuple[Any, ...]]:
+    """The named columns of each row of a part, in order: each a text or a list of texts.
+
+    A paragraph of a txt file is a row of one column.
+
+    Raises:
+        ConfigError: a file without one of the columns, or in which it holds something else.
+    """
+    file = part.file
+    if file.format == "txt":
+        if len(columns) > 1:
+            raise ConfigError(
+                f"data: {file.uri} is plain text, which has no columns {', '.join(columns)}; give jsonl or Parquet"
+            )
+        yield from ((text,) for text in documents(part, "document", columns[0], scratch))
+        return
+    if file.format == "python":
+        found: Iterable[dict[str, Any]] = packaged_rows(file.uri.removeprefix("python://"), part.start, part.stop)
+    else:
+        path = open_text(file, scratch)
+        found = _parquet(path, part, columns) if file.format == "parquet" else _jsonl(path, part)
+    for row in found:
+        if row:
+            yield tuple(_texts(row, column, file.uri) for column in columns)
+
+
+def _parquet(path: Path, part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    table = pq.ParquetFile(path)
+    _refuse_missing(set(columns) - set(table.schema_arrow.names), table.schema_arrow.names, path.name)
+    for group in range(part.start, min(part.stop, table.num_row_groups)):
+        yield from table.read_row_group(group, [*columns]).to_pylist()
+
+
+def _jsonl(path: Path, part: Part) -> Iterator[dict[str, Any]]:
+    for line in lines_of(path, part, False):
+        if line.strip():
+            try:
+                yield dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"data: a line of {path} is not a JSON object ({error!r})") from error
+
+
+def _texts(row: dict[str, Any], column: str, where: str) -> Any:
+    _refuse_missing({column} - set(row), [*row], where)
+    value = row[column]
+    value = "" if value is None else value
+    texts = [value] if isinstance(value, str) else value
+    try:
+        for text in texts:
+            text.encode()  # JSON can spell lone surrogates, which no UTF-8 holds
+    except (AttributeError, TypeError, UnicodeEncodeError) as error:
+        raise ConfigError(
+            f"data: the column {column!r} of a row of {where} is neither a text nor a list of texts ({error!r})"
+        ) from error
+    return value
+
+
+def _refuse_missing(missing: set[str], known: list[str], where: str) -> None:
+    if missing:
+        raise ConfigError(
+            f"data: {where} has no column {sorted(missing)[0]!r}; valid: {', '.join(map(str, known))}. Set "
+            "data.text_column, summary_column, candidates_column or persona_column to one of them."
+        )

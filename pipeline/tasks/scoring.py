@@ -1,0 +1,75 @@
+"""Scores over tokens: perplexity, bits per byte, and how far a model is from its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.distill.losses import logit_distillation_loss, target_loss
+from pipeline.families.models import last_states, logits_of
+from pipeline.tasks.task import Batch
+
+
+@dataclass
+class Scores:
+    """Sums over tokens of a text; divide once, in `metrics`."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    kl_nats: float = 0.0
+    agreed: int = 0
+    compared: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """perplexity, bits_per_byte and, against a teacher, kl_nats and top1_agreement per token."""
+        nats = self.nats / self.tokens
+        found = {"perplexity": math.exp(min(nats, 700.0)), "nats_per_token": nats}
+        if self.bytes:
+            found["bits_per_byte"] = self.nats / math.log(2) / self.bytes
+        if self.compared:
+            found["kl_nats"] = self.kl_nats / self.compared
+            found["top1_agreement"] = self.agreed / self.compared
+        return found
+
+    def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor) -> None:
+        """Next-token nats of a batch of one sequence a row, and the bytes of what is predicted."""
+        nats, count = target_loss(logits, batch.targets, batch.supervised)
+        self.nats += float(nats)
+        self.tokens += int(count)
+        self.bytes += int(bytes_of[batch.targets][batch.supervised].sum())
+
+    def compare(self, logits: Tensor, teacher: Tensor, batch: Batch) -> None:
+        """KL(teacher || model) and agreement at the distilled positions."""
+        cross, count = logit_distillation_loss(logits, teacher, batch.distilled)
+        entropy, _ = logit_distillation_loss(teacher, teacher, batch.distilled)
+        self.kl_nats += float(cross - entropy)
+        self.agreed += int(((logits.argmax(-1) == teacher.argmax(-1)) & batch.distilled).sum())
+        self.compared += int(count)
+
+
+@torch.no_grad()
+def score_tokens(
+    batches: Iterable[Batch], model: PreTrainedModel, bytes_of: Tensor, teacher: PreTrainedModel | None = None
+) -> tuple[Scores, Scores | None]:
+    """Score a model, and a teacher beside it, on batches of one sequence a row. Sums run in fp64."""
+    scores = Scores()
+    teacher_scores = Scores() if teacher is not None else None
+    for batch in batches:
+        logits = logits_for(model, batch)
+        scores.add(logits, batch, bytes_of)
+        if teacher is not None and teacher_scores is not None:
+            reference = logits_for(teacher, batch)
+            teacher_scores.add(reference, batch, bytes_of)
+            scores.compare(logits, reference, batch)
+    return scores, teacher_scores
+
+
+def logits_for(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(sequences, length, vocabulary)."""
+    return logits_of(model, last_states(model, *batch.inputs))

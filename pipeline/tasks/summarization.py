@@ -1,0 +1,225 @@
+"""Abstractive summarization by an encoder and a decoder, scored by ROUGE of what beam search writes.
+
+A row is a source and a target side by side: the source as the tokenizer encodes it, cut to source_length; the target
+[start, summary as the tokenizer encodes it, end], cut to target_length. Position i of the decoder predicts token i + 1
+of the target, as transformers' shift_tokens_right has it; the last token predicts nothing and is not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import schema
+from pipeline.distill.losses import valid_tokens
+from pipeline.errors import ConfigError
+from pipeline.schema import Evaluate
+from pipeline.tasks.rouge import rouge
+from pipeline.tasks.scoring import Scores, score_tokens
+from pipeline.tasks.task import Batch, Encoded, Metrics
+from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
+from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, token_bytes
+
+PROTOCOL = (
+    "teacher-forced token metrics over the summary; ROUGE F-measure with stemming, 0-100, of beam search (length "
+    "penalty 1, no trigram twice) against the summary cut to its row"
+)
+ENCODE_DOCUMENTS = 64
+BYTES_A_DOCUMENT = 2000  # a guess, for corpora not yet read
+
+
+@dataclass(frozen=True)
+class Summarization:
+    """`start` is what the decoder reads first; None: the tokenizer's end-of-text, as in BART."""
+
+    settings: schema.Task
+    start: int | None = None
+    special_tokens = (END_OF_TEXT, PADDING)
+    encoder_decoder = True
+    collects = False
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> Summarization:
+        return cls(schema.Task.model_validate(recipe["task"]), recipe.get("decoder_start"))
+
+    @property
+    def positions(self) -> dict[str, int]:
+        return {
+            "task.source_length": self.settings.source_length,
+            "task.target_length": self.settings.target_length,
+        }
+
+    @property
+    def states(self) -> int:
+        return self.settings.target_length - 1
+
+    @property
+    def protocol(self) -> str:
+        return PROTOCOL
+
+    @property
+    def shape(self) -> str:
+        return f"source length {self.settings.source_length}, target length {self.settings.target_length}"
+
+    def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
+        return data["text_column"], data.get("summary_column", "summary")
+
+    def strings(self, document: Any) -> Iterable[str]:
+        return (text_of(field) for field in document)
+
+    def collect(self, documents: Iterable[Any]) -> Any:
+        return None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            raise ConfigError(
+                "model.tokenizer: summarization needs an end-of-text and a padding token, and this tokenizer has "
+                f"eos_token {tokenizer.eos_token!r} and pad_token {tokenizer.pad_token!r}."
+            )
+
+    def encode(
+        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
+    ) -> Encoded:
+        end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+        source_length, target_length = self.settings.source_length, self.settings.target_length
+        pairs = [(text_of(source), text_of(target)) for source, target in documents]
+        pairs = [(source, target) for source, target in pairs if source.strip() and target.strip()]
+        ids = np.full((len(pairs), source_length + target_length), padding, np.int32)
+        lengths = np.zeros((len(pairs), 2), np.int32)
+        start = end if self.start is None else self.start
+        for first in range(0, len(pairs), ENCODE_DOCUMENTS):
+            sources, targets = zip(*pairs[first : first + ENCODE_DOCUMENTS], strict=True)
+            found = zip(tokenizer(list(sources))["input_ids"], tokenizer(list(targets))["input_ids"], strict=True)
+            for row, (source, target) in enumerate(found, start=first):
+                source = ended(source, end, source_length)
+                target = [start, *ended(target, end, target_length - 1)]
+                ids[row, : len(source)] = source
+                ids[row, source_length : source_length + len(target)] = target
+                lengths[row] = len(source), len(target)
+        return ids, lengths, sum(len(text.encode()) for pair in pairs for text in pair)
+
+    def tokens(self, lengths: NDArray[np.int32]) -> int:
+        return int(lengths.sum())
+
+    def shortage(self, split: str, rows: int, tokens: int) -> str | None:
+        if rows:
+            return None
+        return f"The {split} split holds no document with a summary. Give more data, or raise data.holdout."
+
+    def estimated_rows(self, text_bytes: float) -> int:
+        return max(1, int(text_bytes / BYTES_A_DOCUMENT))
+
+    def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
+        return {
+            "pad_token_id": padding,
+            "decoder_start_token_id": end_of_text if self.start is None else self.start,
+            "forced_eos_token_id": end_of_text,
+        }
+
+    def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
+        width = self.settings.source_length
+        source, target = ids[:, :width], ids[:, width:]
+        valid = valid_tokens(lengths[:, 1] - 1, target.shape[1] - 1)
+        return Batch(
+            ids=target[:, :-1],
+            lengths=lengths[:, 1] - 1,
+            targets=target[:, 1:],
+            supervised=valid,
+            distilled=valid,
+            source_ids=source,
+            source_mask=valid_tokens(lengths[:, 0], width).long(),
+        )
+
+    def counts(self, lengths: Tensor) -> dict[str, int]:
+        return dict.fromkeys((NEXT_TOKEN, DISTILLATION, CONTRAST), int((lengths[:, 1] - 1).sum()))
+
+    def scoring(self, evaluate: Evaluate) -> dict[str, Any]:
+        return {"evaluate": evaluate.model_dump(mode="json")}
+
+    def score(
+        self,
+        rows: Iterable[tuple[Tensor, Tensor]],
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        evaluate: Evaluate,
+    ) -> tuple[Metrics, Metrics]:
+        batches = [self.batch(ids, lengths) for ids, lengths in rows]
+        scores, reference = score_tokens(batches, model, token_bytes(tokenizer), teacher)
+        found = []
+        for one, sums in ((model, scores), (teacher, reference or Scores())):
+            written, expected = self._write(batches, one, tokenizer, evaluate)
+            found.append(sums.metrics() | rouge(written, expected))
+        return found[0], found[1]
+
+    def _write(
+        self, batches: list[Batch], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
+    ) -> tuple[list[str], list[str]]:
+        """What beam search writes for the first `generated_rows` rows, and their summaries."""
+        left = math.inf if evaluate.generated_rows is None else evaluate.generated_rows
+        written: list[str] = []
+        expected: list[str] = []
+        for batch in batches:
+            count = int(min(len(batch.ids), left - len(written)))
+            if count > 0 and batch.source_ids is not None and batch.source_mask is not None:
+                source, mask = batch.source_ids[:count], batch.source_mask[:count]
+                ids = summaries(model, source, mask, self.settings.target_length, evaluate.beams)
+                written += _texts(tokenizer, ids)
+                expected += _texts(
+                    tokenizer, batch.targets[:count].where(batch.supervised[:count], _padding(tokenizer))
+                )
+        return written, expected
+
+
+def ended(ids: list[int], end: int, length: int) -> list[int]:
+    """Ids cut to at most `length` tokens, of which the last is end-of-text."""
+    body = ids[:-1] if ids and ids[-1] == end else ids
+    return [*body[: length - 1], end]
+
+
+def text_of(field: Any) -> str:
+    """The text of a field; a list of texts is one after the other."""
+    return field if isinstance(field, str) else " ".join(field)
+
+
+@torch.no_grad()
+def summaries(model: PreTrainedModel, source_ids: Tensor, source_mask: Tensor, length: int, beams: int) -> Tensor:
+    """Token ids (batch, at most `length`) that beam search writes; the source's common padding is left out."""
+    config = model.config
+    longest = int(source_mask.sum(1).max())
+    how = GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        early_stopping=beams > 1,
+        length_penalty=1.0,
+        no_repeat_ngram_size=3,
+        max_new_tokens=length - 1,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+    own, model.generation_config = model.generation_config, how  # which would fill what is not said here
+    try:
+        source = {"input_ids": source_ids[:, :longest], "attention_mask": source_mask[:, :longest]}
+        ids: Tensor = model.generate(**source, generation_config=how)
+    finally:
+        model.generation_config = own
+    return ids
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    found: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return found
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    return torch.tensor(tokenizer.pad_token_id)

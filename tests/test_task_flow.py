@@ -1,0 +1,260 @@
+"""Summarization and next utterance through all stages, from text to a registered package that generates."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import pipeline
+from jobs.evaluate import evaluate
+from pipeline import artifact, flow
+from pipeline.config import Config, Resources
+from pipeline.errors import ConfigError
+from pipeline.families.models import build, read_config, restore_frozen
+from pipeline.tables import read_tokens
+from pipeline.tasks import task_of
+from pipeline.tasks.summarization import summaries
+from pipeline.tasks.tokenizers import read_tokenizer
+from tests.conftest import ARCHITECTURES, Ran
+
+TRAINING = {"steps": 6, "batch_size": 4, "lr": 2e-3, "eval_every": 3}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "summarization": {
+        "model": {"source": ARCHITECTURES["bart"], "tokenizer": {"train_bpe": 300}},
+        "task": {"name": "summarization", "block_length": 512, "source_length": 40, "target_length": 12},
+        "evaluate": {"beams": 2, "generated_rows": 3},
+    },
+    "next_utterance": {
+        "model": {"source": ARCHITECTURES["gpt2"], "tokenizer": {"train_bpe": 300}},
+        "task": {"name": "next_utterance", "block_length": 32, "candidates": 4, "train_candidates": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each task a jsonl file of some 80 rows."""
+    draw, folder = random.Random(1), tmp_path_factory.mktemp("rows")
+    words = [f"{a}{b}" for a in ("ba", "du", "ki", "lo") for b in ("na", "ro", "ti")]
+
+    def text(longest: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(2, longest)))
+
+    made = {
+        "summarization": [{"text": (t := text(30)), "summary": " ".join(t.split()[:3])} for _ in range(80)],
+        "next_utterance": [{"text": [text(5) for _ in range(draw.randint(2, 4))]} for _ in range(80)],
+    }
+    for name, lines in made.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return {name: folder / f"{name}.jsonl" for name in made}
+
+
+@pytest.fixture(scope="module")
+def fields(rows: dict[str, Path], tiny_fields: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def make(folder: Path, task: str, /, **overrides: Any) -> dict[str, Any]:
+        found = tiny_fields(folder, finetune=TRAINING, distill={**TRAINING, "negatives": 4})
+        found |= {"name": task, "data": {"source": str(rows[task]), "holdout": 0.1}, **SECTIONS[task]}
+        return found | overrides
+
+    return make
+
+
+@pytest.fixture(scope="module", params=SECTIONS)
+def finished_task(
+    request: pytest.FixtureRequest,
+    fields: Callable[..., dict[str, Any]],
+    run_flow: Callable[..., Ran],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Ran:
+    return run_flow(Config.model_validate(fields(tmp_path_factory.mktemp(request.param), request.param)))
+
+
+def test_a_run_ends_in_a_registered_model_with_the_metrics_of_its_task(finished_task: Ran) -> None:
+    report, name = finished_task.record("evaluate"), finished_task.plan.config.task.name
+    own = {"rouge1", "rouge2", "rougeL"} if name == "summarization" else {"accuracy"}
+    assert own | {"perplexity", "kl_nats", "top1_agreement"} <= set(report.student)
+    assert own | {"perplexity"} <= set(report.teacher)
+    assert report.digest == finished_task.record("pack").digest
+    assert finished_task.record("register").version == 1
+    assert finished_task.record("tokenize").splits["test"].rows > 3
+    manifest = json.loads((finished_task.package / "manifest.json").read_text())
+    assert manifest["metrics"]["student"] == report.student
+    states = finished_task.record("cache")
+    rows = finished_task.record("tokenize").splits["train"].rows
+    assert states.bytes >= rows * task_of(finished_task.record("tokenize").recipe).states * 32 * 2
+
+
+def test_a_second_run_does_nothing_and_scoring_is_keyed_apart(finished_task: Ran, run_flow: Callable[..., Ran]) -> None:
+    config = finished_task.plan.config
+    again = run_flow(config)
+    assert set(again.outcome.status.values()) == {"reused"}
+    wider = flow.plan(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"beams": 3})}))
+    changed = [step.stage for step in wider.steps if step.record is None]
+    expected = ["evaluate", "pack", "register"] if config.task.name == "summarization" else []
+    assert changed == expected
+
+
+def test_beam_search_runs_from_the_packed_model_as_from_the_frozen_student(finished_task: Ran) -> None:
+    if finished_task.plan.config.task.name != "summarization":
+        pytest.skip("a decoder alone is not asked to write")
+    folder = finished_task.package
+    tokens, quant = finished_task.record("tokenize"), finished_task.plan.config.quant
+    task, tokenizer = task_of(tokens.recipe), read_tokenizer(folder)
+    frozen, _, quantization = artifact.read(folder)
+    config = read_config(finished_task.folder("finetune") / "model")
+    student = restore_frozen(config, quant.spec(), artifact.family_of(config), frozen)
+    packed = pipeline.load(folder)
+    assert quantization["family"] == "bart"
+    text = ["ba na du ro", "ki ti lo na ba du"]
+    batch = task.batch(
+        *(
+            torch.from_numpy(x).long()
+            for x in task.encode(iter([(t, "x") for t in text]), tokenizer, "test", None, "document")[:2]
+        )
+    )
+    for beams in (1, 4):
+        expected = summaries(student, batch.source_ids, batch.source_mask, 12, beams)
+        assert torch.equal(summaries(packed, batch.source_ids, batch.source_mask, 12, beams), expected)
+    plain = packed.generate(batch.source_ids, attention_mask=batch.source_mask, num_beams=3, max_new_tokens=8)
+    assert (plain[:, 0] == tokenizer.eos_token_id).all()  # the package knows what its decoder reads first
+    cached, whole = (
+        packed.generate(
+            batch.source_ids, attention_mask=batch.source_mask, num_beams=3, max_new_tokens=8, use_cache=use
+        )
+        for use in (True, False)
+    )
+    assert torch.equal(cached, whole)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BART with a tokenizer like its own, which puts <s> and </s> around a text; its logits have a bias."""
+    folder, special = tmp_path_factory.mktemp("pretrained"), ["<s>", "<pad>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["ba na du ro ki ti lo"] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+    words.save_pretrained(folder)
+    decided = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = build(read_config(ARCHITECTURES["bart"], vocab_size=len(words), **decided), seed=0)
+    with torch.no_grad():
+        model.final_logits_bias.copy_(torch.linspace(-1, 1, len(words)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_model_keeps_its_special_tokens_and_the_bias_of_its_logits(
+    fields: Callable[..., dict[str, Any]], run_flow: Callable[..., Ran], pretrained: Path, tmp_path: Path
+) -> None:
+    given = fields(tmp_path, "summarization", model={"source": str(pretrained)}, cache={"mode": "online"})
+    ran = run_flow(Config.model_validate(given | {"finetune": None}), until="pack")
+    tokens = ran.record("tokenize")
+    ids, lengths = read_tokens(next(ran.folder("tokenize").glob("rows/test-*.parquet")))
+    assert tokens.recipe["decoder_start"] == 2
+    assert (ids[:, 0] == 0).all()
+    assert (ids[:, 40:42] == [2, 0]).all()
+    assert all(row[source - 1] == row[40 + target - 1] == 2 for row, (source, target) in zip(ids, lengths, strict=True))
+    bias = pipeline.load(ran.package).final_logits_bias
+    assert torch.equal(bias, torch.linspace(-1, 1, tokens.vocabulary).unsqueeze(0))
+    assert ran.record("finetune").fp32_bytes == 4 * (ran.record("finetune").parameters + tokens.vocabulary)
+
+
+def test_a_tokenizer_without_the_tokens_of_the_task_is_refused(
+    fields: Callable[..., dict[str, Any]], pretrained: Path, tmp_path: Path
+) -> None:
+    words = read_tokenizer(pretrained)
+    words.pad_token = None
+    words.save_pretrained(tmp_path / "words")
+    given = fields(tmp_path, "summarization", model={"source": str(pretrained), "tokenizer": str(tmp_path / "words")})
+    with pytest.raises(ConfigError, match=r"padding token, and this tokenizer has .* pad_token None"):
+        flow.plan(Config.model_validate(given))
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "message"),
+    [
+        (
+            "summarization",
+            {"model": SECTIONS["next_utterance"]["model"]},
+            r"summarization, which needs an encoder .*gpt2 model.*bart",
+        ),
+        (
+            "next_utterance",
+            {"model": SECTIONS["summarization"]["model"]},
+            r"next_utterance, which needs a decoder alone.*bart model",
+        ),
+        (
+            "next_utterance",
+            {"model": SECTIONS["summarization"]["model"], "task": {"block_length": 32}},
+            r"language_modeling, which needs a decoder alone",
+        ),
+        (
+            "summarization",
+            {"task": {"name": "summarization", "source_length": 64, "target_length": 12}},
+            r"task\.source_length is 64, and the model has 40 positions",
+        ),
+        (
+            "summarization",
+            {"model": {"source": {**ARCHITECTURES["bart"], "pad_token_id": 3}, "tokenizer": {"train_bpe": 300}}},
+            r"model\.source\.pad_token_id: the tokenizer decides it",
+        ),
+        (
+            "next_utterance",
+            {"task": {"name": "next_utterance", "block_length": 64}},
+            r"task\.block_length is 64, and the model has 32 positions",
+        ),
+        (
+            "next_utterance",
+            {"task": {"name": "next_utterance", "block_length": 32, "candidates": 500}},
+            r"too few for 499 of other conversations\. Lower task\.candidates",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_when_the_plan_is_made(
+    fields: Callable[..., dict[str, Any]], tmp_path: Path, task: str, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        flow.plan(Config.model_validate(fields(tmp_path, task, **overrides)))
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        (
+            "summarization",
+            {"summary_column": "abstract"},
+            r"no column 'abstract'; valid: text, summary\. Set data\.text_column",
+        ),
+        ("next_utterance", {"candidates_column": "others"}, r"no column 'others'; valid: text"),
+        ("summarization", {"source": "python://pydoc"}, r"no column 'summary'; valid: text"),
+    ],
+)
+def test_data_without_the_columns_is_refused_before_anything_runs(
+    fields: Callable[..., dict[str, Any]], tmp_path: Path, task: str, data: dict[str, Any], message: str
+) -> None:
+    given = fields(tmp_path, task)
+    with pytest.raises(ConfigError, match=message):
+        flow.plan(Config.model_validate(given | {"data": given["data"] | data}))
+
+
+def test_running_text_is_no_measure_of_a_model_with_an_encoder(finished_task: Ran, corpus: Path) -> None:
+    if finished_task.plan.config.task.name != "summarization":
+        pytest.skip("a decoder alone can be scored on text")
+    from rich.console import Console
+
+    with pytest.raises(ConfigError, match=r"an encoder and a decoder.*bitmill compress"):
+        evaluate(str(finished_task.package), str(corpus), None, "document", "text", 4, Resources(), Console(quiet=True))
