@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -97,21 +96,3 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def weights(model: WithStates) -> dict[str, Tensor]:
     """Every parameter of the wrapped model by name, a tied one once."""
     return dict(model.model.named_parameters())
-
-
-def optimizer_tensors(model: WithStates, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `optimizer.KEY.PARAMETER`."""
-    return {
-        f"optimizer.{key}.{name}": value
-        for name, parameter in weights(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(model: WithStates, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """What `optimizer_tensors` gave, without its first prefix."""
-    parameters = weights(model)
-    for name, tensor in tensors.items():
-        key, _, parameter = name.partition(".")
-        device = parameters[parameter].device if key != "step" else "cpu"
-        optimizer.state[parameters[parameter]][key] = tensor.to(device)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.distill.negatives import NegativesFrom
+from pipeline.distill.schedule import Schedule
 from pipeline.presets import PRESETS, PresetName, filled
 from pipeline.quant.spec import (
     TAKES,
@@ -36,7 +37,9 @@ from pipeline.schema import Data, Evaluate, Positive, Task
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+FadeIn = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+OptimizerName = Literal["adam", "muon"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -75,7 +78,9 @@ class Model(Closed):
 class Training(Closed):
     """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay linearly to 1e-6.
 
-    `lr` is that of the matrices; the scales say by what it is multiplied for other parameters."""
+    `lr` is that of the matrices; the scales say by what it is multiplied for other parameters. With `optimizer: muon`
+    the matrices of the layers are moved by Muon, by about `lr` times their own root mean square a step; the rest, as
+    always, by Adam."""
 
     steps: Positive | None = None
     epochs: Rate | None = None
@@ -83,8 +88,11 @@ class Training(Closed):
     lr: Rate = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NotNegative = 0.0
+    schedule: Annotated[Schedule, Field(json_schema_extra={"added_with": "linear"})] = "linear"
+    optimizer: Annotated[OptimizerName, Field(json_schema_extra={"added_with": "adam"})] = "adam"
+    muon_momentum: Annotated[Beta, Field(json_schema_extra={"added_with": 0.6})] = 0.6
     betas: Annotated[tuple[Beta, Beta], Field(json_schema_extra={"added_with": [0.9, 0.999]})] = (0.9, 0.999)
-    vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms and biases
+    vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms, biases, positions
     embedding_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # the word embedding
     clip_norm: Rate | None = 1.0  # of the weights' gradient; null: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -110,6 +118,7 @@ class Distill(Training):
 
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: quantized and scored as it is
     gamma_lr: Rate = 1e-3
+    fade_in: Annotated[FadeIn, Field(json_schema_extra={"added_with": 0.0})] = 0.0  # share of steps until quantized
     contrast_weight: NotNegative = 0.1
     temperature: Rate = 0.1
     negatives: Positive = 64

@@ -12,7 +12,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,6 @@ from pipeline.checkpoints import (
     Progress,
     latest_checkpoint,
     load_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
     store_tensors,
     under,
     weights,
@@ -34,10 +31,11 @@ from pipeline.checkpoints import (
 from pipeline.config import Distill, Finetune, Resources
 from pipeline.diagnostics import Watch, token_cosine
 from pipeline.distill.memory_bank import alone
-from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
+from pipeline.distill.schedule import DataOrder, draw, share
 from pipeline.distillation import Distillation
 from pipeline.errors import RunError
 from pipeline.families.models import WithStates, load_parameters
+from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
@@ -97,7 +95,7 @@ class Loop:
         if run.resources.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.replica: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
-        self.optimizer = _optimizer(model, self.recipe)
+        self.optimizers = Optimizers(model, self.recipe)
         self.rows = Rows(run.tokens, run.train, run.cache)
         self.validation = Rows(run.tokens, run.validation)
         self.order = DataOrder([shard.rows for shard in run.train], self.recipe.seed)
@@ -120,20 +118,21 @@ class Loop:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over one global batch; means of the terms in nats."""
+        if self.distillation is not None and self.distillation.recipe.fade_in > 0:
+            share = min(1.0, step / (self.distillation.recipe.fade_in * self.plan.steps))
+            for _, _, quantizer in quantizers(self.model):
+                quantizer.share = share
         losses = self.backward(step)
         if not math.isfinite(losses["loss"]):
             raise RunError(
                 f"The loss is {losses['loss']} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
                 "use precision: fp32. The last checkpoint is kept."
             )
-        weights = [p for group in self.optimizer.param_groups if group["clipped"] for p in group["params"]]
         if self.recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(weights, self.recipe.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.plan.steps, group["peak"], self.recipe.warmup_steps)
-        self.optimizer.step()
+            torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
+        self.optimizers.step(step, self.plan.steps)
         for _, weight, quantizer in quantizers(self.model):
-            quantizer.after_step(weight, self.optimizer.state[weight].get("exp_avg_sq"))
+            quantizer.after_step(weight, self.optimizers.second_moment(weight))
         if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
             self.distillation.bank.update(self._gather if self.world > 1 else alone)
         return losses
@@ -141,7 +140,7 @@ class Loop:
     def backward(self, step: int) -> dict[str, float]:
         """Gradients of one global batch, micro-batch by micro-batch, synchronised with the last; mean losses."""
         self.replica.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         row_ids = share(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
         counted = self.plan.task.counts(self.rows.lengths(row_ids.tolist()))
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
@@ -232,7 +231,7 @@ class Loop:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
         tensors = {f"model.{name}": parameter for name, parameter in weights(self.model).items()}
-        tensors |= optimizer_tensors(self.model, self.optimizer)
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.tensors().items()}
         if self.distillation is not None:
             tensors |= {f"bank.{name}": tensor for name, tensor in self.distillation.bank.state_dict().items()}
             tensors |= {f"codes.{name}": tensor for name, tensor in self.watch.codes.items()}
@@ -245,7 +244,7 @@ class Loop:
         if found[0] is not None:
             tensors, self.progress = load_checkpoint(self.plan.place, found[0])
             load_parameters(self.model.model, under("model.", tensors))
-            load_optimizer(self.model, self.optimizer, under("optimizer.", tensors))
+            self.optimizers.load(under("optimizer.", tensors))
             if self.distillation is not None:
                 self.distillation.bank.load_state_dict(under("bank.", tensors))
             self.watch.codes = under("codes.", tensors)
@@ -281,24 +280,3 @@ class Loop:
     def _barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
-
-
-def _optimizer(model: WithStates, recipe: Finetune | Distill) -> torch.optim.AdamW:
-    gammas = {id(parameter) for _, _, quantizer in quantizers(model) for parameter in quantizer.parameters()}
-    weights = [p for p in model.parameters() if id(p) not in gammas]
-    table = model.model.get_input_embeddings().weight
-    matrices = [p for p in weights if p.ndim > 1 and p is not table]
-    vectors = [p for p in weights if p.ndim <= 1]
-    groups = [
-        _group(matrices, recipe.lr, recipe.weight_decay, clipped=True),
-        _group([table], recipe.lr * recipe.embedding_lr_scale, recipe.weight_decay, clipped=True),
-        _group(vectors, recipe.lr * recipe.vector_lr_scale, 0.0, clipped=True),
-    ]
-    if isinstance(recipe, Distill):
-        scales = [p for p in model.parameters() if id(p) in gammas and p.requires_grad]
-        groups.append(_group(scales, recipe.gamma_lr, 0.0, clipped=False))
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.betas)
-
-
-def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float, clipped: bool) -> dict[str, Any]:
-    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay, "clipped": clipped}

@@ -102,9 +102,8 @@ def test_a_second_run_does_nothing_and_scoring_is_keyed_apart(finished_task: Ran
     assert changed == expected
 
 
+@pytest.mark.parametrize("finished_task", ["summarization"], indirect=True)
 def test_beam_search_runs_from_the_packed_model_as_from_the_frozen_student(finished_task: Ran) -> None:
-    if finished_task.plan.config.task.name != "summarization":
-        pytest.skip("a decoder alone is not asked to write")
     folder = finished_task.package
     tokens, quant = finished_task.record("tokenize"), finished_task.plan.config.quant
     task, tokenizer = task_of(tokens.recipe), read_tokenizer(folder)
@@ -251,9 +250,8 @@ def test_data_without_the_columns_is_refused_before_anything_runs(
         flow.plan(Config.model_validate(given | {"data": given["data"] | data}))
 
 
+@pytest.mark.parametrize("finished_task", ["summarization"], indirect=True)
 def test_running_text_is_no_measure_of_a_model_with_an_encoder(finished_task: Ran, corpus: Path) -> None:
-    if finished_task.plan.config.task.name != "summarization":
-        pytest.skip("a decoder alone can be scored on text")
     from rich.console import Console
 
     with pytest.raises(ConfigError, match=r"an encoder and a decoder.*bitmill compress"):

@@ -27,9 +27,7 @@ from pipeline.locations import scratch_dir
 from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
 
-# Fine-tuning one more time moves weights by steps that 4 and 8 bits resolve, so those want a quarter of the rate.
-RATES = {"narrow": (1e-3, 2e-3, 4e-3), "wide": (2.5e-4, 5e-4, 1e-3)}
-TEACHER_LENGTH = 256
+TEACHER_LENGTH = 128
 DOCUMENTS_A_ROW = 1.15  # generated text is cut into rows and split; a little more than the rows needed
 
 
@@ -42,9 +40,6 @@ class Extent:
     steps: int
     batch_size: int
     rows: tuple[Row, ...] = ROWS
-
-    def rates(self, bits: str) -> tuple[float, ...]:
-        return RATES["narrow" if BitWidths.parse(bits).weights == 2 else "wide"]
 
 
 def teacher_fields(teacher: Path, data: str | None, extent: Extent, folder: Path, console: Console) -> dict[str, Any]:
@@ -89,7 +84,7 @@ def _search(base: Config, extent: Extent) -> list[Trial]:
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits)
-        for lr in (extent.rates(bits) if row.trained else extent.rates(bits)[:1])
+        for lr in row.rates(bits)
     ]
 
 
@@ -124,7 +119,7 @@ def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, co
         "batch_size": extent.batch_size,
         "block_length": base.task.block_length,
         "seeds": extent.seeds,
-        "rates": {bits: extent.rates(bits) for bits in extent.bits},
+        "rates": {row.name: {bits: row.rates(bits) for bits in extent.bits} for row in extent.rows},
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }

@@ -19,6 +19,16 @@ class Row:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained: bool = True
 
+    def rates(self, bits: str) -> tuple[float, ...]:
+        """The learning rates of its search: as many for each row, around what suits its optimizer and the width.
+
+        Training moves weights by steps that 4 and 8 bits resolve, so those want smaller rates.
+        """
+        muon = self.sections.get("distill", {}).get("optimizer") == "muon"
+        narrow = BitWidths.parse(bits).weights == 2
+        middle = {(False, True): 2e-3, (False, False): 5e-4, (True, True): 0.015, (True, False): 0.004}[muon, narrow]
+        return (middle / 2, middle, middle * 2) if self.trained else (middle,)
+
     @property
     def quantizer(self) -> Any:
         return self.sections["quant"].get("quantizer", "quantgpt")
@@ -59,7 +69,7 @@ ROWS: tuple[Row, ...] = (
         "paper without contrast",
         {**PRESETS["paper"], "distill": {**PRESETS["paper"]["distill"], "contrast_weight": 0.0}},
     ),
-    _quantizer("quantgpt", "tensor"),
+    _quantizer("quantgpt", "tensor"),  # at 2 bits the same as the row before, and run once
     _quantizer("quantgpt", "row"),
     *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),  # type: ignore[index]
 )

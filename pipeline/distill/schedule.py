@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +12,16 @@ from torch import Tensor
 FINAL_LR = 1e-6  # Tao et al. 2022, appendix: linear decay to 1e-6
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_steps: int = 0) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up to `peak`, then linear decay to 1e-6."""
+Schedule = Literal["linear", "cosine"]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: Schedule = "linear") -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up to `peak`, then linear or cosine decay to 1e-6."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
     return peak + (min(FINAL_LR, peak) - peak) * done
 
 

@@ -6,6 +6,7 @@ A weight sits on a grid, w_q = (code + shift) * step with whole-number codes low
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -42,15 +43,16 @@ def dequantize(codes: Tensor, step: Tensor, grid: Grid) -> Tensor:
     return (levels + grid.shift if grid.shift else levels) * step
 
 
-def fake_quantize(weight: Tensor, step: Tensor, grid: Grid, clipped: bool = True) -> Tensor:
+def fake_quantize(weight: Tensor, step: Tensor, grid: Grid, reach: float = 0.0) -> Tensor:
     """`dequantize(quantize(weight, step), step)`, bit for bit, with a straight-through gradient.
 
-    With v = weight / step, the weight's gradient is g within low < v < high + 2 shift and 0 outside (g everywhere if
-    not `clipped`); the step's is the sum over its weights of g * (level - v) within and g * level outside, where
-    level = code + shift. That is LSQ's (Esser et al. 2020, equations 3 and 5); with step = gamma * mean |w| / n it is
-    Tao et al. 2022, section 3.3. NaN passes through, so a diverged loss is seen as one.
+    With v = weight / step, the weight's gradient is g where v lies between the outermost levels, or up to `reach` steps
+    beyond them, and 0 outside; the step's is the sum over its weights of g * (level - v) within and g * level outside,
+    where level = code + shift. That is LSQ's (Esser et al. 2020, equations 3 and 5); with step = gamma * mean |w| / n
+    it is Tao et al. 2022, section 3.3. An infinite reach passes every weight's gradient and takes the step's with no
+    reach. NaN passes through, so a diverged loss is seen as one.
     """
-    return cast(Tensor, _FakeQuantize.apply(weight, step, grid, clipped))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _FakeQuantize.apply(weight, step, grid, reach))  # type: ignore[no-untyped-call]
 
 
 def nearest(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
@@ -69,10 +71,10 @@ def nonzero(step: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: Tensor, grid: Grid, clipped: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, step: Tensor, grid: Grid, reach: float) -> Tensor:
         codes = nearest(weight, step, grid)
         ctx.save_for_backward(weight, step, codes)
-        ctx.grid, ctx.clipped = grid, clipped
+        ctx.grid, ctx.reach = grid, reach
         return dequantize(codes, step, grid)
 
     @staticmethod
@@ -80,8 +82,10 @@ class _FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         weight, step, codes = ctx.saved_tensors
         grid: Grid = ctx.grid
-        inside = (weight > grid.low * step) & (weight < (grid.high + 2 * grid.shift) * step)
-        grad_weight = grad * inside if ctx.clipped else grad
+        everywhere = math.isinf(ctx.reach)
+        reach = 0.0 if everywhere else ctx.reach
+        inside = (weight > (grid.low + grid.shift - reach) * step) & (weight < (grid.high + grid.shift + reach) * step)
+        grad_weight = grad if everywhere else grad * inside
         if not ctx.needs_input_grad[1]:
             return grad_weight, None, None, None
         error = codes + grid.shift - torch.where(inside, weight / nonzero(step), 0)

@@ -45,6 +45,17 @@ class InputQuantizer(nn.Module):
         return fake_quantize_activation(x, self.bits, self.symmetric, self.over)
 
 
+def on_grid(weight: Tensor, quantizer: StepQuantizer | None, training: bool) -> Tensor:
+    """The weight as a forward pass uses it. While quantization fades in, a training pass goes only `share` of the way
+    from the latent weight to its level."""
+    if quantizer is None:
+        return weight
+    quantized = cast(Tensor, quantizer(weight))
+    if not training or quantizer.share == 1.0:
+        return quantized
+    return weight + quantizer.share * (quantized - weight)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose latent weight (out, in) is on its grid in every forward pass."""
 
@@ -58,8 +69,7 @@ class QuantizedLinear(nn.Module):
         self.inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.quantizer is None else self.quantizer(self.weight)
-        return F.linear(self.inputs(x), weight, self.bias)
+        return F.linear(self.inputs(x), on_grid(self.weight, self.quantizer, self.training), self.bias)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -76,7 +86,7 @@ class QuantizedEmbedding(nn.Module):
         self.quantizer = quantizer
 
     def table(self) -> Tensor:
-        return self.weight if self.quantizer is None else cast(Tensor, self.quantizer(self.weight))
+        return on_grid(self.weight, self.quantizer, self.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         return _look_up(ids, self.table(), self.padding_idx, self.embed_scale)

@@ -15,7 +15,7 @@ GammaInit = Literal["one", "mse", "auto"]
 GammaGradient = Literal["both", "outer"]
 ActivationRange = Literal["token", "tensor"]
 AttentionOperands = Literal["none", "qkv", "qkv_probabilities"]
-Ste = Literal["auto", "clipped", "identity"]
+Ste = Literal["auto", "clipped", "wide", "identity"]
 Encoding = Literal["dense", "base3"]
 Levels = Literal["symmetric", "full", "midpoint"]
 QuantizerName = Literal["quantgpt", "pact", "lsq", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics", "seq"]
@@ -99,7 +99,8 @@ class QuantSpec:
     squared error; `auto` is the published one, but for QuantGPT at 4 and 8 bits, where gamma = 1 clips far inside the
     distribution (measured; at 2 bits the minimiser is not the better start).
     `gamma_gradient: outer` is PACT's gradient for gamma, the ablation of Tao et al. 2022.
-    `ste: auto` is the one each quantizer was published with.
+    `ste` is the straight-through gradient: `clipped` ends at the outermost levels, `wide` half a step beyond, where a
+    weight still rounds to them, `identity` nowhere; `auto` is the one each quantizer was published with.
     `overrides` maps a regular expression over module names to a weight width; the first full match wins.
     """
 

@@ -187,7 +187,7 @@ def test_the_frozen_student_is_the_trained_student(tmp_path, bits):
     student = trained_student(tmp_path, quant)
     save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
     frozen = frozen_student(tmp_path, tmp_path / "weights.safetensors", quant, BART)
-    assert frozen.digest() == freeze(student, torch.float32, torch.float32).digest()
+    assert frozen.digest() == freeze(student, quant.spec(), torch.float32, torch.float32).digest()
     assert {"final_logits_bias", "model.encoder.embed_positions.weight"} <= set(frozen.rest)
     assert not any("embed_tokens" in name or "lm_head" in name for name in {**frozen.rest, **frozen.codes})
     restored = restore_frozen(read_config(tmp_path), quant.spec(), BART, frozen)

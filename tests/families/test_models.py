@@ -222,7 +222,7 @@ def test_the_frozen_student_is_the_trained_student(tmp_path, source):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
-    expected = freeze(student, torch.float32, torch.float32)
+    expected = freeze(student, quant.spec(), torch.float32, torch.float32)
     save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
     frozen = frozen_student(tmp_path, tmp_path / "weights.safetensors", quant, family)
     assert frozen.digest() == expected.digest()

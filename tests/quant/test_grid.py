@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -20,10 +22,11 @@ def codes_and_levels(kind, bits):
     return codes, codes + 0.5 if kind == "midpoint" else codes.astype(np.float64)
 
 
-def edges(kind, bits):
-    """The ends of the range in which the gradient passes, in units of the step."""
-    half = 2 ** (bits - 1)
-    return {"symmetric": (1 - half, half - 1), "full": (-half, half - 1), "midpoint": (-half, half)}[kind]
+def edges(kind, bits, reach):
+    """Between which the gradient passes, in steps; an infinite reach leaves the step's gradient as with none."""
+    levels = codes_and_levels(kind, bits)[1]
+    beyond = 0.0 if math.isinf(reach) else reach
+    return levels[0] - beyond, levels[-1] + beyond
 
 
 @st.composite
@@ -104,59 +107,60 @@ def test_ties_go_to_the_even_code(kind, bits, dtype):
 
 
 @each_grid
-@pytest.mark.parametrize("clipped", [True, False])
-def test_a_weight_exactly_at_the_edge_counts_as_outside(kind, bits, clipped):
-    step, (low, high), levels = 0.75, edges(kind, bits), codes_and_levels(kind, bits)[1]
+@pytest.mark.parametrize("reach", [0.0, 0.5, math.inf])
+def test_a_weight_exactly_at_the_edge_counts_as_outside(kind, bits, reach):
+    step, (low, high), levels = 0.75, edges(kind, bits, reach), codes_and_levels(kind, bits)[1]
     weight = torch.tensor([[low * step, high * step, 3 * low * step, 3 * high * step]], requires_grad=True)
     size = torch.tensor([[step]], requires_grad=True)
     upstream = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
-    quantized = fake_quantize(weight, size, grid(kind, bits), clipped)
+    quantized = fake_quantize(weight, size, grid(kind, bits), reach)
     quantized.backward(upstream)
     torch.testing.assert_close(quantized, torch.tensor([[levels[0], levels[-1]] * 2]).float() * step)
-    assert torch.equal(weight.grad, torch.zeros(1, 4) if clipped else upstream)
+    assert torch.equal(weight.grad, torch.zeros(1, 4) if not math.isinf(reach) else upstream)
     assert size.grad.item() == levels[0] * 101 + levels[-1] * 1010
 
 
 @each_grid
-def test_a_weight_just_within_the_edge_counts_as_inside(kind, bits):
-    step, (low, high), levels = 0.75, edges(kind, bits), codes_and_levels(kind, bits)[1]
+@pytest.mark.parametrize("reach", [0.0, 0.5])
+def test_a_weight_just_within_the_edge_counts_as_inside(kind, bits, reach):
+    step, (low, high), levels = 0.75, edges(kind, bits, reach), codes_and_levels(kind, bits)[1]
     edge = torch.tensor([[low * step, high * step]])
     weight = torch.nextafter(edge, torch.zeros(1, 2)).requires_grad_()
     size = torch.tensor([[step]], requires_grad=True)
     upstream = torch.tensor([[1.0, 10.0]])
-    fake_quantize(weight, size, grid(kind, bits)).backward(upstream)
+    fake_quantize(weight, size, grid(kind, bits), reach).backward(upstream)
     assert torch.equal(weight.grad, upstream)
-    inner = (levels[0] - low) + 10 * (levels[-1] - high)  # half a step where no level lies at the edge, else nothing
+    inner = (levels[0] - low) + 10 * (levels[-1] - high)  # the reach, else nothing
     assert size.grad.item() == pytest.approx(inner, abs=1e-3)
 
 
 @each_grid
-@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize("reach", [0.0, 0.5, math.inf])
 @pytest.mark.parametrize("rows_of_step", [1, 5])
-def test_gradients_match_the_formulas(kind, bits, clipped, rows_of_step):
+def test_gradients_match_the_formulas(kind, bits, reach, rows_of_step):
     generator = torch.Generator().manual_seed(bits)
     weight = (torch.randn(5, 40, generator=generator, dtype=torch.float64) * 2).requires_grad_()
     upstream = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     step = torch.rand(rows_of_step, 1, generator=generator, dtype=torch.float64) + 0.5
     step = (step / (2 ** (bits - 1) - 1)).requires_grad_()
-    fake_quantize(weight, step, grid(kind, bits), clipped).backward(upstream)
+    fake_quantize(weight, step, grid(kind, bits), reach).backward(upstream)
     w, s, g = (t.detach().numpy() for t in (weight, step, upstream))
-    (low, high), levels = edges(kind, bits), codes_and_levels(kind, bits)[1]
+    (low, high), levels = edges(kind, bits, reach), codes_and_levels(kind, bits)[1]
     level = levels[np.abs(w[..., None] / s[..., None] - levels).argmin(-1)]
     inside = (low < w / s) & (w / s < high)
     assert 0 < inside.sum() < inside.size
     terms = g * np.where(inside, level - w / s, level)
     expected = terms.sum(1, keepdims=True) if rows_of_step > 1 else terms.sum().reshape(1, 1)
-    np.testing.assert_array_equal(weight.grad.numpy(), np.where(inside, g, 0) if clipped else g)
+    np.testing.assert_array_equal(weight.grad.numpy(), g if math.isinf(reach) else np.where(inside, g, 0))
     np.testing.assert_allclose(step.grad.numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 @each_grid
-@pytest.mark.parametrize("clipped", [True, False])
-def test_a_zero_row_gives_zeros_and_finite_gradients(kind, bits, clipped):
+@pytest.mark.parametrize("reach", [0.0, 0.5, math.inf])
+def test_a_zero_row_gives_zeros_and_finite_gradients(kind, bits, reach):
     weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]], requires_grad=True)
     step = torch.tensor([[0.0], [2.0]], requires_grad=True)
-    quantized = fake_quantize(weight, step, grid(kind, bits), clipped)
+    quantized = fake_quantize(weight, step, grid(kind, bits), reach)
     quantized.sum().backward()
     assert quantized[0].tolist() == [0, 0, 0]
     assert quantize(weight.detach(), step.detach(), grid(kind, bits))[0].tolist() == [0, 0, 0]

@@ -21,7 +21,7 @@ class LAQ(StepQuantizer):
     which passes straight through.
     """
 
-    published_clip = False
+    published_ste = "identity"
     curvature = True
 
     def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:

@@ -38,7 +38,7 @@ class LSQ(StepQuantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         scaled = cast(Tensor, _ScaleGradient.apply(self.step(weight), self.gradient_scale))  # type: ignore[no-untyped-call]
-        return fake_quantize(weight, scaled, self.grid, self.clipped)
+        return fake_quantize(weight, scaled, self.grid, self.reach)
 
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
         with torch.no_grad():

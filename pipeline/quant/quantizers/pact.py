@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ class PACT(StepQuantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         clipped = self.clip(weight)
-        return fake_quantize(clipped, self.step(clipped), self.grid, clipped=False)
+        return fake_quantize(clipped, self.step(clipped), self.grid, reach=math.inf)
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ class QuantGPT(StepQuantizer):
             return super().forward(weight)
         step = self.step(weight)
         inside = weight.detach().abs() < step.detach() * self.grid.high
-        fixed = fake_quantize(weight, step.detach(), self.grid, self.clipped)
-        return torch.where(inside, fixed, fake_quantize(weight, step, self.grid, self.clipped))
+        fixed = fake_quantize(weight, step.detach(), self.grid, self.reach)
+        return torch.where(inside, fixed, fake_quantize(weight, step, self.grid, self.reach))
 
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
         with torch.no_grad():

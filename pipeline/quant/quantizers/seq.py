@@ -6,5 +6,7 @@ from pipeline.quant.quantizers.lsq import LSQ
 class SEQ(LSQ):
     """2^b levels around zero and none at zero: (clip(round(w / s - 0.5)) + 0.5) s with a learned step s.
 
-    The straight-through gradient reaches half a step beyond the outermost levels, where a weight still rounds to them.
+    The published straight-through gradient is the wide one.
     """
+
+    published_ste = "wide"

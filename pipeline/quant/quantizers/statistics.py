@@ -27,7 +27,7 @@ class Statistics(StepQuantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         centred = self.centred(weight)
-        return fake_quantize(centred, self.step(centred), self.grid, self.clipped)
+        return fake_quantize(centred, self.step(centred), self.grid, self.reach)
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:

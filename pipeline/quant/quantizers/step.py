@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize, quantize
-from pipeline.quant.spec import Granularity, Grid, QuantSpec, grid, levels_of
+from pipeline.quant.spec import Granularity, Grid, QuantSpec, Ste, grid, levels_of
+
+REACH = {"clipped": 0.0, "wide": 0.5, "identity": math.inf}
 
 
 class StepQuantizer(nn.Module):
@@ -18,20 +21,21 @@ class StepQuantizer(nn.Module):
     quantizer (without gradient if it is computed rather than learned), so that checkpoints hold it.
     """
 
-    published_clip: ClassVar[bool] = True  # whether the straight-through gradient ends at the grid's edge
+    published_ste: ClassVar[Ste] = "clipped"
 
     def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:
         super().__init__()
         self.bits, self.granularity = bits, granularity
         self.grid = grid(levels_of(spec.quantizer), bits)
-        self.clipped = self.published_clip if spec.ste == "auto" else spec.ste == "clipped"
+        self.reach = REACH[self.published_ste if spec.ste == "auto" else spec.ste]
+        self.share = 1.0  # of the quantized weight in a training pass: see `on_grid`
 
     def step(self, weight: Tensor) -> Tensor:
         """The distance between two levels for this weight."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.step(weight), self.grid, self.clipped)
+        return fake_quantize(weight, self.step(weight), self.grid, self.reach)
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,15 @@ class TWN(StepQuantizer):
     same law: levels in the forward pass, straight through in the backward one.
     """
 
-    published_clip = False
+    published_ste = "identity"
 
     def step(self, weight: Tensor) -> Tensor:
         return self._codes_and_step(weight)[1]
 
     def forward(self, weight: Tensor) -> Tensor:
         codes, step = self._codes_and_step(weight)
-        passing = weight * (weight.detach().abs() < step) if self.clipped else weight
+        edge = (self.grid.high + self.reach) * step
+        passing = torch.where(weight.detach().abs() < edge, weight, weight.detach())
         return dequantize(codes, step, self.grid) + (passing - passing.detach())
 
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,97 @@
+"""The optimizers of a run: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Distill, Finetune
+from pipeline.distill.schedule import learning_rate
+from pipeline.families.models import WithStates
+from pipeline.quant.layers import quantizers
+
+MUON_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
+
+
+class Optimizers:
+    """Parameter groups with rates of their own: matrices, word embedding, vectors (norms, biases and the rows of
+    position embeddings), scales of the quantizers."""
+
+    def __init__(self, model: WithStates, recipe: Finetune | Distill) -> None:
+        self._names = {parameter: name for name, parameter in model.model.named_parameters()}
+        self._recipe = recipe
+        scales = {id(p) for _, _, quantizer in quantizers(model) for p in quantizer.parameters()}
+        weights = [p for p in model.parameters() if id(p) not in scales]
+        table = model.model.get_input_embeddings().weight
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(table)}
+        matrices = [p for p in weights if p.ndim > 1 and id(p) not in embeddings]
+        vectors = [p for p in weights if p is not table and (p.ndim <= 1 or id(p) in embeddings)]
+        groups = [
+            _group([table], recipe.lr * recipe.embedding_lr_scale, recipe.weight_decay),
+            _group(vectors, recipe.lr * recipe.vector_lr_scale, 0.0),
+        ]
+        if isinstance(recipe, Distill):
+            learned = [p for p in model.parameters() if id(p) in scales and p.requires_grad]
+            groups.append(_group(learned, recipe.gamma_lr, 0.0))
+        self.all: list[torch.optim.Optimizer] = []
+        if recipe.optimizer == "muon":
+            self.all.append(_muon(matrices, recipe))
+        else:
+            groups.append(_group(matrices, recipe.lr, recipe.weight_decay))
+        self.all.append(torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.betas))
+        self.clipped = [*matrices, table, *vectors]
+
+    def step(self, step: int, steps: int) -> None:
+        """One step of all, at the rates of optimizer step `step` (from 0) of `steps`."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step, steps, group["peak"], self._recipe.warmup_steps, self._recipe.schedule
+                )
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def second_moment(self, weight: nn.Parameter) -> Tensor | None:
+        """Adam's, of a weight that Adam moves."""
+        found: Tensor | None = self._state(weight).get("exp_avg_sq")
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as `KEY.PARAMETER`."""
+        return {
+            f"{key}.{name}": value
+            for parameter, name in self._names.items()
+            for key, value in self._state(parameter).items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """What `tensors` gave."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        owners = {p: o for o in self.all for group in o.param_groups for p in group["params"]}
+        for name, tensor in tensors.items():
+            key, _, parameter_name = name.partition(".")
+            parameter = parameters[parameter_name]
+            device = parameter.device if key != "step" else "cpu"
+            owners[parameter].state[parameter][key] = tensor.to(device)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return next((o.state[parameter] for o in self.all if parameter in o.state), {})
+
+
+def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.optim.Optimizer:
+    """One group a matrix: at a rate of `lr` an update moves it by about `lr` times its own root mean square at the
+    start, whatever its shape and size."""
+    groups = []
+    for matrix in matrices:
+        rms = float(matrix.detach().square().mean().sqrt())
+        groups.append(_group([matrix], recipe.lr * rms / MUON_RMS, recipe.weight_decay))
+    return torch.optim.Muon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
+
+
+def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay}

@@ -1,0 +1,143 @@
+"""A preset fills what a file leaves open, and is nothing but the values it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import flow
+from pipeline.artifact import load
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.loading import load_config
+from pipeline.presets import PRESETS, filled
+from tests.conftest import Ran
+
+MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
+# As method.md says of the paper, and as the other two say of themselves.
+EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "quant": {"quantizer": "quantgpt", "granularity": "tensor", "gamma_init": "one"},
+        "distill": {"gamma_lr": 1e-3, "contrast_weight": 0.1, "temperature": 0.1, "negatives": 64, "momentum": 0.5},
+    },
+}
+every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({**MINIMAL, "distill": {"steps": 3}, **sections})
+
+
+def values_of(found: Config, preset: str) -> dict[str, dict[str, Any]]:
+    return {
+        section: {name: getattr(getattr(found, section), name) for name in values}
+        for section, values in PRESETS[preset].items()  # type: ignore[index]
+    }
+
+
+def test_the_paper_is_the_papers() -> None:
+    assert PRESETS["paper"] == EXPECTED["paper"]
+    assert set(PRESETS) == {"paper", "best", "smallest"}
+    assert PRESETS["smallest"]["pack"] == {"encoding": "base3"}
+
+
+@every_preset
+def test_a_preset_fills_what_the_file_leaves_open(preset: str) -> None:
+    found = config(preset=preset)
+    assert values_of(found, preset) == PRESETS[preset]  # type: ignore[index]
+    assert found.distill.steps == 3
+    untouched = config()
+    for section in ("model", "task", "data", "cache", "evaluate", "resources"):
+        assert getattr(found, section) == getattr(untouched, section)
+
+
+@every_preset
+def test_what_the_file_sets_wins(preset: str) -> None:
+    found = config(
+        preset=preset, quant={"granularity": "row", "bits": "2-2-32"}, distill={"steps": 4, "contrast_weight": 0.7}
+    )
+    assert (found.quant.granularity, found.quant.bits) == ("row", "2-2-32")
+    assert (found.distill.contrast_weight, found.distill.steps) == (0.7, 4)
+    assert found.quant.gamma_init == PRESETS[preset]["quant"]["gamma_init"]  # type: ignore[index]
+    assert config(preset="smallest", pack={"encoding": "dense"}).pack.encoding == "dense"
+
+
+@every_preset
+def test_filling_leaves_the_fields_and_the_preset_as_they_were(preset: Any) -> None:
+    fields: dict[str, Any] = {"quant": {"bits": "2-2-8"}, "distill": {"steps": 3}}
+    before = {name: dict(values) for name, values in PRESETS[preset].items()}
+    result = filled(fields, preset)
+    result["quant"]["bits"] = "8-8-8"
+    assert fields == {"quant": {"bits": "2-2-8"}, "distill": {"steps": 3}}
+    assert PRESETS[preset] == before
+
+
+@every_preset
+def test_a_dumped_configuration_is_read_back_as_it_is(preset: str) -> None:
+    found = config(preset=preset, distill={"steps": 3, "contrast_weight": 0.3})
+    assert Config.model_validate(found.model_dump(mode="json", by_alias=True)) == found
+
+
+@pytest.mark.parametrize("preset", ["worst", "Paper", 7, ["best"], {"best": 1}], ids=str)
+def test_an_unknown_preset_is_refused_by_name_with_the_valid_ones(preset: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "distill": {"steps": 3}, "preset": preset}))
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    (line,) = [line for line in str(raised.value).splitlines() if "preset" in line]
+    assert all(name in line for name in ("'paper'", "'best'", "'smallest'"))
+    assert repr(preset) in line
+
+
+def test_set_gives_a_preset_and_changes_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "distill": {"steps": 3}}))
+    found = load_config(path, ["preset=best", "distill.contrast_weight=0.2"])
+    assert found.quant.quantizer == PRESETS["best"]["quant"]["quantizer"]
+    assert found.distill.contrast_weight == 0.2
+
+
+def test_the_smallest_is_ternary() -> None:
+    with pytest.raises(ValueError, match=r"base3 holds ternary codes only; quant\.bits is 4-4-8"):
+        config(preset="smallest", quant={"bits": "4-4-8"})
+    assert config(preset="smallest", quant={"bits": "4-4-8"}, pack={"encoding": "dense"}).quant.bits == "4-4-8"
+
+
+Make = Callable[..., Config]
+
+
+def keys(config: Config) -> list[str]:
+    return [step.place.key for step in flow.plan(config).steps]
+
+
+@every_preset
+def test_a_preset_has_the_keys_of_its_values_written_out(tiny_config: Make, preset: Any, tmp_path: Path) -> None:
+    written = keys(tiny_config(tmp_path, **PRESETS[preset]))
+    assert keys(tiny_config(tmp_path, preset=preset)) == written
+    changed = keys(tiny_config(tmp_path, preset=preset, quant={"gamma_init": "auto"}))
+    assert (changed[:3], changed[3] == written[3]) == (written[:3], False)
+
+
+@every_preset
+def test_a_preset_goes_through_the_line(
+    tiny_config: Make, run_flow: Callable[..., Ran], preset: str, cloned: Path
+) -> None:
+    ran = run_flow(tiny_config(cloned, preset=preset, distill={"steps": 3}), until="pack")
+    assert list(ran.outcome.status.values()) == ["reused"] * 3 + ["done"] * 3
+    recipe = ran.record("distill").recipe
+    for section in ("quant", "distill"):
+        values = PRESETS[preset][section]  # type: ignore[index]
+        assert {name: recipe[section][name] for name in values} == values
+    assert load(ran.package).config.model_type == "gpt2"
+    report = ran.record("evaluate")
+    assert report.student["perplexity"] < 1.5 * report.teacher["perplexity"]
+    if preset == "smallest":
+        assert ran.record("pack").recipe["encoding"] == "base3"
+        dense = run_flow(
+            tiny_config(cloned, preset=preset, distill={"steps": 3}, pack={"encoding": "dense"}), until="pack"
+        )
+        assert ran.record("pack").size.packed_bytes < dense.record("pack").size.packed_bytes
