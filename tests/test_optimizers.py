@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,4 +200,3 @@ def test_defaults_go_with_every_quantizer(quantizer: str) -> None:
     Quant(quantizer=quantizer, gamma_init="auto", gamma_gradient="both", ste="auto")
     Quant(quantizer=quantizer, gamma_init="one")  # the published start, which each has
     assert "gamma_gradient" not in recipe_of(Quant(quantizer=quantizer))
-    assert Path(__file__).exists()

@@ -26,7 +26,7 @@ class Row:
         """
         muon = self.sections.get("distill", {}).get("optimizer") == "muon"
         narrow = BitWidths.parse(bits).weights == 2
-        middle = {(False, True): 2e-3, (False, False): 5e-4, (True, True): 0.015, (True, False): 0.004}[muon, narrow]
+        middle = {(False, True): 4e-3, (False, False): 5e-4, (True, True): 0.015, (True, False): 0.004}[muon, narrow]
         return (middle / 2, middle, middle * 2) if self.trained else (middle,)
 
     @property
