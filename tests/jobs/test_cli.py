@@ -16,7 +16,7 @@ import jobs
 from jobs.cli import app
 from pipeline import flow
 from pipeline.flow import STAGES
-from pipeline.stages.tokenize import split_parts, texts
+from pipeline.stages.tokenize import documents_of, split_parts
 
 ROOT = Path(jobs.__file__).parents[1]
 
@@ -150,7 +150,7 @@ def test_text(finished, tmp_path):
     """The documents of the test split of `finished`, one a row."""
     step = finished.plan.step("tokenize")
     parts = [part for part in split_parts(step.recipe, step.locations) if part.split == "test"]
-    rows = [text for part in parts for text in texts(part, step.recipe["data"], str(tmp_path))]
+    rows = [text for part in parts for text in documents_of(part, step.recipe, str(tmp_path))]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     return path
