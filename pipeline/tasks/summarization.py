@@ -75,7 +75,7 @@ class Summarization:
     def strings(self, document: Any) -> Iterable[str]:
         return (text_of(field) for field in document)
 
-    def collect(self, documents: Iterable[Any]) -> Any:
+    def collect(self, documents: Iterable[Any], split: str) -> Any:
         return None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
