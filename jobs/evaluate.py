@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline import artifact, registry, tracking
 from pipeline.config import Resources
@@ -42,15 +42,7 @@ def evaluate(
         files = pin_text(data, "--data", ContentMemo(scratch))
         folder = locate(model, resources, Path(temporary) / "model")
         loaded, tokenizer = open_model(folder), read_tokenizer(folder)
-        if loaded.config.is_encoder_decoder:
-            raise ConfigError(
-                f"MODEL is {model!r}, an encoder and a decoder, which running text does not measure. Its ROUGE is in "
-                "its manifest.json; to score it again, give bitmill compress its configuration with another data.test."
-            )
-        longest = int(getattr(loaded.config, "max_position_embeddings", 512))
-        width = block_length or min(512, longest)
-        if width > longest:
-            raise ConfigError(f"--block-length is {width}, and the model has {longest} positions; lower it.")
+        width = _width(model, loaded.config, block_length)
         texts = (text for file in files for part in parts(file) for text in documents(part, unit, text_column, scratch))
         ids, lengths, _ = encode(texts, tokenizer, width, unit)
         if lengths.sum() < 2:
@@ -72,6 +64,20 @@ def evaluate(
     console.print(table)
     console.print(f"{scores.tokens:,} tokens; {protocol}", highlight=False)
     return document
+
+
+def _width(model: str, config: PreTrainedConfig, block_length: int | None) -> int:
+    """Tokens of a block. Raises ConfigError for a model that running text does not measure, or too long a block."""
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"MODEL is {model!r}, an encoder and a decoder, which running text does not measure. Its ROUGE is in its "
+            "manifest.json; to score it again, give bitmill compress its configuration with another data.test."
+        )
+    longest = int(getattr(config, "max_position_embeddings", 512))
+    width = block_length or min(512, longest)
+    if width > longest:
+        raise ConfigError(f"--block-length is {width}, and the model has {longest} positions; lower it.")
+    return width
 
 
 def locate(model: str, resources: Resources, temporary: Path) -> Path:

@@ -183,7 +183,7 @@ def check_length(config: Config, inputs: Inputs, locations: dict[str, Any], scra
     elif inputs.tokenizer is not None:
         tokenizer = read_tokenizer(inputs.tokenizer.folder, inputs.tokenizer.gguf_file)
     for split, documents in found.items():
-        shared = task.collect(documents) if task.collects else None
+        shared = task.collect(documents, split) if task.collects else None
         _, lengths, _ = task.encode(iter(documents), tokenizer, split, shared, config.data.unit)
         shortage = task.shortage(split, len(lengths), task.tokens(lengths))
         if shortage is not None:

@@ -139,7 +139,8 @@ def _collect(place: Place, recipe: dict[str, Any], work: Sequence[SplitPart]) ->
     files: dict[str, StoredFile] = {}
     for split in SPLITS:
         parts_of = [part for part in work if part.split == split]
-        known = task.collect(document for part in parts_of for document in documents_of(part, recipe, scratch))
+        found = (document for part in parts_of for document in documents_of(part, recipe, scratch))
+        known = task.collect(found, split)
         files[split] = place.write(f"attempt/{split}.json", json.dumps(known).encode())
     return files
 

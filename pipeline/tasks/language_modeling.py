@@ -59,7 +59,7 @@ class LanguageModeling:
     def strings(self, document: Any) -> Iterable[str]:
         return (document,)
 
-    def collect(self, documents: Iterable[Any]) -> Any:
+    def collect(self, documents: Iterable[Any], split: str) -> Any:
         return None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import heapq
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,12 @@ class NextUtterance:
     def strings(self, document: Any) -> Iterable[str]:
         return (turn for field in document for turn in turns_of(field))
 
-    def collect(self, documents: Iterable[Any]) -> Any:
-        """A sample of the split's replies, each with its conversation: those of the lowest hash, in that order."""
+    def collect(self, documents: Iterable[Any], split: str) -> Any:
+        """A sample of the split's replies, each with its conversation: those of the lowest hash, in that order.
+
+        Raises:
+            ConfigError: there is an example whose other candidates cannot all come from other conversations.
+        """
         lowest: list[tuple[int, str]] = []
         said_in: dict[str, str] = {}  # a reply of several conversations counts as said in the one of lowest hash
         for document in documents:
@@ -96,7 +101,15 @@ class NextUtterance:
                     heapq.heappush(lowest, (-_hash(reply), reply))
                     if len(lowest) > POOL:
                         del said_in[heapq.heappop(lowest)[1]]
-        return [[said_in[reply], reply] for _, reply in sorted(lowest, reverse=True)]
+        pool = [[said_in[reply], reply] for _, reply in sorted(lowest, reverse=True)]
+        most = max(Counter(said_in.values()).values(), default=0)  # and one more may be the true reply itself
+        if len(pool) - most - 1 < self._count(split) - 1:
+            raise ConfigError(too_few(pool, self._count(split), split))
+        return pool
+
+    def _count(self, split: str) -> int:
+        """Candidates of a row."""
+        return self.settings.candidates if split == "test" else self.settings.train_candidates
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
@@ -107,7 +120,7 @@ class NextUtterance:
     def encode(
         self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
     ) -> Encoded:
-        count = self.settings.candidates if split == "test" else self.settings.train_candidates
+        count = self._count(split)
         encoder = _Encoder(tokenizer, self.settings.block_length, count)
         text_bytes = 0
         for document in documents:
@@ -228,8 +241,12 @@ def draw_others(pool: list[list[str]], conversation: str, place: int, reply: str
         other, text = pool[_hash(f"{conversation}/{place}/{number}") % len(pool)]
         if other != conversation and text != reply and text not in found:
             found.append(text)
-    raise ConfigError(
-        f"The {split} split has {len(pool)} different replies, too few for {count} of other conversations. "
+    raise ConfigError(too_few(pool, count + 1, split))
+
+
+def too_few(pool: list[list[str]], count: int, split: str) -> str:
+    return (
+        f"The {split} split has {len(pool)} different replies, too few for {count - 1} of other conversations. "
         f"Lower task.{'candidates' if split == 'test' else 'train_candidates'}, or give more conversations."
     )
 

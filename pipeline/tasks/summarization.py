@@ -75,7 +75,7 @@ class Summarization:
     def strings(self, document: Any) -> Iterable[str]:
         return (text_of(field) for field in document)
 
-    def collect(self, documents: Iterable[Any]) -> Any:
+    def collect(self, documents: Iterable[Any], split: str) -> Any:
         return None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,7 +171,8 @@ class Summarization:
             count = int(min(len(batch.ids), left - len(written)))
             if count > 0 and batch.source_ids is not None and batch.source_mask is not None:
                 source, mask = batch.source_ids[:count], batch.source_mask[:count]
-                ids = summaries(model, source, mask, self.settings.target_length, evaluate.beams)
+                start = int(batch.ids[0, 0])
+                ids = summaries(model, source, mask, self.settings.target_length, evaluate.beams, start)
                 written += _texts(tokenizer, ids)
                 expected += _texts(
                     tokenizer, batch.targets[:count].where(batch.supervised[:count], _padding(tokenizer))
@@ -191,8 +192,13 @@ def text_of(field: Any) -> str:
 
 
 @torch.no_grad()
-def summaries(model: PreTrainedModel, source_ids: Tensor, source_mask: Tensor, length: int, beams: int) -> Tensor:
-    """Token ids (batch, at most `length`) that beam search writes; the source's common padding is left out."""
+def summaries(
+    model: PreTrainedModel, source_ids: Tensor, source_mask: Tensor, length: int, beams: int, start: int | None = None
+) -> Tensor:
+    """Token ids (batch, at most `length`) that beam search writes; the source's common padding is left out.
+
+    `start` is what the decoder reads first; None: what the model's configuration says.
+    """
     config = model.config
     longest = int(source_mask.sum(1).max())
     how = GenerationConfig(
@@ -205,7 +211,7 @@ def summaries(model: PreTrainedModel, source_ids: Tensor, source_mask: Tensor, l
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        decoder_start_token_id=config.decoder_start_token_id,
+        decoder_start_token_id=config.decoder_start_token_id if start is None else start,
     )
     own, model.generation_config = model.generation_config, how  # which would fill what is not said here
     try:

@@ -94,7 +94,7 @@ class Task(Protocol):
     def strings(self, document: Any) -> Iterable[str]:
         """All text of a document, for a tokenizer that is learned."""
 
-    def collect(self, documents: Iterable[Any]) -> Any:
+    def collect(self, documents: Iterable[Any], split: str) -> Any:
         """What must be known of a whole split before its rows are made, as JSON; mostly nothing."""
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,8 @@
 """Terms of the losses of a batch, each a sum in nats; `Task.counts` says what each is divided by.
 
 Candidates of next_utterance are scored without a head of their own: a candidate's score is the mean log-probability
-of its reply tokens, end-of-text included, given the context.
+of its reply tokens, end-of-text included, given the context; the softmax over candidates takes it as it is, since a
+sharper one (five times the scores, tried) disturbs the tokens' loss before there is anything to choose by.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ NEXT_TOKEN, DISTILLATION, CONTRAST = "next_token_nats", "distillation_nats", "co
 CANDIDATES = "candidates_nats"
 TEACHING = (NEXT_TOKEN, CANDIDATES)  # terms of full-precision training, where the task has them
 DISTILLING = (DISTILLATION, CONTRAST, CANDIDATES)
-# Mean log-probabilities of replies differ by tenths of a nat; times this, a softmax over them tells replies apart.
-SHARPNESS = 5.0
 
 
 def teaching_terms(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Next-token nats of the reference of each row and, where a row has candidates, nats of choosing it."""
     terms = {NEXT_TOKEN: reference_nats(logits, batch)[0]}
     if batch.group > 1:
-        scores = SHARPNESS * candidate_scores(logits, batch)
-        terms[CANDIDATES] = -scores.log_softmax(-1)[:, 0].sum()
+        terms[CANDIDATES] = -candidate_scores(logits, batch).log_softmax(-1)[:, 0].sum()
     return terms
 
 
@@ -35,8 +33,8 @@ def distilling_terms(student: Tensor, teacher: Tensor, batch: Batch) -> dict[str
     cross-entropy between the teacher's and the student's distribution over them."""
     terms = {DISTILLATION: logit_distillation_loss(student, teacher, batch.distilled)[0]}
     if batch.group > 1:
-        ours = (SHARPNESS * candidate_scores(student, batch)).log_softmax(-1)
-        theirs = (SHARPNESS * candidate_scores(teacher, batch)).softmax(-1)
+        ours = candidate_scores(student, batch).log_softmax(-1)
+        theirs = candidate_scores(teacher, batch).softmax(-1)
         terms[CANDIDATES] = -(theirs * ours).sum()
     return terms
 

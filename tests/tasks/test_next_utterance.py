@@ -23,7 +23,7 @@ WIDTH, CANDIDATES, TRAIN = 24, 5, 3
 TASK = NextUtterance(
     Task(name="next_utterance", block_length=WIDTH, candidates=CANDIDATES, train_candidates=TRAIN),
 )
-POOL = TASK.collect(CONVERSATIONS)
+POOL = TASK.collect(CONVERSATIONS, "test")
 EXAMPLES = [(turns[:i], turns[i]) for (turns,) in CONVERSATIONS for i in range(1, len(turns))]
 
 
@@ -81,7 +81,7 @@ def test_long_replies_and_contexts_are_cut(tokenizer):
 
 def test_candidates_depend_on_the_example_alone(tokenizer):
     whole = encoded(tokenizer)
-    backwards = encoded(tokenizer, documents=CONVERSATIONS[::-1], pool=TASK.collect(CONVERSATIONS[::-1]))
+    backwards = encoded(tokenizer, documents=CONVERSATIONS[::-1], pool=TASK.collect(CONVERSATIONS[::-1], "test"))
     assert sorted(map(bytes, whole[0])) == sorted(map(bytes, backwards[0]))
     parts = [encoded(tokenizer, documents=CONVERSATIONS[i : i + 5]) for i in range(0, 14, 5)]
     assert np.array_equal(np.concatenate([ids for ids, _ in parts]), whole[0])
@@ -94,10 +94,13 @@ def test_candidates_depend_on_the_example_alone(tokenizer):
 def test_the_pool_is_a_sample_by_hash_whatever_the_order(monkeypatch):
     assert len(POOL) == len({reply for (turns,) in CONVERSATIONS for reply in turns[1:]})
     monkeypatch.setattr(next_utterance, "POOL", 7)
-    some = TASK.collect(CONVERSATIONS + CONVERSATIONS[:3])
-    assert some == TASK.collect(CONVERSATIONS[::-1]) == POOL[:7]
+    some = TASK.collect(CONVERSATIONS + CONVERSATIONS[:3], "train")
+    assert some == TASK.collect(CONVERSATIONS[::-1], "test") == POOL[:7]
     shared = [(["a", "same"],), (["b", "same"],)]
-    assert TASK.collect(shared) == TASK.collect(shared[::-1]) == [[min(map(identity, shared)), "same"]]
+    pools = [TASK.collect(CONVERSATIONS[:6] + some, "train") for some in (shared, shared[::-1])]
+    assert pools[0] == pools[1]
+    monkeypatch.setattr(next_utterance, "POOL", 1000)
+    assert [min(map(identity, shared)), "same"] in TASK.collect(CONVERSATIONS[:6] + shared, "train")
 
 
 def test_candidates_that_the_data_brings_are_taken(tokenizer):
@@ -126,6 +129,9 @@ def test_too_few_replies_are_refused_by_the_knob(tokenizer):
         encoded(tokenizer, documents=CONVERSATIONS, pool=[["other", "only"]])
     with pytest.raises(ConfigError, match=r"Lower task\.train_candidates"):
         encoded(tokenizer, "train", pool=[])
+    for conversations in ([], CONVERSATIONS[:1], [(["a", "b", "c", "d", "e", "f"],), (["a", "g", "h"],)]):
+        with pytest.raises(ConfigError, match=r"too few for 4 of other conversations\. Lower task\.candidates"):
+            TASK.collect(conversations, "test")
     assert "no conversation of two turns" in TASK.shortage("train", 0, 0)
     assert len(encoded(tokenizer, documents=[(["alone"],)])[0]) == 0
 

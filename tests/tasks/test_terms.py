@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.tasks.task import Batch
-from pipeline.tasks.terms import SHARPNESS, candidate_scores, distilling_terms, reference_nats, teaching_terms
+from pipeline.tasks.terms import candidate_scores, distilling_terms, reference_nats, teaching_terms
 
 VOCABULARY, LENGTH, ROWS, GROUP = 11, 6, 3, 4
 DRAW = torch.Generator().manual_seed(1)
@@ -51,7 +51,7 @@ def test_teaching_counts_the_true_reply_and_the_choice():
     found = teaching_terms(STUDENT, batch())
     expected = sum(sum(nats_of(STUDENT, row * GROUP)) for row in range(ROWS))
     assert float(found["next_token_nats"]) == pytest.approx(expected, rel=1e-5)
-    choice = -sum(log_softmax([SHARPNESS * s for s in scores])[0] for scores in scores_of(STUDENT))
+    choice = -sum(log_softmax(scores)[0] for scores in scores_of(STUDENT))
     assert float(found["candidates_nats"]) == pytest.approx(choice, rel=1e-5)
     nats, count = reference_nats(STUDENT, batch())
     assert float(nats) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +68,7 @@ def test_distilling_compares_tokens_and_choices_with_the_teacher():
     assert float(found["distillation_nats"]) == pytest.approx(tokens, rel=1e-5)
     choices = 0.0
     for mine, other in zip(scores_of(STUDENT), scores_of(TEACHER), strict=True):
-        ours, theirs = (log_softmax([SHARPNESS * s for s in scores]) for scores in (mine, other))
+        ours, theirs = (log_softmax(scores) for scores in (mine, other))
         choices -= sum(math.exp(t) * o for t, o in zip(theirs, ours, strict=True))
     assert float(found["candidates_nats"]) == pytest.approx(choices, rel=1e-5)
 
