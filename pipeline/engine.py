@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import Resources
-from pipeline.errors import BitmillError, ConfigError, RunError
+from pipeline.errors import ERRORS, BitmillError, ConfigError, RunError
 from pipeline.records import Closed
 from pipeline.store import Place
 
@@ -116,6 +116,8 @@ class Engine:
                 num_gpus=gpus,
             )
             for row in results.iter_rows():
+                if row["failure"]:
+                    raise ERRORS[str(row["failure"])](str(row["result"]))
                 yield str(row["result"])
 
     def _threads(self) -> int:
@@ -155,15 +157,24 @@ class Engine:
 
 
 class _ShardWorker:
-    """An actor's life: build the work once, then one item a call."""
+    """An actor's life: build the work once, then one item a call.
+
+    An error of ours comes back as a value: Ray Data would wrap it, say its own piece, and lose its type.
+    """
 
     def __init__(self, work: type, settings: dict[str, Any], kind: type[Closed], threads: int) -> None:
         _set_threads(threads)
-        self._work = work(**settings)
+        self._build = partial(work, **settings)
+        self._work: Callable[[Closed], str] | None = None
         self._kind = kind
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": self._work(self._kind.model_validate_json(row["item"]))}
+        try:
+            if self._work is None:
+                self._work = self._build()
+            return {"result": self._work(self._kind.model_validate_json(row["item"])), "failure": ""}
+        except BitmillError as error:
+            return {"result": str(error), "failure": type(error).__name__}
 
 
 class _Sender:

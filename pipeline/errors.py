@@ -27,3 +27,8 @@ class DamagedError(RunError):
 
 class BusyError(RunError):
     """Another live process runs this step and the caller did not want to wait."""
+
+
+ERRORS: dict[str, type[BitmillError]] = {
+    kind.__name__: kind for kind in (BitmillError, ConfigError, RunError, FencedOffError, DamagedError, BusyError)
+}
