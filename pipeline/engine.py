@@ -84,8 +84,11 @@ class Engine:
         self._start()
         remote = ray.remote(num_cpus=self.resources.cpus_per_worker)(_task_worker)
         with _explained(place):
-            result: T = ray.get(remote.remote(work, settings, self._threads()))
-        return result
+            result, failure = ray.get(remote.remote(work, settings, self._threads()))
+            if failure:
+                raise ERRORS[failure](result)
+        found: T = result
+        return found
 
     def close(self) -> None:
         if self._started:
@@ -276,9 +279,13 @@ def _raise_failure(mailbox: Any) -> None:
         raise failure
 
 
-def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> T:
+def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> tuple[T | str, str]:
+    """What the work gives; an error of ours as its message and its name, which Ray would wrap in a traceback."""
     _set_threads(threads)
-    return work(**settings)
+    try:
+        return work(**settings), ""
+    except BitmillError as error:
+        return str(error), type(error).__name__
 
 
 def _set_threads(threads: int) -> None:

@@ -42,7 +42,7 @@ def kinds(loop: Loop) -> dict[str, str]:
         elif name.endswith("wte.weight"):
             found[name] = "table"
         else:
-            found[name] = "matrix" if parameter.ndim > 1 else "vector"
+            found[name] = "vector" if parameter.ndim == 1 or name.endswith("wpe.weight") else "matrix"
     return found
 
 
@@ -126,8 +126,12 @@ ADDED: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
             ("betas", (0.9, 0.999), (0.9, 0.95)),
             ("vector_lr_scale", 1.0, 2.0),
             ("embedding_lr_scale", 1.0, 0.5),
+            ("schedule", "linear", "cosine"),
+            ("optimizer", "adam", "muon"),
+            ("muon_momentum", 0.6, 0.9),
         )
     ),
+    (Distill, "fade_in", 0.0, 0.2),
     (Distill, "negatives_from", "teacher", "batch"),
     (Distill, "contrast_layer", -1, -2),
 ]

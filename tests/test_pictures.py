@@ -55,12 +55,11 @@ def test_curves_and_histograms_draw(quantizer: str, modules: int, tmp_path: Path
     drawn(shown, tmp_path / "weights.png")
 
 
-def test_more_modules_than_fit_are_left_out(tmp_path: Path) -> None:
-    looks, histograms = seen("quantgpt", 60)
+def test_more_modules_than_fit_are_left_out() -> None:
+    looks, histograms = seen("quantgpt", 50)
     assert len(pictures.weight_histograms(histograms).axes) == pictures.MOST_HISTOGRAMS == 48
     curves = pictures.module_curves(looks)
-    assert [len(axes.lines) for axes in curves.axes] == [60] * 3
-    drawn(curves, tmp_path / "curves.png")
+    assert [len(axes.lines) for axes in curves.axes] == [50] * 3
 
 
 def test_one_look_draws(tmp_path: Path) -> None:
@@ -112,25 +111,20 @@ def test_a_registered_run_has_its_pictures_and_the_curve_of_every_module(finishe
     assert sorted(point.step for point in cosines) == [0, 5, 10, 12]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "pictures_of"),
-    [
-        ({"quant": {"bits": "32-32-32"}, "distill": {"steps": 2}}, {"modules.png", "token_cosine.png"}),
-        ({"distill": {"steps": 0}}, {"modules.png", "token_cosine.png", "weights.png"}),
-    ],
-    ids=["full precision", "no steps"],
-)
 def test_runs_with_little_to_show_are_registered(
-    tiny_config: Callable[..., Any],
-    run_flow: Callable[..., Ran],
-    cloned: Path,
-    overrides: dict[str, Any],
-    pictures_of: set[str],
+    tiny_config: Callable[..., Any], run_flow: Callable[..., Ran], cloned: Path
 ) -> None:
-    ran = run_flow(tiny_config(cloned, **overrides))
-    client, run_id = client_of(ran), ran.record("register").run_id
-    found = {file.path.removeprefix("pictures/") for file in client.list_artifacts(run_id, "pictures")}
-    assert found <= pictures_of
-    assert "token_cosine.png" in found
-    params = client.get_run(run_id).data.params
-    assert params["steps"] == str(overrides["distill"]["steps"])
+    """Without quantized modules, and without a step."""
+    runs: dict[str, dict[str, Any]] = {
+        "2": {"quant": {"bits": "32-32-32"}, "distill": {"steps": 2}},
+        "0": {"distill": {"steps": 0}},
+    }
+    found = {}
+    for steps, overrides in runs.items():
+        ran = run_flow(tiny_config(cloned, **overrides))
+        client, run_id = client_of(ran), ran.record("register").run_id
+        files = {file.path.removeprefix("pictures/") for file in client.list_artifacts(run_id, "pictures")}
+        assert "token_cosine.png" in files
+        assert ("weights.png" in files) == (steps == "0")
+        found[steps] = client.get_run(run_id).data.params["steps"]
+    assert found == {steps: steps for steps in runs}

@@ -1,0 +1,160 @@
+"""The bench from the command line: real runs of a few recipes, reused, interrupted, and refused where nothing works."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import ray
+from typer.testing import CliRunner
+
+from jobs.bench import quantizers, trials
+from jobs.bench.rows import ROWS
+from jobs.cli import app
+from pipeline.flow import STAGES
+
+PNG = b"\x89PNG\r\n\x1a\n"
+FEW = [row for row in ROWS if row.name in ("rounding, row", "paper", "best")]
+SMALL = ("--steps", 3, "--seeds", 2, "--batch-size", 4, "--workers", 0)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """`bench(...)`: `bitmill bench quantizers` in an empty directory, of three recipes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantizers, "Extent", partial(quantizers.Extent, rows=tuple(FEW)))
+    command = ["bench", "quantizers", "--json"]
+    return lambda *arguments: CliRunner().invoke(app, [*command, *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture
+def small(bench, checkpoint, corpus):
+    return partial(bench, "--teacher", checkpoint, "--data", corpus, *SMALL, "--set", "distill.eval_rows=4")
+
+
+def records(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "bitmill-store").rglob("record.json")}
+
+
+def without_date(document):
+    return {name: value for name, value in document.items() if name != "date"}
+
+
+def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path):
+    first = small("--out", "out")
+    assert first.exit_code == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert document == json.loads((tmp_path / "out" / "quantizers.json").read_text())
+    assert (document["steps"], document["batch_size"], document["seeds"]) == (3, 4, 2)
+    (table,) = document["tables"].values()
+    table = {line["row"]: line for line in table}
+    assert {name: line["seeds"] for name, line in table.items()} == {"rounding, row": 1, "paper": 2, "best": 2}
+    assert table["paper"]["packed_bytes"] < table["best"]["packed_bytes"]  # five ternary codes a byte against four
+    for name, line in table.items():
+        assert line["lr"] in document["rates"][name]["2-2-8"]
+    assert len(document["scores"]) == 5
+    for name in ("paper", "best"):
+        gaps = [s["student"]["perplexity"] / s["teacher"]["perplexity"] for s in document["scores"] if s["row"] == name]
+        assert len(set(gaps)) == 2  # the seed shows
+    assert (
+        table["best"]["from_paper"]["low"] < table["best"]["from_paper"]["mean"] < table["best"]["from_paper"]["high"]
+    )
+    for name in ("front.png", "cosine.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(PNG)
+    text = (tmp_path / "out" / "quantizers.md").read_text()
+    assert all(f"| {row.name} |" in text for row in FEW)
+
+    before = records(tmp_path)
+    students = 1 + 2 * 3 + 2  # rounding; two recipes at three rates; two more seeds
+    assert {stage: sum(path.parts[-3] == stage for path in before) for stage in STAGES} == {
+        "tokenize": 1,
+        "finetune": 1,
+        "cache": 1,
+        "distill": students,
+        "evaluate": students,
+        "pack": students,
+        "register": 0,
+    }
+    second = small("--out", "out")
+    assert second.exit_code == 0, second.stderr
+    assert records(tmp_path) == before
+    assert without_date(json.loads(second.stdout)) == without_date(document)
+    more = small("--out", "twice", "--bits", "2-2-8", "--bits", "2-2-8")
+    assert more.exit_code == 0, more.stderr
+    assert json.loads(more.stdout)["tables"] == document["tables"]  # a width said twice is one width
+    assert not ray.is_initialized()
+
+
+def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
+    score, done = trials.score, []
+
+    def interrupting(trial, outcome):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(trial)
+        return score(trial, outcome)
+
+    monkeypatch.setattr(trials, "score", interrupting)
+    stopped = small("--out", "out")
+    assert (stopped.exit_code, stopped.stdout) == (1, "")
+    assert "interrupted" in stopped.stderr
+    assert not (tmp_path / "out").exists()
+    before = records(tmp_path)
+    assert sum(path.parts[-3] == "pack" for path in before) == 5
+    monkeypatch.setattr(trials, "score", score)
+    whole = small("--out", "out")
+    assert whole.exit_code == 0, whole.stderr
+    after = records(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert sum(path.parts[-3] == "pack" for path in after) == 9
+
+
+def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizers, "Extent", partial(quantizers.Extent.func, rows=tuple(FEW[:1])))
+    shown = bench("--teacher", checkpoint, *SMALL[:2], "--batch-size", 4, "--workers", 0, "--out", "out")
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    assert document["name"] == f"bench-{checkpoint.name}"
+    assert document["block_length"] == 32
+    assert [line["row"] for line in document["tables"]["2-2-8"]] == ["rounding, row"]
+    (text,) = tmp_path.rglob("generated-*.jsonl")
+    assert len(text.read_text().splitlines()) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--bits", "3-2-8"], ["--bits 3-2-8", "2, 4, 8, 32"]),
+        (["--bits", "two"], ["--bits 'two'", "2-2-8"]),
+        (["--bits", "2-2-8", "--bits", "2-2-4"], ["--bits 2-2-4", "8, 32"]),
+        (["--bits", "32-32-32"], ["--bits 32-32-32", "nothing is quantized"]),
+        (["--seeds", "0"], ["--seeds"]),
+        (["--steps", "0"], ["--steps"]),
+        (["--workers", "-1"], ["--workers"]),
+        (["--teacher", "nowhere"], ["nowhere"]),
+        (["--teacher", "empty"], ["empty", "config.json"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
+        (["--set", "distil.steps=3"], ["distil"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_before_anything_runs(bench, checkpoint, corpus, tmp_path, arguments, needles):
+    (tmp_path / "empty").mkdir()
+    sound = [] if {"--teacher", "nowhere.yaml"} & set(arguments) else ["--teacher", checkpoint, "--data", corpus]
+    shown = bench(*arguments, *sound, "--out", "out")
+    assert isinstance(shown.exception, SystemExit), repr(shown.exception)
+    assert (shown.exit_code, shown.stdout) == (2, ""), shown.stderr
+    assert "Traceback" not in shown.stderr
+    said = " ".join(shown.stderr.split())
+    assert all(needle in said for needle in needles), said
+    assert not list(tmp_path.rglob("record.json"))
+    assert not (tmp_path / "out").exists()
+    assert not ray.is_initialized()
+
+
+def test_data_that_is_not_there(bench, checkpoint, tmp_path):
+    shown = bench("--teacher", checkpoint, "--data", "nowhere.txt", *SMALL)
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert "nowhere.txt" in shown.stderr
+    assert not list(tmp_path.rglob("record.json"))

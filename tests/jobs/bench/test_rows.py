@@ -1,0 +1,127 @@
+"""Every recipe of the bench is a configuration wherever it is offered, and a trial is that over the base."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row, encoding_of
+from jobs.bench.trials import trial
+from pipeline.config import Config
+from pipeline.presets import PRESETS
+from pipeline.quant.quantizers import QUANTIZERS
+
+FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]
+WIDTHS = [*FULL_WIDTHS, "2-2-32", "2-8-8", "2-4-8", "4-2-8", "2-32-8", "32-2-8", "8-8-32"]
+MINIMAL = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}, "distill": {"steps": 3}}
+NAMED = {row.name: row for row in ROWS}
+
+
+@pytest.fixture
+def base():
+    return Config.model_validate(MINIMAL)
+
+
+def test_names_are_distinct_and_every_quantizer_has_a_row():
+    assert len(NAMED) == len(ROWS)
+    assert {row.quantizer for row in ROWS} == set(QUANTIZERS)
+    assert set(PRESETS) <= set(NAMED)
+    assert [row.name for row in ROWS if not row.trained] == ["rounding, row"]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
+    if not row.offered_at(bits):
+        return
+    made = trial(base, row, bits, 3e-3, 4)
+    config = Config.model_validate(made.config)
+    assert config.quant.bits == bits
+    assert (config.distill.lr, config.distill.seed) == (3e-3, 4)
+    assert (made.row, made.bits, made.lr, made.seed) == (row.name, bits, 3e-3, 4)
+    for section in ("quant", "distill"):
+        for name, value in row.sections.get(section, {}).items():
+            if name == "lr":  # the search's
+                continue
+            assert getattr(getattr(config, section), name) == value
+    assert (config.distill.steps == 0) == (not row.trained)
+
+
+def test_ternary_recipes_are_offered_at_two_bits_only():
+    offered = {bits: {row.name for row in ROWS if row.offered_at(bits)} for bits in FULL_WIDTHS}
+    assert offered["2-2-8"] == set(NAMED)
+    ternary = {"twn, tensor", "twn, row", "statistics, tensor", "statistics, row", SMALLEST}
+    assert set(NAMED) - offered["4-4-8"] == set(NAMED) - offered["8-8-8"] == ternary
+
+
+def test_five_codes_a_byte_are_for_ternary_codes_alone():
+    at_two = {row.name: encoding_of(row, "2-2-8") for row in ROWS}
+    four_levels = {row.name for row in ROWS if row.quantizer in ("lsq", "seq")}
+    assert {name for name, encoding in at_two.items() if encoding == "dense"} == four_levels
+    for bits in ("4-4-8", "8-8-8", "2-8-8", "32-2-8"):
+        assert {encoding_of(row, bits) for row in ROWS if row.offered_at(bits)} == {"dense"}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"preset": "best"}, {"preset": "smallest"}, {"quant": {"gamma_init": "mse"}}, {"quant": {"ste": "clipped"}}],
+    ids=str,
+)
+def test_every_recipe_is_valid_over_whatever_configuration_is_given(sections):
+    base, refused = Config.model_validate({**MINIMAL, **sections}), []
+    for row in ROWS:
+        try:
+            Config.model_validate(trial(base, row, "2-2-8", 1e-3, 0).config)
+        except ValueError as error:
+            refused.append(f"{row.name}: {error}")
+    assert not refused, "\n".join(refused)
+
+
+@pytest.mark.parametrize("preset", ["best", "smallest"])
+def test_a_preset_of_the_base_is_part_of_no_recipe(base, preset):
+    """`rates` chooses around what the row's own optimizer wants, and names say what a row is."""
+    filled, changed = Config.model_validate({**MINIMAL, "preset": preset}), []
+    for row in ROWS:
+        fields = [trial(one, row, "2-2-8", 1e-3, 0).config for one in (filled, base)]
+        if any(fields[0][section] != fields[1][section] for section in ("quant", "distill")):
+            changed.append(row.name)
+    assert not changed
+
+
+def test_a_trial_lays_its_values_over_the_base_and_leaves_it_alone(base):
+    before = base.model_dump()
+    row = Row("own", {"quant": {"granularity": "row"}, "distill": {"contrast_weight": 0.0, "lr": 9.0}, "pack": {}})
+    config = Config.model_validate(trial(base, row, "2-2-8", 1e-3, 2).config)
+    assert base.model_dump() == before
+    assert (config.quant.granularity, config.quant.bits) == ("row", "2-2-8")
+    assert (config.distill.lr, config.distill.contrast_weight, config.distill.steps) == (1e-3, 0.0, 3)
+    assert config.pack.encoding == "base3"
+    assert config.resources.workers == 0
+    for section in ("name", "model", "task", "data", "finetune", "cache", "evaluate", "register_"):
+        assert getattr(config, section) == getattr(base, section)
+    assert config.resources.model_copy(update={"workers": 1}) == base.resources
+
+
+def test_the_paper_without_contrast_differs_in_contrast_alone(base):
+    with_it, without = (
+        Config.model_validate(trial(base, NAMED[name], "2-2-8", 1e-3, 0).config)
+        for name in (PAPER, "paper without contrast")
+    )
+    assert (with_it.distill.contrast_weight, without.distill.contrast_weight) == (0.1, 0.0)
+    distill = with_it.distill.model_copy(update={"contrast_weight": 0.0})
+    assert with_it.model_copy(update={"distill": distill}) == without
+
+
+@pytest.mark.parametrize("bits", FULL_WIDTHS)
+def test_the_search_costs_every_recipe_the_same(bits):
+    assert {len(row.rates(bits)) for row in ROWS if row.trained} == {3}
+    assert len(NAMED["rounding, row"].rates(bits)) == 1
+    for row in ROWS:
+        if row.trained:
+            low, middle, high = row.rates(bits)
+            assert (middle / low, high / middle) == pytest.approx((2, 2))
+
+
+def test_the_search_is_around_the_rate_of_the_preset():
+    for name in ("best", "smallest"):
+        assert NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["lr"]
+        assert max(NAMED[name].rates("8-8-8")) < PRESETS[name]["distill"]["lr"]

@@ -1,0 +1,206 @@
+"""From scores to a table: intervals against numpy, the front against brute force."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.bench.pictures import draw_cosines, draw_front
+from jobs.bench.summary import HEADER, Interval, Line, cells, front, lines, markdown, paired
+from jobs.bench.trials import Score, best_rates
+
+PNG = b"\x89PNG\r\n\x1a\n"
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}  # of any table of Student's t
+
+
+def score(row="paper", gap=0.1, seed=0, bits="2-2-8", lr=1e-3, nats=1.0, size=100, cosine=0.2):
+    student = {"perplexity": 10 * math.exp(gap), "kl_nats": gap / 2, "top1_agreement": 0.75}
+    return Score(
+        row=row,
+        bits=bits,
+        lr=lr,
+        seed=seed,
+        validation_nats=nats,
+        teacher={"perplexity": 10.0},
+        student=student,
+        packed_bytes=size,
+        token_cosine=cosine,
+    )
+
+
+def scores(row, gaps, seeds=None, **given):
+    seeds = range(len(gaps)) if seeds is None else seeds
+    return [score(row, gap, seed, **given) for gap, seed in zip(gaps, seeds, strict=True)]
+
+
+def test_the_gap_is_the_logarithm_of_the_ratio_of_perplexities():
+    found = score().model_copy(update={"teacher": {"perplexity": 8.0}, "student": {"perplexity": 10.0}})
+    assert found.gap_nats == pytest.approx(math.log(1.25))
+    assert score(gap=-0.1).gap_nats == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 10])
+def test_an_interval_is_students_of_the_paired_differences(seeds):
+    random = np.random.default_rng(seeds)
+    left, right = random.normal(0.3, 0.1, seeds), random.normal(0.2, 0.1, seeds)
+    found = paired(scores("a", left), scores("b", right))
+    differences = left - right
+    half = T_975[seeds - 1] * differences.std(ddof=1) / math.sqrt(seeds)
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.low == pytest.approx(differences.mean() - half, abs=half * 5e-4)
+    assert found.high == pytest.approx(differences.mean() + half, abs=half * 5e-4)
+
+
+def test_seeds_are_paired_by_number_and_not_by_place():
+    left = scores("a", [1.0, 2.0, 3.0], [0, 1, 2])
+    right = scores("b", [3.5, 0.9, 1.7, 99.0], [2, 0, 1, 7])
+    shuffled = paired(left, right)
+    ordered = paired(left, scores("b", [0.9, 1.7, 3.5], [0, 1, 2]))
+    assert shuffled.mean == pytest.approx((0.1 + 0.3 - 0.5) / 3)
+    assert (shuffled.low, shuffled.high) == pytest.approx((ordered.low, ordered.high))
+
+
+def test_seeds_that_only_one_row_has_do_not_count():
+    assert paired(scores("a", [1.0, 5.0], [0, 1]), scores("b", [0.5, 9.0], [0, 2])).mean == pytest.approx(0.5)
+    assert paired(scores("a", [1.0], [0]), scores("b", [1.0], [1])) is None
+    assert paired([], scores("b", [1.0])) is None
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    found = paired(scores("a", [0.3]), scores("b", [0.1]))
+    assert (found.low, found.high, found.excludes_zero) == (None, None, False)
+    assert found.mean == pytest.approx(0.2)
+
+
+def test_differences_without_spread_have_no_interval():
+    found = paired(scores("a", [0.5, 0.5]), scores("b", [0.5, 0.5]))
+    assert found == Interval(0.0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "excludes"),
+    [(Interval(1, 0.5, 1.5), True), (Interval(-1, -1.5, -0.5), True), (Interval(0.1, -0.4, 0.6), False)],
+)
+def test_an_interval_excludes_zero_or_not(interval, excludes):
+    assert interval.excludes_zero == excludes
+
+
+def table(*extra):
+    return [
+        *scores("paper", [0.30, 0.32, 0.31]),
+        *scores("best", [0.10, 0.11, 0.15], size=120),
+        *scores("smallest", [0.20, 0.25, 0.22], size=80),
+        *extra,
+    ]
+
+
+def test_a_table_goes_from_the_largest_gap_to_the_smallest():
+    found = lines([*table(), *scores("other", [9.0], bits="4-4-8")], "2-2-8")
+    assert [line.row for line in found] == ["paper", "smallest", "best"]
+    paper, smallest, best = found
+    assert paper.seeds == 3
+    assert paper.gap_nats == pytest.approx(0.31)
+    assert paper.kl_nats == pytest.approx(0.155)
+    assert (best.packed_bytes, smallest.packed_bytes) == (120, 80)
+    assert (paper.from_paper, best.from_best, smallest.from_smallest) == (None, None, None)
+    assert best.from_paper.mean == pytest.approx(0.12 - 0.31)
+    assert paper.from_best.mean == pytest.approx(-best.from_paper.mean)
+    assert (paper.from_best.low, paper.from_best.high) == pytest.approx((-best.from_paper.high, -best.from_paper.low))
+    assert best.from_smallest == paired(scores("best", [0.10, 0.11, 0.15]), scores("smallest", [0.20, 0.25, 0.22]))
+    assert [line.row for line in lines(table(), "8-8-8")] == []
+
+
+def test_an_untrained_row_is_compared_with_every_seed():
+    found = {line.row: line for line in lines(table(score("rounding", 0.9)), "2-2-8")}["rounding"]
+    differences = 0.9 - np.array([0.30, 0.32, 0.31])
+    half = T_975[2] * differences.std(ddof=1) / math.sqrt(3)
+    assert found.seeds == 1
+    assert found.gap_nats == pytest.approx(0.9)
+    assert found.from_paper.mean == pytest.approx(differences.mean())
+    assert (found.from_paper.low, found.from_paper.high) == pytest.approx(
+        (differences.mean() - half, differences.mean() + half), rel=1e-3
+    )
+
+
+def test_a_table_without_references_has_no_differences():
+    (found,) = lines(scores("lsq, row", [0.1, 0.2]), "2-2-8")
+    assert (found.from_paper, found.from_best, found.from_smallest) == (None, None, None)
+
+
+def test_cells_say_what_the_line_says():
+    shown = {line.row: dict(zip(HEADER, cells(line), strict=True)) for line in lines(table(), "2-2-8")}
+    assert shown["paper"]["gap, nats"] == "0.3100"
+    assert shown["paper"]["less paper's"] == ""
+    assert shown["paper"]["lr"] == "0.001"
+    assert shown["best"]["less paper's"].startswith("-0.1900 [-0.")
+    assert shown["best"]["bytes"] == "120"
+    assert shown["best"]["same top token"] == "75.0%"
+    (single,) = lines([score("x")], "2-2-8")
+    assert cells(replace(single, from_paper=Interval(0.25)))[3] == "+0.2500"
+
+
+def test_markdown_is_a_table():
+    text = markdown(lines(table(), "2-2-8")).splitlines()
+    assert len(text) == 5
+    assert len({line.count("|") for line in text}) == 1
+    assert all(line.startswith("| ") and line.endswith(" |") for line in text)
+
+
+def line(row, size, gap, bits="2-2-8"):
+    return Line(row, bits, 1e-3, 1, gap, 0.1, 0.9, 0.3, size, None, None, None)
+
+
+points = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4])), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(points)
+def test_the_front_is_what_no_other_row_beats(found):
+    table = [line(f"row {number}", size, gap) for number, (size, gap) in enumerate(found)]
+    best = front(table)
+    expected = set()
+    for number, (size, gap) in enumerate(found):
+        better = [(s, g) for s, g in found if (s < size and g <= gap) or (s <= size and g < gap)]
+        if not better:
+            expected.add(f"row {number}")  # equals stay together
+    assert {x.row for x in best} == expected
+    sizes = [x.packed_bytes for x in best]
+    assert sizes == sorted(sizes)
+    assert all(a.gap_nats >= b.gap_nats for a, b in pairwise(best))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [line("paper", 100, 0.3), line("paper without contrast", 100, 0.35), line("best", 120, 0.1, "4-4-8")],
+        [line("paper", 100, 0.3)],
+        [line("paper", 100, -0.01), line("best", 120, 0.0)],  # students as good as the teacher
+        [line(f"row {n}", 100 + n, 0.5 / (n + 1), f"2-{(2, 4, 8, 32)[n % 4]}-{(8, 32)[n // 4]}") for n in range(8)],
+    ],
+    ids=["several", "one", "no gap", "eight widths"],
+)
+def test_pictures_are_files(table, tmp_path):
+    draw_front(table, "title", tmp_path / "front.png")
+    draw_cosines(table, "title", tmp_path / "cosine.png")
+    for name in ("front.png", "cosine.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_the_rate_is_chosen_by_validation_for_each_row_and_width():
+    found = [
+        score("a", gap=0.1, lr=1e-3, nats=2.0),  # the better on test does not count
+        score("a", gap=0.9, lr=2e-3, nats=1.5),
+        score("a", gap=0.2, lr=4e-3, nats=1.7),
+        score("a", lr=5e-4, nats=3.0, bits="4-4-8"),
+        score("a", lr=1e-3, nats=math.inf, bits="4-4-8"),
+        score("b", lr=4e-3, nats=1.0),
+    ]
+    expected = {("a", "2-2-8"): 2e-3, ("a", "4-4-8"): 5e-4, ("b", "2-2-8"): 4e-3}
+    assert best_rates(found) == best_rates(found[::-1]) == expected
+    assert best_rates([]) == {}
