@@ -54,6 +54,9 @@ def bitmill() -> None:
 def compress(
     config: ConfigFile,
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8: short for --set quant.bits=...")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, best or smallest: short for --set preset=...; the file's own values win.")
+    ] = None,
     overrides: Overrides = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "register",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for a step that another process runs.")] = True,
@@ -71,7 +74,8 @@ def compress(
         from jobs.compress import compress as run
         from pipeline.loading import load_config
 
-        chosen = [*(overrides or []), *([f"quant.bits={bits}"] if bits else [])]
+        named = {"quant.bits": bits, "preset": preset}
+        chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
         loaded = load_config(config, chosen, _environment())
         return run(loaded, config, console, until=until, only_plan=plan, wait=wait)
 
@@ -131,8 +135,12 @@ def quantizers(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each student.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 16,
     full: Annotated[
-        bool, typer.Option("--full", help="The whole table: 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 150 steps. Hours.")
+        bool, typer.Option("--full", help="The whole table: 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 300 steps. Hours.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW", help="Only this row, such as best or 'lsq, row'; may be repeated."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and pictures go.")] = "bench-quantizers",
@@ -148,7 +156,7 @@ def quantizers(
     def work(console: Console) -> dict[str, Any]:
         from pathlib import Path
 
-        from jobs.bench.quantizers import Extent, compare, scratch_of, teacher_fields
+        from jobs.bench.quantizers import Extent, chosen_rows, compare, scratch_of, teacher_fields
         from pipeline.config import Resources
         from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
@@ -157,9 +165,9 @@ def quantizers(
             widths = tuple(str(BitWidths.parse(text)) for text in bits or ["2-2-8"])
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
-        extent = Extent(widths, seeds, steps, batch_size)
+        extent = Extent(widths, seeds, steps, batch_size, chosen_rows(only))
         if full:
-            extent = Extent(("2-2-8", "4-4-8", "8-8-8"), 5, 150, batch_size)
+            extent = Extent(("2-2-8", "4-4-8", "8-8-8"), 5, 300, batch_size, extent.rows)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         if teacher is None:
             base = load_config(config, chosen, _environment())

@@ -78,9 +78,8 @@ class Model(Closed):
 class Training(Closed):
     """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay linearly to 1e-6.
 
-    `lr` is that of the matrices; the scales say by what it is multiplied for other parameters. With `optimizer: muon`
-    the matrices of the layers are moved by Muon, by about `lr` times their own root mean square a step; the rest, as
-    always, by Adam."""
+    `lr` is Adam's; the scales say by what it is multiplied for some parameters. With `optimizer: muon` the matrices of
+    the layers are moved by Muon instead, by about `muon_lr` times their own root mean square a step."""
 
     steps: Positive | None = None
     epochs: Rate | None = None
@@ -90,6 +89,7 @@ class Training(Closed):
     weight_decay: NotNegative = 0.0
     schedule: Annotated[Schedule, Field(json_schema_extra={"added_with": "linear"})] = "linear"
     optimizer: Annotated[OptimizerName, Field(json_schema_extra={"added_with": "adam"})] = "adam"
+    muon_lr: Annotated[Rate, Field(json_schema_extra={"added_with": 0.02})] = 0.02
     muon_momentum: Annotated[Beta, Field(json_schema_extra={"added_with": 0.6})] = 0.6
     betas: Annotated[tuple[Beta, Beta], Field(json_schema_extra={"added_with": [0.9, 0.999]})] = (0.9, 0.999)
     vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms, biases, positions
@@ -271,7 +271,9 @@ class Config(Closed):
     @classmethod
     def _with_preset(cls, fields: Any) -> Any:
         preset = fields.get("preset") if isinstance(fields, dict) else None
-        return filled(fields, preset) if preset in PRESETS else fields  # an unknown one is refused by its type
+        return (
+            filled(fields, preset) if isinstance(preset, str) and preset in PRESETS else fields
+        )  # an unknown one is refused by its type
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:

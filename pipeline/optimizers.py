@@ -84,12 +84,12 @@ class Optimizers:
 
 
 def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.optim.Optimizer:
-    """One group a matrix: at a rate of `lr` an update moves it by about `lr` times its own root mean square at the
-    start, whatever its shape and size."""
+    """One group a matrix: an update moves it by about `muon_lr` times its own root mean square at the start, whatever
+    its shape and size."""
     groups = []
     for matrix in matrices:
         rms = float(matrix.detach().square().mean().sqrt())
-        groups.append(_group([matrix], recipe.lr * rms / MUON_RMS, recipe.weight_decay))
+        groups.append(_group([matrix], recipe.muon_lr * rms / MUON_RMS, recipe.weight_decay))
     return torch.optim.Muon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
 
 

@@ -8,10 +8,11 @@ PresetName = Literal["paper", "best", "smallest"]
 
 _MOVED_BY_MUON = {
     "optimizer": "muon",
-    "lr": 0.015,
+    "muon_lr": 0.03,
     "muon_momentum": 0.6,
-    "embedding_lr_scale": 1 / 30,
-    "vector_lr_scale": 8 / 15,
+    "lr": 2e-3,
+    "embedding_lr_scale": 0.25,
+    "vector_lr_scale": 4.0,
     "schedule": "cosine",
     "contrast_weight": 0.0,
 }
@@ -34,8 +35,8 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
             **_MOVED_BY_MUON,
             "gamma_lr": 1e-2,
             "betas": (0.6, 0.98),
-            "embedding_lr_scale": 1 / 15,
-            "vector_lr_scale": 4 / 15,
+            "embedding_lr_scale": 0.5,
+            "vector_lr_scale": 2.0,
         },
         "pack": {"encoding": "base3"},
     },

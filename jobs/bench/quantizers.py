@@ -42,6 +42,15 @@ class Extent:
     rows: tuple[Row, ...] = ROWS
 
 
+def chosen_rows(names: Sequence[str] | None) -> tuple[Row, ...]:
+    """All rows, or those of the given names. Raises ConfigError for a name that is none."""
+    known = {row.name: row for row in ROWS}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]!r} is not a row; valid: {'; '.join(known)}")
+    return tuple(known[name] for name in names) if names else ROWS
+
+
 def teacher_fields(teacher: Path, data: str | None, extent: Extent, folder: Path, console: Console) -> dict[str, Any]:
     """A configuration for a Hugging Face directory; without `data`, on text that it generates."""
     config = read_config(teacher)
@@ -73,18 +82,18 @@ def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[s
         searched = _run(_search(base, extent), base, "search", display)
         rates = best_rates(searched)
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
-    chosen = [s for s in searched if s.lr == rates[s.row, s.bits]] + repeated
+    chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
     return _report(base, extent, chosen, out, console)
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
     """Each row at each rate with the first seed; rounding has no rate."""
     return [
-        trial(base, row, bits, lr, 0)
+        trial(base, row, bits, rate, 0)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits)
-        for lr in row.rates(bits)
+        for rate in row.rates(bits)
     ]
 
 

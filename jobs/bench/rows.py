@@ -19,14 +19,18 @@ class Row:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained: bool = True
 
+    @property
+    def rate_knob(self) -> str:
+        """The learning rate that its search varies."""
+        return "muon_lr" if self.sections.get("distill", {}).get("optimizer") == "muon" else "lr"
+
     def rates(self, bits: str) -> tuple[float, ...]:
         """The learning rates of its search: as many for each row, around what suits its optimizer and the width.
 
         Training moves weights by steps that 4 and 8 bits resolve, so those want smaller rates.
         """
-        muon = self.sections.get("distill", {}).get("optimizer") == "muon"
         narrow = BitWidths.parse(bits).weights == 2
-        middle = {(False, True): 4e-3, (False, False): 5e-4, (True, True): 0.015, (True, False): 0.004}[muon, narrow]
+        middle = {"lr": (5e-4, 4e-3), "muon_lr": (0.004, 0.03)}[self.rate_knob][narrow]
         return (middle / 2, middle, middle * 2) if self.trained else (middle,)
 
     @property

@@ -32,7 +32,7 @@ class Line:
 
     row: str
     bits: str
-    lr: float
+    rate: float
     seeds: int
     gap_nats: float
     kl_nats: float
@@ -82,7 +82,7 @@ def _line(name: str, rows: dict[str, list[Score]]) -> Line:
     return Line(
         row=name,
         bits=of_row[0].bits,
-        lr=of_row[0].lr,
+        rate=of_row[0].rate,
         seeds=len(of_row),
         gap_nats=fmean(s.gap_nats for s in of_row),
         kl_nats=fmean(s.student["kl_nats"] for s in of_row),
@@ -95,13 +95,13 @@ def _line(name: str, rows: dict[str, list[Score]]) -> Line:
     )
 
 
-HEADER = ("recipe", "lr", "gap, nats", "less paper's", "less best's", "KL, nats", "same top token", "bytes")
+HEADER = ("recipe", "rate", "gap, nats", "less paper's", "less best's", "KL, nats", "same top token", "bytes")
 
 
 def cells(line: Line) -> tuple[str, ...]:
     return (
         line.row,
-        f"{line.lr:g}" if line.seeds else "",
+        f"{line.rate:g}",
         f"{line.gap_nats:.4f}",
         _interval(line.from_paper),
         _interval(line.from_best),

@@ -27,7 +27,7 @@ class Trial(Closed):
 
     row: str
     bits: str
-    lr: float
+    rate: float
     seed: int
     config: dict[str, Any]
 
@@ -37,7 +37,7 @@ class Score(Closed):
 
     row: str
     bits: str
-    lr: float
+    rate: float
     seed: int
     validation_nats: float
     teacher: dict[str, float]
@@ -50,12 +50,12 @@ class Score(Closed):
         return math.log(self.student["perplexity"] / self.teacher["perplexity"])
 
 
-def trial(base: Config, row: Row, bits: str, lr: float, seed: int) -> Trial:
-    """The base configuration with the row's values laid over it."""
+def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
+    """The base configuration with the row's values, and the rate it is tried at, laid over it."""
     fields = base.model_dump(mode="json", by_alias=True, exclude={"preset"})
     own: dict[str, dict[str, Any]] = {
         "quant": {"bits": bits},
-        "distill": {"lr": lr, "seed": seed},
+        "distill": {row.rate_knob: rate, "seed": seed},
         "pack": {"encoding": encoding_of(row, bits)},
     }
     sections: dict[str, dict[str, Any]] = {**row.sections}
@@ -64,7 +64,7 @@ def trial(base: Config, row: Row, bits: str, lr: float, seed: int) -> Trial:
     for name, values in sections.items():
         fields[name] = {**fields[name], **values}
     fields["resources"] = {**fields["resources"], **IN_PROCESS}
-    return Trial(row=row.name, bits=bits, lr=lr, seed=seed, config=fields)
+    return Trial(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
 
 
 def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) -> list[Score]:
@@ -72,10 +72,10 @@ def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) 
     engine = Engine(resources)
     try:
         lines = engine.shards(RunTrial, {}, trials, advance, gpus=resources.gpus_per_worker)
-        found = {(s.row, s.bits, s.lr, s.seed): s for s in map(Score.model_validate_json, lines)}
+        found = {(s.row, s.bits, s.rate, s.seed): s for s in map(Score.model_validate_json, lines)}
     finally:
         engine.close()
-    return [found[t.row, t.bits, t.lr, t.seed] for t in trials]
+    return [found[t.row, t.bits, t.rate, t.seed] for t in trials]
 
 
 class RunTrial:
@@ -93,7 +93,7 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
     history = done[Student.stage].place.local("history.json", student.files["history.json"])
     cosines = {e["step"]: e["token_cosine"] for e in json.loads(history.read_text()) if "token_cosine" in e}
     return Score(
-        **{name: getattr(trial, name) for name in ("row", "bits", "lr", "seed")},
+        **{name: getattr(trial, name) for name in ("row", "bits", "rate", "seed")},
         validation_nats=student.validation_nats or math.inf,
         teacher=report.teacher,
         student=report.student,
@@ -125,4 +125,4 @@ def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
         key = (found.row, found.bits)
         if key not in best or found.validation_nats < best[key].validation_nats:
             best[key] = found
-    return {key: found.lr for key, found in best.items()}
+    return {key: found.rate for key, found in best.items()}
