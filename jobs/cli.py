@@ -139,7 +139,7 @@ def quantizers(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW", help="Only this row, such as best or 'lsq, row'; may be repeated."),
+        typer.Option(metavar="ROW", help="Only this row, such as best; may be repeated."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
     overrides: Overrides = None,
