@@ -162,7 +162,7 @@ def quantizers(
         from pipeline.quant.spec import BitWidths
 
         try:
-            widths = tuple(str(BitWidths.parse(text)) for text in bits or ["2-2-8"])
+            widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in bits or ["2-2-8"]))
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
         extent = Extent(widths, seeds, steps, batch_size, chosen_rows(only))

@@ -47,7 +47,7 @@ class Watch:
         facts = {}
         for name, weight, quantizer in quantizers(model):
             codes, size = quantizer.freeze(weight)
-            edge = size * (quantizer.grid.high + quantizer.grid.shift)
+            edge = size * quantizer.grid.edge
             magnitude = weight.abs().mean(1, keepdim=True) if len(size) > 1 else weight.abs().mean()
             alive = (magnitude > 0).expand_as(edge)
             found = {

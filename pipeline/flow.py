@@ -196,7 +196,7 @@ class _Planner:
             "granularity": config.quant.granularity,
             "task": config.task.name,
             **{knob.removeprefix("task."): length for knob, length in self.task.positions.items()},
-            "steps": config.distill.steps or f"{config.distill.epochs} epochs",
+            "steps": f"{config.distill.epochs} epochs" if config.distill.steps is None else config.distill.steps,
             "batch_size": config.distill.batch_size,
             "lr": config.distill.lr,
             "gamma_lr": config.distill.gamma_lr,

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from jobs.bench.rows import PAPER
 from jobs.bench.summary import Line, front
 
+SMALLEST_GAP = 1e-4  # nats; below it the scale is linear
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -19,14 +20,15 @@ def draw_front(lines: Sequence[Line], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     widths = sorted({line.bits for line in lines})
     for marker, bits in zip(MARKERS, widths, strict=False):
-        shown = [line for line in lines if line.bits == bits and line.gap_nats > 0]
+        shown = [line for line in lines if line.bits == bits]
         axes.scatter([x.packed_bytes for x in shown], [x.gap_nats for x in shown], marker=marker, label=bits)
-    best = [line for line in front(lines) if line.gap_nats > 0]
+    best = front(lines)
     axes.plot([x.packed_bytes for x in best], [x.gap_nats for x in best], color="black", linewidth=1, label="front")
     for line in best:
         place = (line.packed_bytes, line.gap_nats)
         axes.annotate(line.row, place, xytext=(5, -11), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="bytes of weights, everything counted", title=title)
+    axes.set_yscale("symlog", linthresh=SMALLEST_GAP)  # a student may be better than its teacher
+    axes.set(xscale="log", xlabel="bytes of weights, everything counted", title=title)
     axes.set_ylabel("gap to the teacher: log(perplexity / teacher's), nats")
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend()

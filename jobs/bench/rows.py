@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.presets import PRESETS
-from pipeline.quant.spec import TERNARY_ONLY, BitWidths, grid, levels_of
+from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, levels_of
 
 PAPER, BEST, SMALLEST = "paper", "best", "smallest"
 
@@ -40,7 +40,8 @@ class Row:
     def offered_at(self, bits: str) -> bool:
         """Whether the recipe exists at these widths: ternary ones only at 2 bits."""
         ternary_only = self.quantizer in TERNARY_ONLY or self.name == SMALLEST
-        return not ternary_only or BitWidths.parse(bits).weights == 2
+        widths = BitWidths.parse(bits)
+        return not ternary_only or (widths.weights == 2 and widths.embedding in (2, UNQUANTIZED))
 
     def ternary_at(self, bits: str) -> bool:
         return grid(levels_of(self.quantizer), BitWidths.parse(bits).weights).ternary

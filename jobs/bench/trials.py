@@ -19,6 +19,12 @@ from pipeline.step import Done
 from pipeline.store import Owner
 
 Advance = Callable[[int, int, str], None]
+# What the base decides for all rows; the rest is each row's own, or the default.
+COMMON = {
+    "quant": ("activation_range", "attention", "overrides", "scale_dtype", "rest_dtype"),
+    "distill": ("steps", "epochs", "batch_size", "warmup_steps", "precision", "eval_every", "eval_rows"),
+    "pack": (),
+}
 IN_PROCESS: dict[str, Any] = {"workers": 0}
 
 
@@ -58,11 +64,9 @@ def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
         "distill": {row.rate_knob: rate, "seed": seed},
         "pack": {"encoding": encoding_of(row, bits)},
     }
-    sections: dict[str, dict[str, Any]] = {**row.sections}
     for name, values in own.items():
-        sections[name] = {**sections.get(name, {}), **values}
-    for name, values in sections.items():
-        fields[name] = {**fields[name], **values}
+        common = {key: fields[name][key] for key in COMMON[name]}
+        fields[name] = {**common, **row.sections.get(name, {}), **values}
     fields["resources"] = {**fields["resources"], **IN_PROCESS}
     return Trial(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
 

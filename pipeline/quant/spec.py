@@ -43,6 +43,11 @@ class Grid:
     shift: float = 0.0
 
     @property
+    def edge(self) -> float:
+        """How far the outermost level lies from zero, in steps."""
+        return max(-(self.low + self.shift), self.high + self.shift)
+
+    @property
     def ternary(self) -> bool:
         return (self.low, self.high, self.shift) == (-1, 1, 0.0)
 

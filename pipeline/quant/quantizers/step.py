@@ -64,17 +64,16 @@ def least_error_step(weight: Tensor, grid: Grid, granularity: Granularity) -> Te
     The search runs over outermost levels between half the mean magnitude and the largest magnitude; the mean itself
     is one more candidate, so that the result is never worse than QuantGPT's gamma = 1.
     """
-    edge = max(-(grid.low + grid.shift), grid.high + grid.shift)
     mean = mean_abs(weight, granularity)
     largest = weight.abs().amax(1, keepdim=True) if granularity == "row" else weight.abs().max().reshape(1, 1)
-    lowest, highest = mean / 2 / edge, largest / edge
+    lowest, highest = mean / 2 / grid.edge, largest / grid.edge
     for points in (24, 64):
         ratio = (highest / torch.where(lowest == 0, 1, lowest)).clamp(min=1) ** (1 / (points - 1))
         candidates = torch.stack([lowest * ratio**i for i in range(points)])
         errors = torch.stack([_squared_error(weight, step, grid) for step in candidates])
         best = candidates.gather(0, errors.argmin(0, keepdim=True))[0]
         lowest, highest = best / ratio, best * ratio
-    at_mean = mean / edge
+    at_mean = mean / grid.edge
     better = _squared_error(weight, best, grid) < _squared_error(weight, at_mean, grid)
     return torch.where(better, best, at_mean)
 

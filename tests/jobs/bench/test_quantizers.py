@@ -23,8 +23,7 @@ SMALL = ("--steps", 3, "--seeds", 2, "--batch-size", 4, "--workers", 0)
 def bench(tmp_path, monkeypatch):
     """`bench(...)`: `bitmill bench quantizers` in an empty directory, of three recipes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quantizers, "Extent", partial(quantizers.Extent, rows=tuple(FEW)))
-    command = ["bench", "quantizers", "--json"]
+    command = ["bench", "quantizers", "--json", *(part for row in FEW for part in ("--only", row.name))]
     return lambda *arguments: CliRunner().invoke(app, [*command, *(str(argument) for argument in arguments)])
 
 
@@ -52,7 +51,7 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
     assert {name: line["seeds"] for name, line in table.items()} == {"rounding, row": 1, "paper": 2, "best": 2}
     assert table["paper"]["packed_bytes"] < table["best"]["packed_bytes"]  # five ternary codes a byte against four
     for name, line in table.items():
-        assert line["lr"] in document["rates"][name]["2-2-8"]
+        assert line["rate"] in document["rates"][name]["2-2-8"]
     assert len(document["scores"]) == 5
     for name in ("paper", "best"):
         gaps = [s["student"]["perplexity"] / s["teacher"]["perplexity"] for s in document["scores"] if s["row"] == name]
@@ -111,7 +110,7 @@ def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
 
 
 def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizers, "Extent", partial(quantizers.Extent.func, rows=tuple(FEW[:1])))
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: tuple(FEW[:1]))
     shown = bench("--teacher", checkpoint, *SMALL[:2], "--batch-size", 4, "--workers", 0, "--out", "out")
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
@@ -129,6 +128,7 @@ def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monk
         (["--bits", "two"], ["--bits 'two'", "2-2-8"]),
         (["--bits", "2-2-8", "--bits", "2-2-4"], ["--bits 2-2-4", "8, 32"]),
         (["--bits", "32-32-32"], ["--bits 32-32-32", "nothing is quantized"]),
+        (["--only", "besst"], ["--only 'besst'", "smallest"]),
         (["--seeds", "0"], ["--seeds"]),
         (["--steps", "0"], ["--steps"]),
         (["--workers", "-1"], ["--workers"]),

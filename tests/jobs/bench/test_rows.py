@@ -36,11 +36,11 @@ def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
     made = trial(base, row, bits, 3e-3, 4)
     config = Config.model_validate(made.config)
     assert config.quant.bits == bits
-    assert (config.distill.lr, config.distill.seed) == (3e-3, 4)
-    assert (made.row, made.bits, made.lr, made.seed) == (row.name, bits, 3e-3, 4)
+    assert (getattr(config.distill, row.rate_knob), config.distill.seed) == (3e-3, 4)
+    assert (made.row, made.bits, made.rate, made.seed) == (row.name, bits, 3e-3, 4)
     for section in ("quant", "distill"):
         for name, value in row.sections.get(section, {}).items():
-            if name == "lr":  # the search's
+            if name == row.rate_knob:  # the search's
                 continue
             assert getattr(getattr(config, section), name) == value
     assert (config.distill.steps == 0) == (not row.trained)
@@ -123,5 +123,5 @@ def test_the_search_costs_every_recipe_the_same(bits):
 
 def test_the_search_is_around_the_rate_of_the_preset():
     for name in ("best", "smallest"):
-        assert NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["lr"]
-        assert max(NAMED[name].rates("8-8-8")) < PRESETS[name]["distill"]["lr"]
+        assert NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["muon_lr"]
+        assert max(NAMED[name].rates("8-8-8")) < PRESETS[name]["distill"]["muon_lr"]

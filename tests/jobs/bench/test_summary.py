@@ -19,12 +19,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}  # of any table of Student's t
 
 
-def score(row="paper", gap=0.1, seed=0, bits="2-2-8", lr=1e-3, nats=1.0, size=100, cosine=0.2):
+def score(row="paper", gap=0.1, seed=0, bits="2-2-8", rate=1e-3, nats=1.0, size=100, cosine=0.2):
     student = {"perplexity": 10 * math.exp(gap), "kl_nats": gap / 2, "top1_agreement": 0.75}
     return Score(
         row=row,
         bits=bits,
-        lr=lr,
+        rate=rate,
         seed=seed,
         validation_nats=nats,
         teacher={"perplexity": 10.0},
@@ -137,7 +137,7 @@ def test_cells_say_what_the_line_says():
     shown = {line.row: dict(zip(HEADER, cells(line), strict=True)) for line in lines(table(), "2-2-8")}
     assert shown["paper"]["gap, nats"] == "0.3100"
     assert shown["paper"]["less paper's"] == ""
-    assert shown["paper"]["lr"] == "0.001"
+    assert shown["paper"]["rate"] == "0.001"
     assert shown["best"]["less paper's"].startswith("-0.1900 [-0.")
     assert shown["best"]["bytes"] == "120"
     assert shown["best"]["same top token"] == "75.0%"
@@ -194,12 +194,12 @@ def test_pictures_are_files(table, tmp_path):
 
 def test_the_rate_is_chosen_by_validation_for_each_row_and_width():
     found = [
-        score("a", gap=0.1, lr=1e-3, nats=2.0),  # the better on test does not count
-        score("a", gap=0.9, lr=2e-3, nats=1.5),
-        score("a", gap=0.2, lr=4e-3, nats=1.7),
-        score("a", lr=5e-4, nats=3.0, bits="4-4-8"),
-        score("a", lr=1e-3, nats=math.inf, bits="4-4-8"),
-        score("b", lr=4e-3, nats=1.0),
+        score("a", gap=0.1, rate=1e-3, nats=2.0),  # the better on test does not count
+        score("a", gap=0.9, rate=2e-3, nats=1.5),
+        score("a", gap=0.2, rate=4e-3, nats=1.7),
+        score("a", rate=5e-4, nats=3.0, bits="4-4-8"),
+        score("a", rate=1e-3, nats=math.inf, bits="4-4-8"),
+        score("b", rate=4e-3, nats=1.0),
     ]
     expected = {("a", "2-2-8"): 2e-3, ("a", "4-4-8"): 5e-4, ("b", "2-2-8"): 4e-3}
     assert best_rates(found) == best_rates(found[::-1]) == expected
