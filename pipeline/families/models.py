@@ -127,6 +127,9 @@ def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
     if found["missing_keys"]:
         raise ConfigError(f"The model in {folder} lacks the tensors {', '.join(sorted(found['missing_keys'])[:3])}.")
     loaded: PreTrainedModel = model
+    loaded.hf_quantizer = None  # GGUF weights are dequantized by now, and a model that says otherwise cannot be saved
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
     return loaded
 
 
