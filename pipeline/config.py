@@ -93,7 +93,7 @@ class Training(Closed):
     muon_momentum: Annotated[Beta, Field(json_schema_extra={"added_with": 0.6})] = 0.6
     betas: Annotated[tuple[Beta, Beta], Field(json_schema_extra={"added_with": [0.9, 0.999]})] = (0.9, 0.999)
     vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms, biases, positions
-    embedding_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # the word embedding
+    embedding_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # and head
     clip_norm: Rate | None = 1.0  # of the weights' gradient; null: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: Positive = 100  # optimizer steps between validations; the best one ships

@@ -16,7 +16,7 @@ MUON_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of a
 
 
 class Optimizers:
-    """Parameter groups with rates of their own: matrices, word embedding, vectors (norms, biases and the rows of
+    """Parameter groups with rates of their own: matrices, word embedding and untied head, vectors (norms, biases and
     position embeddings), scales of the quantizers."""
 
     def __init__(self, model: WithStates, recipe: Finetune | Distill) -> None:
@@ -24,12 +24,14 @@ class Optimizers:
         self._recipe = recipe
         scales = {id(p) for _, _, quantizer in quantizers(model) for p in quantizer.parameters()}
         weights = [p for p in model.parameters() if id(p) not in scales]
-        table = model.model.get_input_embeddings().weight
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(table)}
-        matrices = [p for p in weights if p.ndim > 1 and id(p) not in embeddings]
-        vectors = [p for p in weights if p is not table and (p.ndim <= 1 or id(p) in embeddings)]
+        ends = (model.model.get_input_embeddings(), model.model.get_output_embeddings())
+        tables = [p for p in weights if any(p is getattr(end, "weight", None) for end in ends)]
+        positions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(p) for p in tables}
+        vectors = [p for p in weights if p.ndim <= 1 or id(p) in positions]
+        others = {id(p) for p in (*tables, *vectors)}
+        matrices = [p for p in weights if id(p) not in others]
         groups = [
-            _group([table], recipe.lr * recipe.embedding_lr_scale, recipe.weight_decay),
+            _group(tables, recipe.lr * recipe.embedding_lr_scale, recipe.weight_decay),
             _group(vectors, recipe.lr * recipe.vector_lr_scale, 0.0),
         ]
         if isinstance(recipe, Distill):
@@ -41,7 +43,7 @@ class Optimizers:
         else:
             groups.append(_group(matrices, recipe.lr, recipe.weight_decay))
         self.all.append(torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.betas))
-        self.clipped = [*matrices, table, *vectors]
+        self.clipped = [*matrices, *tables, *vectors]
 
     def step(self, step: int, steps: int) -> None:
         """One step of all, at the rates of optimizer step `step` (from 0) of `steps`."""

@@ -28,16 +28,10 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
         "quant": {"quantizer": "seq", "granularity": "row", "gamma_init": "mse", "ste": "clipped"},
         "distill": {**_MOVED_BY_MUON, "gamma_lr": 2e-2, "fade_in": 0.2, "betas": (0.8, 0.98)},
     },
-    # The same with three levels: 1.6 bits a weight
+    # The same with three levels, which want more momentum: 1.6 bits a weight
     "smallest": {
         "quant": {"quantizer": "lsq_symmetric", "granularity": "row", "gamma_init": "mse", "ste": "wide"},
-        "distill": {
-            **_MOVED_BY_MUON,
-            "gamma_lr": 1e-2,
-            "betas": (0.6, 0.98),
-            "embedding_lr_scale": 0.5,
-            "vector_lr_scale": 2.0,
-        },
+        "distill": {**_MOVED_BY_MUON, "muon_momentum": 0.9, "gamma_lr": 2e-2, "fade_in": 0.2, "betas": (0.9, 0.98)},
         "pack": {"encoding": "base3"},
     },
 }

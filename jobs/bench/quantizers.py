@@ -21,10 +21,9 @@ from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import read_config
 from pipeline.locations import scratch_dir
-from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
 
 TEACHER_LENGTH = 128
@@ -72,7 +71,7 @@ def teacher_fields(teacher: Path, data: str | None, extent: Extent, folder: Path
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
     for bits in extent.bits:
-        if BitWidths.parse(bits).activations == 32 and bits.startswith("32"):
+        if bits == "32-32-32":
             raise ConfigError(f"--bits {bits}: nothing is quantized, so there is nothing to compare.")
     distill = {"steps": extent.steps, "epochs": None, "batch_size": extent.batch_size}
     distill["eval_every"] = max(1, extent.steps // 3)
@@ -81,7 +80,9 @@ def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[s
         flow.run(flow.plan(base, TeacherCache.stage), display)
         searched = _run(_search(base, extent), base, "search", display)
         rates = best_rates(searched)
+        _refuse_failures(searched, rates)
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
+    _refuse_failures(repeated, rates)
     chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
     return _report(base, extent, chosen, out, console)
 
@@ -106,6 +107,16 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
         if row.offered_at(bits) and row.trained
         for seed in range(1, extent.seeds)
     ]
+
+
+def _refuse_failures(scores: Sequence[Score], rates: dict[tuple[str, str], float]) -> None:
+    """Raises RunError for a trial that failed at its row's best rate; elsewhere it only lost the search."""
+    for score in scores:
+        if score.failure and score.rate == rates[score.row, score.bits]:
+            raise RunError(
+                f"The row {score.row} at {score.bits}, rate {score.rate:g}, seed {score.seed}, failed: {score.failure} "
+                "The other trials are kept; leave the row out with --only."
+            )
 
 
 def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> list[Score]:

@@ -14,6 +14,7 @@ from jobs.bench.rows import Row, encoding_of
 from pipeline import flow
 from pipeline.config import Config, Resources
 from pipeline.engine import Engine
+from pipeline.errors import RunError
 from pipeline.records import Closed, Package, Report, Student
 from pipeline.step import Done
 from pipeline.store import Owner
@@ -39,17 +40,18 @@ class Trial(Closed):
 
 
 class Score(Closed):
-    """What a trial gave on the test split. The gap is log(student's perplexity / teacher's), in nats."""
+    """What a trial gave on the test split, or why it failed. The gap is log(student's perplexity / teacher's), nats."""
 
     row: str
     bits: str
     rate: float
     seed: int
-    validation_nats: float
+    validation_nats: float | None  # None: it failed
     teacher: dict[str, float]
     student: dict[str, float]
     packed_bytes: int
     token_cosine: float
+    failure: str = ""
 
     @property
     def gap_nats(self) -> float:
@@ -86,7 +88,10 @@ class RunTrial:
     """Runs one trial at a time, in this process."""
 
     def __call__(self, trial: Trial) -> str:
-        outcome = flow.run(flow.plan(Config.model_validate(trial.config), Package.stage), Silent())
+        try:
+            outcome = flow.run(flow.plan(Config.model_validate(trial.config), Package.stage), Silent())
+        except RunError as error:  # such as a rate at which the loss is not finite
+            return failed(trial, str(error)).model_dump_json()
         return score(trial, outcome.done).model_dump_json()
 
 
@@ -98,11 +103,18 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
     cosines = {e["step"]: e["token_cosine"] for e in json.loads(history.read_text()) if "token_cosine" in e}
     return Score(
         **{name: getattr(trial, name) for name in ("row", "bits", "rate", "seed")},
-        validation_nats=student.validation_nats or math.inf,
+        validation_nats=student.validation_nats,
         teacher=report.teacher,
         student=report.student,
         packed_bytes=package.size.packed_bytes,
         token_cosine=cosines[student.best_step],
+    )
+
+
+def failed(trial: Trial, message: str) -> Score:
+    place = {name: getattr(trial, name) for name in ("row", "bits", "rate", "seed")}
+    return Score(
+        **place, validation_nats=None, teacher={}, student={}, packed_bytes=0, token_cosine=0.0, failure=message
     )
 
 
@@ -127,6 +139,10 @@ def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
     best: dict[tuple[str, str], Score] = {}
     for found in scores:
         key = (found.row, found.bits)
-        if key not in best or found.validation_nats < best[key].validation_nats:
+        if key not in best or _nats(found) < _nats(best[key]):
             best[key] = found
     return {key: found.rate for key, found in best.items()}
+
+
+def _nats(score: Score) -> float:
+    return math.inf if score.validation_nats is None else score.validation_nats

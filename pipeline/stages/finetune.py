@@ -29,7 +29,7 @@ from pipeline.store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 
-VERSION = 1
+VERSION = 2
 
 
 def run(step: Step) -> Teacher:
