@@ -23,10 +23,16 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
         "distill": {"gamma_lr": 1e-3, "contrast_weight": 0.1, "temperature": 0.1, "negatives": 64, "momentum": 0.5},
     },
     # Four levels at 2 bits around zero, a learned step a row, faded in; matrices moved by Muon in proportion to their
-    # size, little momentum: what was best of everything measured at dense 2 bits
+    # size, little momentum
     "best": {
         "quant": {"quantizer": "seq", "granularity": "row", "gamma_init": "mse", "ste": "clipped"},
-        "distill": {**_MOVED_BY_MUON, "gamma_lr": 2e-2, "fade_in": 0.2, "betas": (0.8, 0.98)},
+        "distill": {
+            **_MOVED_BY_MUON,
+            "vector_lr_scale": 8.0,
+            "gamma_lr": 2e-2,
+            "fade_in": 0.3,
+            "betas": (0.8, 0.98),
+        },
     },
     # The same with three levels, which want more momentum: 1.6 bits a weight
     "smallest": {
