@@ -26,6 +26,7 @@ from pipeline.families.models import read_config
 from pipeline.locations import scratch_dir
 from pipeline.records import TeacherCache
 
+RESULTS = "quantizers.json"
 TEACHER_LENGTH = 128
 DOCUMENTS_A_ROW = 1.15  # generated text is cut into rows and split; a little more than the rows needed
 
@@ -127,32 +128,49 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
 
 
 def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, console: Console) -> dict[str, Any]:
-    tables = {bits: lines(scores, bits) for bits in extent.bits}
-    everything = [line for bits in extent.bits for line in tables[bits]]
     teacher = scores[0].teacher["perplexity"]
-    document = {
+    identity = {
         "name": base.name,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
         "teacher_perplexity": teacher,
         "steps": extent.steps,
         "batch_size": extent.batch_size,
         "block_length": base.task.block_length,
-        "seeds": extent.seeds,
-        "rates": {row.name: {bits: row.rates(bits) for bits in extent.bits} for row in extent.rows},
+    }
+    scores = [*_earlier(out / RESULTS, identity, scores), *scores]
+    tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
+    document = {
+        **identity,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
+        "rates": {row.name: {bits: row.rates(bits) for bits in tables} for row in ROWS},
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "quantizers.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    title = _title(base, extent, teacher)
     text = [f"## {bits}\n\n{markdown(table)}\n" for bits, table in tables.items()]
-    (out / "quantizers.md").write_text(f"# {_title(base, extent, teacher)}\n\n" + "\n".join(text), encoding="utf-8")
-    draw_front(everything, _title(base, extent, teacher), out / "front.png")
+    (out / "quantizers.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
+    everything = [line for table in tables.values() for line in table]
+    draw_front(everything, title, out / "front.png")
     draw_cosines(everything, base.name, out / "cosine.png")
     for bits, table in tables.items():
         _print(table, f"{base.name} at {bits}, teacher's perplexity {teacher:.2f}", console)
-    console.print(f"written: {out}/quantizers.json, quantizers.md, front.png, cosine.png", highlight=False)
+    console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
     return document
+
+
+def _earlier(path: Path, identity: dict[str, Any], scores: Sequence[Score]) -> list[Score]:
+    """Scores of a bench of the same teacher, tokens and steps in the same folder, of rows and widths not run now: a
+    table may be made piece by piece."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        same = all(document[name] == value for name, value in identity.items())
+        found = [Score.model_validate(score) for score in document["scores"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    now = {(score.row, score.bits) for score in scores}
+    return [score for score in found if (score.row, score.bits) not in now] if same else []
 
 
 def _title(base: Config, extent: Extent, teacher: float) -> str:
