@@ -4,7 +4,8 @@
     flow        plan(config) -> steps, run(steps): the straight line of stages
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
-    training    the one training loop, and its checkpoints
+    training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
+                diagnostics: what its modules and representations do meanwhile; pictures of that
     artifact    the packed model on disk: write, check, load
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
