@@ -12,7 +12,8 @@
     tracking, registry      MLflow: runs by key; versions and aliases
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     locations   where store, runs and scratch files lie
-    config, schema, identity, records       the closed schema, canonical keys, what stages hand on
+    config, schema, presets, loading        the closed schema, named recipes, a configuration from a file
+    identity, records       canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch
 
 `pipeline.load(DIR)` returns a packed model, ready to run.
