@@ -313,11 +313,12 @@ def _explained(place: Place | None) -> Iterator[None]:
     """Turn what Ray wraps around a worker's error back into the error."""
     try:
         yield
-    except BitmillError:
-        raise
     except Exception as error:
-        ours = next((e for e in _chain(error) if isinstance(e, BitmillError)), None)
-        if ours is not None:
+        # The very types: Ray also makes classes that are both its own error and ours, and say a traceback.
+        ours = next((e for e in _chain(error) if type(e) in ERRORS.values()), None)
+        if ours is error:
+            raise
+        if isinstance(ours, BitmillError):
             raise type(ours)(str(ours)) from error
         cause = _chain(error)[-1]
         where = f"The {place.stage} step {place.key}" if place is not None else "A shard's worker"

@@ -192,7 +192,7 @@ def test_neither_states_nor_a_teacher_is_an_error_of_ours() -> None:
     distillation = Distillation(example.recipe, example.head, None, example.bank)
     student, rows = example.student[20], torch.tensor(example.rows)
     with pytest.raises(RunError, match="neither cached states nor a teacher"):
-        distillation.terms(STEP, rows, [20], example.batch([20]), None, student, torch.zeros(1, WIDTH, IDS), None)  # type: ignore[arg-type]
+        distillation.terms(STEP, rows, [20], example.batch([20]), None, student, torch.zeros(1, WIDTH, IDS), None)
 
 
 def primed(loop: Loop) -> Loop:

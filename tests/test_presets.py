@@ -35,7 +35,7 @@ def config(**sections: Any) -> Config:
 def values_of(found: Config, preset: str) -> dict[str, dict[str, Any]]:
     return {
         section: {name: getattr(getattr(found, section), name) for name in values}
-        for section, values in PRESETS[preset].items()  # type: ignore[index]
+        for section, values in PRESETS[preset].items()
     }
 
 
@@ -48,7 +48,7 @@ def test_the_paper_is_the_papers() -> None:
 @every_preset
 def test_a_preset_fills_what_the_file_leaves_open(preset: str) -> None:
     found = config(preset=preset)
-    assert values_of(found, preset) == PRESETS[preset]  # type: ignore[index]
+    assert values_of(found, preset) == PRESETS[preset]
     assert found.distill.steps == 3
     untouched = config()
     for section in ("model", "task", "data", "cache", "evaluate", "resources"):
@@ -62,7 +62,7 @@ def test_what_the_file_sets_wins(preset: str) -> None:
     )
     assert (found.quant.granularity, found.quant.bits) == ("row", "2-2-32")
     assert (found.distill.contrast_weight, found.distill.steps) == (0.7, 4)
-    assert found.quant.gamma_init == PRESETS[preset]["quant"]["gamma_init"]  # type: ignore[index]
+    assert found.quant.gamma_init == PRESETS[preset]["quant"]["gamma_init"]
     assert config(preset="smallest", pack={"encoding": "dense"}).pack.encoding == "dense"
 
 
@@ -134,7 +134,7 @@ def test_a_preset_goes_through_the_line(
     recipe = ran.record("distill").recipe
     for section, kind in (("quant", Quant), ("distill", Distill)):
         trained = kind.model_validate(recipe[section])
-        values = {name: value for name, value in PRESETS[preset][section].items() if name != "lr"}  # type: ignore[index]
+        values = {name: value for name, value in PRESETS[preset][section].items() if name != "lr"}
         assert {name: getattr(trained, name) for name in values} == values
     assert load(ran.package).config.model_type == "gpt2"
     report = ran.record("evaluate")

@@ -255,7 +255,7 @@ def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(number)
 
-        loop.rows.get, loop.train_step = reading, stepping  # type: ignore[method-assign]
+        loop.rows.get, loop.train_step = reading, stepping
         loop.run()
 
     for kill_at in (17, 30):

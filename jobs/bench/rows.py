@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.presets import PRESETS
+from pipeline.presets import PRESETS, PresetName
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, levels_of
 
-PAPER, BEST, SMALLEST = "paper", "best", "smallest"
+PAPER: PresetName = "paper"
+BEST: PresetName = "best"
+SMALLEST: PresetName = "smallest"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _quantizer("quantgpt", "tensor"),  # at 2 bits the same as the row before, and run once
     _quantizer("quantgpt", "row"),
-    *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),  # type: ignore[index]
+    *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),
 )
 
 

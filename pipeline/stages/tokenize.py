@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class TokenizePart:
                 f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
                 len(rows),
                 self.task.tokens(valid),
-                lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid),  # type: ignore[misc]
+                partial(write_tokens, ids=rows, lengths=valid),
             )
             shards.append(shard.model_dump())
         return {"split": part.split, "index": part.index, "shards": shards, "text_bytes": text_bytes}

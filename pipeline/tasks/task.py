@@ -6,7 +6,7 @@ Shared code asks the value; it never asks for the task's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,8 +53,8 @@ class Batch:
         return self._with(lambda tensor: tensor[:: self.group], 1)
 
     def _with(self, change: Callable[[Tensor], Tensor], group: int) -> Batch:
-        values = {name: change(v) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
-        return Batch(**{**values, "group": group})  # type: ignore[arg-type]
+        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed, group=group)
 
 
 class Task(Protocol):

@@ -51,8 +51,8 @@ class Project:
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.cli", "compress", str(self.config), "--json"]
-        output = open(self.root / "stdout", "w"), open(self.root / "stderr", "a")  # noqa: SIM115
-        return subprocess.Popen(command, stdout=output[0], stderr=output[1], text=True)
+        with open(self.root / "stdout", "w") as stdout, open(self.root / "stderr", "a") as stderr:
+            return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
 
     def finish(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
         """Wait for the command; its JSON document."""

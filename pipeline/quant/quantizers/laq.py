@@ -49,9 +49,9 @@ class LAQ(StepQuantizer):
 
     def _minimiser(self, codes: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
         """sum(D b w) / sum(D b^2) for fixed codes b; the step as it is where all codes are zero."""
-        along: dict[str, object] = {"dim": 1, "keepdim": True} if self.granularity == "row" else {}
-        above = (importance * codes * weight).sum(**along).reshape(self.size.shape)  # type: ignore[call-overload]
-        below = (importance * codes.square()).sum(**along).reshape(self.size.shape)  # type: ignore[call-overload]
+        along = 1 if self.granularity == "row" else (0, 1)
+        above = (importance * codes * weight).sum(along, keepdim=True)
+        below = (importance * codes.square()).sum(along, keepdim=True)
         return torch.where(below > 0, above / torch.where(below > 0, below, 1), self.size)
 
 

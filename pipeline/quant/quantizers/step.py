@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.quant.spec import Granularity, Grid, QuantSpec, Ste, grid, levels_
 REACH = {"clipped": 0.0, "wide": 0.5, "identity": math.inf}
 
 
-class StepQuantizer(nn.Module):
+class StepQuantizer(nn.Module, ABC):
     """Quantizes one matrix (rows, columns) by a step of shape (1, 1), or (rows, 1) per row.
 
     Subclasses say what the step is. Everything that `freeze` depends on is the weight or a parameter of the
@@ -30,9 +31,9 @@ class StepQuantizer(nn.Module):
         self.reach = REACH[self.published_ste if spec.ste == "auto" else spec.ste]
         self.share = 1.0  # of the quantized weight in a training pass: see `on_grid`
 
+    @abstractmethod
     def step(self, weight: Tensor) -> Tensor:
         """The distance between two levels for this weight."""
-        raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.step(weight), self.grid, self.reach)
