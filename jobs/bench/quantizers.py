@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import read_config
 from pipeline.locations import scratch_dir
+from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
 
 RESULTS = "quantizers.json"
@@ -40,6 +41,16 @@ class Extent:
     steps: int
     batch_size: int
     rows: tuple[Row, ...] = ROWS
+
+    def steps_at(self, bits: str) -> int:
+        """Optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
+        return self.steps if BitWidths.parse(bits).weights == 2 else max(1, self.steps // 3)
+
+    def laid_over(self, base: Config, bits: str) -> Config:
+        """The base configuration with the steps, the rows of a step and three validations of this width."""
+        steps = self.steps_at(bits)
+        values = {"steps": steps, "epochs": None, "batch_size": self.batch_size, "eval_every": max(1, steps // 3)}
+        return base.model_copy(update={"distill": base.distill.model_copy(update=values)})
 
 
 def chosen_rows(names: Sequence[str] | None) -> tuple[Row, ...]:
@@ -74,9 +85,6 @@ def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[s
     for bits in extent.bits:
         if bits == "32-32-32":
             raise ConfigError(f"--bits {bits}: nothing is quantized, so there is nothing to compare.")
-    distill = {"steps": extent.steps, "epochs": None, "batch_size": extent.batch_size}
-    distill["eval_every"] = max(1, extent.steps // 3)
-    base = base.model_copy(update={"distill": base.distill.model_copy(update=distill)})
     with Display(console) as display:  # what all trials share
         flow.run(flow.plan(base, TeacherCache.stage), display)
         searched = _run(_search(base, extent), base, "search", display)
@@ -91,7 +99,7 @@ def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[s
 def _search(base: Config, extent: Extent) -> list[Trial]:
     """Each row at each rate with the first seed; rounding has no rate."""
     return [
-        trial(base, row, bits, rate, 0)
+        trial(extent.laid_over(base, bits), row, bits, rate, 0)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits)
@@ -102,7 +110,7 @@ def _search(base: Config, extent: Extent) -> list[Trial]:
 def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -> list[Trial]:
     """Each row at its best rate with the other seeds."""
     return [
-        trial(base, row, bits, rates[row.name, bits], seed)
+        trial(extent.laid_over(base, bits), row, bits, rates[row.name, bits], seed)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits) and row.trained
@@ -142,6 +150,7 @@ def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, co
         **identity,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
+        "steps_at": {bits: extent.steps_at(bits) for bits in tables},
         "rates": {row.name: {bits: row.rates(bits) for bits in tables} for row in ROWS},
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
@@ -149,13 +158,14 @@ def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, co
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     title = _title(base, extent, teacher)
-    text = [f"## {bits}\n\n{markdown(table)}\n" for bits, table in tables.items()]
+    text = [f"## {bits}, {extent.steps_at(bits)} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
     (out / "quantizers.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
     everything = [line for table in tables.values() for line in table]
     draw_front(everything, title, out / "front.png")
     draw_cosines(everything, base.name, out / "cosine.png")
     for bits, table in tables.items():
-        _print(table, f"{base.name} at {bits}, teacher's perplexity {teacher:.2f}", console)
+        about = f"{base.name} at {bits}, {extent.steps_at(bits)} steps, teacher's perplexity {teacher:.2f}"
+        _print(table, about, console)
     console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
     return document
 
