@@ -130,12 +130,22 @@ def quantizers(
     data: Annotated[
         str | None, typer.Option(help="With --teacher: text as data.source; without it the teacher generates some.")
     ] = None,
-    bits: Annotated[list[str] | None, typer.Option(help="W-E-A; may be repeated. Default: 2-2-8.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds; intervals need two.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each student.")] = 60,
+    bits: Annotated[list[str] | None, typer.Option(help="W-E-A; may be repeated.  [default: 2-2-8]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Paired seeds; intervals need two.  [default: 1]", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps of each student; above 2 bits a third.  [default: 60]", show_default=False
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 16,
     full: Annotated[
-        bool, typer.Option("--full", help="The whole table: 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 300 steps. Hours.")
+        bool,
+        typer.Option(
+            "--full", help="The whole table: these default to 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 300 steps. Hours."
+        ),
     ] = False,
     only: Annotated[
         list[str] | None,
@@ -156,25 +166,30 @@ def quantizers(
     def work(console: Console) -> dict[str, Any]:
         from pathlib import Path
 
-        from jobs.bench.quantizers import Extent, chosen_rows, compare, scratch_of, teacher_fields
-        from pipeline.config import Resources
+        from jobs.bench.quantizers import Extent, chosen_rows, compare, teacher_fields, with_generated_text
+        from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
 
         try:
-            widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in bits or ["2-2-8"]))
+            given = bits or (["2-2-8", "4-4-8", "8-8-8"] if full else ["2-2-8"])
+            widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in given))
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
-        extent = Extent(widths, seeds, steps, batch_size, chosen_rows(only))
-        if full:
-            extent = Extent(("2-2-8", "4-4-8", "8-8-8"), 5, 300, batch_size, extent.rows)
+        extent = Extent(
+            widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only)
+        )
+        extent.check()
+        refuse_decided(overrides or [])
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         if teacher is None:
-            base = load_config(config, chosen, _environment())
-        else:
-            resources = Resources.model_validate(_environment())
-            fields = teacher_fields(Path(teacher), data, extent, scratch_of(resources), console)
-            base = load_fields(fields, chosen, _environment(), f"--teacher {teacher}")
+            if data is not None:
+                raise ConfigError(f"--data {data} goes with --teacher DIR; without it {config} says what is read.")
+            return compare(load_config(config, chosen, _environment()), extent, Path(out), console)
+        fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
+        base = load_fields(fields, chosen, _environment(), f"--teacher {teacher}")
+        if data is None:
+            base = with_generated_text(base, Path(teacher), extent, console)
         return compare(base, extent, Path(out), console)
 
     _execute(work, as_json, debug)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from pipeline.distill.negatives import NegativesFrom
 from pipeline.distill.schedule import Schedule
@@ -76,7 +76,7 @@ class Model(Closed):
 
 
 class Training(Closed):
-    """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay linearly to 1e-6.
+    """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay by `schedule` to 1e-6.
 
     `lr` is Adam's; the scales say by what it is multiplied for some parameters. With `optimizer: muon` the matrices of
     the layers are moved by Muon instead, by about `muon_lr` times their own root mean square a step."""
@@ -106,6 +106,17 @@ class Training(Closed):
             raise ValueError("give exactly one of steps and epochs")
         return self
 
+    @model_validator(mode="after")
+    def _rates_of_muon(self) -> Training:
+        for knob in ("muon_lr", "muon_momentum"):
+            value = getattr(self, knob)
+            if self.optimizer != "muon" and value != type(self).model_fields[knob].default:
+                raise ValueError(
+                    f"{knob} is {value:g} and has no effect, because optimizer is {self.optimizer}; leave it out, or "
+                    "set optimizer: muon"
+                )
+        return self
+
 
 class Finetune(Training):
     """Full-precision training of the teacher; `dropout` null keeps the model's own."""
@@ -125,6 +136,15 @@ class Distill(Training):
     negatives_from: Annotated[NegativesFrom, Field(json_schema_extra={"added_with": "teacher"})] = "teacher"
     contrast_layer: Annotated[int, Field(lt=0, json_schema_extra={"added_with": -1})] = -1  # -1: what the head reads
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _another_row_to_contrast_with(self) -> Distill:
+        if self.negatives_from == "batch" and self.batch_size == 1 and self.contrast_weight:
+            raise ValueError(
+                "negatives_from is batch, and batch_size 1 has no other sequence; raise batch_size, or use negatives "
+                "from teacher, student or vocabulary"
+            )
+        return self
 
 
 class Cache(Closed):
@@ -149,6 +169,19 @@ class Quant(Closed):
     overrides: dict[str, int] = {}
     scale_dtype: FloatType = "float32"
     rest_dtype: FloatType = "float32"
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _pairs_in_order(cls, overrides: Any) -> Any:
+        pairs = isinstance(overrides, list | tuple) and all(
+            isinstance(p, list | tuple) and len(p) == 2 for p in overrides
+        )
+        return dict(overrides) if pairs else overrides
+
+    @field_serializer("overrides")
+    def _order_counts(self, overrides: dict[str, int]) -> Any:
+        """Pairs, where there are several: the first match wins, and a mapping's order would not enter the key."""
+        return overrides if len(overrides) < 2 else [list(pair) for pair in overrides.items()]
 
     @field_validator("bits")
     @classmethod
@@ -190,6 +223,17 @@ class Quant(Closed):
             )
         return self
 
+    @model_validator(mode="after")
+    def _activations_to_quantize(self) -> Quant:
+        if BitWidths.parse(self.bits).activations == UNQUANTIZED:
+            for knob, default in (("activation_range", "token"), ("attention", "none")):
+                if getattr(self, knob) != default:
+                    raise ValueError(
+                        f"{knob} is {getattr(self, knob)} and has no effect, because bits {self.bits} leave "
+                        "activations as they are; leave it out, or use 8 bits for activations"
+                    )
+        return self
+
     def weight_widths(self) -> list[int]:
         bits = BitWidths.parse(self.bits)
         return [bits.weights, bits.embedding, *self.overrides.values()]
@@ -226,7 +270,8 @@ class Register(Closed):
 class Resources(Closed):
     """What never changes the answer, up to float order: places, workers, batches of a pass.
 
-    One exception: with dropout, which only finetune has, the masks differ with workers and micro_batch.
+    Two exceptions: with dropout, which only finetune has, the masks differ with workers and micro_batch; and with
+    quant.activation_range: tensor, whose keys therefore hold these three.
     """
 
     storage_uri: str = "./bitmill-store"
@@ -290,6 +335,11 @@ class Config(Closed):
             raise ValueError(
                 f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
             )
+        if self.quant.quantizer == "laq" and self.distill.optimizer != "adam":
+            raise ValueError(
+                f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "
+                f"{self.distill.optimizer}; use adam, or quant.quantizer: laq_uniform"
+            )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
         if self.distill.contrast_layer != -1 and self.cache.mode == "states":
@@ -297,6 +347,18 @@ class Config(Closed):
                 f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
                 "layer only (-1); set cache.mode: online"
             )
+        for knob, (value, default, takers) in {
+            "evaluate.beams": (self.evaluate.beams, 6, ("summarization",)),
+            "evaluate.generated_rows": (self.evaluate.generated_rows, None, ("summarization",)),
+            "data.summary_column": (self.data.summary_column, "summary", ("summarization",)),
+            "data.candidates_column": (self.data.candidates_column, None, ("next_utterance",)),
+            "data.persona_column": (self.data.persona_column, None, ("next_utterance",)),
+        }.items():
+            if value != default and self.task.name not in takers:
+                raise ValueError(
+                    f"{knob} is {value!r} and has no effect, because task.name is {self.task.name}; leave it out, or "
+                    f"use the task {takers[0]}"
+                )
         for section, training in (("finetune", self.finetune), ("distill", self.distill)):
             if training is not None and training.batch_size < self.resources.workers:
                 raise ValueError(

@@ -178,9 +178,13 @@ class _Planner:
         quant = recipe_of(config.quant)
         ship = {name: quant.pop(name) for name in SHIPS}
         name = config.register_.name or config.name
-        self._add(Student, {"quant": quant, "distill": recipe_of(config.distill)}, {}, (Tokens, Teacher, TeacherCache))
+        training = {"quant": quant, "distill": recipe_of(config.distill)}
+        if config.quant.activation_range == "tensor":  # the only case in which the cut of a batch shows in the result
+            resources = ("workers", "micro_batch", "inference_batch")
+            training["batch"] = {name: getattr(config.resources, name) for name in resources}
+        self._add(Student, training, {}, (Tokens, Teacher, TeacherCache))
         scoring: dict[str, Any] = {"ship": ship, "protocol": self.task.protocol, **self.task.scoring(config.evaluate)}
-        if config.quant.activation_range == "tensor":  # the only case in which the batch shows in the result
+        if config.quant.activation_range == "tensor":
             scoring["batch"] = config.resources.inference_batch
         self._add(Report, scoring, {}, (Tokens, Teacher, Student))
         encoding = {"ship": ship, "encoding": config.pack.encoding, "name": name}

@@ -43,10 +43,24 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
 }
 
 
+# Above 2 bits levels are fine enough for smaller moves: what the rate search of the bench is around there.
+WIDE_MUON_LR = 0.004
+
+
+def preset_at(preset: PresetName, bits: str) -> dict[str, dict[str, Any]]:
+    """The sections of a preset at these widths."""
+    sections = PRESETS[preset]
+    if sections["distill"].get("optimizer") == "muon" and not bits.startswith("2-"):
+        return {**sections, "distill": {**sections["distill"], "muon_lr": WIDE_MUON_LR}}
+    return sections
+
+
 def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:
     """The fields of a configuration with the preset's values where they set none themselves."""
     result = dict(fields)
-    for section, values in PRESETS[preset].items():
+    quant = fields.get("quant")
+    bits = str(quant.get("bits", "2-2-8")) if isinstance(quant, dict) else "2-2-8"
+    for section, values in preset_at(preset, bits).items():
         given = result.get(section)
         if given is None or isinstance(given, dict):
             result[section] = {**values, **(given or {})}

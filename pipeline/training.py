@@ -123,11 +123,7 @@ class Loop:
             for _, _, quantizer in quantizers(self.model):
                 quantizer.share = share
         losses = self.backward(step)
-        if not math.isfinite(losses["loss"]):
-            raise RunError(
-                f"The loss is {losses['loss']} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
-                "use precision: fp32. The last checkpoint is kept."
-            )
+        self._refuse_divergence(losses["loss"], "loss", step)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
         self.optimizers.step(step, self.plan.steps)
@@ -136,6 +132,13 @@ class Loop:
         if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
             self.distillation.bank.update(self._gather if self.world > 1 else alone)
         return losses
+
+    def _refuse_divergence(self, nats: float, what: str, step: int) -> None:
+        if not math.isfinite(nats):
+            raise RunError(
+                f"The {what} is {nats} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
+                "use precision: fp32. The last checkpoint is kept."
+            )
 
     def backward(self, step: int) -> dict[str, float]:
         """Gradients of one global batch, micro-batch by micro-batch, synchronised with the last; mean losses."""
@@ -197,6 +200,7 @@ class Loop:
         """Score the validation split, write it down, and keep the weights if they are the best so far."""
         progress, step = self.progress, self.progress.step
         nats, cosine = self.validate()
+        self._refuse_divergence(nats, "validation loss", step)
         entry = {"step": step, "validation_nats": nats}
         if self.distillation is not None:
             entry["token_cosine"] = cosine

@@ -11,11 +11,11 @@ import torch
 
 from pipeline.config import Distill, Finetune, Quant
 from pipeline.identity import recipe_of
-from pipeline.quant.layers import quantizers
+from pipeline.quant.layers import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName
 from pipeline.training import Loop
-from tests.training_case import Case
+from tests.training_case import WIDTH, Case
 
 LR, GAMMA_LR = 1e-3, 3e-3
 BASE: dict[str, Any] = {"steps": 10, "batch_size": 4, "lr": LR, "clip_norm": None, "eval_every": 10}
@@ -128,7 +128,6 @@ ADDED: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
             ("embedding_lr_scale", 1.0, 0.5),
             ("schedule", "linear", "cosine"),
             ("optimizer", "adam", "muon"),
-            ("muon_momentum", 0.6, 0.9),
         )
     ),
     (Distill, "fade_in", 0.0, 0.2),
@@ -160,6 +159,8 @@ def test_an_option_added_later_is_in_keys_only_where_it_says_something(
         ("momentum", 1.0),
         ("momentum", -0.5),
         ("negatives", 0),
+        ("fade_in", 1.5),
+        ("muon_lr", 0),
         ("negatives_from", "bank"),
         ("steps", -1),
     ],
@@ -167,6 +168,65 @@ def test_an_option_added_later_is_in_keys_only_where_it_says_something(
 def test_values_that_mean_nothing_are_refused_by_name(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
         Distill(**{"steps": 3, option: value})
+
+
+MUON = {"optimizer": "muon", "muon_lr": 0.02, "muon_momentum": 0.5}
+
+
+def test_muon_moves_each_matrix_by_its_rate_times_its_own_size_and_adam_the_rest(case: Case) -> None:
+    loop = made(case, Distill(**DISTILL, **MUON))
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    loop.train_step(0)
+    of = kinds(loop)
+    adams: dict[str, float] = {}
+    for name, parameter in loop.model.named_parameters():
+        change = parameter.detach() - before[name]
+        if of[name] == "matrix":  # orthogonalised by five iterations, so the size is met within a third
+            ratio = float(change.square().mean().sqrt() / before[name].square().mean().sqrt())
+            assert ratio == pytest.approx(0.02, rel=0.35), name
+        else:
+            adams[of[name]] = max(adams.get(of[name], 0.0), float(change.abs().max()))
+    assert adams == pytest.approx({"table": LR, "vector": LR, "scale": GAMMA_LR}, rel=0.02)
+    twice = made(case, Distill(**DISTILL, **{**MUON, "muon_lr": 0.04}))
+    twice.train_step(0)
+    for name, parameter in twice.model.named_parameters():
+        if of[name] == "matrix":
+            moved = dict(loop.model.named_parameters())[name].detach() - before[name]
+            torch.testing.assert_close(parameter.detach() - before[name], 2 * moved, rtol=1e-3, atol=1e-6)
+
+
+def test_muons_settings_are_in_keys_where_they_differ_and_refused_without_it() -> None:
+    old = recipe_of(Distill(steps=3, optimizer="muon"))
+    changed = recipe_of(Distill(steps=3, optimizer="muon", muon_momentum=0.9, muon_lr=0.1))
+    assert changed == {**old, "muon_momentum": 0.9, "muon_lr": 0.1}
+    for knob in ("muon_lr", "muon_momentum"):
+        with pytest.raises(ValueError, match=f"{knob} is 0.3 and has no effect.*optimizer: muon"):
+            Distill(steps=3, **{knob: 0.3})
+
+
+def test_quantization_fades_in_over_its_share_of_the_steps_and_never_shows_outside_of_training(case: Case) -> None:
+    loop = made(case, Distill(**{**DISTILL, "steps": 8}, fade_in=0.5))
+    ids = torch.arange(WIDTH).view(1, -1)
+    shares = []
+    for step in range(6):
+        loop.train_step(step)
+        shares.append({quantizer.share for _, _, quantizer in quantizers(loop.model)})
+        loop.model.eval()
+        faded = loop.model(ids)[1]
+        for _, _, quantizer in quantizers(loop.model):
+            quantizer.share = 1.0
+        loop.model.train()
+        assert torch.equal(faded, loop.model(ids)[1])  # what is validated is quantized in full
+    assert shares == [{0.0}, {0.25}, {0.5}, {0.75}, {1.0}, {1.0}]
+
+
+def test_a_share_lies_between_the_weight_and_its_level() -> None:
+    weight = torch.randn(4, 6)
+    quantizer = QUANTIZERS["seq"](weight, 2, "row", Quant(quantizer="seq").spec())
+    level = quantizer(weight)
+    quantizer.share = 0.25
+    torch.testing.assert_close(on_grid(weight, quantizer, training=True), 0.75 * weight + 0.25 * level)
+    assert torch.equal(on_grid(weight, quantizer, training=False), level)
 
 
 def test_only_a_student_may_take_no_steps() -> None:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from jobs.bench.rows import Row
+from jobs.bench.rows import Row, named
 from jobs.bench.trials import run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
+from pipeline.errors import RunError
 from pipeline.presets import PRESETS
 from pipeline.records import TeacherCache
 
@@ -23,6 +24,7 @@ TableNumber = Literal["1", "3"]
 Scale = Literal["tiny", "full"]
 WIDTHS = ("8-8-8", "4-4-8", "2-2-8")
 FULL = "full precision"
+ROUNDING = "rounding, row"  # the floor; the paper's tables have none
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def rows_of(table: PaperTable) -> dict[str, Row]:
     """The paper's methods as recipes: its own preset, and the others per matrix without contrast."""
     methods = dict.fromkeys(method for method, _ in table.cells if method != FULL)
     others = {"granularity": "tensor"}
-    return {
+    return {ROUNDING: named(ROUNDING)} | {
         method: Row(method, PRESETS["paper"])
         if method == "quantgpt"
         else Row(method, {"quant": {"quantizer": method, **others}, "distill": {"contrast_weight": 0.0}})
@@ -122,7 +124,8 @@ def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any
     """Train the table's methods on the configuration and print both; returns the document of `--json`."""
     table = TABLES[number]
     rows = rows_of(table)
-    keys = [key for key in table.cells if key[0] != FULL]
+    widths = dict.fromkeys(bits for method, bits in table.cells if method != FULL)
+    keys = [(ROUNDING, bits) for bits in widths] + [key for key in table.cells if key[0] != FULL]
     trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
     with Display(console) as display:
         flow.run(flow.plan(base, TeacherCache.stage), display)
@@ -130,17 +133,24 @@ def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any
         scores = run_trials(
             trials, base.resources, lambda done, total, note: display.advanced("table", done, total, note)
         )
-    ours = {key: score.student for key, score in zip(keys, scores, strict=True)}
-    ours[FULL, "32"] = scores[0].teacher
+    sound = [score for score in scores if not score.failure]
+    if not sound:
+        raise RunError(f"Every student of the table failed; the first: {scores[0].failure}")
+    ours = {key: score.student for key, score in zip(keys, scores, strict=True)}  # empty for one that failed
+    ours[FULL, "32"] = sound[0].teacher
+    cells = {**table.cells, **{(ROUNDING, bits): () for bits in widths}}
     shown = Table(
         "method",
         "bits",
         *(f"paper: {c}" for c in table.columns),
         *(f"ours: {m}" for m in table.metrics),
-        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {base.name}",
+        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {base.name}, lr {base.distill.lr:g} "
+        "for all, one seed",
     )
-    for key, cells in table.cells.items():
-        shown.add_row(*key, *map(str, cells), *(f"{ours[key][metric]:.2f}" for metric in table.metrics))
+    for key, known in cells.items():
+        printed = [*map(str, known), *[""] * (len(table.columns) - len(known))]
+        found = [f"{ours[key][metric]:.2f}" if ours[key] else "failed" for metric in table.metrics]
+        shown.add_row(*key, *printed, *found)
     console.print(shown)
     return {
         "table": number,
@@ -149,10 +159,10 @@ def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any
             {
                 "method": method,
                 "bits": bits,
-                "paper": {c: {"value": x.value, "seen": x.seen} for c, x in zip(table.columns, cells, strict=True)},
-                "ours": ours[method, bits],
+                "paper": {c: {"value": x.value, "seen": x.seen} for c, x in zip(table.columns, known, strict=False)},
+                "ours": ours[method, bits] or None,
             }
-            for (method, bits), cells in table.cells.items()
+            for (method, bits), known in cells.items()
         ],
     }
 
@@ -163,7 +173,9 @@ def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
     commands = [
         f"bitmill compress {config} --set preset=paper --bits {bits}" for config in table.full for bits in WIDTHS
     ]
-    console.print(f"Table {number} at the paper's scale needs {table.needs}. The commands, one a cell:")
+    console.print(
+        f"Table {number} at the paper's scale needs {table.needs}. The commands of its own method, one a cell:"
+    )
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)
     return {"table": number, "needs": table.needs, "commands": commands}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_front(lines: Sequence[Line], title: str, path: Path) -> None:
+    front_figure(lines, title).savefig(path, dpi=130)
+
+
+def front_figure(lines: Sequence[Line], title: str) -> Figure:
     """Every row at every width: honest bytes against gap, both logarithmic; the front is a line."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     widths = sorted({line.bits for line in lines})
-    for marker, bits in zip(MARKERS, widths, strict=False):
+    for marker, bits in zip(itertools.cycle(MARKERS), widths):
         shown = [line for line in lines if line.bits == bits]
         axes.scatter([x.packed_bytes for x in shown], [x.gap_nats for x in shown], marker=marker, label=bits)
     best = front(lines)
@@ -32,7 +37,7 @@ def draw_front(lines: Sequence[Line], title: str, path: Path) -> None:
     axes.set_ylabel("gap to the teacher: log(perplexity / teacher's), nats")
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend()
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def draw_cosines(lines: Sequence[Line], title: str, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jobs.bench.claims import claims
 from jobs.bench.generated import generated_text
 from jobs.bench.pictures import draw_cosines, draw_front
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import HEADER, Line, cells, lines, markdown
-from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
+from jobs.bench.trials import Score, Trial, best_rates, refuse_failures, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
-from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import read_config
+from pipeline.errors import ConfigError
+from pipeline.families.models import family_of, read_config
 from pipeline.locations import scratch_dir
 from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
@@ -41,6 +42,11 @@ class Extent:
     steps: int
     batch_size: int
     rows: tuple[Row, ...] = ROWS
+
+    def check(self) -> None:
+        """Raises ConfigError for widths that leave nothing to compare."""
+        if "32-32-32" in self.bits:
+            raise ConfigError("--bits 32-32-32: nothing is quantized, so there is nothing to compare.")
 
     def steps_at(self, bits: str) -> int:
         """Optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
@@ -62,36 +68,45 @@ def chosen_rows(names: Sequence[str] | None) -> tuple[Row, ...]:
     return tuple(known[name] for name in names) if names else ROWS
 
 
-def teacher_fields(teacher: Path, data: str | None, extent: Extent, folder: Path, console: Console) -> dict[str, Any]:
-    """A configuration for a Hugging Face directory; without `data`, on text that it generates."""
+def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
+    """A configuration for a Hugging Face directory.
+
+    Raises:
+        ConfigError: it is none, or its family is not one that the bench can train on plain text.
+    """
     config = read_config(teacher)
-    length = min(TEACHER_LENGTH, int(getattr(config, "max_position_embeddings", TEACHER_LENGTH)))
-    if data is None:
-        documents = int(DOCUMENTS_A_ROW * extent.steps * extent.batch_size) + 400
-        with console.status(f"generating {documents} texts"):
-            data = str(generated_text(teacher, documents, length, 0, folder, lambda done, total: None))
+    if family_of(config).tied_embeddings:
+        raise ConfigError(
+            f"--teacher {teacher}: a {config.model_type} model has an encoder; the bench compares on text."
+        )
     return {
         "name": f"bench-{teacher.name}",
         "model": {"source": str(teacher)},
-        "task": {"block_length": length},
+        "task": {"block_length": min(TEACHER_LENGTH, int(getattr(config, "max_position_embeddings", TEACHER_LENGTH)))},
         "data": {"source": data},
         "cache": {"mode": "states"},
         "distill": {"steps": extent.steps},
     }
 
 
+def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Console) -> Config:
+    """The configuration on text that the teacher generates: as much as the steps read."""
+    documents = int(DOCUMENTS_A_ROW * extent.steps * extent.batch_size) + 400
+    folder = Path(scratch_dir(base.resources)).expanduser()
+    with console.status(f"generating {documents} texts"):
+        text = generated_text(teacher, documents, base.task.block_length, 0, folder, lambda done, total: None)
+    return base.model_copy(update={"data": base.data.model_copy(update={"source": str(text)})})
+
+
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
-    for bits in extent.bits:
-        if bits == "32-32-32":
-            raise ConfigError(f"--bits {bits}: nothing is quantized, so there is nothing to compare.")
     with Display(console) as display:  # what all trials share
         flow.run(flow.plan(base, TeacherCache.stage), display)
         searched = _run(_search(base, extent), base, "search", display)
         rates = best_rates(searched)
-        _refuse_failures(searched, rates)
+        refuse_failures(searched, rates)
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
-    _refuse_failures(repeated, rates)
+    refuse_failures(repeated, rates)
     chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
     return _report(base, extent, chosen, out, console)
 
@@ -118,16 +133,6 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
     ]
 
 
-def _refuse_failures(scores: Sequence[Score], rates: dict[tuple[str, str], float]) -> None:
-    """Raises RunError for a trial that failed at its row's best rate; elsewhere it only lost the search."""
-    for score in scores:
-        if score.failure and score.rate == rates[score.row, score.bits]:
-            raise RunError(
-                f"The row {score.row} at {score.bits}, rate {score.rate:g}, seed {score.seed}, failed: {score.failure} "
-                "The other trials are kept; leave the row out with --only."
-            )
-
-
 def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> list[Score]:
     if not trials:
         return []
@@ -137,56 +142,60 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
 
 def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, console: Console) -> dict[str, Any]:
     teacher = scores[0].teacher["perplexity"]
-    identity = {
+    scores = [*_earlier(out / RESULTS, base, extent, scores), *scores]
+    tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
+    everything = [line for table in tables.values() for line in table]
+    document = {
         "name": base.name,
         "teacher_perplexity": teacher,
         "steps": extent.steps,
         "batch_size": extent.batch_size,
         "block_length": base.task.block_length,
-    }
-    scores = [*_earlier(out / RESULTS, identity, scores), *scores]
-    tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
-    document = {
-        **identity,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
         "steps_at": {bits: extent.steps_at(bits) for bits in tables},
         "rates": {row.name: {bits: row.rates(bits) for bits in tables} for row in ROWS},
+        "claims": [asdict(claim) for claim in claims(everything)],
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    title = _title(base, extent, teacher)
+    tokens = extent.batch_size * base.task.block_length
+    title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"
     text = [f"## {bits}, {extent.steps_at(bits)} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
-    (out / "quantizers.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
-    everything = [line for table in tables.values() for line in table]
+    said = "".join(f"- {claim}\n" for claim in claims(everything))
+    (out / "quantizers.md").write_text("\n".join([f"# {title}\n", *text, said]), encoding="utf-8")
     draw_front(everything, title, out / "front.png")
     draw_cosines(everything, base.name, out / "cosine.png")
     for bits, table in tables.items():
         about = f"{base.name} at {bits}, {extent.steps_at(bits)} steps, teacher's perplexity {teacher:.2f}"
         _print(table, about, console)
+    for claim in claims(everything):
+        console.print(str(claim), highlight=False)
     console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
     return document
 
 
-def _earlier(path: Path, identity: dict[str, Any], scores: Sequence[Score]) -> list[Score]:
-    """Scores of a bench of the same teacher, tokens and steps in the same folder, of rows and widths not run now: a
-    table may be made piece by piece."""
+def _earlier(path: Path, base: Config, extent: Extent, scores: Sequence[Score]) -> list[Score]:
+    """Scores of earlier benches in the same folder, of rows and widths not run now, if the same trial would be run
+    today: a table may be made piece by piece."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        same = all(document[name] == value for name, value in identity.items())
         found = [Score.model_validate(score) for score in document["scores"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     now = {(score.row, score.bits) for score in scores}
-    return [score for score in found if (score.row, score.bits) not in now] if same else []
-
-
-def _title(base: Config, extent: Extent, teacher: float) -> str:
-    tokens = extent.batch_size * base.task.block_length
-    seeds = f"{extent.seeds} seed{'s' if extent.seeds > 1 else ''}"
-    return f"{base.name}: {extent.steps} steps of {tokens:,} tokens, {seeds}; teacher's perplexity {teacher:.2f}"
+    rows = {row.name: row for row in ROWS}
+    return [
+        score
+        for score in found
+        if (score.row, score.bits) not in now
+        and score.row in rows
+        and score.teacher.get("perplexity") == scores[0].teacher["perplexity"]
+        and score.digest
+        == trial(extent.laid_over(base, score.bits), rows[score.row], score.bits, score.rate, score.seed).digest
+    ]
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:
@@ -194,8 +203,3 @@ def _print(table: Sequence[Line], title: str, console: Console) -> None:
     for line in table:
         shown.add_row(*cells(line))
     console.print(shown)
-
-
-def scratch_of(base_resources: Any) -> Path:
-    """Where generated text is kept."""
-    return Path(scratch_dir(base_resources)).expanduser()

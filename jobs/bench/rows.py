@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.presets import PRESETS, PresetName
+from pipeline.presets import PRESETS, WIDE_MUON_LR, PresetName
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, levels_of
 
 PAPER: PresetName = "paper"
@@ -32,7 +32,7 @@ class Row:
         Training moves weights by steps that 4 and 8 bits resolve, so those want smaller rates.
         """
         narrow = BitWidths.parse(bits).weights == 2
-        middle = {"lr": (5e-4, 4e-3), "muon_lr": (0.004, 0.03)}[self.rate_knob][narrow]
+        middle = {"lr": (5e-4, 4e-3), "muon_lr": (WIDE_MUON_LR, 0.03)}[self.rate_knob][narrow]
         return (middle / 2, middle, middle * 2) if self.trained else (middle,)
 
     @property
@@ -80,6 +80,10 @@ ROWS: tuple[Row, ...] = (
     _quantizer("quantgpt", "row"),
     *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),
 )
+
+
+def named(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
 
 
 def encoding_of(row: Row, bits: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from scipy import stats
 
-from jobs.bench.rows import BEST, PAPER, SMALLEST
+from jobs.bench.rows import BEST, PAPER, ROWS, SMALLEST
 from jobs.bench.trials import Score
 
 
@@ -26,9 +26,17 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
+METRICS: dict[str, Callable[[Score], float]] = {
+    "gap_nats": lambda score: score.gap_nats,
+    "kl_nats": lambda score: score.student["kl_nats"],
+    "top1_agreement": lambda score: score.student["top1_agreement"],
+    "token_cosine": lambda score: score.token_cosine,
+}
+
+
 @dataclass(frozen=True)
 class Line:
-    """One row of the table at one width."""
+    """One row of the table at one width: means over seeds, and each metric's paired difference from other rows."""
 
     row: str
     bits: str
@@ -39,18 +47,24 @@ class Line:
     top1_agreement: float
     token_cosine: float
     packed_bytes: int
-    from_paper: Interval | None
-    from_best: Interval | None
-    from_smallest: Interval | None
+    from_paper: dict[str, Interval] | None
+    from_best: dict[str, Interval] | None
+    from_smallest: dict[str, Interval] | None
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
 
+    def less(self, reference: str, metric: str = "gap_nats") -> Interval | None:
+        """The paired difference of a metric from that of the row paper, best or smallest; None for that row itself."""
+        found: dict[str, Interval] | None = getattr(self, f"from_{reference}")
+        return found[metric] if found else None
 
-def paired(left: Sequence[Score], right: Sequence[Score]) -> Interval | None:
-    """Gap of `left` less gap of `right` over the seeds both have."""
-    others = {score.seed: score.gap_nats for score in right}
-    differences = [score.gap_nats - others[score.seed] for score in left if score.seed in others]
+
+def paired(left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nats") -> Interval | None:
+    """Metric of `left` less that of `right` over the seeds both have."""
+    value = METRICS[metric]
+    others = {score.seed: value(score) for score in right}
+    differences = [value(score) - others[score.seed] for score in left if score.seed in others]
     if not differences:
         return None
     if len(differences) == 1 or len(set(differences)) == 1:
@@ -73,50 +87,64 @@ def _line(name: str, rows: dict[str, list[Score]]) -> Line:
     of_row = rows[name]
     untrained = len(of_row) == 1 and len(rows.get(PAPER, ())) > 1
 
-    def difference(reference: str) -> Interval | None:
+    def differences(reference: str) -> dict[str, Interval] | None:
         if reference == name or reference not in rows:
             return None
         ours = [of_row[0].model_copy(update={"seed": s.seed}) for s in rows[reference]] if untrained else of_row
-        return paired(ours, rows[reference])
+        found = {metric: paired(ours, rows[reference], metric) for metric in METRICS}
+        return {metric: interval for metric, interval in found.items() if interval is not None} or None
 
     return Line(
         row=name,
         bits=of_row[0].bits,
         rate=of_row[0].rate,
         seeds=len(of_row),
-        gap_nats=fmean(s.gap_nats for s in of_row),
-        kl_nats=fmean(s.student["kl_nats"] for s in of_row),
-        top1_agreement=fmean(s.student["top1_agreement"] for s in of_row),
-        token_cosine=fmean(s.token_cosine for s in of_row),
         packed_bytes=of_row[0].packed_bytes,
-        from_paper=difference(PAPER),
-        from_best=difference(BEST),
-        from_smallest=difference(SMALLEST),
+        from_paper=differences(PAPER),
+        from_best=differences(BEST),
+        from_smallest=differences(SMALLEST),
+        **{metric: fmean(map(value, of_row)) for metric, value in METRICS.items()},
     )
 
 
-HEADER = ("recipe", "rate", "gap, nats", "less paper's", "less best's", "KL, nats", "same top token", "bytes")
+HEADER = (
+    *("recipe", "rate", "seeds", "bytes", "gap, nats", "less paper's", "less best's", "less smallest's"),
+    *("KL, nats", "KL less paper's", "same top token", "less paper's share", "token cosine", "less paper's cosine"),
+)
 
 
 def cells(line: Line) -> tuple[str, ...]:
     return (
         line.row,
-        f"{line.rate:g}",
-        f"{line.gap_nats:.4f}",
-        _interval(line.from_paper),
-        _interval(line.from_best),
-        f"{line.kl_nats:.4f}",
-        f"{line.top1_agreement:.1%}",
+        _rate(line),
+        str(line.seeds),
         f"{line.packed_bytes:,}",
+        f"{line.gap_nats:.4f}",
+        *(_interval(line.less(reference)) for reference in (PAPER, BEST, SMALLEST)),
+        f"{line.kl_nats:.4f}",
+        _interval(line.less(PAPER, "kl_nats")),
+        f"{line.top1_agreement:.4f}",
+        _interval(line.less(PAPER, "top1_agreement")),
+        f"{line.token_cosine:.4f}",
+        _interval(line.less(PAPER, "token_cosine")),
     )
 
 
+def _rate(line: Line) -> str:
+    """The rate that validation chose, with a mark where it is the lowest or highest that was tried."""
+    tried = next((row.rates(line.bits) for row in ROWS if row.name == line.row and row.trained), ())
+    mark = {0: " (lowest)", len(tried) - 1: " (highest)"}.get(tried.index(line.rate), "") if line.rate in tried else ""
+    return f"{line.rate:g}{mark}" if tried else ""
+
+
 def _interval(interval: Interval | None) -> str:
+    """In bold where it excludes zero."""
     if interval is None:
         return ""
     if interval.low is None or interval.high is None:
         return f"{interval.mean:+.4f}"
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    shown = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return f"**{shown}**" if interval.excludes_zero else shown
 
 
 def markdown(lines: Sequence[Line]) -> str:

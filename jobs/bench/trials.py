@@ -5,6 +5,7 @@ A trial's steps are keyed like any other, so an interrupted bench goes on where 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,8 @@ from jobs.bench.rows import Row, encoding_of
 from pipeline import flow
 from pipeline.config import Config, Resources
 from pipeline.engine import Engine
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
+from pipeline.identity import canonical_json
 from pipeline.records import Closed, Package, Report, Student
 from pipeline.step import Done
 from pipeline.store import Owner
@@ -29,6 +31,21 @@ COMMON = {
 IN_PROCESS: dict[str, Any] = {"workers": 0}
 
 
+# Of `distill`, what the options of the command decide.
+OPTIONS = {"steps": "--steps", "epochs": "--steps", "batch_size": "--batch-size", "eval_every": "--steps"}
+
+
+def refuse_decided(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a `--set` that each row decides itself, so that it would have no effect."""
+    for override in overrides:
+        path = override.partition("=")[0]
+        section, _, knob = path.partition(".")
+        if section in COMMON and (knob in OPTIONS or knob not in COMMON[section]):
+            valid = ", ".join(f"{s}.{k}" for s, knobs in COMMON.items() for k in knobs if k not in OPTIONS)
+            reason = f"{OPTIONS[knob]} decides it" if knob in OPTIONS else "each row of the bench has its own"
+            raise ConfigError(f"--set {path} has no effect here: {reason}. Of these sections a base decides {valid}.")
+
+
 class Trial(Closed):
     """One row at one width, rate and seed; `config` is a whole configuration."""
 
@@ -38,6 +55,12 @@ class Trial(Closed):
     seed: int
     config: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """Of the configuration, without what does not change the answer: a score belongs to one of them."""
+        recipe = {name: section for name, section in self.config.items() if name != "resources"}
+        return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
+
 
 class Score(Closed):
     """What a trial gave on the test split, or why it failed. The gap is log(student's perplexity / teacher's), nats."""
@@ -46,6 +69,7 @@ class Score(Closed):
     bits: str
     rate: float
     seed: int
+    digest: str  # of the trial's configuration
     validation_nats: float | None  # None: it failed
     teacher: dict[str, float]
     student: dict[str, float]
@@ -102,7 +126,7 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
     history = done[Student.stage].place.local("history.json", student.files["history.json"])
     cosines = {e["step"]: e["token_cosine"] for e in json.loads(history.read_text()) if "token_cosine" in e}
     return Score(
-        **{name: getattr(trial, name) for name in ("row", "bits", "rate", "seed")},
+        **{name: getattr(trial, name) for name in ("row", "bits", "rate", "seed", "digest")},
         validation_nats=student.validation_nats,
         teacher=report.teacher,
         student=report.student,
@@ -112,7 +136,7 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
 
 
 def failed(trial: Trial, message: str) -> Score:
-    place = {name: getattr(trial, name) for name in ("row", "bits", "rate", "seed")}
+    place = {name: getattr(trial, name) for name in ("row", "bits", "rate", "seed", "digest")}
     return Score(
         **place, validation_nats=None, teacher={}, student={}, packed_bytes=0, token_cosine=0.0, failure=message
     )
@@ -146,3 +170,13 @@ def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
 
 def _nats(score: Score) -> float:
     return math.inf if score.validation_nats is None else score.validation_nats
+
+
+def refuse_failures(scores: Sequence[Score], rates: dict[tuple[str, str], float]) -> None:
+    """Raises RunError for a trial that failed at its row's best rate; elsewhere it only lost the search."""
+    for score in scores:
+        if score.failure and score.rate == rates[score.row, score.bits]:
+            raise RunError(
+                f"The row {score.row} at {score.bits}, rate {score.rate:g}, seed {score.seed}, failed: {score.failure} "
+                "The other trials are kept."
+            )

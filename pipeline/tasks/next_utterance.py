@@ -133,7 +133,13 @@ class NextUtterance:
         """Each context of a document with its candidate replies, the true one first."""
         turns, more = turns_of(document[0]), [turns_of(field) for field in document[1:]]
         if self.given:
-            before, candidates = [turn for field in more[:-1] for turn in field], more[-1]
+            before, candidates = [turn for field in more[:-1] for turn in field], lines_of(document[-1])
+            if not candidates or not candidates[-1].strip():
+                raise ConfigError(
+                    f"data.candidates_column: the last candidate of a row, the true reply, is empty (in the {split} "
+                    "split); leave such rows out."
+                )
+            candidates = [reply for reply in candidates if reply.strip()]
             if len(candidates) < count:
                 raise ConfigError(
                     f"data.candidates_column: a row of the {split} split has {len(candidates)} candidates, fewer than "
@@ -215,7 +221,11 @@ def chosen(scores: Tensor) -> int:
 
 def turns_of(field: Any) -> list[str]:
     """The turns of a conversation: a list, or a text of one turn a line; empty ones are left out."""
-    return [turn for turn in (field.splitlines() if isinstance(field, str) else field) if turn.strip()]
+    return [turn for turn in lines_of(field) if turn.strip()]
+
+
+def lines_of(field: Any) -> list[str]:
+    return field.splitlines() if isinstance(field, str) else list(field)
 
 
 def identity(document: Any) -> str:
@@ -265,7 +275,8 @@ class _Encoder:
         end_of_text = self.tokenizer.eos_token_id
         ends = [[*self._turn(reply)[:-1][: self.width // 2 - 1], end_of_text] for reply in replies]
         room = self.width - max(map(len, ends))
-        start = [token for turn in context for token in self._turn(turn)][-room:]
+        # A reply without a context follows end-of-text, as a generated text does.
+        start = [token for turn in context for token in self._turn(turn)][-room:] or [end_of_text]
         row = np.zeros((self.count, self.width), np.int32)
         for sequence, end in zip(row, ends, strict=True):
             sequence[: len(start) + len(end)] = [*start, *end]

@@ -25,6 +25,17 @@ def test_the_rate_rises_linearly_during_warm_up_then_falls():
     assert all(a > b for a, b in pairwise(rates[10:]))
 
 
+def test_the_cosine_is_flat_at_both_ends_and_half_way_in_the_middle():
+    rates = [learning_rate(step, 50, 1e-3, schedule="cosine") for step in range(51)]
+    assert (rates[0], rates[50]) == (1e-3, pytest.approx(1e-6, rel=1e-9))
+    assert rates[25] == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-9)
+    falls = [a - b for a, b in pairwise(rates)]
+    assert min(falls) > 0
+    assert falls[0] < 0.04 * max(falls) > falls[-1]
+    warm = [learning_rate(step, 50, 1e-3, warmup_steps=10, schedule="cosine") for step in range(51)]
+    assert warm[9:] == [1e-3, *(learning_rate(step, 40, 1e-3, schedule="cosine") for step in range(41))]
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (5, 5), (5, 4)])
 def test_short_runs_stay_between_zero_and_the_peak(steps, warmup):
     for step in range(steps):

@@ -15,6 +15,7 @@ from pipeline import artifact
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint
 from pipeline.config import Distill, Quant
 from pipeline.families.models import FAMILIES, build, load_parameters, make_student, read_config
+from pipeline.presets import PRESETS
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.step import REACH
@@ -239,9 +240,23 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case.make(tmp_path_factory.mktemp("quantizers"))
 
 
-@pytest.mark.parametrize("options", [{"quantizer": "laq"}, {"quantizer": "lsq", "granularity": "row"}], ids=str)
-def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(case: Case, options: dict[str, Any]) -> None:
-    recipe, quant = Distill(**{**DISTILL, "steps": 14, "eval_every": 14}), Quant(bits="2-2-8", **options)
+BEST = PRESETS["best"]
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        ({"quantizer": "laq"}, {}),
+        ({"quantizer": "lsq", "granularity": "row"}, {}),
+        (BEST["quant"], BEST["distill"]),  # Muon's momentum, and quantization that fades in
+    ],
+    ids=["laq", "lsq", "best"],
+)
+def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
+    case: Case, options: dict[str, Any], values: dict[str, Any]
+) -> None:
+    recipe = Distill(**{**DISTILL, **values, "steps": 14, "eval_every": 14})
+    quant = Quant(bits="2-2-8", **options)
     ended = []
     for name, stop_at in (("undisturbed", ()), ("disturbed", (6, 11))):
         run = case.run(recipe, f"{name}-{quant.quantizer}", checkpoint_steps=4)

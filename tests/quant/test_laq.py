@@ -100,14 +100,33 @@ def test_curvature_decides_which_weights_count(granularity):
 
 
 @each_case
-def test_without_moments_or_with_equal_ones_it_is_least_squares(name, bits, granularity):
+def test_equal_moments_make_it_least_squares(name, bits, granularity):
     weight, _ = example()
     expected = make("laq_uniform", weight, bits, granularity)
     expected.after_step(weight, None)
-    for given in (None, torch.zeros_like(weight), torch.full_like(weight, 7.0)):
+    for given in (torch.zeros_like(weight), torch.full_like(weight, 7.0)):
         quantizer = make(name, weight, bits, granularity)
         quantizer.after_step(weight, given)
         torch.testing.assert_close(quantizer.size, expected.size, rtol=1e-9, atol=0)
+
+
+def test_curvature_needs_moments():
+    weight, _ = example()
+    with pytest.raises(ValueError, match="Adam's second moment"):
+        make("laq", weight, 2, "row").after_step(weight, None)
+
+
+@each_case
+def test_the_published_start_leads_to_a_step_as_good_as_the_searched_one(name, bits, granularity):
+    weight, _ = example()
+    w, d, n = weight.numpy(), np.ones_like(weight.numpy()), 2 ** (bits - 1) - 1
+    errors = {}
+    for start in ("one", "auto"):
+        quantizer = make("laq_uniform", weight, bits, granularity, gamma_init=start)
+        for _ in range(20):
+            quantizer.after_step(weight, None)
+        errors[start] = objective(w, quantizer.size.detach().numpy() * n, d, bits, granularity).sum()
+    assert errors["one"] <= 4 * errors["auto"]
 
 
 @pytest.mark.parametrize("seed", range(8))

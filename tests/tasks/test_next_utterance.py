@@ -120,6 +120,18 @@ def test_candidates_that_the_data_brings_are_taken(tokenizer):
     assert encoded(tokenizer, "train", [row], None, task)[0].shape == (1, TRAIN * WIDTH)
     with pytest.raises(ConfigError, match=r"has 2 candidates, fewer than task\.candidates \(5\); lower it"):
         encoded(tokenizer, "test", [(["a"], ["b"], ["c", "d"])], None, task)
+    with pytest.raises(ConfigError, match=r"the last candidate of a row, the true reply, is empty"):
+        encoded(tokenizer, "test", [(["a"], ["b"], ["c", "d", "e", "f", "g", "  "])], None, task)
+
+
+def test_a_reply_without_a_context_follows_end_of_text(tokenizer):
+    task = NextUtterance(TASK.settings, given=True)
+    ids, lengths = encoded(tokenizer, "train", [([], [], ["no", "yes"][:TRAIN] + ["maybe"] * (TRAIN - 2))], None, task)
+    batch = task.batch(torch.tensor(ids), torch.tensor(lengths))
+    counted = task.counts(torch.tensor(lengths))
+    assert int(batch.distilled.sum()) == counted["distillation_nats"]
+    assert int(batch.references().supervised.sum()) == counted["next_token_nats"]
+    assert (ids.reshape(-1, WIDTH)[:, 0] == tokenizer.eos_token_id).all()
 
 
 def test_too_few_replies_are_refused_by_the_knob(tokenizer):

@@ -26,7 +26,7 @@ class LAQ(StepQuantizer):
 
     def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:
         super().__init__(weight, bits, granularity, spec)
-        start = mean_abs(weight, granularity)
+        start = mean_abs(weight, granularity) / self.grid.high
         if spec.gamma_init != "one":  # which is asked for where the step is about to be loaded
             start = least_error_step(weight.detach(), self.grid, granularity)
         self.size = nn.Parameter(start, requires_grad=False)
@@ -37,7 +37,9 @@ class LAQ(StepQuantizer):
     @torch.no_grad()
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
         importance = torch.ones_like(weight)
-        if self.curvature and second_moment is not None:
+        if self.curvature:
+            if second_moment is None:
+                raise ValueError("LAQ weights its error by Adam's second moment, and Adam does not move this weight")
             importance = second_moment.sqrt() + EPSILON
         for _ in range(ROUNDS):
             codes = nearest(weight, self.size, self.grid)

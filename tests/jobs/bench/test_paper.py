@@ -122,13 +122,13 @@ def test_the_table_stands_beside_ours(finished, tiny_config, cloned, monkeypatch
     monkeypatch.setitem(TABLES, "1", replace(TABLES["1"], cells=few))
     console = Console(file=StringIO(), width=250)
     document = beside("1", tiny_config(cloned, distill={"steps": 2}), console)
-    assert [(row["method"], row["bits"]) for row in document["rows"]] == list(few)
+    assert [(row["method"], row["bits"]) for row in document["rows"]] == [*few, (paper.ROUNDING, "2-2-8")]
     for row in document["rows"]:
-        assert list(row["paper"]) == list(TABLES["1"].columns)
+        assert list(row["paper"]) == ([] if row["method"] == paper.ROUNDING else list(TABLES["1"].columns))
         assert row["ours"]["perplexity"] > 1
     ours = [row["ours"]["perplexity"] for row in document["rows"]]
     assert ours[0] == pytest.approx(finished.record("evaluate").teacher["perplexity"])
-    assert len(set(ours)) == 4
+    assert len(set(ours)) == 5
     shown = console.file.getvalue()
     for row, number in zip(document["rows"], ours, strict=True):
         (line,) = [line for line in shown.splitlines() if row["method"] in line and row["bits"] in line]

@@ -52,13 +52,15 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
     assert table["paper"]["packed_bytes"] < table["best"]["packed_bytes"]  # five ternary codes a byte against four
     for name, line in table.items():
         assert line["rate"] in document["rates"][name]["2-2-8"]
+    assert {claim["met"] for claim in document["claims"]} <= {True, False}
+    assert len(document["claims"]) == 2  # of best; the rows of the others are not all here
     assert len(document["scores"]) == 5
     for name in ("paper", "best"):
         gaps = [s["student"]["perplexity"] / s["teacher"]["perplexity"] for s in document["scores"] if s["row"] == name]
         assert len(set(gaps)) == 2  # the seed shows
-    assert (
-        table["best"]["from_paper"]["low"] < table["best"]["from_paper"]["mean"] < table["best"]["from_paper"]["high"]
-    )
+    for metric in ("gap_nats", "kl_nats", "top1_agreement"):
+        less = table["best"]["from_paper"][metric]
+        assert less["low"] <= less["mean"] <= less["high"]
     for name in ("front.png", "cosine.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(PNG)
     text = (tmp_path / "out" / "quantizers.md").read_text()
@@ -154,12 +156,19 @@ def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monk
         (["--teacher", "empty"], ["empty", "config.json"]),
         (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
         (["--set", "distil.steps=3"], ["distil"]),
+        (["--set", "distill.lr=3e-3"], ["distill.lr has no effect", "each row", "distill.warmup_steps"]),
+        (["--set", "distill.steps=3"], ["distill.steps has no effect", "--steps decides it"]),
+        (["--set", "quant.quantizer=lsq"], ["quant.quantizer has no effect", "quant.attention"]),
     ],
     ids=str,
 )
-def test_what_cannot_work_is_said_before_anything_runs(bench, checkpoint, corpus, tmp_path, arguments, needles):
+@pytest.mark.parametrize("generated", [False, True])
+def test_what_cannot_work_is_said_before_anything_runs(
+    bench, checkpoint, corpus, tmp_path, arguments, needles, generated
+):
     (tmp_path / "empty").mkdir()
-    sound = [] if {"--teacher", "nowhere.yaml"} & set(arguments) else ["--teacher", checkpoint, "--data", corpus]
+    sound = [] if {"--teacher", "nowhere.yaml"} & set(arguments) else ["--teacher", checkpoint]
+    sound += [] if generated or not sound else ["--data", corpus]
     shown = bench(*arguments, *sound, "--out", "out")
     assert isinstance(shown.exception, SystemExit), repr(shown.exception)
     assert (shown.exit_code, shown.stdout) == (2, ""), shown.stderr
@@ -168,6 +177,7 @@ def test_what_cannot_work_is_said_before_anything_runs(bench, checkpoint, corpus
     assert all(needle in said for needle in needles), said
     assert not list(tmp_path.rglob("record.json"))
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("generated-*"))
     assert not ray.is_initialized()
 
 

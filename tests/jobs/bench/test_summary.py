@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.bench.pictures import draw_cosines, draw_front
-from jobs.bench.summary import HEADER, Interval, Line, cells, front, lines, markdown, paired
+from jobs.bench.pictures import draw_cosines, draw_front, front_figure
+from jobs.bench.summary import HEADER, METRICS, Interval, Line, cells, front, lines, markdown, paired
 from jobs.bench.trials import Score, best_rates
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,6 +26,7 @@ def score(row="paper", gap=0.1, seed=0, bits="2-2-8", rate=1e-3, nats=1.0, size=
         bits=bits,
         rate=rate,
         seed=seed,
+        digest="0",
         validation_nats=nats,
         teacher={"perplexity": 10.0},
         student=student,
@@ -93,8 +94,8 @@ def test_an_interval_excludes_zero_or_not(interval, excludes):
 
 def table(*extra):
     return [
-        *scores("paper", [0.30, 0.32, 0.31]),
-        *scores("best", [0.10, 0.11, 0.15], size=120),
+        *scores("paper", [0.30, 0.32, 0.31], rate=2e-3),
+        *scores("best", [0.10, 0.11, 0.15], size=120, rate=0.03),
         *scores("smallest", [0.20, 0.25, 0.22], size=80),
         *extra,
     ]
@@ -109,10 +110,13 @@ def test_a_table_goes_from_the_largest_gap_to_the_smallest():
     assert paper.kl_nats == pytest.approx(0.155)
     assert (best.packed_bytes, smallest.packed_bytes) == (120, 80)
     assert (paper.from_paper, best.from_best, smallest.from_smallest) == (None, None, None)
-    assert best.from_paper.mean == pytest.approx(0.12 - 0.31)
-    assert paper.from_best.mean == pytest.approx(-best.from_paper.mean)
-    assert (paper.from_best.low, paper.from_best.high) == pytest.approx((-best.from_paper.high, -best.from_paper.low))
-    assert best.from_smallest == paired(scores("best", [0.10, 0.11, 0.15]), scores("smallest", [0.20, 0.25, 0.22]))
+    assert best.less("paper").mean == pytest.approx(0.12 - 0.31)
+    assert best.less("paper", "kl_nats").mean == pytest.approx((0.12 - 0.31) / 2)
+    assert best.less("paper", "top1_agreement") == best.less("paper", "token_cosine") == Interval(0.0)
+    ours, theirs = paper.less("best"), best.less("paper")
+    assert ours.mean == pytest.approx(-theirs.mean)
+    assert (ours.low, ours.high) == pytest.approx((-theirs.high, -theirs.low))
+    assert best.less("smallest") == paired(scores("best", [0.10, 0.11, 0.15]), scores("smallest", [0.20, 0.25, 0.22]))
     assert [line.row for line in lines(table(), "8-8-8")] == []
 
 
@@ -122,10 +126,9 @@ def test_an_untrained_row_is_compared_with_every_seed():
     half = T_975[2] * differences.std(ddof=1) / math.sqrt(3)
     assert found.seeds == 1
     assert found.gap_nats == pytest.approx(0.9)
-    assert found.from_paper.mean == pytest.approx(differences.mean())
-    assert (found.from_paper.low, found.from_paper.high) == pytest.approx(
-        (differences.mean() - half, differences.mean() + half), rel=1e-3
-    )
+    less = found.less("paper")
+    assert less.mean == pytest.approx(differences.mean())
+    assert (less.low, less.high) == pytest.approx((differences.mean() - half, differences.mean() + half), rel=1e-3)
 
 
 def test_a_table_without_references_has_no_differences():
@@ -137,12 +140,15 @@ def test_cells_say_what_the_line_says():
     shown = {line.row: dict(zip(HEADER, cells(line), strict=True)) for line in lines(table(), "2-2-8")}
     assert shown["paper"]["gap, nats"] == "0.3100"
     assert shown["paper"]["less paper's"] == ""
-    assert shown["paper"]["rate"] == "0.001"
-    assert shown["best"]["less paper's"].startswith("-0.1900 [-0.")
+    assert (shown["paper"]["rate"], shown["best"]["rate"]) == ("0.002 (lowest)", "0.03")
+    assert (shown["paper"]["seeds"], shown["best"]["less smallest's"][:7]) == ("3", "**-0.10")
+    assert shown["best"]["less paper's"].startswith("**-0.1900 [-0.")  # bold: the interval is without zero
     assert shown["best"]["bytes"] == "120"
-    assert shown["best"]["same top token"] == "75.0%"
+    assert shown["best"]["same top token"] == "0.7500"
     (single,) = lines([score("x")], "2-2-8")
-    assert cells(replace(single, from_paper=Interval(0.25)))[3] == "+0.2500"
+    everything = dict.fromkeys(METRICS, Interval(0.25))
+    found = dict(zip(HEADER, cells(replace(single, from_paper=everything)), strict=True))
+    assert (found["less paper's"], found["rate"]) == ("+0.2500", "")  # not one of the bench's rows: no search
 
 
 def test_markdown_is_a_table():
@@ -186,6 +192,9 @@ def test_the_front_is_what_no_other_row_beats(found):
     ids=["several", "one", "no gap", "eight widths"],
 )
 def test_pictures_are_files(table, tmp_path):
+    figure = front_figure(table, "title")
+    drawn = sum(len(points.get_offsets()) for points in figure.axes[0].collections)
+    assert drawn == len(table)  # every row at every width, however many
     draw_front(table, "title", tmp_path / "front.png")
     draw_cosines(table, "title", tmp_path / "cosine.png")
     for name in ("front.png", "cosine.png"):

@@ -1,0 +1,64 @@
+"""Claims about the presets are read off a table: met, not met, or not to be checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.bench.claims import claims
+from jobs.bench.summary import lines
+from tests.jobs.bench.test_summary import score, scores
+
+GAPS = {
+    "paper": [0.30, 0.31, 0.32],
+    "paper without contrast": [0.33, 0.35, 0.34],
+    "seq, row": [0.20, 0.21, 0.23],
+    "twn, row": [0.28, 0.29, 0.31],
+    "smallest": [0.20, 0.19, 0.21],
+    "best": [0.12, 0.13, 0.14],
+}
+COSINES = {"paper": 0.2, "paper without contrast": 0.3}
+
+
+def found(**changed):
+    gaps = {**GAPS, **{name.replace("_", " "): values for name, values in changed.items()}}
+    table = [
+        one.model_copy(update={"token_cosine": COSINES.get(name, 0.25) + 0.01 * one.seed * one.gap_nats})
+        for name, values in gaps.items()
+        for one in scores(name, values)
+    ]
+    return {claim.text: claim for claim in claims(lines(table, "2-2-8"))}
+
+
+def of(claims, word):
+    return [claim.met for text, claim in claims.items() if word in text]
+
+
+def test_all_claims_of_a_table_that_bears_them_out():
+    made = found()
+    assert len(made) == 5
+    assert all(claim.met and str(claim).startswith("met: ") for claim in made.values()), made
+    assert next(c.number for t, c in made.items() if "best is at most" in t) == f"{0.13 / 0.31:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("changed", "word", "met"),
+    [
+        ({"best": [0.17, 0.18, 0.19]}, "of best is at most", [False]),
+        ({"best": [0.21, 0.20, 0.22]}, "best has the smallest", [False]),
+        ({"best": [0.02, 0.40, 0.10]}, "best has the smallest", [False]),  # smaller, and the interval holds zero
+        ({"smallest": [0.26, 0.27, 0.28]}, "of smallest is at most", [False]),
+        ({"smallest": [0.26, 0.275, 0.28]}, "smallest has the smallest", [True]),  # seq is not ternary
+        ({"smallest": [0.40, 0.41, 0.42]}, "smallest has the smallest", [False]),
+        ({"paper_without_contrast": [0.21, 0.22, 0.21]}, "contrast lowers", [False]),  # at a cost
+    ],
+)
+def test_a_claim_that_fails_is_said(changed, word, met):
+    made = found(**changed)
+    assert of(made, word) == met
+    assert all(str(claim).startswith("met: " if claim.met else "NOT met: ") for claim in made.values())
+
+
+def test_wide_widths_are_held_to_the_teachers_perplexity():
+    table = [score("best", 0.009, bits="4-4-8"), score("best", 0.004, bits="8-8-8"), score("lsq, row", 0.5)]
+    made = claims([line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)])
+    assert [(claim.met, claim.number) for claim in made] == [(True, "+0.90%"), (False, "+0.40%")]
