@@ -90,7 +90,9 @@ def _status(planned: SweepPlan, key: str) -> str:
 
 
 def print_found(planned: SweepPlan, found: Found, console: Console) -> None:
-    table = Table("trial", "status", "perplexity", "gap, nats", "bytes", "smaller by", "version", "front")
+    table = Table()
+    for column in ("trial", "status", "perplexity", "gap, nats", "bytes", "smaller by", "version", "front"):
+        table.add_column(column, no_wrap=column == "trial")
     for trial in sorted(found.trials, key=lambda trial: trial.size.packed_bytes if trial.size else math.inf):
         table.add_row(*_row(trial), "*" if trial.key in found.front else "")
     console.print(table)

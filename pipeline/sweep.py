@@ -35,7 +35,7 @@ TRIALS = "trials"
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep: `record` if it is finished and all is registered, else `known`, the trials that can be named beforehand."""
+    """A sweep: its record if it is finished and all is registered; else the trials that can be named beforehand."""
 
     config: Config
     sweep: Sweep

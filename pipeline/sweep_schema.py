@@ -41,11 +41,13 @@ class Between(Closed):
 
     def at(self, share: float) -> float | int:
         """The number at a share between 0 and 1 of the way."""
-        if self.integer:
+        if self.integer and not self.log:
             return min(int(self.high), int(self.low) + int(share * (self.high - self.low + 1)))
+        number = self.low + share * (self.high - self.low)
         if self.log:
-            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
-        return self.low + share * (self.high - self.low)
+            number = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        number = min(self.high, max(self.low, number))
+        return round(number) if self.integer else number
 
 
 class Asha(Closed):

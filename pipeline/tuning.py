@@ -67,7 +67,7 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | Non
     at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1) // each))
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each if alone else A_LITTLE, "gpu": resources.gpus_per_worker if alone else 0}
-    watcher = _watcher(feed)
+    watcher = _watcher(_Here(feed))
     scheduler = None
     if asha is not None:
         scheduler = tune.schedulers.ASHAScheduler(
@@ -79,11 +79,11 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | Non
         tune_config=tune.TuneConfig(
             metric=LOSS,
             mode="min",
-            search_alg=_search(feed),
+            search_alg=_search(_Here(feed)),
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=at_once,
-            reuse_actors=False,
+            reuse_actors=alone,  # imports take seconds
         ),
         run_config=tune.RunConfig(
             storage_path=path,
@@ -132,23 +132,44 @@ def _outcome(result: dict[str, Any]) -> tuple[str, str]:
     return ("failed" if result[FAILURE] else "done"), str(result[FAILURE])
 
 
-def _search(feed: Feed) -> Any:
+class _Here:
+    """The feed, for what Tune pickles into its run folder, which must not go along."""
+
+    def __init__(self, feed: Feed | None) -> None:
+        self._feed = feed
+
+    def __call__(self) -> Feed:
+        if self._feed is None:
+            raise RuntimeError("the feed is in the driver alone")
+        return self._feed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Here, (None,)
+
+
+def _search(here: _Here) -> Any:
     from ray.tune.search import Searcher
 
     class Search(Searcher):  # type: ignore[misc]
         """Gives Tune what the feed gives."""
 
         def suggest(self, trial_id: str) -> Any:
-            given = feed.next()
+            given = here().next()
             return Searcher.FINISHED if given is None else {"key": given[0], "trial": given[1]}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             """The watcher is told."""
 
+        def save(self, checkpoint_path: str) -> None:
+            """What was tried is in the sweep's own place."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Never: a sweep goes on from its own place."""
+
     return Search(metric=LOSS, mode="min")
 
 
-def _watcher(feed: Feed) -> Any:
+def _watcher(here: _Here) -> Any:
     from ray import tune
 
     class Watcher(tune.Callback):  # type: ignore[misc]
@@ -160,11 +181,11 @@ def _watcher(feed: Feed) -> Any:
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **more: Any) -> None:
             self._groups.setdefault(trial.trial_id, set()).update(result.get(GROUPS, ()))
-            feed.reported(trial.config["key"], result)
+            here().reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
-            feed.ended(trial.config["key"], *_outcome(trial.last_result or {}))
+            here().ended(trial.config["key"], *_outcome(trial.last_result or {}))
 
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
@@ -172,7 +193,9 @@ def _watcher(feed: Feed) -> Any:
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
             error = trial.get_pickled_error() if trial.pickled_error_file else None
-            feed.ended(trial.config["key"], "lost", str(error).strip().splitlines()[-1] if error else "its worker died")
+            here().ended(
+                trial.config["key"], "lost", str(error).strip().splitlines()[-1] if error else "its worker died"
+            )
 
         def free_all(self) -> None:
             for trial_id in list(self._groups):
