@@ -18,7 +18,7 @@ from pipeline.quant.packing import packed_columns
 from pipeline.quant.spec import UNQUANTIZED, BitWidths, Granularity, QuantSpec
 
 # As safetensors writes it: wider dtypes first, tensors of one dtype by name.
-ORDER = {"I64": 8, "F32": 7, "F16": 4, "BF16": 3, "U8": 1, "BOOL": 0}
+ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
 BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 ALIGNED = 8
