@@ -20,6 +20,9 @@ class Option:
     loss: float
 
 
+Options = Mapping[str, Mapping[int, Option]]  # by module and width
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A width for every module, with the sums."""
@@ -29,12 +32,12 @@ class Allocation:
     loss: float
 
 
-def smallest(options: Mapping[str, Mapping[int, Option]]) -> int:
+def smallest(options: Options) -> int:
     """Bytes of the smallest assignment."""
     return sum(min(option.bytes for option in of.values()) for of in options.values())
 
 
-def allocations(options: Mapping[str, Mapping[int, Option]], limit_bytes: int) -> Iterator[Allocation]:
+def allocations(options: Options, limit_bytes: int) -> Iterator[Allocation]:
     """Assignments within the limit, the least loss first, as many as are asked for.
 
     Losses add up; of equal losses the fewer bytes come first. Each answer is excluded by a cut before the next solve.

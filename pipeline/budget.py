@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, product
 from typing import Any
 
 from pipeline import flow, preflight
-from pipeline.allocation import Option, allocations
+from pipeline.allocation import Option, Options, allocations
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import FAMILIES, skeleton
@@ -113,7 +116,8 @@ def check_budget(config: Config, shape: Layout, budget_mib: float) -> None:
 
 
 def best(config: Config, shape: Layout, found: Sensitivity, budget_bytes: int, count: int) -> list[Proposal]:
-    """The `count` assignments of least expected loss that fit, uniform ones among them where they are that good."""
+    """The `count` assignments of least expected loss that fit; the best uniform one, to compare with, is among them
+    if it fits and `count` is more than one."""
     options = {
         name: {bits: Option(shape.bytes_of(name, bits), _loss(found, name, bits)) for bits in widths}
         for name, widths in _offered(config, shape).items()
@@ -121,14 +125,27 @@ def best(config: Config, shape: Layout, found: Sensitivity, budget_bytes: int, c
     # A header is shortest where all is smallest; what a longer one pushes over the limit is passed over.
     least = {name: min(of) for name, of in options.items()}
     fixed = shape.packed_bytes(least) - sum(shape.bytes_of(name, bits) for name, bits in least.items())
-    proposed: list[Proposal] = []
-    for allocation in allocations(options, budget_bytes - fixed):
-        packed_bytes = shape.packed_bytes(allocation.widths)
-        if packed_bytes <= budget_bytes:
-            proposed.append(_proposal(config, shape, allocation.widths, packed_bytes, allocation.loss))
-        if len(proposed) == count:
-            break
-    return proposed
+    fitting = (a.widths for a in allocations(options, budget_bytes - fixed) if _fits(shape, a.widths, budget_bytes))
+    chosen = list(islice(fitting, count))
+    level = [widths for widths in _uniform(shape, options) if _fits(shape, widths, budget_bytes)]
+    if level and count > 1 and (best_level := min(level, key=partial(_sum, options))) not in chosen:
+        chosen = [*chosen[: count - 1], best_level]
+    return [_proposal(config, shape, widths, _sum(options, widths)) for widths in chosen]
+
+
+def _fits(shape: Layout, widths: dict[str, int], budget_bytes: int) -> bool:
+    return shape.packed_bytes(widths) <= budget_bytes
+
+
+def _sum(options: Options, widths: dict[str, int]) -> float:
+    return sum(options[name][bits].loss for name, bits in widths.items())
+
+
+def _uniform(shape: Layout, options: Options) -> Iterator[dict[str, int]]:
+    """One width for linears and one for embeddings, but for modules that have no choice."""
+    for linear, embedding in product(WIDTHS, WIDTHS):
+        wanted = {"linear": linear, "embedding": embedding}
+        yield {n: next(iter(of)) if len(of) == 1 else wanted[shape.roles[n]] for n, of in options.items()}
 
 
 def _offered(config: Config, shape: Layout) -> dict[str, tuple[int, ...]]:
@@ -142,7 +159,7 @@ def _loss(found: Sensitivity, name: str, bits: int) -> float:
     return 0.0 if bits == UNQUANTIZED else REMAINS[bits] * found.kl_nats[name][bits]
 
 
-def _proposal(config: Config, shape: Layout, widths: dict[str, int], packed_bytes: int, loss: float) -> Proposal:
+def _proposal(config: Config, shape: Layout, widths: dict[str, int], loss: float) -> Proposal:
     """With the width that most modules have as the base, and the others by exact name."""
 
     def usual(role: str) -> int:
@@ -152,4 +169,4 @@ def _proposal(config: Config, shape: Layout, widths: dict[str, int], packed_byte
     base = BitWidths(usual("linear"), usual("embedding"), BitWidths.parse(config.quant.bits).activations)
     usual_of = {"linear": base.weights, "embedding": base.embedding}
     overrides = {re.escape(name): widths[name] for name in shape.modules if widths[name] != usual_of[shape.roles[name]]}
-    return Proposal(str(base), overrides, packed_bytes, loss)
+    return Proposal(str(base), overrides, shape.packed_bytes(widths), loss)

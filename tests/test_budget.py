@@ -106,6 +106,7 @@ def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
     assert [e.dotted() for e in expected] == found
     assert all(e.packed_bytes <= limit for e in expected)
     assert [e.kl_nats for e in expected] == sorted(e.kl_nats for e in expected)
+    assert expected[-1].overrides == {}  # the best uniform one, to compare with
     assert len({4, 2} & {trials[0].quant.spec().weight_bits(n, shape.roles[n]) for n in shape.modules}) == 2
     ran = run_flow(trials[0].model_copy(update={"distill": config.distill.model_copy(update={"steps": 0})}), "pack")
     assert ran.record("pack").size.packed_bytes == expected[0].packed_bytes
