@@ -1,12 +1,15 @@
 """The map of the house. Floors from the top; each imports only from below, and import-linter holds that.
 
     jobs        the command line: arguments, environment variables, what is printed
+    budget      a width for every module so that the packed file fits; from the flow's sensitivities
     flow        plan(config) -> steps, run(steps): the straight line of stages
-    stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
+    stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out; beside the line:
+                sensitivity
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that
-    artifact    the packed model on disk: write, check, load
+    artifact    the packed model on disk: write, check, load; packed_size: its bytes from shapes alone
+    allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
     tracking, registry      MLflow: runs by key; versions and aliases

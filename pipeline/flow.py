@@ -21,8 +21,19 @@ from pipeline.identity import differences, recipe_of, step_key
 from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
-from pipeline.records import ModelVersion, Package, Point, Record, Report, Student, Teacher, TeacherCache, Tokens
-from pipeline.stages import cache, distill, evaluate, finetune, pack, register, tokenize
+from pipeline.records import (
+    ModelVersion,
+    Package,
+    Point,
+    Record,
+    Report,
+    Sensitivity,
+    Student,
+    Teacher,
+    TeacherCache,
+    Tokens,
+)
+from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Owner, Place, check_writable, records
 
@@ -35,6 +46,7 @@ LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Package, pack),
     (ModelVersion, register),
 )
+BESIDE: tuple[tuple[type[Record], ModuleType], ...] = ((Sensitivity, sensitivity),)  # run for a budget alone
 STAGES = tuple(kind.stage for kind, _ in LINE)
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
 SHIPS = ("scale_dtype", "rest_dtype")  # decided in quant, applied by freeze: a change leaves training alone
@@ -331,7 +343,7 @@ def _run_or_repair(
 def _run_step(
     step: Planned, done: dict[str, Done], engine: Engine, observer: Observer, wait: bool, repair: bool = False
 ) -> tuple[Record, str]:
-    kind, module = next((kind, module) for kind, module in LINE if kind.stage == step.stage)
+    kind, module = next((kind, module) for kind, module in LINE + BESIDE if kind.stage == step.stage)
     with step.place.hold(wait, lambda owner: observer.waiting(step.stage, owner)) as place:
         if step.stage == ModelVersion.stage:  # done only when the registry holds it; an older record says otherwise
             place.forget_record()

@@ -121,6 +121,14 @@ class TeacherCache(Record):
     kl_nats: float | None = None  # KL(teacher || teacher from cache), nats per token, on a probe
 
 
+class Sensitivity(Record):
+    """What quantizing one module alone costs, untrained: `kl_nats[module][width]`, KL from the teacher per token."""
+
+    stage: ClassVar[str] = "sensitivity"
+    tokens: int  # that were looked at
+    kl_nats: dict[str, dict[int, float]]
+
+
 class Report(Record):
     """What the frozen student and the teacher score on the test split."""
 

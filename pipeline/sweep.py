@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import flow, store, tracking, tuning
+from pipeline import budget, flow, store, tracking, tuning
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import RunError
@@ -76,6 +76,9 @@ def plan(config: Config) -> SweepPlan:
 
 def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
     """The trials that can be named before anything runs; two that come to the same are one."""
+    if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
+        budget.check_budget(config, budget.layout_of(config), sweep.budget_mib)
+        return ()
     if sweep.search == "optuna":  # one example, so that a space that cannot work at all is found out
         candidate(config, drawn(sweep, 0))
         return ()
@@ -111,10 +114,11 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     engine = Engine(planned.config.resources)
     try:
         with planned.place.hold(wait, lambda owner: observer.waiting("sweep", owner)) as place, outbox:
-            feed = _feed(planned, place, outbox, observer)
+            live = LiveRun(observer, outbox, parent)
             with load_watched(outbox, parent):
+                feed = _feed(_with_proposals(planned, live, wait), place, outbox, observer)
                 if feed.settle() and not feed.over():
-                    _run(planned, feed, engine, place, observer, wait)
+                    _run(planned, feed, engine, place, live, wait)
                 feed.capped = feed.capped or (feed.over() and bool(feed.left))
             found = _conclude(planned, feed, place)
     finally:
@@ -135,13 +139,23 @@ def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) 
     return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
 
 
-def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, observer: Observer, wait: bool) -> None:
+def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> SweepPlan:
+    """With the assignments of bits that fit `budget_mib` as trials, for each combination of the space."""
+    sweep = planned.sweep
+    if sweep.budget_mib is None:
+        return planned
+    found = budget.proposals(planned.config, sweep.budget_mib, sweep.proposals, observer, wait)
+    combined = [{**values, **bits} for values in listed(sweep) or [{}] for bits in found]
+    known = {one.key: one for one in (candidate(planned.config, values) for values in combined)}
+    return replace(planned, known=tuple(known.values()))
+
+
+def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: LiveRun, wait: bool) -> None:
     """The steps that trials share, once each; then the trials."""
-    live = LiveRun(observer, feed.outbox, _parent(planned))
     shared = {one.plan.step(TeacherCache.stage).place.key: one.plan.config for one in feed.waiting}
     for config in shared.values() or [planned.config]:
         flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
-    observer.started(TRIALS)
+    live.started(TRIALS)
     tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
 
 
@@ -150,11 +164,12 @@ def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
     lost = feed.failures
     feed.failures = {}
     feed.settle()
-    left = {key: why for key, why in {**lost, **feed.failures}.items() if feed.trials[key].status == "running"}
-    if left:
-        key, why = next(iter(left.items()))
+    reasons = {**lost, **feed.failures}
+    left = [trial for trial in feed.trials.values() if trial.status == "running"]
+    if left and not feed.capped:
+        why = reasons.get(left[0].key, "it was interrupted.")
         raise RunError(
-            f"{len(left)} of {len(feed.trials)} trials are not finished, first {label(feed.trials[key].values)}: {why} "
+            f"{len(left)} of {feed.total} trials are not finished, first {label(left[0].values)}: {why} "
             f"What is done is kept at {place.uri}; the same command goes on from there."
         )
     trials = tuple(feed.trials.values())

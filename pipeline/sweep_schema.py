@@ -99,6 +99,8 @@ class Sweep(Closed):
                 "space: {quant.bits: [2-2-8, 4-4-8]}, or set budget_mib"
             )
         ranges = [path for path, values in self.space.items() if isinstance(values, Between)]
+        if self.budget_mib is not None and self.search == "optuna":
+            raise ValueError("budget_mib proposes its own trials; use it with search: grid or random")
         if self.search == "grid" and ranges:
             raise ValueError(f"search: grid needs lists, and {ranges[0]} is a range; use search: random or optuna")
         if self.search != "grid" and self.samples is None:

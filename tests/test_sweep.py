@@ -104,19 +104,19 @@ def test_another_sweep_over_the_same_values_trains_nothing(swept, tiny_config):
     assert len(both.front) == 1
 
 
-class Interrupted(Exception):
+class InterruptedHereError(Exception):
     """As a killed driver."""
 
 
 class Interrupting(Recorder):
     def advanced(self, stage, done, total, note):
         if stage == "trials" and "4-4-8" in note:
-            raise Interrupted
+            raise InterruptedHereError
 
 
 def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
     config = grid(tiny_config, cloned)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedHereError):
         sweep.run(sweep.plan(config), Interrupting())
     planned = sweep.plan(config)
     assert [trial.status for trial in planned.trials.values()] == ["done", "running"]
