@@ -200,6 +200,7 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
     feed.outbox.flush()
     try:
         tracking.log_sweep(
+            parent.uri,
             tracking.find_run(parent.uri, parent.experiment, parent.artifacts, parent.key, parent.name, None),
             {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
             {"trials": len(trials), "front": len(best), "worker_hours": _hours(trials)},

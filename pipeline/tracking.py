@@ -153,7 +153,8 @@ class Curves:
 
 def open_curves(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Curves:
     """The curves of a run as `find_run` gives it."""
-    return Curves(MlflowClient(), find_run(uri, experiment, artifacts, key, name, parent))
+    run = find_run(uri, experiment, artifacts, key, name, parent)
+    return Curves(MlflowClient(uri, uri), run)
 
 
 def find_run(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Run:
@@ -171,9 +172,9 @@ def find_run(uri: str, experiment: str, artifacts: str | None, key: str, name: s
     return run
 
 
-def log_sweep(run: Run, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
+def log_sweep(uri: str, run: Run, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
     """The parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
-    client, run_id = MlflowClient(), run.info.run_id
+    client, run_id = MlflowClient(uri, uri), run.info.run_id
     for name, value in params.items():
         if name not in run.data.params:
             client.log_param(run_id, name, value)

@@ -20,7 +20,7 @@ STEP, LOSS = "step", "validation_nats"
 Report = Callable[[dict[str, Any]], None]
 Work = Callable[[Any, Report], None]  # runs a trial; reports hold STEP and LOSS
 GROUPS, ENDED, FAILURE = "groups", "ended", "failure"
-A_LITTLE = 0.001  # of a CPU, for an actor that waits for training workers of its own
+A_BYTE = 1  # of memory: an actor that waits for training workers of its own needs no CPU, and Tune wants something
 
 
 class Feed(Protocol):
@@ -66,7 +66,7 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | Non
     each = resources.workers * resources.cpus_per_worker
     at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1) // each))
     alone = resources.workers == 1  # trained inside the trial's own actor
-    needs = {"cpu": each if alone else A_LITTLE, "gpu": resources.gpus_per_worker if alone else 0}
+    needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
     watcher = _watcher(_Here(feed))
     scheduler = None
     if asha is not None:
