@@ -1,18 +1,24 @@
 """The map of the house. Floors from the top; each imports only from below, and import-linter holds that.
 
     jobs        the command line: arguments, environment variables, what is printed
+    budget      a width for every module so that the packed file fits; from the flow's sensitivities
+    sweep       many runs that share what they can; feed: which trial is next; estimate: its cost
     flow        plan(config) -> steps, run(steps): the straight line of stages
-    stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
-    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
+    stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out; beside the line:
+                sensitivity
+    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
-                diagnostics: what its modules and representations do meanwhile; pictures of that
-    artifact    the packed model on disk: write, check, load
+                diagnostics: what its modules and representations do meanwhile; pictures of that,
+                samples of what it writes
+    artifact    the packed model on disk: write, check, load; packed_size: its bytes from shapes alone
+    allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
-    tracking, registry      MLflow: runs by key; versions and aliases
+    tracking, registry      MLflow: runs by key; versions and aliases; live: curves while a run goes on
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
+    trials, suggest, front  values laid over a configuration, Optuna's next ones, and what none beats
     locations   where store, runs and scratch files lie
-    config, schema, presets, loading        the closed schema, named recipes, a configuration from a file
+    config, schema, sweep_schema, presets, loading  the closed schema, named recipes, a configuration from a file
     identity, records       canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch
 

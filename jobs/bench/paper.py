@@ -131,7 +131,7 @@ def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any
         flow.run(flow.plan(base, TeacherCache.stage), display)
         display.started("table")
         scores = run_trials(
-            trials, base.resources, lambda done, total, note: display.advanced("table", done, total, note)
+            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
         )
     sound = [score for score in scores if not score.failure]
     if not sound:

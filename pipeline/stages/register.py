@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 
 from pipeline import pictures, registry, tracking
-from pipeline.errors import RunError
-from pipeline.records import ModelVersion, Package, Report, Student, Teacher
+from pipeline.errors import NotRegisteredError, RunError
+from pipeline.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
+from pipeline.samples import samples
 from pipeline.step import Done, Step
+from pipeline.store import Place
 
 VERSION = 1
 
@@ -25,11 +28,12 @@ def run(step: Step) -> ModelVersion:
     settings = step.locations["tracking"]
     client = tracking.connect(settings["uri"])
     try:
-        experiment_id = tracking.experiment(client, settings["experiment"], settings["artifacts"])
+        experiment_id = tracking.experiment_id(client, settings["experiment"], settings["artifacts"])
         run = tracking.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
         metrics = _metrics(report, package)
         tracking.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
         tracking.log_figures(client, run.info.run_id, _figures(step))
+        client.log_text(run.info.run_id, _samples(step), "samples.txt")
         version = registry.find_version(client, name, step.place.key)
         model_id = str(version.model_id) if version is not None else ""
         if version is None:
@@ -64,7 +68,7 @@ def run(step: Step) -> ModelVersion:
 def _pass(limit: float | None, report: Report, uri: str) -> None:
     ratio = report.student["perplexity"] / report.teacher["perplexity"]
     if limit is not None and ratio > limit:
-        raise RunError(
+        raise NotRegisteredError(
             f"The student's perplexity is {ratio:.3f} times the teacher's, above register.gate.max_perplexity_ratio "
             f"({limit:g}). It was not registered; the package is kept at {uri}."
         )
@@ -88,6 +92,22 @@ def _curves(step: Step) -> dict[str, list[dict[str, float]]]:
         for module, facts in look["modules"].items():
             curves.setdefault(f"modules/{module}", []).append({"step": look["step"], **facts})
     return curves
+
+
+def _samples(step: Step) -> str:
+    """What the packed student writes for rows of the validation split."""
+    report, place = step.input(Report)
+    package, package_place = step.input(Package)
+    tokens = replace(place, stage=Tokens.stage, key=report.inputs[Tokens.stage], fence=None)
+    settings = {"package": package_place, "files": package.files, "tokens": tokens}
+    return step.engine.task(_write_samples, settings, step.place)
+
+
+def _write_samples(package: Place, files: dict[str, StoredFile], tokens: Place) -> str:
+    record = tokens.record(Tokens)
+    if record is None:
+        return "The tokens that the student was trained on are gone.\n"
+    return samples(package.folder(files, Package.FOLDER), tokens, record)
 
 
 def _figures(step: Step) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""What a model's weights file will hold, to the byte, before anything is trained: from shapes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.config import Quant
+from pipeline.families.family import Family
+from pipeline.families.models import make_student, sites
+from pipeline.quant.layers import TIED
+from pipeline.quant.packing import packed_columns
+from pipeline.quant.spec import UNQUANTIZED, BitWidths, Granularity, QuantSpec
+
+# As safetensors writes it: wider dtypes first, tensors of one dtype by name.
+ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
+BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+ALIGNED = 8
+Role = Literal["linear", "embedding"]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors names it, shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a model by the module they belong to.
+
+    `modules[name]` is (rows, columns) of each weight that may be quantized, `roles[name]` which of W-E-A it takes.
+    """
+
+    modules: dict[str, tuple[int, int]]
+    roles: dict[str, Role]
+    granularity: Granularity
+    rest: Tensors
+    scale_dtype: str
+    rest_dtype: str
+
+    def of_module(self, name: str, bits: int) -> Tensors:
+        """What a module stores at a width, packed densely."""
+        rows, columns = self.modules[name]
+        if bits == UNQUANTIZED:
+            return {f"{name}.weight": (self.rest_dtype, (rows, columns))}
+        packed = rows * packed_columns(columns, bits)
+        scales = 1 if self.roles[name] == "linear" and self.granularity == "tensor" else rows
+        return {f"{name}.weight": ("U8", (packed,)), f"{name}.weight_scale": (self.scale_dtype, (scales, 1))}
+
+    def bytes_of(self, name: str, bits: int) -> int:
+        return _data_bytes(self.of_module(name, bits))
+
+    def rest_bytes(self) -> int:
+        """Bytes that no choice of widths changes, without the header."""
+        return _data_bytes(self.rest)
+
+    def packed_bytes(self, widths: Mapping[str, int]) -> int:
+        """The whole file, header included."""
+        tensors = dict(self.rest)
+        for name, bits in widths.items():
+            tensors |= self.of_module(name, bits)
+        return header_bytes(tensors) + _data_bytes(tensors)
+
+
+def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
+    """Of a model on the meta device, which is changed."""
+    found = [site for site in sites(shape, family) if site.role not in TIED]
+    make_student(shape, QuantSpec(BitWidths(UNQUANTIZED, UNQUANTIZED, UNQUANTIZED)), family)
+    state = shape.state_dict()
+    modules: dict[str, tuple[int, int]] = {}
+    for site in found:
+        rows, columns = state.pop(f"{site.name}.weight").shape
+        modules[site.name] = (int(rows), int(columns))
+    rest = {
+        name: (CODES[quant.rest_dtype if t.is_floating_point() else _name(t.dtype)], tuple(t.shape))
+        for name, t in state.items()
+    }
+    return Layout(
+        modules=modules,
+        roles={site.name: "linear" if site.role == "linear" else "embedding" for site in found},
+        granularity=quant.granularity,
+        rest=rest,
+        scale_dtype=CODES[quant.scale_dtype],
+        rest_dtype=CODES[quant.rest_dtype],
+    )
+
+
+def header_bytes(tensors: Tensors) -> int:
+    """Length of a safetensors header: 8 bytes, then JSON with each tensor's place, padded with blanks."""
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda entry: (-ORDER[entry[1][0]], entry[0])):
+        end = start + _data_bytes({name: (dtype, shape)})
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    written = len(json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-written // ALIGNED) * ALIGNED
+
+
+def _data_bytes(tensors: Tensors) -> int:
+    return sum(BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in tensors.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,181 @@
+"""Sweeps on real Ray: stopped trials free what they held, and a killed driver's sweep ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+from ray.util import placement_group_table
+
+from pipeline import sweep, tracking
+from pipeline.config import Config
+from pipeline.locations import tracking_uri
+from tests.conftest import Recorder
+
+BITS = ["2-2-8", "4-4-8", "8-8-8"]
+SHARED = ("tokenize", "finetune", "cache")
+
+
+def with_shared_steps(folder: Path, finished: Any) -> Path:
+    """A folder with a store that holds what the trials share."""
+    for stage in SHARED:
+        shutil.copytree(finished.folder(stage).parent, folder / "store" / stage)
+    return folder
+
+
+@pytest.fixture
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+def test_stopped_trials_of_many_workers_free_their_cpus(
+    two_cpus: None, tiny_config: Callable[..., Config], finished: Any, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        with_shared_steps(tmp_path, finished),
+        distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
+        resources={"workers": 2},
+        sweep={
+            "space": {"distill.lr": [2e-3, 1e-6, 1e-7]},
+            "asha": {"grace_steps": 10, "reduction_factor": 2},
+        },
+    )
+    found = sweep.run(sweep.plan(config), Recorder())
+    assert sorted(trial.status for trial in found.trials) == ["done", "stopped", "stopped"]
+    assert found.front == (found.trials[0].key,)
+    for stopped in found.trials[1:]:
+        assert 10 <= stopped.last["step"] < 400
+        assert stopped.version is None
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
+        time.sleep(0.5)
+    assert ray.available_resources()["CPU"] == 2
+    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
+
+
+class Project:
+    """The command on a configuration of three trials whose shared steps are done."""
+
+    def __init__(self, root: Path, fields: dict[str, Any]) -> None:
+        self.root, self.path = root, root / "config.yaml"
+        self.path.write_text(yaml.safe_dump(fields))
+        self.started: dict[int, float] = {}
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "jobs.cli", "sweep", str(self.path), "--json"]
+        with open(self.root / "stdout", "w") as stdout, open(self.root / "stderr", "a") as stderr:
+            return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+
+    def until(self, happened: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+        """Poll until something has happened or the driver has ended, taking note of what it starts."""
+        end = time.monotonic() + 400
+        while time.monotonic() < end:
+            with contextlib.suppress(psutil.Error):
+                for process in psutil.Process(driver.pid).children(recursive=True):
+                    self.started[process.pid] = process.create_time()
+            if happened() or driver.poll() is not None:
+                return
+            time.sleep(0.1)
+        raise TimeoutError((self.root / "stderr").read_text()[-3000:])
+
+    def finish(self) -> dict[str, Any]:
+        driver = self.start()
+        self.until(lambda: False, driver)
+        assert driver.returncode == 0, (self.root / "stderr").read_text()[-3000:]
+        document: dict[str, Any] = json.loads((self.root / "stdout").read_text())
+        return document
+
+    def reap(self) -> None:
+        for pid, created in self.started.items():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.create_time() == created:
+                    process.kill()
+
+    def trials(self) -> list[Path]:
+        return list(self.root.glob("store/sweep/*/trials/*.json"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, finished: Any, tiny_fields: Callable[..., dict[str, Any]]) -> Iterator[Project]:
+    made = Project(tmp_path, swept(with_shared_steps(tmp_path, finished), tiny_fields, workers=1))
+    yield made
+    made.reap()
+
+
+def swept(folder: Path, tiny_fields: Callable[..., dict[str, Any]], workers: int) -> dict[str, Any]:
+    return tiny_fields(
+        folder,
+        distill={"steps": 60, "eval_every": 10, "eval_rows": 8},
+        resources={"workers": workers, "checkpoint_steps": 5},
+        sweep={"space": {"quant.bits": BITS}, "max_concurrent": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, finished: Any, tiny_fields: Callable[..., dict[str, Any]]
+) -> sweep.Found:
+    folder = with_shared_steps(tmp_path_factory.mktemp("undisturbed"), finished)
+    config = Config.model_validate(swept(folder, tiny_fields, workers=0))
+    return sweep.run(sweep.plan(config), Recorder())
+
+
+def check(project: Project, document: dict[str, Any], undisturbed: sweep.Found) -> None:
+    """Trials, their results, MLflow's runs and versions are those of a sweep that nobody disturbed."""
+    expected = {trial.key: trial for trial in undisturbed.trials}
+    assert {trial["trial_key"]: trial["metrics"]["student"] for trial in document["trials"]} == {
+        key: trial.student for key, trial in expected.items()
+    }
+    assert set(document["front"]) == set(undisturbed.front)
+    assert len(project.trials()) == len(BITS)
+    config = Config.model_validate(yaml.safe_load(project.path.read_text()))
+    client = tracking.connect(tracking_uri(config.resources))
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert sorted(run.data.tags[tracking.KEY_TAG] for run in runs) == sorted([*expected, document["sweep_key"]])
+    (parent,) = (run for run in runs if run.data.tags[tracking.KEY_TAG] == document["sweep_key"])
+    for run in runs:
+        if run is not parent:
+            assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "distill/validation_nats")]
+            assert steps == [0, 10, 20, 30, 40, 50, 60]
+    assert len(client.search_model_versions("name = 'tiny'")) == len(BITS)
+    assert not list(project.root.glob("store/sweep/*/attempt"))
+
+
+def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
+    """Kill the driver some time after the first trial has begun, then give the command again."""
+    driver = project.start()
+    project.until(lambda: bool(project.trials()), driver)
+    end = time.monotonic() + random.Random(seed).uniform(1, 25)
+    project.until(lambda: time.monotonic() > end, driver)
+    if driver.poll() is None:
+        os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    return project.finish()
+
+
+def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: sweep.Found) -> None:
+    check(project, killed_then_finished(project, seed=1), undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_driver_killed_at_random_moments(project: Project, undisturbed: sweep.Found, seed: int) -> None:
+    check(project, killed_then_finished(project, seed=10 + seed), undisturbed)

@@ -1,0 +1,157 @@
+"""From a budget to configurations that fit it: sensitivities of a tiny model, proposals, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+
+from pipeline import budget, flow
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.records import Sensitivity
+from pipeline.tables import states_name
+from tests.conftest import Recorder
+
+WIDTHS = (2, 4, 8)
+EMBEDDING = "transformer.wte"
+
+
+def laid_over(config, dotted):
+    fields = config.model_dump(mode="json", by_alias=True, exclude={"preset"})
+    for path, value in dotted.items():
+        section, _, name = path.partition(".")
+        fields[section][name] = value
+    return Config.model_validate(fields)
+
+
+def bytes_at(config, bits):
+    shape = budget.layout_of(config)
+    return shape.packed_bytes(dict.fromkeys(shape.modules, bits))
+
+
+def run(config):
+    observer = Recorder()
+    planned = budget.plan(config)
+    return planned, flow.run(planned, observer), observer
+
+
+@pytest.fixture(scope="module")
+def measured(finished, tiny_config, tmp_path_factory):
+    """A store with the tokens, teacher and cache of `finished`, and the sensitivities. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("budget")
+    store = finished.plan.config.resources.storage_uri
+    for stage in ("tokenize", "finetune", "cache"):
+        shutil.copytree(f"{store}/{stage}", folder / "store" / stage)
+    config = tiny_config(folder)
+    _, outcome, _ = run(config)
+    return config, outcome
+
+
+def test_a_sensitivity_is_measured_beside_the_line_for_each_module_and_width(measured):
+    config, outcome = measured
+    found = outcome.done["sensitivity"].record
+    assert outcome.status == {"tokenize": "reused", "finetune": "reused", "cache": "reused", "sensitivity": "done"}
+    assert found.kl_nats.keys() == budget.layout_of(config).modules.keys()
+    assert 0 < found.tokens <= budget.ROWS * 32
+    sums = [sum(of[bits] for of in found.kl_nats.values()) for bits in WIDTHS]
+    assert sums[0] > 4 * sums[1] > 16 * sums[2] >= 0
+    for of in found.kl_nats.values():
+        assert of[2] > of[8]
+
+
+def test_a_sensitivity_is_measured_once_and_the_same_in_any_batches(measured, tiny_config, tmp_path):
+    config, outcome = measured
+    _, again, observer = run(config)
+    assert set(again.status.values()) == {"reused"}
+    assert ("started", "sensitivity") not in observer.events
+    shutil.copytree(config.resources.storage_uri, tmp_path / "store", ignore=shutil.ignore_patterns("sensitivity"))
+    found = []
+    for batch in (16, 5):
+        other = tiny_config(tmp_path, resources={"inference_batch": batch})
+        planned, made, _ = run(other)
+        record = made.done["sensitivity"].record
+        assert record.key == outcome.done["sensitivity"].record.key
+        found.append(record.kl_nats)
+        shutil.rmtree(planned.step("sensitivity").place.uri)
+    assert found[0] == outcome.done["sensitivity"].record.kl_nats
+    for name, of in found[1].items():
+        assert of == pytest.approx(found[0][name], rel=1e-3, abs=1e-7)
+
+
+def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_path):
+    config, outcome = measured
+    shutil.copytree(config.resources.storage_uri, tmp_path / "store", ignore=shutil.ignore_patterns("sensitivity"))
+    other = tiny_config(tmp_path)
+    shards = outcome.done["tokenize"].record.splits["train"].shards
+    cache = budget.plan(other).step("cache").place
+    path = tmp_path / "store" / "cache" / cache.key / states_name(shards[0].name)
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    _, made, _ = run(other)
+    assert made.done["sensitivity"].record.kl_nats == outcome.done["sensitivity"].record.kl_nats
+
+
+def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
+    config, _ = measured
+    limit = (bytes_at(config, 2) + bytes_at(config, 4)) // 2
+    found = budget.proposals(config, limit / 2**20, 3, Recorder())
+    assert len(found) == 3
+    assert found == budget.proposals(config, limit / 2**20, 3, Recorder())
+    trials = [laid_over(config, dotted) for dotted in found]
+    keys = {flow.plan(trial, "pack").run_key for trial in trials}
+    assert len(keys) == 3
+    shape, record = budget.layout_of(config), flow.run(budget.plan(config), Recorder()).done["sensitivity"].record
+    expected = budget.best(config, shape, record, limit, 3)
+    assert [e.dotted() for e in expected] == found
+    assert all(e.packed_bytes <= limit for e in expected)
+    assert [e.kl_nats for e in expected] == sorted(e.kl_nats for e in expected)
+    assert expected[-1].overrides == {}  # the best uniform one, to compare with
+    assert len({4, 2} & {trials[0].quant.spec().weight_bits(n, shape.roles[n]) for n in shape.modules}) == 2
+    ran = run_flow(trials[0].model_copy(update={"distill": config.distill.model_copy(update={"steps": 0})}), "pack")
+    assert ran.record("pack").size.packed_bytes == expected[0].packed_bytes
+
+
+def test_with_all_the_room_there_is_everything_is_8_bits(measured):
+    config, _ = measured
+    assert budget.proposals(config, 100, 1, Recorder()) == [{"quant.bits": "8-8-8", "quant.overrides": {}}]
+    exact = bytes_at(config, 2)
+    assert budget.proposals(config, exact / 2**20, 5, Recorder()) == [{"quant.bits": "2-2-8", "quant.overrides": {}}]
+
+
+def test_a_width_set_by_name_is_kept(measured):
+    config, _ = measured
+    fixed = laid_over(config, {"quant.overrides": {r".*\.wte": 32, r".*attn\.c_proj": 8}})
+    for dotted in budget.proposals(fixed, 100, 2, Recorder()):
+        spec, shape = laid_over(config, dotted).quant.spec(), budget.layout_of(config)
+        assert spec.weight_bits(EMBEDDING, "embedding") == 32
+        assert {spec.weight_bits(n, "linear") for n in shape.modules if n.endswith("attn.c_proj")} == {8}
+
+
+def test_a_budget_below_the_smallest_model_names_it_before_anything_runs(tiny_config, tmp_path):
+    config = tiny_config(tmp_path)
+    least = bytes_at(config, 2)
+    with pytest.raises(ConfigError, match=f"smallest possible model is {least:,} bytes") as caught:
+        budget.proposals(config, (least - 1) / 2**20, 1, Recorder())
+    enough = float(str(caught.value).partition("Set sweep.budget_mib to ")[2].split()[0])
+    budget.check_budget(config, budget.layout_of(config), enough)
+    assert math.floor(enough * 2**20) - least < 110
+    assert not list((tmp_path / "store").rglob("record.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"quant": {"quantizer": "twn"}}, "quant.quantizer twn"),
+        ({"pack": {"encoding": "base3"}}, "pack.encoding base3"),
+    ],
+)
+def test_what_leaves_no_choice_of_widths_is_refused(tiny_config, tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        budget.proposals(tiny_config(tmp_path, **overrides), 1, 1, Recorder())
+
+
+def test_a_sensitivity_is_read_back_as_it_was(measured):
+    _, outcome = measured
+    done = outcome.done["sensitivity"]
+    assert done.place.record(Sensitivity) == done.record

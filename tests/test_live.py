@@ -1,0 +1,99 @@
+"""Curves to MLflow while a run goes on: nothing is lost when the server is away, nothing is sent twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline import live, tracking
+from pipeline.live import LiveRun, Outbox, Target
+from tests.conftest import Recorder
+
+AWAY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(live, "GIVE_UP_AFTER_S", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def target(uri, key="k" * 32, parent=None):
+    return Target(uri, "project", None, key, "2-2-8", parent)
+
+
+def at(step, nats):
+    return {"step": step, "distill/loss": nats}
+
+
+def history(uri, name="distill/loss", key="k" * 32):
+    client = tracking.connect(uri)
+    (run,) = [
+        run
+        for run in client.search_runs([client.get_experiment_by_name("project").experiment_id])
+        if run.data.tags[tracking.KEY_TAG] == key
+    ]
+    return run, [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_points_arrive_with_their_steps_and_the_run_is_nested(uri, tmp_path):
+    recorder = Recorder()
+    with Outbox(tmp_path / "outbox") as outbox:
+        run = LiveRun(recorder, outbox, target(uri, parent="p" * 32))
+        run.measured("distill", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "validation_nats": 1.5}])
+        run.advanced("distill", 2, 9, "note")
+        outbox.put(target(uri), [{"system/cpu_utilization_percentage": 50.0}])
+    assert outbox.unsent == {}
+    assert not list((tmp_path / "outbox").iterdir())
+    run, losses = history(uri)
+    assert losses == [(1, 3.0), (2, 2.0)]
+    parent, _ = history(uri, key="p" * 32)
+    assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+    assert history(uri, "system/cpu_utilization_percentage")[1] == [(0, 50.0)]
+    assert recorder.progress == {"distill": (2, 9)}
+    assert [stage for stage, _ in recorder.points] == ["distill"] * 2
+
+
+def test_a_run_that_goes_on_sends_no_step_twice(uri, tmp_path):
+    for points in ([at(1, 3.0), at(2, 2.0)], [at(2, 2.0), at(3, 1.0)]):
+        with Outbox(tmp_path / "outbox") as outbox:
+            outbox.put(target(uri), points)
+    assert history(uri)[1] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, monkeypatch):
+    with Outbox(tmp_path / "outbox") as outbox:
+        outbox.put(target(AWAY), [at(1, 3.0), at(2, 2.0)])
+    assert outbox.unsent == {"2-2-8": 2}
+    (path,) = (tmp_path / "outbox").iterdir()
+    assert path == outbox.path
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["points"] for line in lines] == [[at(1, 3.0), at(2, 2.0)]]
+
+    # The server is back, at another place, and the process that wrote the lines has ended.
+    lines[0]["target"]["uri"] = uri
+    path.unlink()
+    (tmp_path / "outbox" / "1-1-a.jsonl").write_text(json.dumps(lines[0]) + '\n{"half a li')
+    with Outbox(tmp_path / "outbox") as later:
+        pass
+    assert later.unsent == {}
+    assert history(uri)[1] == [(1, 3.0), (2, 2.0)]
+    assert not list((tmp_path / "outbox").iterdir())
+
+
+def test_an_ended_run_is_marked(uri, tmp_path):
+    with Outbox(tmp_path / "outbox") as outbox:
+        outbox.put(target(uri), [at(1, 3.0)])
+        outbox.put(target(uri), [], "KILLED")
+    assert history(uri)[0].info.status == "KILLED"
+
+
+def test_the_load_of_the_machine_has_mlflows_names():
+    load = tracking.system_load()()
+    assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= load.keys()

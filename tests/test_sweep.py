@@ -1,0 +1,216 @@
+"""A sweep in one process: what is shared, what is kept, what a repeat and a resumed sweep do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline import flow, sweep, tracking
+from pipeline.errors import ConfigError, RunError
+from pipeline.estimate import estimate
+from pipeline.locations import tracking_uri
+from tests.conftest import Recorder
+
+BITS = ["2-2-8", "4-4-8", "8-8-8"]
+
+
+def run(config):
+    observer = Recorder()
+    return sweep.run(sweep.plan(config), observer), observer
+
+
+def grid(tiny_config, folder, **overrides):
+    return tiny_config(folder, **{"sweep": {"space": {"quant.bits": BITS}}, **overrides})
+
+
+def steps_in(folder, stage):
+    return sorted(path.parent.name for path in Path(folder).glob(f"store/{stage}/*/record.json"))
+
+
+def runs_of(config):
+    client = tracking.connect(tracking_uri(config.resources))
+    return client, client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_config, tmp_path_factory):
+    """A finished grid of three widths; tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("swept")
+    config = grid(tiny_config, folder)
+    found, observer = run(config)
+    return folder, config, found, observer
+
+
+def test_shared_steps_are_made_once_and_the_rest_for_each_trial(swept):
+    folder, _, found, observer = swept
+    assert [trial.status for trial in found.trials] == ["done"] * 3
+    for stage in ("tokenize", "finetune", "cache"):
+        assert len(steps_in(folder, stage)) == 1
+        assert observer.events.count(("done", stage)) == 1
+    for stage in ("distill", "evaluate", "pack", "register"):
+        assert len(steps_in(folder, stage)) == 3
+    assert not ray.is_initialized()
+
+
+def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, tiny_config):
+    folder, _, found, _ = swept
+    compressed = run_flow(tiny_config(folder, quant={"bits": "4-4-8"}))
+    assert set(compressed.outcome.status.values()) == {"reused"}
+    trial = next(trial for trial in found.trials if trial.bits == "4-4-8")
+    assert trial.key == compressed.plan.run_key
+    assert trial.student == compressed.record("evaluate").student
+    assert trial.size == compressed.record("pack").size
+    assert trial.places == {step.stage: step.place.key for step in compressed.plan.steps}
+
+
+def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
+    _, config, found, _ = swept
+    client, runs = runs_of(config)
+    by_key = {run.data.tags[tracking.KEY_TAG]: run for run in runs}
+    parent = by_key.pop(sweep.plan(config).key)
+    assert set(by_key) == {trial.key for trial in found.trials}
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["trials"] == 3
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"trials.json", "recipe.json"}
+    for run in by_key.values():
+        assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/validation_nats")] == [0, 5, 10, 12]
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/loss")] == list(range(1, 13))
+
+
+def test_a_repeat_runs_nothing(swept):
+    folder, config, found, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("store/*/*/record.json")}
+    again, observer = run(config)
+    assert (again.trials, again.front) == (found.trials, found.front)
+    assert observer.events == []
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("store/*/*/record.json")} == before
+    wider = config.model_copy(update={"sweep": config.sweep.model_copy(update={"max_concurrent": 7})})
+    assert sweep.plan(wider).record is not None
+
+
+def test_another_sweep_over_the_same_values_trains_nothing(swept, tiny_config):
+    folder, _, found, _ = swept
+    other = grid(tiny_config, folder, sweep={"space": {"quant.bits": BITS[:2]}, "objectives": ["kl_nats"]})
+    planned = sweep.plan(other)
+    assert planned.record is None
+    assert estimate(planned).shared_steps == 0
+    both, observer = run(other)
+    assert observer.events == []
+    assert [trial.student for trial in both.trials] == [trial.student for trial in found.trials[:2]]
+    assert len(both.front) == 1
+
+
+class InterruptedHereError(Exception):
+    """As a killed driver."""
+
+
+class Interrupting(Recorder):
+    def advanced(self, stage, done, total, note):
+        if stage == "trials" and "4-4-8" in note:
+            raise InterruptedHereError
+
+
+def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
+    config = grid(tiny_config, cloned)
+    with pytest.raises(InterruptedHereError):
+        sweep.run(sweep.plan(config), Interrupting())
+    planned = sweep.plan(config)
+    assert [trial.status for trial in planned.trials.values()] == ["done", "running"]
+    guess = estimate(planned)
+    assert (guess.trials, guess.left) == (3, 2)
+    first = next(cloned.glob("store/sweep/*/trials/*.json")).stat().st_mtime_ns
+    found = sweep.run(planned, Recorder())
+    assert [trial.status for trial in found.trials] == ["done"] * 3
+    assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/trials/*.json")}
+    _, runs = runs_of(config)
+    assert len(runs) == 4
+
+
+def test_the_cap_of_worker_hours_stops_starting_and_keeps_the_best_so_far(tiny_config, cloned):
+    config = grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9})
+    found, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9}))
+    assert not found.complete
+    assert sweep.plan(config).record is None
+    more, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 10.0}))
+    assert more.complete
+    assert len(more.trials) == 3
+
+
+def test_optuna_suggests_and_a_trial_that_cannot_work_is_a_failed_one(tiny_config, cloned):
+    config = tiny_config(
+        cloned,
+        distill={"steps": 2},
+        sweep={
+            "space": {"quant.quantizer": ["twn", "lsq"], "quant.bits": ["2-2-8", "4-4-8"]},
+            "search": "optuna",
+            "samples": 4,
+            "seed": 3,
+        },
+    )
+    found, _ = run(config)
+    assert len(found.trials) == 4
+    for trial in found.trials:
+        impossible = trial.values == {"quant.quantizer": "twn", "quant.bits": "4-4-8"}
+        assert (trial.status, bool(trial.failure)) == (("failed", True) if impossible else ("done", False))
+        assert not (impossible and trial.key in found.front)
+    assert run(config)[0].trials == found.trials
+
+
+def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cloned):
+    config = tiny_config(cloned, sweep={"space": {"distill.lr": [2e-3, 1e30]}})
+    found, _ = run(config)
+    assert [trial.status for trial in found.trials] == ["done", "failed"]
+    assert "Lower the learning rate" in found.trials[1].failure
+    assert found.front == (found.trials[0].key,)
+    _, runs = runs_of(config)
+    status = {run.data.tags[tracking.KEY_TAG]: run.info.status for run in runs}
+    assert status[found.trials[1].key] == "FAILED"
+
+
+def test_a_lost_registry_is_filled_without_training(swept, tiny_config, tmp_path):
+    folder, _, found, _ = swept
+    moved = grid(tiny_config, folder, resources={"tracking_uri": f"sqlite:///{tmp_path}/other.db"})
+    again, observer = run(moved)
+    assert observer.events == []
+    assert [trial.student for trial in again.trials] == [trial.student for trial in found.trials]
+    client = tracking.connect(f"sqlite:///{tmp_path}/other.db")
+    assert len(client.search_model_versions("name = 'tiny'")) == 3
+
+
+def test_what_cannot_work_is_said_before_anything_starts(tiny_config, tmp_path):
+    wide = {"space": {"task.block_length": [32, 64]}}
+    with pytest.raises(ConfigError, match=r"The trial block_length=64 cannot run: .*the model has 32 positions"):
+        sweep.plan(tiny_config(tmp_path, sweep=wide))
+    away = {"tracking_uri": "http://127.0.0.1:9"}
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        run(grid(tiny_config, tmp_path, resources=away))
+    assert not list(tmp_path.glob("store/*/*/record.json"))
+
+
+def test_a_registry_that_goes_away_leaves_the_trials_kept(tiny_config, cloned, monkeypatch):
+    config = grid(tiny_config, cloned, sweep={"space": {"quant.bits": ["2-2-8"]}})
+
+    def away(*arguments, **named):
+        raise tracking.MlflowException("gone")
+
+    monkeypatch.setattr(tracking, "log_run", away)
+    with pytest.raises(RunError, match=r"1 of 1 trials are not finished.*the same command goes on"):
+        run(config)
+    monkeypatch.undo()
+    found, observer = run(config)
+    assert [trial.status for trial in found.trials] == ["done"]
+    assert observer.events == []
+
+
+def test_records_say_how_long_a_step_took_and_the_plan_rests_on_it(swept, tiny_config):
+    folder, _, _, _ = swept
+    record = json.loads(next(folder.glob("store/distill/*/record.json")).read_text())
+    assert float(record["provenance"]["seconds"]) > 0
+    guess = estimate(sweep.plan(grid(tiny_config, folder, sweep={"space": {"distill.seed": [5, 6]}})))
+    assert guess.hours_basis.startswith("measured: ")
+    assert guess.worker_hours > 0
+    assert flow.plan(grid(tiny_config, folder)).run_key == flow.plan(tiny_config(folder)).run_key
