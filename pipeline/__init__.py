@@ -14,7 +14,7 @@
     locations   where store, runs and scratch files lie
     config, schema, presets, loading        the closed schema, named recipes, a configuration from a file
     identity, records       canonical keys, what stages hand on
-    quant, distill          the arithmetic, in pure torch
+    quant, distill          the arithmetic, in pure torch; front: the points that nothing dominates
 
 `pipeline.load(DIR)` returns a packed model, ready to run.
 """
