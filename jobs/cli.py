@@ -34,6 +34,7 @@ class Exit(IntEnum):
 
     FAILED = 1
     USAGE = 2
+    NOTHING = 3
 
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for ones to start from.")]
@@ -115,6 +116,45 @@ def evaluate(
         return run(model, data, block_length, unit, text_column, batch, resources, console)
 
     _execute(work, as_json, debug)
+
+
+@app.command()
+def lookup(
+    name: Annotated[str | None, typer.Option(help="The registered name.")] = None,
+    task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
+    bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
+    max_size_mib: Annotated[float | None, typer.Option(help="Most MiB of packed weights, scales included.")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="On the test split.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance.")] = None,
+    min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization.")] = None,
+    format: Annotated[str | None, typer.Option(help="Exported and verified: onnx, gguf, ...")] = None,
+    alias: Annotated[str | None, typer.Option(help="Such as champion.")] = None,
+    order_by: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Best first; by default what the task is measured by.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The registry.")] = None,
+    storage_uri: Annotated[
+        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
+    ] = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find registered models by what they must not exceed: `bitmill lookup --max-size-mib 40 --max-perplexity 18`.
+
+    The best one comes first. If none fits, the nearest are shown with what they miss by, and the exit status is 3.
+    """
+
+    def work(console: Console) -> list[dict[str, Any]]:
+        from jobs.lookup import lookup as run
+        from pipeline.locations import registry_beside
+        from pipeline.lookups import Wanted
+
+        wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
+        return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
+
+    if not _execute(work, as_json, debug):
+        raise typer.Exit(Exit.NOTHING)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
@@ -215,7 +255,8 @@ def _environment() -> dict[str, str]:
     return {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
 
 
-def _execute(work: Any, as_json: bool, debug: bool) -> None:
+def _execute(work: Any, as_json: bool, debug: bool) -> Any:
+    """Do the work, or say in one paragraph why it could not be done; returns its document."""
     console = Console(stderr=True)
     try:
         document = work(console)
@@ -239,6 +280,7 @@ def _execute(work: Any, as_json: bool, debug: bool) -> None:
         raise typer.Exit(Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 def _escape(text: str) -> str:

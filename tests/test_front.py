@@ -58,5 +58,5 @@ def test_small_cases(points, expected):
 
 
 def test_points_of_different_widths_are_a_mistake():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="zip"):
         front([(1, 2), (1,)])
