@@ -13,6 +13,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ layer writes to stderr past every logger
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is away is tried again by our outbox
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # curves go to MLflow
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt ends the command
 
 import typer
 from rich.console import Console
@@ -79,6 +83,32 @@ def compress(
         chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
         loaded = load_config(config, chosen, _environment())
         return run(loaded, config, console, until=until, only_plan=plan, wait=wait)
+
+    _execute(work, as_json, debug)
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for a sweep that another process runs.")] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print trials, worker-hours and bytes, with their basis.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try many bit-widths, quantizers or hyper-parameters, as the section `sweep` says, and print what each costs.
+
+    Tokens, teacher and cache are made once. Each trial is what `compress` would run with its values. A sweep that was
+    interrupted, however hard, goes on where it was when the command is given again.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.sweep import sweep as run
+        from pipeline.loading import load_config
+
+        return run(load_config(config, overrides, _environment()), console, only_plan=plan, wait=wait)
 
     _execute(work, as_json, debug)
 

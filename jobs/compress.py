@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from rich.table import Table
 
 from jobs.display import Display
 from pipeline.config import Config
-from pipeline.flow import Outcome, Plan, plan, run
+from pipeline.flow import Outcome, Plan, plan, run, target_of
+from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
 from pipeline.locations import tracking_uri
-from pipeline.records import ModelVersion, Package, Record, Report, Tokens
+from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
 from pipeline.tasks import task_of
 from pipeline.tracking import sqlite_file
 
@@ -35,11 +37,29 @@ def compress(config: Config, path: str, console: Console, *, until: str, only_pl
     if only_plan:
         print_plan(planned, console)
         return plan_document(planned)
-    with Display(console) as display:
-        outcome = run(planned, display, wait)
+    outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
     print_outcome(planned, outcome, path, console)
     return document
+
+
+def _run(planned: Plan, console: Console, wait: bool) -> Outcome:
+    """Run what is left; curves go to MLflow meanwhile, if the run ends there and there is something to train."""
+    trained = any(step.record is None for step in planned.steps if step.stage in (Teacher.stage, Student.stage))
+    with Display(console) as display:
+        if not trained or planned.steps[-1].stage != ModelVersion.stage:
+            return run(planned, display, wait)
+        target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
+        with Outbox(outbox_folder(planned.config.resources)) as outbox, load_watched(outbox, target):
+            outcome = run(planned, LiveRun(display, outbox, target), wait)
+    print_unsent(outbox.unsent, outbox.path, console)
+    return outcome
+
+
+def print_unsent(unsent: dict[str, int], path: Path | None, console: Console) -> None:
+    if unsent:
+        runs = ", ".join(f"{name} ({count})" for name, count in unsent.items())
+        console.print(f"MLflow has not taken points of {runs}; they wait in {path}, and the next command sends them.")
 
 
 def plan_document(planned: Plan) -> dict[str, Any]:

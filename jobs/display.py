@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.records import Point
 from pipeline.store import Owner
 
 UNITS = {"tokenize": "parts", "finetune": "steps", "cache": "shards", "distill": "steps"}
@@ -57,6 +59,9 @@ class Display:
         if quarter > self._printed.get(stage, 0):
             self._printed[stage] = quarter
             self._line(stage, f"{done}/{total} {UNITS.get(stage, '')}{', ' + note if note else ''}")
+
+    def measured(self, stage: str, points: Sequence[Point]) -> None:
+        """Curves are for MLflow; the note of `advanced` says the last loss."""
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         text = "reused" if status == "reused" else f"done in {seconds:.1f} s"

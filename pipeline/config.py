@@ -33,6 +33,7 @@ from pipeline.quant.spec import (
 )
 from pipeline.records import Closed
 from pipeline.schema import Data, Evaluate, Positive, Task
+from pipeline.sweep_schema import Sweep
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -242,6 +243,7 @@ class Resources(Closed):
     checkpoint_steps: Positive = 100
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training run survives
     local_cache_dir: str | None = None
+    max_worker_hours: Rate | None = None  # of a sweep: no trial is started once its trials have used so much
     cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
 
     @field_validator("storage_uri")
@@ -266,6 +268,7 @@ class Config(Closed):
     pack: Pack = Pack()
     register_: Register = Field(default=Register(), alias="register")
     resources: Resources = Resources()
+    sweep: Sweep | None = None  # read by `bitmill sweep` alone; never part of a key
 
     @model_validator(mode="before")
     @classmethod

@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 
 from pipeline.config import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, RunError
-from pipeline.records import Closed
+from pipeline.records import Advance, Closed, Point
 from pipeline.store import Place
 
-Advance = Callable[[int, int, str], None]
 T = TypeVar("T")
 POLL_S = 0.5
 
@@ -28,6 +27,7 @@ class Engine:
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
+        self.groups: set[str] = set()  # ids of the placement groups that trained
         self._started = False
 
     def shards(
@@ -59,7 +59,7 @@ class Engine:
         work: Callable[[], Callable[..., None]] = lambda: partial(worker, **settings, report=advance)  # noqa: E731
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
-            self._start()
+            self.start()
             mailbox = _mailbox()
             # Sealed, so that Ray's controller does not import what only the workers need.
             work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, settings, _Sender(mailbox))))
@@ -70,7 +70,7 @@ class Engine:
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         config = {"work": work, "threads": self._threads()}
-        with _quiet(), _delivered(mailbox, advance), _explained(place):
+        with quiet(), _delivered(mailbox, advance, self.groups), explained(place):
             scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
             _raise_failure(mailbox)
@@ -81,9 +81,9 @@ class Engine:
             return work(**settings)
         import ray
 
-        self._start()
+        self.start()
         remote = ray.remote(num_cpus=self.resources.cpus_per_worker)(_task_worker)
-        with _explained(place):
+        with explained(place):
             result, failure = ray.get(remote.remote(work, settings, self._threads()))
             if failure:
                 raise ERRORS[failure](result)
@@ -100,12 +100,12 @@ class Engine:
     def _on_actors(self, work: type, settings: dict[str, Any], items: Sequence[Closed], gpus: float) -> Iterator[str]:
         import ray.data
 
-        self._start()
+        self.start()
         ray.data.DataContext.get_current().enable_progress_bars = False
         written = [{"item": item.model_dump_json()} for item in items]
         rows = ray.data.from_items(written, override_num_blocks=len(items))
         pool = ray.data.ActorPoolStrategy(size=max(1, min(self.resources.workers, len(items))))
-        with _quiet(), _explained(None):
+        with quiet(), explained(None):
             results = rows.map(
                 _ShardWorker,
                 fn_constructor_kwargs={
@@ -126,7 +126,8 @@ class Engine:
     def _threads(self) -> int:
         return max(1, int(self.resources.cpus_per_worker))
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Reach or start Ray. Raises ConfigError if that fails, or it has too few CPUs or GPUs."""
         import ray
 
         if self._started:
@@ -166,7 +167,7 @@ class _ShardWorker:
     """
 
     def __init__(self, work: type, settings: dict[str, Any], kind: type[Closed], threads: int) -> None:
-        _set_threads(threads)
+        set_threads(threads)
         self._build = partial(work, **settings)
         self._work: Callable[[Closed], str] | None = None
         self._kind = kind
@@ -186,8 +187,11 @@ class _Sender:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
-    def __call__(self, done: int, total: int, note: str) -> None:
-        self._mailbox.put.remote((done, total, note))
+    def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
+        self._mailbox.put.remote((done, total, note), list(points))
+
+    def runs_in(self, group: str) -> None:
+        self._mailbox.runs_in.remote(group)
 
     def fail(self, error: BitmillError) -> None:
         import ray
@@ -204,6 +208,8 @@ class _Sender:
 class _Mailbox:
     def __init__(self) -> None:
         self._latest: tuple[int, int, str] | None = None
+        self._points: list[Point] = []
+        self._groups: set[str] = set()
         self._failure: BitmillError | None = None
 
     def fail(self, error: BitmillError) -> None:
@@ -212,12 +218,18 @@ class _Mailbox:
     def failure(self) -> BitmillError | None:
         return self._failure
 
-    def put(self, message: tuple[int, int, str]) -> None:
+    def put(self, message: tuple[int, int, str], points: list[Point]) -> None:
         self._latest = message
+        self._points += points
 
-    def take(self) -> tuple[int, int, str] | None:
-        latest, self._latest = self._latest, None
-        return latest
+    def runs_in(self, group: str) -> None:
+        self._groups.add(group)
+
+    def take(self) -> tuple[tuple[int, int, str] | None, list[Point], set[str]]:
+        """The last message, the points since the one that was taken before, and the placement groups so far."""
+        taken = self._latest, self._points, self._groups
+        self._latest, self._points = None, []
+        return taken
 
 
 def _mailbox() -> Any:
@@ -227,8 +239,8 @@ def _mailbox() -> Any:
 
 
 @contextlib.contextmanager
-def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
-    """While inside, pass on what arrives in the mailbox."""
+def _delivered(mailbox: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
+    """While inside, pass on what arrives in the mailbox; what is left there goes at the end."""
     if mailbox is None:
         yield
         return
@@ -237,11 +249,15 @@ def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
     stop = threading.Event()
 
     def deliver() -> None:
-        while not stop.wait(POLL_S):
+        last = False
+        while not last:
+            last = stop.wait(POLL_S)
             with contextlib.suppress(ray.exceptions.RayError):
-                message = ray.get(mailbox.take.remote(), timeout=30)
+                message, points, found = ray.get(mailbox.take.remote(), timeout=30)
+                groups.update(found)
                 if message is not None:
-                    advance(*message)
+                    done, total, note = message
+                    advance(done, total, note, points)
 
     thread = threading.Thread(target=deliver, daemon=True)
     thread.start()
@@ -256,7 +272,7 @@ def _delivered(mailbox: Any, advance: Advance) -> Iterator[None]:
 def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
-    _set_threads(config["threads"])
+    set_threads(config["threads"])
     config["work"]()(device=ray.train.torch.get_device())
 
 
@@ -264,11 +280,21 @@ def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: _Sen
     """Run a worker. An error of ours comes back however often it is tried, so Ray's next attempt ends at once."""
     if report.failure() is not None:
         return
+    _tell_group(report)
     try:
         worker(**settings, device=device, report=report)
     except BitmillError as error:
         report.fail(error)
         raise
+
+
+def _tell_group(report: _Sender) -> None:
+    """Whoever stops this training from outside has to remove the placement group, which Ray Train then leaves."""
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    if group is not None:
+        report.runs_in(group.id.hex())
 
 
 def _raise_failure(mailbox: Any) -> None:
@@ -281,21 +307,21 @@ def _raise_failure(mailbox: Any) -> None:
 
 def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> tuple[T | str, str]:
     """What the work gives; an error of ours as its message and its name, which Ray would wrap in a traceback."""
-    _set_threads(threads)
+    set_threads(threads)
     try:
         return work(**settings), ""
     except BitmillError as error:
         return str(error), type(error).__name__
 
 
-def _set_threads(threads: int) -> None:
+def set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Ray's libraries log each start and stop at INFO; our own progress says what matters."""
     names = ("ray.train", "ray.data", "ray.tune", "ray")
     levels = {name: logging.getLogger(name).level for name in names}
@@ -309,7 +335,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(place: Place | None) -> Iterator[None]:
+def explained(place: Place | None) -> Iterator[None]:
     """Turn what Ray wraps around a worker's error back into the error."""
     try:
         yield

@@ -25,10 +25,15 @@ class DamagedError(RunError):
     """A stored file does not match its checksum."""
 
 
+class NotRegisteredError(RunError):
+    """A student failed the gate; its package is kept."""
+
+
 class BusyError(RunError):
     """Another live process runs this step and the caller did not want to wait."""
 
 
 ERRORS: dict[str, type[BitmillError]] = {
-    kind.__name__: kind for kind in (BitmillError, ConfigError, RunError, FencedOffError, DamagedError, BusyError)
+    kind.__name__: kind
+    for kind in (BitmillError, ConfigError, RunError, NotRegisteredError, FencedOffError, DamagedError, BusyError)
 }

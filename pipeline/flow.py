@@ -6,7 +6,9 @@ text -> tokenize -> finetune -> cache -> distill -> evaluate -> pack -> register
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -16,9 +18,10 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.families.models import LAST
 from pipeline.identity import differences, recipe_of, step_key
+from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
-from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, TeacherCache, Tokens
+from pipeline.records import ModelVersion, Package, Point, Record, Report, Student, Teacher, TeacherCache, Tokens
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Owner, Place, check_writable, records
@@ -42,6 +45,7 @@ class Observer(Protocol):
 
     def started(self, stage: str) -> None: ...
     def advanced(self, stage: str, done: int, total: int, note: str) -> None: ...
+    def measured(self, stage: str, points: Sequence[Point]) -> None: ...
     def finished(self, stage: str, status: str, seconds: float) -> None: ...
     def waiting(self, stage: str, owner: Owner) -> None: ...
 
@@ -203,7 +207,7 @@ class _Planner:
             "contrast_weight": config.distill.contrast_weight,
             "seed": config.distill.seed,
         }
-        recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources"})
+        recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources", "sweep"})
         uri = tracking_uri(config.resources)
         database = tracking.sqlite_file(uri)
         return {
@@ -228,7 +232,7 @@ class _Planner:
         place = Place(self.storage_uri, kind.stage, key, self.scratch)
         record = place.record(kind)
         reason = "done before"
-        if isinstance(record, ModelVersion) and not _registered(record, locations["tracking"]["uri"]):
+        if isinstance(record, ModelVersion) and not registered(locations["tracking"]["uri"], record.name, record.key):
             record, reason = None, f"the registry at {locations['tracking']['uri']} does not hold it"
         elif record is None:
             reason = self._why(kind, recipe, inputs)
@@ -244,11 +248,18 @@ class _Planner:
         return "; ".join(nearest[:4]) if nearest else "never run before"
 
 
-def _registered(record: ModelVersion, uri: str) -> bool:
+def target_of(plan: Plan, name: str, parent: str | None) -> Target:
+    """The MLflow run of a planned run."""
+    settings = plan.step(ModelVersion.stage).locations["tracking"]
+    return Target(settings["uri"], settings["experiment"], settings["artifacts"], plan.run_key, name, parent)
+
+
+def registered(uri: str, name: str, key: str) -> bool:
+    """Whether the registry at `uri` holds the version of a key."""
     database = tracking.sqlite_file(uri)
     if database is not None and not database.exists():
         return False
-    return registry.find_version(tracking.connect(uri), record.name, record.key) is not None
+    return registry.find_version(tracking.connect(uri), name, key) is not None
 
 
 @dataclass(frozen=True)
@@ -260,8 +271,10 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def run(plan: Plan, observer: Observer, wait: bool = True) -> Outcome:
+def run(plan: Plan, observer: Observer, wait: bool = True, engine: Engine | None = None) -> Outcome:
     """Run the steps that have no record; start Ray at most once, and only if something runs.
+
+    `engine` may be given, and is left open; otherwise one is made of `config.resources`.
 
     Raises:
         BitmillError: what went wrong; what was committed is kept.
@@ -274,23 +287,30 @@ def run(plan: Plan, observer: Observer, wait: bool = True) -> Outcome:
     check_writable(storage_uri(plan.config.resources))
     if plan.steps[-1].stage == ModelVersion.stage:
         tracking.connect(tracking_uri(plan.config.resources))
-    engine = Engine(plan.config.resources)
+    used = engine or Engine(plan.config.resources)
     try:
         for step in plan.steps:
             start = time.perf_counter()
             record, status = step.record, "reused"
             if record is None:
                 observer.started(step.stage)
-                record, status = _run_or_repair(step, plan, outcome.done, engine, observer, wait)
+                record, status = _run_or_repair(step, plan, outcome.done, used, observer, wait)
             _finish(outcome, step, Done(record, step.place), status, time.perf_counter() - start, observer)
     finally:
-        engine.close()
+        if engine is None:
+            used.close()
     return outcome
 
 
 def _finish(outcome: Outcome, step: Planned, done: Done, status: str, seconds: float, observer: Observer) -> None:
     outcome.done[step.stage], outcome.status[step.stage], outcome.seconds[step.stage] = done, status, seconds
     observer.finished(step.stage, status, seconds)
+
+
+def _tell(observer: Observer, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
+    observer.advanced(stage, done, total, note)
+    if points:
+        observer.measured(stage, points)
 
 
 def _run_or_repair(
@@ -318,6 +338,7 @@ def _run_step(
         record = None if repair else place.record(kind)
         if record is not None:  # another process finished it while we waited
             return record, "reused"
+        begun = time.perf_counter()
         record = module.run(
             Step(
                 version=module.VERSION,
@@ -325,8 +346,11 @@ def _run_step(
                 inputs={stage: done[stage] for stage in step.inputs},
                 place=place,
                 engine=engine,
-                advance=lambda count, total, note: observer.advanced(step.stage, count, total, note),
+                advance=partial(_tell, observer, step.stage),
                 locations=step.locations,
             )
         )
+        if place.fence == 1:  # in one go, so that the time says what the step costs
+            took = {"seconds": f"{time.perf_counter() - begun:.3f}", "workers": str(max(1, engine.resources.workers))}
+            record = record.model_copy(update={"provenance": {**record.provenance, **took}})
         return place.commit(record), "done"

@@ -211,7 +211,7 @@ def cheaper_mode(
     """`states` or `online`, with the arithmetic: hours of the teacher that the states save against their price."""
     size_gib = cache_bytes(rows, positions, inputs.hidden, cache.dtype) / 2**30
     uses = distill.steps * distill.batch_size if distill.steps is not None else (distill.epochs or 0) * rows
-    rate = _flops_per_s() / (2 * inputs.parameters)
+    rate = flops_per_s() / (2 * inputs.parameters)
     saved_hours = max(0.0, uses - rows) * positions / rate / 3600
     mode = "states" if saved_hours * gib_per_hour >= size_gib else "online"
     why = (
@@ -222,7 +222,7 @@ def cheaper_mode(
     return mode, why
 
 
-def _flops_per_s() -> float:
+def flops_per_s() -> float:
     size, repeats = 512, 8
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(size, size, device=device)

@@ -6,7 +6,8 @@ A record is the last thing a step writes; when it exists, the step is done.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +15,13 @@ from pipeline.errors import RunError
 
 SCHEMA_VERSION = 1
 SplitName = Literal["train", "validation", "test"]
+Point = dict[str, float]  # of a curve: "step" and values in nats, by name
+
+
+class Advance(Protocol):
+    """Told how far a long stage is: done of how many, a word on how it goes, points of curves since the last call."""
+
+    def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None: ...
 
 
 class Closed(BaseModel):
@@ -145,6 +153,40 @@ class ModelVersion(Record):
     aliases: tuple[str, ...] = ()
     run_id: str
     model_id: str
+
+
+class Trial(Closed):
+    """A trial of a sweep: its values, and what became of it. `key` is that of its registration, as of any run.
+
+    `seconds` is from start to end on its workers; `last` the last point of validation it reported."""
+
+    key: str
+    bits: str
+    values: dict[str, Any]
+    status: Literal["running", "done", "stopped", "failed"]
+    teacher: dict[str, float] = {}
+    student: dict[str, float] = {}
+    last: dict[str, float] = {}
+    size: Size | None = None
+    version: dict[str, Any] | None = None  # name, version and aliases, once it is registered
+    failure: str = ""
+    seconds: float = 0.0
+    workers: int = 1
+    places: dict[str, str] = {}  # keys of its steps, by stage
+
+    @property
+    def worker_seconds(self) -> float:
+        return self.seconds * self.workers
+
+
+class SweepRecord(Record):
+    """A finished sweep; `front` holds the keys of trials that no other beats in all objectives."""
+
+    stage: ClassVar[str] = "sweep"
+    name: str
+    objectives: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    front: tuple[str, ...]
 
 
 R = TypeVar("R", bound=Record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any, TypeVar
 
 from pipeline.config import Resources
 from pipeline.engine import Engine
-from pipeline.records import Record
+from pipeline.records import Advance, Record
 from pipeline.store import Place
 
-Advance = Callable[[int, int, str], None]
 R = TypeVar("R", bound=Record)
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipeline.errors import ConfigError, RunError
 
-KEY_TAG = "bitmill.key"
+FAULTS = (MlflowException, OSError)  # what a server that cannot be reached raises
+KEY_TAG, PARENT_TAG = "bitmill.key", "mlflow.parentRunId"
 METRICS_A_CALL = 500
 
 for _name in ("alembic", "mlflow"):  # each start of a SQLite store logs its migrations
@@ -52,7 +57,7 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
 
 
-def experiment(client: MlflowClient, name: str, artifact_uri: str | None) -> str:
+def experiment_id(client: MlflowClient, name: str, artifact_uri: str | None) -> str:
     """The id of the project's experiment, created at first use."""
     found = client.get_experiment_by_name(name)
     if found is not None:
@@ -66,10 +71,10 @@ def experiment(client: MlflowClient, name: str, artifact_uri: str | None) -> str
         return str(found.experiment_id)
 
 
-def find_or_create_run(client: MlflowClient, experiment_id: str, key: str, name: str) -> Run:
+def find_or_create_run(client: MlflowClient, experiment: str, key: str, name: str) -> Run:
     """The run tagged with the key."""
-    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-    return found[0] if found else client.create_run(experiment_id, tags={KEY_TAG: key}, run_name=name)
+    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    return found[0] if found else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
 
 
 def log_run(
@@ -91,20 +96,106 @@ def log_run(
             if name not in run.data.params:
                 client.log_param(run_id, name, value)
         client.log_text(run_id, json.dumps(recipe, indent=1, sort_keys=True), "recipe.json")
+        sent = _last_steps(client, run)
+        now = int(time.time() * 1000)
         points = [
-            Metric(f"{stage}/{name}", float(value), 0, int(entry["step"]))
+            Metric(f"{stage}/{name}", float(value), now, int(entry["step"]))
             for stage, history in curves.items()
             for entry in history
             for name, value in entry.items()
-            if name != "step"
+            if name != "step" and int(entry["step"]) > sent.get(f"{stage}/{name}", -1)
         ]
         points += [Metric(name, float(value), 0, 0) for name, value in metrics.items()]
-        points = [point for point in points if math.isfinite(point.value)]
-        for start in range(0, len(points), METRICS_A_CALL):
-            client.log_batch(run_id, metrics=points[start : start + METRICS_A_CALL])
+        _log_points(client, run_id, points)
         client.set_terminated(run_id)
     except MlflowException as error:
         raise RunError(f"MLflow refused the run {run_id}: {str(error).splitlines()[0]}") from error
+
+
+def _log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> None:
+    finite = [point for point in points if math.isfinite(point.value)]
+    for start in range(0, len(finite), METRICS_A_CALL):
+        client.log_batch(run_id, metrics=finite[start : start + METRICS_A_CALL])
+
+
+def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
+    """The last step of each curve that a run has; curves are sent in order, so what comes after it is missing."""
+    names = [name for name in run.data.metrics if "/" in name]
+    return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in names}
+
+
+class Curves:
+    """A run that is going on, and how far each of its curves has been sent."""
+
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self._client, self._run = client, run
+        self._sent = _last_steps(client, run)
+
+    def log(self, points: Sequence[dict[str, float]], time_ms: int, status: str | None) -> None:
+        """Send what was not sent; points without a step are counted. `status`, such as KILLED, ends the run."""
+        run_id, fresh = self._run.info.run_id, []
+        for point in points:
+            for name, value in point.items():
+                last = self._sent.get(name, -1)
+                step = int(point.get("step", last + 1))
+                if name != "step" and step > last:
+                    fresh.append(Metric(name, float(value), time_ms, step))
+                    self._sent[name] = step
+        try:
+            _log_points(self._client, run_id, fresh)
+            if status is not None:
+                self._client.set_terminated(run_id, status)
+        except FAULTS:
+            for metric in fresh:
+                self._sent[metric.key] = min(self._sent[metric.key], metric.step - 1)
+            raise
+
+
+def open_curves(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Curves:
+    """The curves of a run as `find_run` gives it."""
+    return Curves(MlflowClient(), find_run(uri, experiment, artifacts, key, name, parent))
+
+
+def find_run(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Run:
+    """The run of a key, found or created; one that is in no other yet is nested in the run of the key `parent`.
+
+    Raises:
+        ConfigError, MlflowException: the server cannot be reached.
+    """
+    client = connect(uri)
+    where = experiment_id(client, experiment, artifacts)
+    run = find_or_create_run(client, where, key, name)
+    if parent is not None and PARENT_TAG not in run.data.tags:
+        outer = find_or_create_run(client, where, parent, "sweep")
+        client.set_tag(run.info.run_id, PARENT_TAG, outer.info.run_id)
+    return run
+
+
+def log_sweep(run: Run, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
+    """The parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
+    client, run_id = MlflowClient(), run.info.run_id
+    for name, value in params.items():
+        if name not in run.data.params:
+            client.log_param(run_id, name, value)
+    for name, text in documents.items():
+        client.log_text(run_id, text, name)
+    _log_points(client, run_id, [Metric(name, float(value), 0, 0) for name, value in metrics.items()])
+    client.set_terminated(run_id)
+
+
+def system_load() -> Callable[[], dict[str, float]]:
+    """What measures this machine's processors, memory, disk and network, by the names that MLflow gives them."""
+    monitors = (CPUMonitor(), DiskMonitor(), NetworkMonitor())
+
+    def sample() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return found
+
+    return sample
 
 
 def log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,7 @@ from pipeline.errors import RunError
 from pipeline.families.models import WithStates, load_parameters
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
-from pipeline.records import Shard, StoredFile
+from pipeline.records import Advance, Shard, StoredFile
 from pipeline.store import Place
 from pipeline.tables import Rows
 from pipeline.tasks.language_modeling import LanguageModeling
@@ -46,7 +46,6 @@ from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats,
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a run, about
-Advance = Callable[[int, int, str], None]  # done, of how many, a word on how it goes
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,8 @@ class Loop:
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
         if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be the best
             self._validate()
+            if self.rank == 0:
+                self.report(0, steps, "", list(self.progress.history))
         while self.progress.step < steps:
             losses = self.train_step(self.progress.step)
             self.progress.step += 1
@@ -179,7 +180,7 @@ class Loop:
         return self.plan.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, losses: dict[str, float], steps: int) -> None:
-        progress, step = self.progress, self.progress.step
+        progress, step, known = self.progress, self.progress.step, len(self.progress.history)
         last = step == steps
         if last or step % max(1, steps // HISTORY_POINTS) == 0:
             progress.history.append({"step": step, **losses})
@@ -191,7 +192,7 @@ class Loop:
                 write_checkpoint(self.plan.place, self._tensors(), progress)
             self._barrier()
         if self.rank == 0:
-            self.report(step, steps, note)
+            self.report(step, steps, note, progress.history[known:])
 
     def _validate(self) -> float:
         """Score the validation split, write it down, and keep the weights if they are the best so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from pipeline import flow
 from pipeline.config import Config
+from pipeline.records import Point
 from pipeline.store import Owner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,12 +140,16 @@ class Recorder:
     events: list[tuple[str, str]] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    points: list[tuple[str, Point]] = field(default_factory=list)
 
     def started(self, stage: str) -> None:
         self.events.append(("started", stage))
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
         self.progress[stage] = (done, total)
+
+    def measured(self, stage: str, points: Sequence[Point]) -> None:
+        self.points += [(stage, point) for point in points]
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         self.events.append((status, stage))

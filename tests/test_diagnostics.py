@@ -196,7 +196,7 @@ def looks_of(case: Case, recipe: Distill, name: str, stop_at: tuple[int, ...] = 
     for stop in (*stop_at, None):
         loop = case.loop(run, Quant(bits="2-2-8"))
 
-        def report(done: int, total: int, note: str, stop: int | None = stop) -> None:
+        def report(done: int, total: int, note: str, points: Any = (), stop: int | None = stop) -> None:
             if done == stop and not note.startswith("resumed"):
                 raise InterruptedError
 

@@ -129,6 +129,9 @@ class Releasing:
     def advanced(self, stage, done, total, note):
         pass
 
+    def measured(self, stage, points):
+        pass
+
     def finished(self, stage, status, seconds):
         self.statuses[stage] = status
 

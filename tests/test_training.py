@@ -134,7 +134,7 @@ def weights_after(case: Case, run: Run, quant: Quant, stop_at: tuple[int, ...] =
     for step in (*stop_at, None):
         loop = case.loop(run, quant)
 
-        def report(done: int, total: int, note: str, step: int | None = step) -> None:
+        def report(done: int, total: int, note: str, points: Any = (), step: int | None = step) -> None:
             if done == step and not note.startswith("resumed"):
                 raise InterruptedError
 
@@ -171,7 +171,7 @@ def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
 
 
 def fit_until(case: Case, run: Run, step: int) -> None:
-    def report(done: int, total: int, note: str) -> None:
+    def report(done: int, total: int, note: str, points: Any = ()) -> None:
         if done == step:
             raise InterruptedError
 

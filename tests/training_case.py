@@ -133,7 +133,7 @@ class Case:
             with torch.no_grad():
                 for parameter in student.parameters():
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return Loop(student, run, distillation, cpu, lambda done, total, note: None)
+        return Loop(student, run, distillation, cpu, lambda done, total, note, points=(): None)
 
 
 def digest(tensor: torch.Tensor) -> str:

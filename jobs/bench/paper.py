@@ -128,7 +128,7 @@ def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any
         flow.run(flow.plan(base, TeacherCache.stage), display)
         display.started("table")
         scores = run_trials(
-            trials, base.resources, lambda done, total, note: display.advanced("table", done, total, note)
+            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
         )
     ours = {key: score.student for key, score in zip(keys, scores, strict=True)}
     ours[FULL, "32"] = scores[0].teacher

@@ -124,7 +124,9 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
     if not trials:
         return []
     display.started(what)
-    return run_trials(trials, base.resources, lambda done, total, note: display.advanced(what, done, total, note))
+    return run_trials(
+        trials, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
+    )
 
 
 def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, console: Console) -> dict[str, Any]:

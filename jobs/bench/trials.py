@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jobs.bench.rows import Row, encoding_of
@@ -15,11 +15,10 @@ from pipeline import flow
 from pipeline.config import Config, Resources
 from pipeline.engine import Engine
 from pipeline.errors import RunError
-from pipeline.records import Closed, Package, Report, Student
+from pipeline.records import Advance, Closed, Package, Point, Report, Student
 from pipeline.step import Done
 from pipeline.store import Owner
 
-Advance = Callable[[int, int, str], None]
 # What the base decides for all rows; the rest is each row's own, or the default.
 COMMON = {
     "quant": ("activation_range", "attention", "overrides", "scale_dtype", "rest_dtype"),
@@ -126,6 +125,9 @@ class Silent:
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
         """A stage goes on."""
+
+    def measured(self, stage: str, points: Sequence[Point]) -> None:
+        """Points of its curves."""
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         """A stage ends."""

@@ -24,8 +24,8 @@ from pipeline.families.models import (
     make_student,
     set_dropout,
 )
-from pipeline.records import StoredFile, Student, Teacher, TeacherCache, Tokens
-from pipeline.step import Advance, Step
+from pipeline.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
+from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit

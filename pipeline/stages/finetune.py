@@ -22,9 +22,9 @@ from pipeline.families.models import (
     read_config,
     set_dropout,
 )
-from pipeline.records import StoredFile, Teacher, Tokens
+from pipeline.records import Advance, StoredFile, Teacher, Tokens
 from pipeline.sources.models import model_folder
-from pipeline.step import Advance, Step
+from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit

@@ -8,7 +8,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from pipeline import pictures, registry, tracking
-from pipeline.errors import RunError
+from pipeline.errors import NotRegisteredError, RunError
 from pipeline.records import ModelVersion, Package, Report, Student, Teacher
 from pipeline.step import Done, Step
 
@@ -25,7 +25,7 @@ def run(step: Step) -> ModelVersion:
     settings = step.locations["tracking"]
     client = tracking.connect(settings["uri"])
     try:
-        experiment_id = tracking.experiment(client, settings["experiment"], settings["artifacts"])
+        experiment_id = tracking.experiment_id(client, settings["experiment"], settings["artifacts"])
         run = tracking.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
         metrics = _metrics(report, package)
         tracking.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
@@ -64,7 +64,7 @@ def run(step: Step) -> ModelVersion:
 def _pass(limit: float | None, report: Report, uri: str) -> None:
     ratio = report.student["perplexity"] / report.teacher["perplexity"]
     if limit is not None and ratio > limit:
-        raise RunError(
+        raise NotRegisteredError(
             f"The student's perplexity is {ratio:.3f} times the teacher's, above register.gate.max_perplexity_ratio "
             f"({limit:g}). It was not registered; the package is kept at {uri}."
         )

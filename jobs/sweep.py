@@ -1,0 +1,116 @@
+"""`bitmill sweep`: the trade-off between bytes and accuracy, one trial a row."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.compress import MIB, print_unsent
+from jobs.display import Display
+from pipeline.config import Config
+from pipeline.estimate import Estimate, estimate
+from pipeline.records import Trial
+from pipeline.sweep import Found, SweepPlan, plan, run
+from pipeline.trials import label
+
+
+def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> dict[str, Any]:
+    """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
+    with console.status("planning") if console.is_terminal else nullcontext():
+        planned = plan(config)
+    if only_plan:
+        guess = estimate(planned)
+        print_plan(planned, guess, console)
+        return plan_document(planned, guess)
+    with Display(console) as display:
+        found = run(planned, display, wait)
+    print_found(planned, found, console)
+    print_unsent(found.unsent, found.outbox, console)
+    return document(planned, found)
+
+
+def document(planned: SweepPlan, found: Found) -> dict[str, Any]:
+    return {
+        "sweep_key": planned.key,
+        "trials": [_trial(trial) for trial in found.trials],
+        "front": list(found.front),
+        "complete": found.complete,
+        "worker_hours": round(found.spent_hours, 4),
+        "report_uri": None,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"teacher": trial.teacher, "student": trial.student} if trial.student else {}
+    return {
+        "trial_key": trial.key,
+        "bits": trial.bits,
+        "params": trial.values,
+        "status": trial.status,
+        "metrics": metrics | ({"validation": trial.last} if trial.last else {}),
+        "size": trial.size.model_dump(exclude={"paper_bytes"}) if trial.size else None,
+        "model_version": trial.version,
+        "seconds": round(trial.seconds, 1),
+        "failure": trial.failure,
+    }
+
+
+def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
+    trials = [
+        {"trial_key": one.key, "params": one.values, "status": _status(planned, one.key)} for one in planned.known
+    ]
+    return {"sweep_key": planned.key, "trials": trials, **vars(guess)}
+
+
+def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
+    table = Table("trial", "key", "status")
+    for one in planned.known:
+        table.add_row(label(one.values), one.key[:12], _status(planned, one.key))
+    if planned.known:
+        console.print(table)
+    console.print(
+        f"{guess.trials} trials, {guess.left} of them to run, {guess.shared_steps} shared steps before them\n"
+        f"worker-hours: about {guess.worker_hours:.2f} ({guess.hours_basis})\n"
+        f"bytes: about {guess.bytes / MIB:,.1f} MiB ({guess.bytes_basis})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    cap = planned.config.resources.max_worker_hours
+    if cap is not None:
+        console.print(f"no trial starts once the trials have used {cap:g} worker-hours", highlight=False)
+
+
+def _status(planned: SweepPlan, key: str) -> str:
+    trial = planned.trials.get(key)
+    return "to run" if trial is None or trial.status == "running" else trial.status
+
+
+def print_found(planned: SweepPlan, found: Found, console: Console) -> None:
+    table = Table("trial", "status", "perplexity", "gap, nats", "bytes", "smaller by", "version", "front")
+    for trial in sorted(found.trials, key=lambda trial: trial.size.packed_bytes if trial.size else math.inf):
+        table.add_row(*_row(trial), "*" if trial.key in found.front else "")
+    console.print(table)
+    for trial in found.trials:
+        if trial.failure:
+            console.print(f"{label(trial.values)}: {trial.failure}", highlight=False, soft_wrap=True)
+    if not found.complete:
+        console.print(
+            f"stopped: the trials have used {found.spent_hours:.2f} worker-hours of resources.max_worker_hours "
+            f"({planned.config.resources.max_worker_hours:g}); the table is the best so far. Raise it and give the "
+            "same command to go on.",
+            soft_wrap=True,
+        )
+
+
+def _row(trial: Trial) -> list[str]:
+    if trial.size is None:
+        last = f"{trial.last['validation_nats']:.3f} nats at step {trial.last['step']:.0f}" if trial.last else ""
+        return [label(trial.values), trial.status, last, "", "", "", ""]
+    gap = math.log(trial.student["perplexity"] / trial.teacher["perplexity"])
+    version = f"{trial.version['name']}/{trial.version['version']}" if trial.version else "not registered"
+    numbers = [f"{trial.student['perplexity']:.2f}", f"{gap:.4f}", f"{trial.size.packed_bytes:,}"]
+    return [label(trial.values), trial.status, *numbers, f"{trial.size.ratio:.1f}x", version]

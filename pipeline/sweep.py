@@ -1,0 +1,220 @@
+"""A sweep: many runs of the flow that share what they can. What is tried and found is kept in a place of its own.
+
+A trial is an ordinary configuration with other values, so its steps have the keys that `compress` gives them. The
+driver makes the shared steps once, Tune runs the rest of each trial up to its package, and the driver registers it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import flow, store, tracking, tuning
+from pipeline.config import Config
+from pipeline.engine import Engine
+from pipeline.errors import RunError
+from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_trials
+from pipeline.flow import Observer
+from pipeline.front import front
+from pipeline.identity import recipe_of, step_key
+from pipeline.live import LiveRun, Outbox, Target, load_watched, outbox_folder
+from pipeline.locations import scratch_dir, storage_uri
+from pipeline.records import SweepRecord, TeacherCache, Trial
+from pipeline.step import provenance
+from pipeline.store import Place
+from pipeline.sweep_schema import Sweep
+from pipeline.trials import check_sweep, drawn, label, listed, scores
+
+VERSION = 1
+NOT_IN_KEY = ("max_concurrent",)
+TRIALS = "trials"
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep: `record` if it is finished and all is registered, else `known`, the trials that can be named beforehand."""
+
+    config: Config
+    sweep: Sweep
+    base: flow.Plan
+    place: Place
+    recipe: dict[str, Any]
+    known: tuple[Candidate, ...]
+    trials: dict[str, Trial]
+    record: SweepRecord | None
+
+    @property
+    def key(self) -> str:
+        return self.place.key
+
+
+def plan(config: Config) -> SweepPlan:
+    """Check the whole space and plan every trial that can be named; starts nothing.
+
+    Raises:
+        ConfigError: what cannot work, by path or by trial.
+    """
+    sweep = check_sweep(config)
+    # Workers have working directories of their own.
+    root = storage_uri(config.resources.model_copy(update={"namespace": ""}))
+    resources = config.resources.model_copy(
+        update={"storage_uri": root, "local_cache_dir": scratch_dir(config.resources)}
+    )
+    config = config.model_copy(update={"resources": resources})
+    base = flow.plan(config)
+    recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
+    key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
+    place = Place(storage_uri(resources), SweepRecord.stage, key, scratch_dir(resources))
+    planned = SweepPlan(config, sweep, base, place, recipe, (), stored_trials(place), place.record(SweepRecord))
+    if planned.record is not None and all(_registered(planned, trial) for trial in planned.record.trials):
+        return planned
+    return replace(planned, known=_known(config, sweep), record=None)
+
+
+def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
+    """The trials that can be named before anything runs; two that come to the same are one."""
+    if sweep.search == "optuna":  # one example, so that a space that cannot work at all is found out
+        candidate(config, drawn(sweep, 0))
+        return ()
+    found = [candidate(config, values) for values in listed(sweep)]
+    return tuple({one.key: one for one in found}.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a sweep gave. `complete` is False if the cap of worker-hours, or a failure, left trials for another time."""
+
+    trials: tuple[Trial, ...]
+    front: tuple[str, ...]
+    complete: bool
+    spent_hours: float
+    unsent: dict[str, int] = field(default_factory=dict)  # points that MLflow has not taken, by the name of their run
+    outbox: Path | None = None
+
+
+def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
+    """Run the trials that have not ended, at most as many as `max_worker_hours` allows, and register what is done.
+
+    Raises:
+        BitmillError: what went wrong; trials that ended are kept.
+    """
+    record = planned.record
+    if record is not None:
+        return Found(record.trials, record.front, True, _hours(record.trials))
+    store.check_writable(storage_uri(planned.config.resources))
+    parent = _parent(planned)
+    tracking.connect(parent.uri)
+    outbox = Outbox(outbox_folder(planned.config.resources))
+    engine = Engine(planned.config.resources)
+    try:
+        with planned.place.hold(wait, lambda owner: observer.waiting("sweep", owner)) as place, outbox:
+            feed = _feed(planned, place, outbox, observer)
+            with load_watched(outbox, parent):
+                if feed.settle() and not feed.over():
+                    _run(planned, feed, engine, place, observer, wait)
+                feed.capped = feed.capped or (feed.over() and bool(feed.left))
+            found = _conclude(planned, feed, place)
+    finally:
+        engine.close()
+    return replace(found, unsent=outbox.unsent, outbox=outbox.path)
+
+
+def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) -> Feed:
+    """What is known of the trials, under the lease; one whose version the registry lost is to be registered again."""
+
+    def advance(done: int, total: int, note: str) -> None:
+        observer.advanced(TRIALS, done, total, note)
+
+    known = {
+        key: trial if _registered(planned, trial) else trial.model_copy(update={"status": "running"})
+        for key, trial in stored_trials(place).items()
+    }
+    return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
+
+
+def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, observer: Observer, wait: bool) -> None:
+    """The steps that trials share, once each; then the trials."""
+    live = LiveRun(observer, feed.outbox, _parent(planned))
+    shared = {one.plan.step(TeacherCache.stage).place.key: one.plan.config for one in feed.waiting}
+    for config in shared.values() or [planned.config]:
+        flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
+    observer.started(TRIALS)
+    tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
+
+
+def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
+    """Register what could not be registered before, find the front, and commit the record if nothing is left."""
+    lost = feed.failures
+    feed.failures = {}
+    feed.settle()
+    left = {key: why for key, why in {**lost, **feed.failures}.items() if feed.trials[key].status == "running"}
+    if left:
+        key, why = next(iter(left.items()))
+        raise RunError(
+            f"{len(left)} of {len(feed.trials)} trials are not finished, first {label(feed.trials[key].values)}: {why} "
+            f"What is done is kept at {place.uri}; the same command goes on from there."
+        )
+    trials = tuple(feed.trials.values())
+    best = _front(planned.sweep, trials)
+    _log_parent(planned, feed, trials, best)
+    if not feed.capped:
+        record = SweepRecord(
+            key=place.key,
+            stage_version=VERSION,
+            recipe=planned.recipe,
+            inputs={"register": planned.base.run_key},
+            provenance=provenance(),
+            name=planned.config.name,
+            objectives=planned.sweep.objectives,
+            trials=trials,
+            front=best,
+        )
+        place.commit(record)
+    return Found(trials, best, not feed.capped, _hours(trials))
+
+
+def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best: tuple[str, ...]) -> None:
+    parent, sweep = _parent(planned), planned.sweep
+    documents = {
+        "trials.json": [trial.model_dump(mode="json") for trial in trials],
+        "recipe.json": planned.config.model_dump(mode="json", by_alias=True, exclude={"resources"}),
+    }
+    feed.outbox.flush()
+    try:
+        tracking.log_sweep(
+            tracking.find_run(parent.uri, parent.experiment, parent.artifacts, parent.key, parent.name, None),
+            {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
+            {"trials": len(trials), "front": len(best), "worker_hours": _hours(trials)},
+            {name: json.dumps(document, indent=1) for name, document in documents.items()},
+        )
+    except tracking.FAULTS as error:
+        raise RunError(
+            f"All trials are done and kept, and MLflow at {parent.uri} refused the sweep's own run: "
+            f"{str(error).splitlines()[0]}. The same command sends it."
+        ) from error
+
+
+def _parent(planned: SweepPlan) -> Target:
+    return replace(flow.target_of(planned.base, "sweep", None), key=planned.key)
+
+
+def _front(sweep: Sweep, trials: tuple[Trial, ...]) -> tuple[str, ...]:
+    """Keys of the trials that no other beats; stopped and failed ones are never among them."""
+    done = [trial for trial in trials if trial.status == "done" and trial.size is not None]
+    points = [scores(sweep.objectives, t.teacher, t.student, t.size.packed_bytes if t.size else 0) for t in done]
+    return tuple(done[index].key for index in front(points))
+
+
+def _registered(planned: SweepPlan, trial: Trial) -> bool:
+    """False if the trial was registered and the registry does not hold it now."""
+    if trial.version is None:
+        return True
+    uri = _parent(planned).uri
+    return flow.registered(uri, trial.version["name"], trial.key)
+
+
+def _hours(trials: Iterable[Trial]) -> float:
+    return sum(trial.worker_seconds for trial in trials) / 3600

@@ -1,0 +1,130 @@
+"""Trials of a sweep before they run: values laid over a configuration, drawn or enumerated, and what they score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.identity import canonical_json
+from pipeline.sweep_schema import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
+
+FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
+LARGER_IS_BETTER = ("top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL")
+TASK_METRICS = {
+    "language_modeling": (),
+    "next_utterance": ("accuracy",),
+    "summarization": ("rouge1", "rouge2", "rougeL"),
+}
+DRAWS_A_SAMPLE = 20  # tries to draw what was not drawn before, where few values are offered
+
+
+def check_sweep(config: Config) -> Sweep:
+    """The section `sweep`. Raises ConfigError if it is missing, or names an unknown path or a metric the task lacks."""
+    sweep = config.sweep
+    if sweep is None:
+        raise ConfigError(
+            "The configuration has no section sweep; add one, such as sweep: {space: {quant.bits: [2-2-8, 4-4-8]}}"
+        )
+    for path in sweep.space:
+        _check_path(path)
+    offered = TASK_METRICS[config.task.name]
+    for name in sweep.objectives:
+        if name in MORE_OBJECTIVES and name not in offered:
+            raise ConfigError(
+                f"sweep.objectives: no trial of the task {config.task.name} reports {name!r}; valid: "
+                f"{', '.join((*OBJECTIVES, *offered))}"
+            )
+    if sweep.asha is not None and config.resources.workers == 0:
+        raise ConfigError("sweep.asha stops trials that run side by side on Ray; set resources.workers to 1 or more")
+    return sweep
+
+
+def trial_config(base: Config, values: dict[str, Any]) -> Config:
+    """The base with values at dotted paths; a mapping given for a section is laid over it.
+
+    Raises:
+        ConfigError: the combination is impossible; it is named.
+    """
+    fields = base.model_dump(mode="json", by_alias=True, exclude={"preset", "sweep"})
+    for path, value in values.items():
+        *sections, last = path.split(".")
+        section = fields
+        for name in sections:
+            section[name] = section.get(name) or {}
+            section = section[name]
+        is_section = isinstance(value, dict) and not sections and isinstance(section.get(last), dict)
+        section[last] = {**section[last], **value} if is_section else value
+    try:
+        return Config.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(
+            f"The trial {label(values)} is impossible: {place + ': ' if place else ''}{reason}"
+        ) from error
+
+
+def listed(sweep: Sweep) -> list[dict[str, Any]]:
+    """The values of all trials of a grid, or of a random search: a function of seed and index."""
+    if sweep.search == "grid":
+        return sweep.grid()
+    found: dict[str, dict[str, Any]] = {}
+    for index in range((sweep.samples or 0) * DRAWS_A_SAMPLE):
+        values = drawn(sweep, index)
+        found.setdefault(canonical_json(values), values)
+        if len(found) == sweep.samples:
+            break
+    return list(found.values())
+
+
+def drawn(sweep: Sweep, index: int) -> dict[str, Any]:
+    """One value for each path, by hash."""
+    return {path: _drawn(values, f"{sweep.seed}/{index}/{path}") for path, values in sweep.space.items()}
+
+
+def _drawn(values: list[Any] | Between, name: str) -> Any:
+    share = int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
+    return values.at(share) if isinstance(values, Between) else values[int(share * len(values))]
+
+
+def label(values: dict[str, Any]) -> str:
+    """The values of a trial on one line, for people."""
+    parts = []
+    for path, value in values.items():
+        text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"{path.rpartition('.')[2]}={text}")
+    return " ".join(parts) or "as configured"
+
+
+def scores(
+    objectives: tuple[str, ...], teacher: dict[str, float], student: dict[str, float], packed_bytes: int
+) -> tuple[float, ...]:
+    """A trial's objectives, each to be minimised; the gap is log(student's perplexity / teacher's), nats."""
+    known = {**student, "gap": math.log(student["perplexity"] / teacher["perplexity"]), "bytes": float(packed_bytes)}
+    return tuple(-known[name] if name in LARGER_IS_BETTER else known[name] for name in objectives)
+
+
+def _check_path(path: str) -> None:
+    section: type[BaseModel] | None = Config
+    for depth, part in enumerate(path.split(".")):
+        if section is None:  # a mapping of free keys, such as an architecture's
+            return
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        valid = sorted(set(fields) - set(FIXED)) if depth == 0 else sorted(fields)
+        if part not in valid:
+            raise ConfigError(
+                f"sweep.space: {path!r} is no path of the configuration at {part!r}; valid: {', '.join(valid)}"
+            )
+        field = fields[part]
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        free = any(getattr(k, "__origin__", None) is dict for k in kinds)
+        if section is None and not free and depth < path.count("."):
+            raise ConfigError(f"sweep.space: {path!r} goes below {part!r}, which is a value")

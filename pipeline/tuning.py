@@ -1,0 +1,194 @@
+"""Trials side by side by Ray Tune. What is tried, and what is remembered, the feed decides; Tune places and stops.
+
+With `resources.workers: 0` trials run one by one in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from pipeline.engine import Engine, explained, quiet, set_threads
+from pipeline.errors import BitmillError, BusyError, FencedOffError
+from pipeline.store import Place
+from pipeline.sweep_schema import Asha
+
+STEP, LOSS = "step", "validation_nats"
+Report = Callable[[dict[str, Any]], None]
+Work = Callable[[Any, Report], None]  # runs a trial; reports hold STEP and LOSS
+GROUPS, ENDED, FAILURE = "groups", "ended", "failure"
+A_LITTLE = 0.001  # of a CPU, for an actor that waits for training workers of its own
+
+
+class Feed(Protocol):
+    """Where trials come from and results go. All calls come from one thread."""
+
+    def next(self) -> tuple[str, Any] | None:
+        """Key of a trial to start and what the work is given, small and picklable; None: there are no more."""
+
+    def reported(self, key: str, result: dict[str, Any]) -> None: ...
+
+    def ended(self, key: str, status: str, failure: str) -> None:
+        """`status`: done, stopped, failed (for a reason of its own), or lost (its workers were)."""
+
+
+def run_trials(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | None, at_once: int | None) -> None:
+    """Run what the feed gives until it gives no more, at most `at_once` side by side.
+
+    Raises:
+        ConfigError: Ray cannot be reached, or has too few CPUs.
+    """
+    if engine.resources.workers == 0:
+        while (given := feed.next()) is not None:
+            key, trial = given
+            result: dict[str, Any] = {}
+            _tried(work, trial, partial(_heard, feed, key, result))
+            feed.ended(key, *_outcome(result))
+        return
+    engine.start()
+    with quiet(), explained(place):
+        _tune(work, feed, engine, place, asha, at_once)
+
+
+def _heard(feed: Feed, key: str, result: dict[str, Any], fresh: dict[str, Any]) -> None:
+    result.update(fresh)
+    feed.reported(key, fresh)
+
+
+def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | None, at_once: int | None) -> None:
+    import ray
+    from ray import tune
+
+    resources = engine.resources
+    each = resources.workers * resources.cpus_per_worker
+    at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1) // each))
+    alone = resources.workers == 1  # trained inside the trial's own actor
+    needs = {"cpu": each if alone else A_LITTLE, "gpu": resources.gpus_per_worker if alone else 0}
+    watcher = _watcher(feed)
+    scheduler = None
+    if asha is not None:
+        scheduler = tune.schedulers.ASHAScheduler(
+            time_attr=STEP, grace_period=asha.grace_steps, reduction_factor=asha.reduction_factor, max_t=10**9
+        )
+    path, filesystem = place.run_folder()
+    tuner = tune.Tuner(
+        tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
+        tune_config=tune.TuneConfig(
+            metric=LOSS,
+            mode="min",
+            search_alg=_search(feed),
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=at_once,
+            reuse_actors=False,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=path,
+            storage_filesystem=filesystem,
+            name=f"ray-{place.fence}",
+            callbacks=[watcher],
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        watcher.free_all()
+
+
+def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
+    from ray import tune
+
+    set_threads(threads)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    _tried(work, config["trial"], tune.report)
+
+
+def _tried(work: Work, trial: Any, report: Report) -> None:
+    """Run a trial; an error of ours comes back as its last result, because trying again would not help."""
+    last: dict[str, Any] = {STEP: 0, LOSS: float("inf")}
+
+    def remember(result: dict[str, Any]) -> None:
+        last.update({STEP: result[STEP], LOSS: result[LOSS]})
+        report(result)
+
+    failure = ""
+    try:
+        work(trial, remember)
+    except (BusyError, FencedOffError):
+        raise
+    except BitmillError as error:
+        failure = str(error)
+    report({**last, ENDED: True, FAILURE: failure})
+
+
+def _outcome(result: dict[str, Any]) -> tuple[str, str]:
+    if not result.get(ENDED):
+        return "stopped", ""
+    return ("failed" if result[FAILURE] else "done"), str(result[FAILURE])
+
+
+def _search(feed: Feed) -> Any:
+    from ray.tune.search import Searcher
+
+    class Search(Searcher):  # type: ignore[misc]
+        """Gives Tune what the feed gives."""
+
+        def suggest(self, trial_id: str) -> Any:
+            given = feed.next()
+            return Searcher.FINISHED if given is None else {"key": given[0], "trial": given[1]}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """The watcher is told."""
+
+    return Search(metric=LOSS, mode="min")
+
+
+def _watcher(feed: Feed) -> Any:
+    from ray import tune
+
+    class Watcher(tune.Callback):  # type: ignore[misc]
+        """Tells the feed, and removes the placement groups of a trial that ended: Tune does not see those that Ray
+        Train made inside it, and they would keep their CPUs."""
+
+        def __init__(self) -> None:
+            self._groups: dict[str, set[str]] = {}
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **more: Any) -> None:
+            self._groups.setdefault(trial.trial_id, set()).update(result.get(GROUPS, ()))
+            feed.reported(trial.config["key"], result)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
+            self._free(trial.trial_id)
+            feed.ended(trial.config["key"], *_outcome(trial.last_result or {}))
+
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
+            self._free(trial.trial_id)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
+            self._free(trial.trial_id)
+            error = trial.get_pickled_error() if trial.pickled_error_file else None
+            feed.ended(trial.config["key"], "lost", str(error).strip().splitlines()[-1] if error else "its worker died")
+
+        def free_all(self) -> None:
+            for trial_id in list(self._groups):
+                self._free(trial_id)
+
+        def _free(self, trial_id: str) -> None:
+            for group in self._groups.pop(trial_id, ()):
+                _remove(group)
+
+    return Watcher()
+
+
+def _remove(group: str) -> None:
+    from ray._raylet import PlacementGroupID
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    with contextlib.suppress(Exception):  # it may be gone
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
