@@ -187,6 +187,34 @@ def lookup(
         raise typer.Exit(Exit.NOTHING)
 
 
+@app.command()
+def report(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
+    storage_uri: Annotated[
+        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the run or sweep.")
+    ] = "./bitmill-store",
+    namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run or a sweep as one page: bytes against accuracy, losses, modules, cost, and how to get each model.
+
+    The page needs no network: send it to somebody, or open it on a phone.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from pathlib import Path
+
+        from jobs.report import report as run
+        from pipeline.config import Resources
+
+        resources = Resources(storage_uri=storage_uri, namespace=namespace)
+        return run(key, Path(out), resources, console)
+
+    _execute(work, as_json, debug)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
 app.add_typer(bench, name="bench")
 

@@ -40,7 +40,7 @@ def test_a_person_sees_a_table_and_what_to_do_next(lookup):
     done = lookup("--alias", "champion")
     assert done.exit_code == 0
     assert done.stdout == ""
-    for shown in ("tiny/1 @champion", "2-2-8", "perplexity", "bitmill pull tiny/1"):
+    for shown in ("tiny/1", "@champion", "2-2-8", "perplexity", "bitmill pull tiny/1"):
         assert shown in done.stderr
 
 
