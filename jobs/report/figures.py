@@ -13,7 +13,8 @@ from jobs.report.values import LARGER_IS_BETTER, Content, Mark, Shown
 
 INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-LATENCY = "latency_ms"
+SHORT = 24  # characters of a label beside its point
+WIDE = 4.0  # ratio of the largest to the smallest value, above which the axis is logarithmic
 # Bytes of the paper's models by its own counting, MiB, as it compresses them: (full precision, quantized).
 PAPER_MIB = {"8-8-8": 121.3, "4-4-8": 62.4, "2-2-8": 33.0}
 PAPER_FULL_MIB = 474.7
@@ -65,13 +66,17 @@ def trade_off(content: Content) -> dict[str, Any]:
             figure.add_scatter(
                 x=[one.packed_bytes for one in group],
                 y=[one.metrics[measure] for one in group],
-                mode="markers",
+                mode="markers+text" if group is best else "markers",
                 marker=style,
                 name=name,
-                text=[hover(one, content) for one in group],
-                hovertemplate="%{text}<extra></extra>",
+                text=[safe(one.label if len(one.label) <= SHORT else one.bits) for one in group],
+                textposition="top right",
+                cliponaxis=False,
+                hovertext=[hover(one, content) for one in group],
+                hovertemplate="%{hovertext}<extra></extra>",
             )
     if measure in content.teacher:
+        figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
         figure.add_scatter(
             x=[content.teacher_bytes],
             y=[content.teacher[measure]],
@@ -92,10 +97,14 @@ def trade_off(content: Content) -> dict[str, Any]:
             text=[safe(mark.label) for mark in marks],
             hovertemplate="%{text}<br>as far from this teacher as from its own<extra></extra>",
         )
+    ticks = [2**power for power in range(64)]
     figure.update_xaxes(
-        title="bytes of weights, scales included", type="log", exponentformat="SI", minor={"showgrid": True}, dtick="D2"
+        title="bytes of weights, scales included", type="log", tickvals=ticks, ticktext=[*map(power, ticks)]
     )
     figure.update_yaxes(title=f"{measure} ({'higher' if measure in LARGER_IS_BETTER else 'lower'} is better)")
+    values = [one.metrics[measure] for one in content.shown if content.has(one)]
+    if min(values, default=0) > 0 and max(values) > WIDE * min(values):  # one bad trial must not flatten the rest
+        figure.update_yaxes(type="log")
     return _json(figure, 460)
 
 
@@ -146,8 +155,8 @@ def bits_of_modules(one: Shown) -> dict[str, Any]:
     figure.add_bar(x=[m.bits for m in one.modules], marker_color=FRONT, name="bits", xaxis="x", **shared)
     figure.add_bar(x=[m.gamma for m in one.modules], marker_color="#059669", name="gamma", xaxis="x2", **shared)
     figure.update_layout(
-        xaxis={"domain": [0, 0.47], "title": "bits"},
-        xaxis2={"domain": [0.53, 1], "title": "gamma: outermost level / mean |w|", "anchor": "y"},
+        xaxis={"domain": [0, 0.47], "title": "bits", "tickvals": [2, 4, 8, 32], "rangemode": "tozero"},
+        xaxis2={"domain": [0.53, 1], "title": "gamma", "anchor": "y"},
         yaxis={"autorange": "reversed", "automargin": True},
         showlegend=False,
     )
@@ -167,6 +176,13 @@ def size(count: int | None) -> str:
     if count is None:
         return ""
     return f"{count / 2**20:,.2f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def power(count: float) -> str:
+    """A power of two in bytes, as an axis shows it."""
+    whole = max(1, int(count))
+    unit = min((whole.bit_length() - 1) // 10, 3)
+    return f"{whole >> (10 * unit)} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
 def safe(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, paper_marks
+from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, paper_marks, power
 from jobs.report.values import LARGER_IS_BETTER, Content, worker_hours
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
@@ -20,21 +20,23 @@ def picture(content: Content) -> bytes:
     axes = figure.add_subplot()
     best, measure = content.best, content.measure
     models = [one for one in content.shown if content.has(one)]
-    axes.scatter([_kib(o.packed_bytes) for o in models], [o.metrics[measure] for o in models], color=MUTED, zorder=2)
-    places = [(_kib(one.packed_bytes), one.metrics[measure]) for one in best]
+    axes.scatter([o.packed_bytes or 0 for o in models], [o.metrics[measure] for o in models], color=MUTED, zorder=2)
+    places = [(float(one.packed_bytes or 0), one.metrics[measure]) for one in best]
     axes.plot([x for x, _ in places], [y for _, y in places], "o-", color=FRONT, drawstyle="steps-post", label="front")
     for one, place in zip(best, places, strict=True):
         text = one.label.replace("$", r"\$")
         axes.annotate(text, place, xytext=(6, 6), textcoords="offset points", fontsize=8)
     if measure in content.teacher:
-        teacher = (_kib(content.teacher_bytes), content.teacher[measure])
+        teacher = (content.teacher_bytes, content.teacher[measure])
         axes.scatter(*teacher, marker="D", color=TEACHER, label="teacher, fp32")
     marks = paper_marks(content)
     if marks:
-        places = [(_kib(mark.packed_bytes), mark.value) for mark in marks]
+        places = [(mark.packed_bytes, mark.value) for mark in marks]
         axes.scatter(*zip(*places, strict=True), marker="x", color=PAPER, label="paper, relative to its teacher")
     direction = "higher" if measure in LARGER_IS_BETTER else "lower"
-    axes.set(xscale="log", xlabel="KiB of weights, scales included", ylabel=f"{measure} ({direction} is better)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda count, _: power(count))
+    axes.set(xlabel="weights, scales included", ylabel=f"{measure} ({direction} is better)")
     axes.set_title(content.title.replace("$", r"\$"))
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(fontsize=8)
@@ -64,7 +66,3 @@ def table(content: Content) -> str:
 
 def _plain(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
-
-
-def _kib(count: float | None) -> float:
-    return (count or 0) / 1024

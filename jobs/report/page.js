@@ -32,7 +32,7 @@ function draw(id, figure) {
   place.replaceChildren();
   const narrow = place.clientWidth < 600;
   const layout = { ...figure.layout, dragmode: narrow ? false : "zoom" };
-  const config = { responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover", doubleClick: "reset" };
+  const config = { responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "reset" };
   return Plotly.newPlot(place, figure.data, layout, config);
 }
 

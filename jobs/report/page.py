@@ -100,7 +100,12 @@ def measured(name: str, metrics: dict[str, float]) -> str:
 
 
 def columns(content: Content) -> list[str]:
-    return ["model", "bits", "bytes", "ratio", *content.metrics, "worker-hours", "status", "version"]
+    return ["model", "status", "bits", "bytes", "ratio", *metrics(content), "worker-hours", "version"]
+
+
+def metrics(content: Content) -> list[str]:
+    """Metrics of the table; the logarithm of the perplexity would say it twice."""
+    return [name for name in content.metrics if name != "nats_per_token"]
 
 
 def row(one: Shown, content: Content) -> dict[str, Any]:
@@ -108,12 +113,12 @@ def row(one: Shown, content: Content) -> dict[str, Any]:
     hours = worker_hours(one.costs)
     cells = [
         cell(one.label),
+        cell(one.status),
         cell(one.bits),
         cell(figures.size(one.packed_bytes), one.packed_bytes),
         cell("" if one.ratio is None else f"{one.ratio:.1f}x", one.ratio),
-        *(cell(number(one.metrics.get(name)), one.metrics.get(name)) for name in content.metrics),
+        *(cell(number(one.metrics.get(name)), one.metrics.get(name)) for name in metrics(content)),
         cell(f"{hours:.3f}" if hours else "", hours or None),
-        cell(one.status),
         cell(" ".join([one.version, *(f"@{alias}" for alias in one.aliases)]).strip()),
     ]
     return {"cells": cells, "best": one in content.best, "failure": one.failure}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.identity import KEY_DIGITS
 from pipeline.objects import FAULTS
 from pipeline.records import (
     ModelVersion,
@@ -35,6 +37,7 @@ RECIPE_KNOBS = {
     "quant": ("bits", "quantizer", "granularity", "overrides"),
     "distill": ("steps", "epochs", "batch_size", "optimizer", "lr", "muon_lr", "contrast_weight", "seed"),
 }
+KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 MOST_POINTS = 400  # of a curve
 Steps = dict[str, tuple[Any, Place]]  # records and where their files lie, by stage
 
@@ -53,11 +56,12 @@ class Reader:
             ConfigError: the store has neither under this key.
         """
         try:
-            sweep = self._place(SweepRecord.stage, key).record(SweepRecord)
+            sound = KEY.fullmatch(key) is not None
+            sweep = self._place(SweepRecord.stage, key).record(SweepRecord) if sound else None
             if sweep is not None:
                 return self._sweep(sweep)
             for kind in ENDS:
-                if self._place(kind.stage, key).record(kind) is not None:
+                if sound and self._place(kind.stage, key).record(kind) is not None:
                     return self._run(key, kind.stage)
         except FAULTS as error:
             raise ConfigError(f"The store {self.storage_uri!r} cannot be read: {error}") from error

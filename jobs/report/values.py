@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,8 +65,8 @@ class Shown:
     def command(self) -> str:
         """How to get it."""
         if self.version:
-            return f"bitmill pull {self.version} {self.version.replace('/', '-')}"
-        return f"python -c 'import pipeline; pipeline.load(\"{self.package_uri}\")'" if self.package_uri else ""
+            return f"bitmill pull {shlex.quote(self.version)} {shlex.quote(self.version.replace('/', '-'))}"
+        return f"bitmill pull {shlex.quote(self.package_uri)} {self.key[:8]}" if self.package_uri else ""
 
 
 @dataclass(frozen=True)
