@@ -46,6 +46,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.steps=200."),
 ]
+StorageUri = Annotated[
+    str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the runs; the default registry lies beside it.")
+]
+TrackingUri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow server or registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -125,12 +129,8 @@ def evaluate(
     unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
     text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
     batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; ranges per token make it irrelevant.")] = 16,
-    tracking_uri: Annotated[
-        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
-    ] = None,
-    storage_uri: Annotated[
-        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
-    ] = "./bitmill-store",
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -163,10 +163,8 @@ def lookup(
         str | None, typer.Option(metavar="METRIC", help="Best first; by default what the task is measured by.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The registry.")] = None,
-    storage_uri: Annotated[
-        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
-    ] = "./bitmill-store",
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -177,8 +175,8 @@ def lookup(
 
     def work(console: Console) -> list[dict[str, Any]]:
         from jobs.lookup import lookup as run
+        from pipeline.constraints import Wanted
         from pipeline.locations import registry_beside
-        from pipeline.lookups import Wanted
 
         wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
         return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
@@ -191,9 +189,7 @@ def lookup(
 def report(
     key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
     out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
-    storage_uri: Annotated[
-        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the run or sweep.")
-    ] = "./bitmill-store",
+    storage_uri: StorageUri = "./bitmill-store",
     namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
     as_json: Json = False,
     debug: Debug = False,

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.lookups import Found, Miss, Wanted, matches, nearest, reach
+from pipeline.constraints import Found, Miss, Wanted
+from pipeline.lookups import matches, nearest, reach
 
 SHARES = ("accuracy", "top1_agreement")
 

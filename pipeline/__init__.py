@@ -9,7 +9,7 @@
     artifact    the packed model on disk: write, check, load
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
-    tracking, registry, lookups     MLflow: runs by key; versions and aliases; which of them meet constraints
+    tracking, registry, lookups     MLflow: runs by key; versions and aliases; which of them meet `constraints`
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     locations   where store, runs and scratch files lie
     config, schema, presets, loading        the closed schema, named recipes, a configuration from a file

@@ -17,8 +17,9 @@ from mlflow.entities import LoggedModelStatus, Metric
 
 import pipeline
 from pipeline import lookups, tracking
+from pipeline.constraints import MIB, Found, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
-from pipeline.lookups import MIB, Found, Wanted, matches, nearest, ordered, reach, shortcomings
+from pipeline.lookups import matches, nearest, reach
 
 # name, bits, task, MiB, perplexity, accuracy, formats
 MODELS = [
@@ -34,7 +35,8 @@ MODELS = [
 
 
 def add(client, number, name, bits, task, mib, perplexity, accuracy, formats):
-    experiment = tracking.experiment(client, f"project {number % 3}", None)
+    known = client.get_experiment_by_name(f"project {number % 3}")
+    experiment = known.experiment_id if known else client.create_experiment(f"project {number % 3}")
     tags = {
         "bitmill.key": f"{number:032x}",
         "bitmill.bits": bits,
