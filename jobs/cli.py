@@ -39,6 +39,7 @@ class Exit(IntEnum):
 
     FAILED = 1
     USAGE = 2
+    NOTHING = 3
 
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for ones to start from.")]
@@ -46,6 +47,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.steps=200."),
 ]
+StorageUri = Annotated[
+    str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the runs; the default registry lies beside it.")
+]
+TrackingUri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow server or registry.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -125,12 +130,8 @@ def evaluate(
     unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
     text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
     batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; ranges per token make it irrelevant.")] = 16,
-    tracking_uri: Annotated[
-        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
-    ] = None,
-    storage_uri: Annotated[
-        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
-    ] = "./bitmill-store",
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -144,6 +145,69 @@ def evaluate(
             raise ConfigError(f"--unit is {unit!r}; valid: document, line")
         resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
         return run(model, data, block_length, unit, text_column, batch, resources, console)
+
+    _execute(work, as_json, debug)
+
+
+@app.command()
+def lookup(
+    name: Annotated[str | None, typer.Option(help="The registered name.")] = None,
+    task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
+    bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
+    max_size_mib: Annotated[float | None, typer.Option(help="Most MiB of packed weights, scales included.")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="On the test split.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance.")] = None,
+    min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization.")] = None,
+    format: Annotated[str | None, typer.Option(help="Exported and verified: onnx, gguf, ...")] = None,
+    alias: Annotated[str | None, typer.Option(help="Such as champion.")] = None,
+    order_by: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Best first; by default what the task is measured by.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find registered models by what they must not exceed: `bitmill lookup --max-size-mib 40 --max-perplexity 18`.
+
+    The best one comes first. If none fits, the nearest are shown with what they miss by, and the exit status is 3.
+    """
+
+    def work(console: Console) -> list[dict[str, Any]]:
+        from jobs.lookup import lookup as run
+        from pipeline.constraints import Wanted
+        from pipeline.locations import registry_beside
+
+        wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
+        return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
+
+    if not _execute(work, as_json, debug):
+        raise typer.Exit(Exit.NOTHING)
+
+
+@app.command()
+def report(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
+    storage_uri: StorageUri = "./bitmill-store",
+    namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run or a sweep as one page: bytes against accuracy, losses, modules, cost, and how to get each model.
+
+    The page needs no network: send it to somebody, or open it on a phone.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from pathlib import Path
+
+        from jobs.report import report as run
+        from pipeline.config import Resources
+
+        resources = Resources(storage_uri=storage_uri, namespace=namespace)
+        return run(key, Path(out), resources, console)
 
     _execute(work, as_json, debug)
 
@@ -261,7 +325,8 @@ def _environment() -> dict[str, str]:
     return {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
 
 
-def _execute(work: Any, as_json: bool, debug: bool) -> None:
+def _execute(work: Any, as_json: bool, debug: bool) -> Any:
+    """Do the work, or say in one paragraph why it could not be done; returns its document."""
     console = Console(stderr=True)
     try:
         document = work(console)
@@ -285,6 +350,7 @@ def _execute(work: Any, as_json: bool, debug: bool) -> None:
         raise typer.Exit(Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 def _escape(text: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display
-from pipeline.config import Config
+from pipeline.config import Config, Resources
 from pipeline.flow import Outcome, Plan, plan, run, target_of
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
 from pipeline.locations import tracking_uri
@@ -129,6 +129,13 @@ def outcome_document(planned: Plan, outcome: Outcome) -> dict[str, Any]:
     return document
 
 
+def _store(resources: Resources) -> str:
+    """Options that name a store other than the default."""
+    named = {"--storage-uri": resources.storage_uri, "--namespace": resources.namespace}
+    defaults = {"--storage-uri": Resources().storage_uri, "--namespace": ""}
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in named.items() if value != defaults[name])
+
+
 def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) -> None:
     document = outcome_document(planned, outcome)
     metrics, size, version = document["metrics"], document["size"], document["model_version"]
@@ -153,6 +160,7 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
     tracking = tracking_uri(planned.config.resources)
     commands = [
         f"bitmill compress {shlex.quote(path)} --bits {other_bits}",
+        f"bitmill report {planned.run_key} --out report.html{_store(planned.config.resources)}",
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
     ]
     recipe = planned.step(Tokens.stage).recipe

@@ -14,22 +14,23 @@
     allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
-    tracking, registry      MLflow: runs by key; versions and aliases; live: curves while a run goes on
+    tracking, registry, lookups     MLflow: runs by key; versions and aliases; which meet `constraints`; live: curves
+                while a run goes on
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
-    trials, suggest, front  values laid over a configuration, Optuna's next ones, and what none beats
+    trials, suggest         values laid over a configuration, and Optuna's next ones
     locations   where store, runs and scratch files lie
     config, schema, sweep_schema, presets, loading  the closed schema, named recipes, a configuration from a file
     identity, records       canonical keys, what stages hand on
-    quant, distill          the arithmetic, in pure torch
+    quant, distill          the arithmetic, in pure torch; front: the points that nothing dominates
 
-`pipeline.load(DIR)` returns a packed model, ready to run.
+`pipeline.load(DIR)` returns a packed model, ready to run; `pipeline.lookup(max_size_mib=40)` registered ones that fit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["load"]
+__all__ = ["load", "lookup"]
 
 
 def __getattr__(name: str) -> Any:
@@ -37,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from pipeline.artifact import load
 
         return load
+    if name == "lookup":
+        from pipeline.lookups import lookup
+
+        return lookup
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.config import Resources
 from pipeline.objects import open_objects
+
+if TYPE_CHECKING:  # the schema imports torch, which takes longer than a lookup
+    from pipeline.config import Resources
 
 
 def storage_uri(resources: Resources) -> str:
@@ -18,9 +21,12 @@ def storage_uri(resources: Resources) -> str:
 
 def tracking_uri(resources: Resources) -> str:
     """The MLflow server, or a SQLite file beside the store."""
-    if resources.tracking_uri:
-        return resources.tracking_uri
-    folder = Path("bitmill-store" if resources.storage_uri.startswith("s3://") else resources.storage_uri)
+    return resources.tracking_uri or registry_beside(resources.storage_uri)
+
+
+def registry_beside(storage_uri: str) -> str:
+    """The SQLite file that records the runs of a store unless they are sent to a server."""
+    folder = Path("bitmill-store" if storage_uri.startswith("s3://") else storage_uri.removeprefix("file://"))
     return f"sqlite:///{folder.expanduser().resolve() / 'mlflow.db'}"
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from jobs.bench.rows import BEST, PAPER, ROWS, SMALLEST
 from jobs.bench.trials import Score
+from pipeline.front import front as non_dominated
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,5 @@ def markdown(lines: Sequence[Line]) -> str:
 
 def front(lines: Sequence[Line]) -> list[Line]:
     """The rows that no other row beats in both bytes and gap, by bytes."""
-    return sorted(
-        (a for a in lines if not any(_dominates(b, a) for b in lines)), key=lambda line: (line.packed_bytes, line.row)
-    )
-
-
-def _dominates(left: Line, right: Line) -> bool:
-    one, two = (left.packed_bytes, left.gap_nats), (right.packed_bytes, right.gap_nats)
-    return one != two and one[0] <= two[0] and one[1] <= two[1]
+    best = non_dominated([(line.packed_bytes, line.gap_nats) for line in lines])
+    return sorted((lines[index] for index in best), key=lambda line: (line.packed_bytes, line.row))

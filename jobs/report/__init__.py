@@ -1,0 +1,52 @@
+"""`bitmill report`: a run, a sweep or a bench as one page, a picture and a table.
+
+`values` says what a report shows, `reader` builds that from a store, and `figures`, `page` and `files` show it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jobs.report.files import picture, table
+from jobs.report.page import page
+from jobs.report.reader import Reader
+from jobs.report.values import Content
+from pipeline.config import Resources
+from pipeline.errors import ConfigError
+from pipeline.locations import scratch_dir, storage_uri
+
+
+def report(key: str, out: Path, resources: Resources, console: Console) -> dict[str, Any]:
+    """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`."""
+    if out.suffix != ".html":
+        raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .html")
+    content = Reader(storage_uri(resources), scratch_dir(resources)).content(key)
+    files = write(content, out)
+    best = ", ".join(one.label for one in content.best) or "none"
+    console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}", markup=False, highlight=False)
+    for path in files.values():
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    return {"key": key, "kind": content.kind, "front": [one.key for one in content.best], "files": files}
+
+
+def write(content: Content, out: Path) -> dict[str, str]:
+    """The page at `out`, picture and table beside it.
+
+    Raises:
+        ConfigError: `out` cannot be written to.
+    """
+    files = {
+        ".html": page(content).encode(),
+        ".png": picture(content),
+        ".csv": table(content).encode("utf-8"),
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, data in files.items():
+            out.with_suffix(suffix).write_bytes(data)
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written to: {error}") from error
+    return {suffix.removeprefix("."): str(out.with_suffix(suffix)) for suffix in files}

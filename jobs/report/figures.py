@@ -1,0 +1,212 @@
+"""The interactive figures, as values that Plotly draws in the page."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+
+from jobs.bench.paper import TABLE_1, TABLE_3
+from jobs.report.values import LARGER_IS_BETTER, Content, Mark, Shown
+
+INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
+COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+SHORT = 24  # characters of a label beside its point
+WIDE = 4.0  # ratio of the largest to the smallest value, above which the axis is logarithmic
+# Bytes of the paper's models by its own counting, MiB, as it compresses them: (full precision, quantized).
+PAPER_MIB = {"8-8-8": 121.3, "4-4-8": 62.4, "2-2-8": 33.0}
+PAPER_FULL_MIB = 474.7
+BART_MIB = {"8-8-8": 138.1, "4-4-8": 72.4, "2-2-8": 39.6}
+BART_FULL_MIB = 532.0
+PUBLISHED: dict[str, tuple[Any, int, dict[str, float], float, str]] = {
+    "perplexity": (TABLE_1, 0, PAPER_MIB, PAPER_FULL_MIB, "GPT-2, WikiText-2"),
+    "accuracy": (TABLE_1, 3, PAPER_MIB, PAPER_FULL_MIB, "GPT-2, Persona-Chat"),
+    "rougeL": (TABLE_3, 2, BART_MIB, BART_FULL_MIB, "BART, XSum"),
+}
+
+
+def paper_marks(content: Content) -> list[Mark]:
+    """Where the paper's students would be if they stood to this teacher as they do to theirs, in bytes and measure."""
+    if content.measure not in PUBLISHED or content.measure not in content.teacher:
+        return []
+    table, column, sizes, full, data = PUBLISHED[content.measure]
+    own = table["full precision", "32"][column].value
+    return [
+        Mark(
+            f"paper {bits} ({data})",
+            content.teacher_bytes * mib / full,
+            content.teacher[content.measure] * table["quantgpt", bits][column].value / own,
+        )
+        for bits, mib in sizes.items()
+    ]
+
+
+def trade_off(content: Content) -> dict[str, Any]:
+    """Bytes against the measure: models, the front, the teacher, the paper."""
+    best, measure = content.best, content.measure
+    keys = {one.key for one in best}
+    figure = go.Figure()
+    if len(best) > 1:
+        figure.add_scatter(
+            x=[one.packed_bytes for one in best],
+            y=[one.metrics[measure] for one in best],
+            mode="lines",
+            line={"color": FRONT, "width": 2, "shape": "hv"},
+            name="front",
+            hoverinfo="skip",
+        )
+    others = [one for one in content.shown if content.has(one) and one.key not in keys]
+    for group, name, style in (
+        (others, "other models", {"color": MUTED, "size": 9}),
+        (best, "best for their size", {"color": FRONT, "size": 12}),
+    ):
+        if group:
+            figure.add_scatter(
+                x=[one.packed_bytes for one in group],
+                y=[one.metrics[measure] for one in group],
+                mode="markers+text" if group is best else "markers",
+                marker=style,
+                name=name,
+                text=[safe(one.label if len(one.label) <= SHORT else one.bits) for one in group],
+                textposition="top right",
+                cliponaxis=False,
+                hovertext=[hover(one, content) for one in group],
+                hovertemplate="%{hovertext}<extra></extra>",
+            )
+    if measure in content.teacher:
+        figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
+        figure.add_scatter(
+            x=[content.teacher_bytes],
+            y=[content.teacher[measure]],
+            mode="markers",
+            marker={"color": TEACHER, "size": 12, "symbol": "diamond"},
+            name="teacher, fp32",
+            text=[f"<b>teacher</b>, fp32<br>{size(content.teacher_bytes)}"],
+            hovertemplate=f"%{{text}}<br>{measure} %{{y:.4g}}<extra></extra>",
+        )
+    marks = paper_marks(content)
+    if marks:
+        figure.add_scatter(
+            x=[mark.packed_bytes for mark in marks],
+            y=[mark.value for mark in marks],
+            mode="markers",
+            marker={"color": PAPER, "size": 9, "symbol": "x-thin", "line": {"width": 2, "color": PAPER}},
+            name="paper, relative to its teacher",
+            text=[safe(mark.label) for mark in marks],
+            hovertemplate="%{text}<br>as far from this teacher as from its own<extra></extra>",
+        )
+    ticks = [2**power for power in range(64)]
+    figure.update_xaxes(
+        title="bytes of weights, scales included", type="log", tickvals=ticks, ticktext=[*map(power, ticks)]
+    )
+    figure.update_yaxes(title=f"{measure} ({'higher' if measure in LARGER_IS_BETTER else 'lower'} is better)")
+    values = [one.metrics[measure] for one in content.shown if content.has(one)]
+    if min(values, default=0) > 0 and max(values) > WIDE * min(values):  # one bad trial must not flatten the rest
+        figure.update_yaxes(type="log")
+    return _json(figure, 460)
+
+
+def losses(content: Content) -> dict[str, Any]:
+    """Training and validation losses of the students."""
+    figure = go.Figure()
+    for index, one in enumerate(content.shown):
+        colour = COLOURS[index % len(COLOURS)]
+        name = safe(one.label)
+        for points, dash, width, opacity in (
+            (one.curve.train, "dot", 1, 0.45),
+            (one.curve.validation, "solid", 2, 1.0),
+        ):
+            if points:
+                figure.add_scatter(
+                    x=[step for step, _ in points],
+                    y=[_finite(value) for _, value in points],
+                    mode="lines",
+                    line={"color": colour, "width": width, "dash": dash},
+                    opacity=opacity,
+                    name=name,
+                    legendgroup=one.key,
+                    showlegend=dash == "solid",
+                    hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4f}} nats<extra></extra>",
+                )
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="loss, nats a token")
+    return _json(figure, 420)
+
+
+def bits_of_modules(one: Shown) -> dict[str, Any]:
+    """Bits (bar length) and gamma of each module of one model."""
+    names = [safe(module.name.removeprefix("transformer.").removeprefix("model.")) for module in one.modules]
+    figure = go.Figure()
+    texts = [
+        f"{safe(m.name)}<br>{m.bits} bits, {m.weights:,} weights"
+        + (f"<br>gamma {m.gamma:.3f}" if m.gamma is not None else "")
+        + (f"<br>{m.zeros:.1%} zeros" if m.zeros is not None else "")
+        for m in one.modules
+    ]
+    shared = {
+        "y": names,
+        "orientation": "h",
+        "text": texts,
+        "hovertemplate": "%{text}<extra></extra>",
+        "textposition": "none",
+    }
+    figure.add_bar(x=[m.bits for m in one.modules], marker_color=FRONT, name="bits", xaxis="x", **shared)
+    figure.add_bar(x=[m.gamma for m in one.modules], marker_color="#059669", name="gamma", xaxis="x2", **shared)
+    figure.update_layout(
+        xaxis={"domain": [0, 0.47], "title": "bits", "tickvals": [2, 4, 8, 32], "rangemode": "tozero"},
+        xaxis2={"domain": [0.53, 1], "title": "gamma", "anchor": "y"},
+        yaxis={"autorange": "reversed", "automargin": True},
+        showlegend=False,
+    )
+    return _json(figure, 140 + 20 * len(names))
+
+
+def hover(one: Shown, content: Content) -> str:
+    """What a model is, in Plotly's few tags; everything from outside is escaped."""
+    lines = [f"<b>{safe(one.label)}</b>", size(one.packed_bytes) + (f", {one.ratio:.1f}x smaller" if one.ratio else "")]
+    lines += [f"{safe(name)} {value:.4g}" for name, value in one.metrics.items() if name in content.metrics]
+    lines += [f"{safe(knob)}: {safe(value)}" for knob, value in one.recipe.items()]
+    return "<br>".join(lines)
+
+
+def size(count: int | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return ""
+    return f"{count / 2**20:,.2f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def power(count: float) -> str:
+    """A power of two in bytes, as an axis shows it."""
+    whole = max(1, int(count))
+    unit = min((whole.bit_length() - 1) // 10, 3)
+    return f"{whole >> (10 * unit)} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def safe(value: Any) -> str:
+    """Text that Plotly shows as it is, cut to what a label holds."""
+    text = str(value)
+    return html.escape(text if len(text) <= 120 else text[:117] + "...")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json(figure: go.Figure, height: int) -> dict[str, Any]:
+    figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="#f8fafc",
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        legend={"orientation": "h", "y": -0.22, "x": 0},
+        hoverlabel={"align": "left", "bgcolor": "white"},
+        template="none",
+    )
+    figure.update_xaxes(automargin=True, gridcolor="#e2e8f0", zeroline=False)
+    figure.update_yaxes(automargin=True, gridcolor="#e2e8f0", zeroline=False)
+    found: dict[str, Any] = figure.to_plotly_json()
+    return found

@@ -1,0 +1,230 @@
+"""From a store to what a report shows: a key names a sweep or the last step of a run, records name the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from jobs.report.values import Content, Cost, Curve, Module, Shown
+from pipeline.errors import ConfigError, DamagedError
+from pipeline.identity import KEY_DIGITS
+from pipeline.objects import FAULTS
+from pipeline.records import (
+    ModelVersion,
+    Package,
+    Record,
+    Report,
+    Student,
+    SweepRecord,
+    Teacher,
+    TeacherCache,
+    Tokens,
+    Trial,
+)
+from pipeline.store import Place, records
+from pipeline.trials import label
+
+KINDS: dict[str, type[Record]] = {
+    kind.stage: kind for kind in (Tokens, Teacher, TeacherCache, Student, Report, Package, ModelVersion)
+}
+SHARED = (Tokens.stage, Teacher.stage, TeacherCache.stage)
+ENDS = (ModelVersion, Package, Report)  # what a run may end with to be reported
+MEASURES = {"summarization": "rougeL", "next_utterance": "accuracy"}
+RECIPE_KNOBS = {
+    "quant": ("bits", "quantizer", "granularity", "overrides"),
+    "distill": ("steps", "epochs", "batch_size", "optimizer", "lr", "muon_lr", "contrast_weight", "seed"),
+}
+KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
+MOST_POINTS = 400  # of a curve
+Steps = dict[str, tuple[Any, Place]]  # records and where their files lie, by stage
+
+
+class Reader:
+    """Reads the records of one store."""
+
+    def __init__(self, storage_uri: str, scratch: str) -> None:
+        self.storage_uri = storage_uri
+        self.scratch = scratch
+
+    def content(self, key: str) -> Content:
+        """What a report on a sweep or a run shows.
+
+        Raises:
+            ConfigError: the store has neither under this key.
+        """
+        try:
+            sound = KEY.fullmatch(key) is not None
+            sweep = self._place(SweepRecord.stage, key).record(SweepRecord) if sound else None
+            if sweep is not None:
+                return self._sweep(sweep)
+            for kind in ENDS:
+                if sound and self._place(kind.stage, key).record(kind) is not None:
+                    return self._run(key, kind.stage)
+        except FAULTS as error:
+            raise ConfigError(f"The store {self.storage_uri!r} cannot be read: {error}") from error
+        raise ConfigError(
+            f"KEY is {key!r}, and the store {self.storage_uri} has no finished sweep or run of that key. It has: "
+            f"{'; '.join(self._known()) or 'none'}. Set --storage-uri to another store."
+        )
+
+    def _known(self) -> list[str]:
+        sweeps = [f"{record.key} (sweep {record.name})" for record in records(self.storage_uri, SweepRecord)]
+        runs = [f"{r.key} ({r.name} version {r.version})" for r in records(self.storage_uri, ModelVersion)]
+        return [*sweeps[-5:], *runs[-5:]]
+
+    def _place(self, stage: str, key: str) -> Place:
+        return Place(self.storage_uri, stage, key, self.scratch)
+
+    def steps(self, keys: dict[str, str]) -> Steps:
+        """Finished steps by stage, from the keys of some of them; each record names its inputs."""
+        found: Steps = {}
+        waiting = list(keys.items())
+        while waiting:
+            stage, key = waiting.pop()
+            if stage not in KINDS or stage in found:
+                continue
+            place = self._place(stage, key)
+            record = place.record(KINDS[stage])
+            if record is not None:
+                found[stage] = record, place
+                waiting += record.inputs.items()
+        return found
+
+    def _run(self, key: str, stage: str) -> Content:
+        steps = self.steps({stage: key})
+        student: Student = steps[Student.stage][0]
+        version: ModelVersion | None = steps[ModelVersion.stage][0] if ModelVersion.stage in steps else None
+        quant = student.recipe["quant"]
+        one = shown(key, f"{quant['bits']} {quant['quantizer']}", quant["bits"], "done", steps)
+        if version is not None:
+            one = replace(one, version=f"{version.name}/{version.version}", aliases=version.aliases)
+        name = version.name if version is not None else "run"
+        return content(f"{name} at {quant['bits']}", "run", key, [one], steps)
+
+    def _sweep(self, sweep: SweepRecord) -> Content:
+        ones: list[Shown] = []
+        shared: Steps = {}
+        for trial in sweep.trials:
+            steps = self.steps({**trial.places, ModelVersion.stage: trial.key})
+            shared = {**steps, **shared}
+            ones.append(of_trial(trial, steps))
+        if Teacher.stage not in shared:
+            raise ConfigError(f"KEY is {sweep.key!r}, and the store no longer has the steps of its trials.")
+        return content(sweep.name, "sweep", sweep.key, ones, shared)
+
+
+def of_trial(trial: Trial, steps: Steps) -> Shown:
+    """A trial of a sweep, as far as it came."""
+    one = shown(trial.key, label(trial.values), trial.bits, trial.status, steps)
+    size, version = trial.size, trial.version or {}
+    return replace(
+        one,
+        recipe={**one.recipe, **{path.rpartition(".")[2]: value for path, value in trial.values.items()}},
+        metrics=dict(trial.student) or one.metrics,
+        packed_bytes=size.packed_bytes if size is not None else one.packed_bytes,
+        ratio=size.ratio if size is not None else one.ratio,
+        version=f"{version['name']}/{version['version']}" if version else "",
+        aliases=tuple(version.get("aliases", ())),
+        costs=one.costs or (Cost("trial", trial.seconds, trial.workers),),
+        failure=trial.failure,
+    )
+
+
+def shown(key: str, name: str, bits: str, status: str, steps: Steps) -> Shown:
+    """What the steps of one student say."""
+    one = Shown(key, name, bits, {}, status)
+    if Student.stage in steps:
+        student, place = steps[Student.stage]
+        one = replace(one, recipe=recipe_of(student), curve=curve(_json(student, place, "history.json")))
+    if Report.stage in steps:
+        one = replace(one, metrics=dict(steps[Report.stage][0].student))
+    if Package.stage in steps:
+        package, place = steps[Package.stage]
+        uri = place.uri_of(Package.FOLDER)
+        one = replace(one, packed_bytes=package.size.packed_bytes, ratio=package.size.ratio, package_uri=uri)
+        one = replace(one, modules=modules(steps))
+    return replace(one, costs=costs(record for stage, (record, _) in steps.items() if stage not in SHARED))
+
+
+def content(title: str, kind: str, key: str, ones: list[Shown], steps: Steps) -> Content:
+    """A report on models of one teacher; `steps` has what they share."""
+    teacher: Teacher = steps[Teacher.stage][0]
+    task = steps[Tokens.stage][0].recipe["task"]["name"]
+    report: Report | None = steps[Report.stage][0] if Report.stage in steps else None
+    return Content(
+        title=title,
+        kind=kind,
+        key=key,
+        measure=MEASURES.get(task, "perplexity"),
+        protocol=report.protocol if report is not None else "",
+        teacher_bytes=teacher.fp32_bytes,
+        teacher_parameters=teacher.parameters,
+        teacher=dict(report.teacher) if report is not None else {},
+        shown=tuple(ones),
+        teacher_curve=curve(_json(*steps[Teacher.stage], "history.json")),
+        shared_costs=costs(steps[stage][0] for stage in SHARED if stage in steps),
+        provenance={k: v for k, v in teacher.provenance.items() if k not in ("seconds", "workers")},
+    )
+
+
+def recipe_of(student: Student) -> dict[str, Any]:
+    """The knobs that people compare, where they are set."""
+    found = {knob: student.recipe[section].get(knob) for section, knobs in RECIPE_KNOBS.items() for knob in knobs}
+    if found["optimizer"] != "muon":
+        found["muon_lr"] = None
+    return {knob: value for knob, value in found.items() if value not in (None, {})}
+
+
+def costs(found: Iterable[Record]) -> tuple[Cost, ...]:
+    """What steps took, as their records note it."""
+    return tuple(
+        Cost(
+            record.stage,
+            float(record.provenance["seconds"]) if "seconds" in record.provenance else None,
+            int(record.provenance.get("workers", 1)),
+        )
+        for record in sorted(found, key=lambda record: list(KINDS).index(record.stage))
+    )
+
+
+def curve(history: Any) -> Curve:
+    """Losses from the history that the training loop wrote."""
+    points = history or []
+    train = [(int(p["step"]), float(p["loss"])) for p in points if "loss" in p]
+    validation = [(int(p["step"]), float(p["validation_nats"])) for p in points if "validation_nats" in p]
+    return Curve(tuple(train[:: max(1, -(-len(train) // MOST_POINTS))]), tuple(validation))
+
+
+def modules(steps: Steps) -> tuple[Module, ...]:
+    """Bits from the package, gammas from what the trainer saw."""
+    package, place = steps[Package.stage]
+    config = _json(package, place, f"{Package.FOLDER}config.json") or {}
+    looks = _json(*steps[Student.stage], "modules.json") if Student.stage in steps else None
+    last = looks[-1]["modules"] if looks else {}
+    return tuple(
+        Module(
+            name=name,
+            bits=int(found["bits"]),
+            weights=int(found["shape"][0]) * int(found["shape"][1]),
+            gamma=last.get(name, {}).get("gamma"),
+            zeros=last.get(name, {}).get("zeros"),
+            gammas=tuple(
+                (look["step"], look["modules"][name]["gamma"]) for look in looks or [] if name in look["modules"]
+            ),
+        )
+        for name, found in config.get("quantization_config", {}).get("modules", {}).items()
+    )
+
+
+def _json(record: Record, place: Place, name: str) -> Any:
+    """A JSON file of a step, or None if it has none or it is damaged: a report shows what there is."""
+    stored = record.files.get(name)
+    if stored is None:
+        return None
+    try:
+        return json.loads(place.local(name, stored).read_text(encoding="utf-8"))
+    except (DamagedError, ValueError):
+        return None

@@ -1,0 +1,119 @@
+"""What a report shows, whatever it was read from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.front import front
+
+LARGER_IS_BETTER = ("accuracy", "rouge1", "rouge2", "rougeL", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantized matrix as it ships; `gamma` is its outermost level over mean |w|."""
+
+    name: str
+    bits: int
+    weights: int
+    gamma: float | None = None
+    zeros: float | None = None
+    gammas: tuple[tuple[int, float], ...] = ()  # (step, gamma) while it trained
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one training in nats, as (step, value)."""
+
+    train: tuple[tuple[int, float], ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took. `seconds` is None if it was not noted."""
+
+    stage: str
+    seconds: float | None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One model, or the attempt at one."""
+
+    key: str
+    label: str
+    bits: str
+    recipe: dict[str, Any]
+    status: str  # done, stopped or failed
+    metrics: dict[str, float] = field(default_factory=dict)
+    packed_bytes: int | None = None
+    ratio: float | None = None
+    version: str = ""  # name/number
+    aliases: tuple[str, ...] = ()
+    package_uri: str = ""
+    curve: Curve = Curve()
+    modules: tuple[Module, ...] = ()
+    costs: tuple[Cost, ...] = ()  # of its own stages
+    failure: str = ""
+
+    @property
+    def command(self) -> str:
+        """How to get it."""
+        if self.version:
+            return f"bitmill pull {shlex.quote(self.version)} {shlex.quote(self.version.replace('/', '-'))}"
+        return f"bitmill pull {shlex.quote(self.package_uri)} {self.key[:8]}" if self.package_uri else ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A reference in the picture that is not one of the models."""
+
+    label: str
+    packed_bytes: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole report. `measure` is the metric of the picture, in which a model is compared with its teacher."""
+
+    title: str
+    kind: str  # run, sweep or bench
+    key: str
+    measure: str
+    protocol: str
+    teacher_bytes: int
+    teacher_parameters: int
+    teacher: dict[str, float]
+    shown: tuple[Shown, ...]
+    teacher_curve: Curve = Curve()
+    shared_costs: tuple[Cost, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> list[Shown]:
+        """The models that no other beats in bytes and measure, by bytes."""
+        sign = -1.0 if self.measure in LARGER_IS_BETTER else 1.0
+        points = [
+            (one.packed_bytes, sign * one.metrics[self.measure]) if one.status == "done" and self.has(one) else (None,)
+            for one in self.shown
+        ]
+        found = [self.shown[index] for index in front([point if len(point) == 2 else (None, None) for point in points])]
+        return sorted(found, key=lambda one: (one.packed_bytes or 0, one.label))
+
+    def has(self, one: Shown) -> bool:
+        return one.packed_bytes is not None and self.measure in one.metrics
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that any model has, the measure first."""
+        return list(dict.fromkeys([self.measure, *(name for one in self.shown for name in one.metrics)]))
+
+
+def worker_hours(costs: Sequence[Cost]) -> float:
+    return sum((cost.seconds or 0.0) * max(1, cost.workers) for cost in costs) / 3600

@@ -1,0 +1,68 @@
+"""`bitmill lookup` on the registry of a finished run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
+
+
+@pytest.fixture
+def lookup(finished, tmp_path, monkeypatch):
+    """`lookup("--bits", "2-2-8")` on the store of `finished`, wherever it is called from."""
+    monkeypatch.chdir(tmp_path)
+    store = finished.plan.config.resources.storage_uri
+    return lambda *arguments: CliRunner().invoke(app, ["lookup", "--storage-uri", store, *map(str, arguments)])
+
+
+def test_the_document_says_what_was_measured(lookup, finished):
+    done = lookup("--max-size-mib", 40, "--json")
+    assert done.exit_code == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    report, package = finished.record("evaluate"), finished.record("pack")
+    assert found.keys() == {
+        *("name", "version", "aliases", "task", "bits", "quantizer", "size_mib"),
+        *("metrics", "package_uri", "formats", "created_at"),
+    }
+    assert (found["name"], found["version"], found["aliases"]) == ("tiny", 1, ["champion"])
+    assert (found["task"], found["bits"], found["quantizer"]) == ("language_modeling", "2-2-8", "quantgpt")
+    assert found["size_mib"] * 2**20 == package.size.packed_bytes
+    for name, value in report.student.items():
+        assert found["metrics"][name] == pytest.approx(value)
+    assert found["package_uri"] == f"{finished.package}/"
+    assert found["formats"] == []
+
+
+def test_a_person_sees_a_table_and_what_to_do_next(lookup):
+    done = lookup("--alias", "champion")
+    assert done.exit_code == 0
+    assert done.stdout == ""
+    for shown in ("tiny/1", "@champion", "2-2-8", "perplexity", "bitmill pull tiny/1"):
+        assert shown in done.stderr
+
+
+def test_if_nothing_fits_the_nearest_are_said_and_the_status_is_3(lookup, finished):
+    done = lookup("--max-perplexity", "1.5", "--format", "gguf", "--json")
+    assert done.exit_code == 3
+    assert json.loads(done.stdout) == []
+    perplexity = finished.record("evaluate").student["perplexity"]
+    excess = f"{perplexity:.4g} is {perplexity / 1.5 - 1:.1%} above max_perplexity 1.5"
+    assert f"tiny/1 (2-2-8): format: has none, wanted gguf; {excess}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tracking-uri", "http://127.0.0.1:1"], "cannot be reached"),
+        (["--bits", "5-5-8"], "bits"),
+        (["--order-by", "bleu"], "--order-by 'bleu'"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_with_status_2(lookup, arguments, message):
+    done = lookup(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
