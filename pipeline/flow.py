@@ -34,7 +34,11 @@ LINE: tuple[tuple[type[Record], ModuleType], ...] = (
 )
 STAGES = tuple(kind.stage for kind, _ in LINE)
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
-SHIPS = ("scale_dtype", "rest_dtype")  # decided in quant, applied by freeze: a change leaves training alone
+SHIPS = (
+    "scale_dtype",
+    "rest_dtype",
+    "positions",
+)  # decided in quant, applied by freeze: a change leaves training alone
 
 
 class Observer(Protocol):
@@ -176,7 +180,7 @@ class _Planner:
     def _distill_to_register(self) -> None:
         config = self.config
         quant = recipe_of(config.quant)
-        ship = {name: quant.pop(name) for name in SHIPS}
+        ship = {name: quant.pop(name) for name in SHIPS if name in quant}
         name = config.register_.name or config.name
         self._add(Student, {"quant": quant, "distill": recipe_of(config.distill)}, {}, (Tokens, Teacher, TeacherCache))
         scoring: dict[str, Any] = {"ship": ship, "protocol": self.task.protocol, **self.task.scoring(config.evaluate)}

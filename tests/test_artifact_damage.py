@@ -105,15 +105,21 @@ def test_a_damaged_package_is_refused(package, damage, message):
 
 
 def test_a_newer_format_is_refused_with_advice(package):
-    edited(package / "manifest.json", lambda fields: fields.update(format_version=3))
-    with pytest.raises(RunError, match=r"format_version 3; this bitmill reads up to 2\. Upgrade bitmill"):
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=4))
+    with pytest.raises(RunError, match=r"format_version 4; this bitmill reads up to 3\. Upgrade bitmill"):
         pipeline.load(package)
 
 
-def test_the_first_format_which_does_not_name_its_levels_still_reads(finished, package):
-    edited(package / "manifest.json", lambda fields: fields.update(format_version=1))
-    edited(package / "config.json", lambda fields: fields["quantization_config"].pop("levels"))
-    edited(package / "config.json", lambda fields: fields["quantization_config"].update(format_version=1))
+@pytest.mark.parametrize(("version", "lacking"), [(1, ("levels", "zeros", "digest")), (2, ("zeros", "digest"))])
+def test_older_formats_which_say_less_still_read(finished, package, version, lacking):
+    def older(fields):
+        fields["quantization_config"].update(format_version=version)
+        fields["quantization_config"]["quant"].pop("positions")
+        for name in lacking:
+            fields["quantization_config"].pop(name)
+
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=version))
+    edited(package / "config.json", older)
     signed(package)
     ids = torch.arange(12)[None]
     assert torch.equal(pipeline.load(package)(ids).logits, pipeline.load(finished.package)(ids).logits)
