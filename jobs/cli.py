@@ -45,6 +45,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")]
+TrackingUri = Annotated[
+    str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias and name/version.")
+]
+StorageUri = Annotated[
+    str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
+]
+
+
 @app.callback()
 def bitmill() -> None:
     """Text and a teacher in, a small registered model out. Start with: `bitmill compress configs/quickstart.yaml`."""
@@ -84,9 +93,7 @@ def compress(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")
-    ],
+    model: Model,
     data: Annotated[str, typer.Option(help="Text to score: as data.source of a configuration, such as 'text/*.txt'.")],
     block_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a block; by default 512 or the model's positions.")
@@ -94,12 +101,8 @@ def evaluate(
     unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
     text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
     batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; ranges per token make it irrelevant.")] = 16,
-    tracking_uri: Annotated[
-        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
-    ] = None,
-    storage_uri: Annotated[
-        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
-    ] = "./bitmill-store",
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -115,6 +118,64 @@ def evaluate(
         return run(model, data, block_length, unit, text_column, batch, resources, console)
 
     _execute(work, as_json, debug)
+
+
+@app.command()
+def pull(
+    model: Model,
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="A directory that does not exist yet, or is empty.")
+    ],
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a packed model to a directory, every byte checked against its manifest.
+
+    Given again after an interruption it keeps the files that are whole. DEST appears only once all are there.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.pull import pull as run
+        from pipeline.config import Resources
+
+        return run(model, destination, Resources(storage_uri=storage_uri, tracking_uri=tracking_uri), console)
+
+    _execute(work, as_json, debug)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="Read from stdin unless given.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token. Summaries come from beam search.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 0,
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a packed model, or a Hugging Face directory, continue a text; a summarizing one sums it up."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.generate import generate as run
+        from pipeline.config import Resources
+
+        text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+        say = (lambda piece: None) if as_json else _say
+        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
+        return run(model, text, max_tokens, temperature, seed, resources, console, say)
+
+    _execute(work, as_json, debug)
+
+
+def _say(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
@@ -201,6 +262,18 @@ def paper(
             return requirements(table, console)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         return beside(table, load_config(TABLES[table].tiny, chosen, _environment()), console)
+
+    _execute(work, as_json, debug)
+
+
+@bench.command()
+def sizes(as_json: Json = False, debug: Debug = False) -> None:
+    """Bytes of packed GPT-2 small and BART base, random weights, at three bit-widths and in each encoding. Minutes."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.bench.sizes import measure
+
+        return measure(console)
 
     _execute(work, as_json, debug)
 

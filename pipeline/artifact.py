@@ -7,6 +7,7 @@ with the checksum of each. Packing loses nothing: unpacking gives tensors of the
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.card import model_card
 from pipeline.config import Quant
 from pipeline.encoding import decode, encode
-from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.objects import open_objects
 from pipeline.plugin import keep_packed
@@ -159,7 +160,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _plain(name: str) -> bool:
     """A file of the folder itself, other than the manifest, which cannot hold its own checksum."""
-    return Path(name).name == name and name not in ("..", MANIFEST) and "\0" not in name and "\\" not in name
+    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}", name) is not None and name != MANIFEST
 
 
 def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:
@@ -192,7 +193,7 @@ def _configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
         raise DamagedError(f"{path} sets {refused[0]!r}, which no package does: it could run code or read other files.")
     try:
         config = read_config(folder)
-    except ConfigError as error:
+    except Exception as error:  # transformers runs on whatever stands there: what it meets is damage, of any kind
         raise DamagedError(f"{path} is damaged: {error}") from error
     config.quantization_config = None
     return config, quantization
@@ -223,7 +224,7 @@ def _load(folder: Path) -> PreTrainedModel:
     try:
         quant = Quant.model_validate(quantization["quant"])
         model = restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    except Exception as error:  # as above
         raise DamagedError(f"{folder} is damaged: {error}") from error
     return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
 
