@@ -6,7 +6,10 @@
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that
-    artifact    the packed model on disk: write, check, load
+    transfer    a package brought to a directory, every byte checked
+    artifact    the packed model on disk: write, check, load; card: its README
+    plugin      transformers loads and saves packages, once this is imported
+    encoding    frozen tensors to the tensors of a file and back; strict: how files from outside are read
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
     tracking, registry      MLflow: runs by key; versions and aliases
