@@ -75,8 +75,8 @@ def _sound(scale: Tensor) -> bool:
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a whole number")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is not a whole number of one or more")
     return value
 
 
