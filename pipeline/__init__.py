@@ -10,7 +10,10 @@
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that,
                 samples of what it writes
-    artifact    the packed model on disk: write, check, load; packed_size: its bytes from shapes alone
+    transfer    a package brought to a directory, every byte checked
+    artifact    the packed model on disk: write, check, load; card: its README; packed_size: its bytes from shapes alone
+    plugin      transformers loads and saves packages, once this is imported
+    encoding    frozen tensors to the tensors of a file and back; strict: how files from outside are read
     allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content

@@ -7,29 +7,42 @@ with the checksum of each. Packing loses nothing: unpacking gives tensors of the
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from pipeline.card import model_card
 from pipeline.config import Quant
+from pipeline.encoding import decode, encode
 from pipeline.errors import DamagedError, RunError
-from pipeline.families.models import family_of, read_config, restore_frozen
+from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.objects import open_objects
+from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
-from pipeline.quant.packing import pack, packed_columns, unpack
-from pipeline.quant.spec import Encoding, grid
+from pipeline.quant.spec import Encoding
 from pipeline.records import Size
 from pipeline.store import checksum
+from pipeline.strict import read_json, read_tensors
 
-FORMAT_VERSION = 2
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
+WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
+# Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
+REFUSED = (
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "transformers_weights",
+    "fusion_config",
+    "kernel_config",
+    "num_labels",
+)
 
 
 def write(
@@ -45,20 +58,21 @@ def write(
 
     `facts` holds name, metrics, lineage and teacher_bytes for the manifest and the card.
     """
-    save_file(_packed(frozen, encoding), folder / WEIGHTS, metadata={"format": "pt"})
+    tensors, described = encode(frozen, encoding)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     fields = config.to_diff_dict() | {"model_type": config.model_type, "architectures": config.architectures}
+    fields = {name: value for name, value in fields.items() if name not in REFUSED}
     fields["quantization_config"] = {
         "quant_method": "bitmill",
         "format_version": FORMAT_VERSION,
         "family": family,
-        "encoding": encoding,
-        "levels": frozen.levels,
         "quant": quant.model_dump(mode="json"),
-        "modules": {n: {"bits": frozen.bits[n], "shape": list(c.shape)} for n, c in sorted(frozen.codes.items())},
+        "digest": frozen.digest(),
+        **described,
     }
-    _write_json(folder / "config.json", fields)
+    _write_json(folder / CONFIG, fields)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    size = sizes(frozen, (folder / WEIGHTS).stat().st_size, facts["teacher_bytes"])
+    size = sizes(frozen, (folder / WEIGHTS).stat().st_size, facts["teacher_bytes"], FAMILIES[family].unquantized)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": facts["name"],
@@ -69,17 +83,25 @@ def write(
         "metrics": facts["metrics"],
         "size": size.model_dump(),
     }
-    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    card = model_card(manifest, fields["quantization_config"], config.is_encoder_decoder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
     manifest["files"] = {path.name: checksum(path).model_dump() for path in files}
     _write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int) -> Size:
-    """Honest bytes, and the paper's counting: codes at their nominal width, the rest fp32, scales not charged."""
-    code_bits = sum(codes.numel() * frozen.bits[name] for name, codes in frozen.codes.items())
-    paper_bytes = code_bits // 8 + sum(tensor.numel() * 4 for tensor in frozen.rest.values())
+def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int, unquantized: Sequence[str] = ()) -> Size:
+    """Honest bytes, and the paper's counting: codes at their nominal width, the rest fp32, scales not charged.
+
+    The paper has position embeddings among the rest: `unquantized` names them, however they ship.
+    """
+    rest = sum(tensor.numel() for tensor in frozen.rest.values())
+    rest += sum(codes.numel() for name, codes in frozen.codes.items() if name in unquantized)
+    code_bits = sum(
+        codes.numel() * frozen.bits[name] for name, codes in frozen.codes.items() if name not in unquantized
+    )
+    paper_bytes = code_bits // 8 + 4 * rest
     return Size(
         teacher_bytes=teacher_bytes,
         packed_bytes=packed_bytes,
@@ -93,31 +115,52 @@ def check(folder: Path) -> dict[str, Any]:
     """Every byte against the manifest, which is returned.
 
     Raises:
-        DamagedError: a file is missing, altered or not listed by a plain name.
+        DamagedError: a file is missing, altered, a link, or not listed by a plain name.
         RunError: a newer format.
     """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if path.is_symlink():
+            raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
+            raise DamagedError(f"{path} is missing or does not match the manifest.")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, which lists files by plain names, with a size and a SHA-256 each. Raises as `check` does."""
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError(
+            f"{folder} is not a packed model: it has no {MANIFEST}. What save_pretrained wrote has none: transformers "
+            "loads it after `import pipeline.plugin`."
+        )
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files, _ = manifest["format_version"], manifest["files"], manifest["digest"]
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} is not a packed model: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{folder / MANIFEST} is damaged: {error!r}") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+        manifest = dict(read_json(path.read_bytes()))
+        version, digest = manifest["format_version"], str(manifest["digest"])
+        listed = {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise RunError(
             f"{folder} has format_version {version!r}; this bitmill reads up to {FORMAT_VERSION}. Upgrade bitmill."
         )
-    for name, (size, sha256) in listed.items():
-        if Path(name).name != name:
-            raise DamagedError(f"{folder / MANIFEST} lists the file {name!r}, which is not a plain name.")
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size or checksum(path).sha256 != sha256:
-            raise DamagedError(f"{path} is missing or does not match the manifest.")
-    for name in (WEIGHTS, "config.json"):
+    for name in listed:
+        if not _plain(name):
+            raise DamagedError(f"{path} lists the file {name!r}, which is not a plain name.")
+    for name in (WEIGHTS, CONFIG):
         if name not in listed:
-            raise DamagedError(f"{folder / MANIFEST} does not list {name}.")
-    return manifest
+            raise DamagedError(f"{path} does not list {name}.")
+    return {**manifest, "files": listed, "digest": digest}
+
+
+def _plain(name: str) -> bool:
+    """A file of the folder itself, other than the manifest, which cannot hold its own checksum."""
+    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}", name) is not None and name != MANIFEST
 
 
 def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:
@@ -125,18 +168,35 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
 
     Raises:
         DamagedError: the tensors are not what the configuration says, or have another digest than the manifest.
+        RunError: a newer format.
     """
     manifest = check(folder)
-    config = read_config(folder)
-    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
-    config.quantization_config = None
+    config, quantization = _configuration(folder)
     try:
-        frozen = _unpacked(load_file(folder / WEIGHTS), quantization)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        frozen = decode(read_tensors(folder / WEIGHTS), quantization)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder / WEIGHTS} cannot be unpacked: {error}") from error
     if frozen.digest() != manifest["digest"]:
         raise DamagedError(f"{folder / WEIGHTS} unpacks to other tensors than those that were scored.")
     return frozen, config, quantization
+
+
+def _configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    path = folder / CONFIG
+    try:
+        fields = read_json(path.read_bytes())
+        refused = [name for name in REFUSED if name in fields]
+        quantization = dict(fields["quantization_config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    if refused:
+        raise DamagedError(f"{path} sets {refused[0]!r}, which no package does: it could run code or read other files.")
+    try:
+        config = read_config(folder)
+    except Exception as error:  # transformers runs on whatever stands there: what it meets is damage, of any kind
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    config.quantization_config = None
+    return config, quantization
 
 
 def load(source: str | Path) -> PreTrainedModel:
@@ -163,76 +223,11 @@ def _load(folder: Path) -> PreTrainedModel:
     frozen, config, quantization = read(folder)
     try:
         quant = Quant.model_validate(quantization["quant"])
-        return restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
-    except (ValueError, KeyError, TypeError) as error:
+        model = restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
+    except Exception as error:  # as above
         raise DamagedError(f"{folder} is damaged: {error}") from error
-
-
-def _packed(frozen: FrozenTensors, encoding: Encoding) -> dict[str, Tensor]:
-    """Packed rows one after the other, flat: no plain loader can take 8-bit codes for the weights they stand for."""
-    tensors = {name: tensor.contiguous() for name, tensor in frozen.rest.items()}
-    for name, codes in frozen.codes.items():
-        bits = frozen.bits[name]
-        tensors[f"{name}.weight"] = pack(codes, bits, _encoding_of(bits, encoding), frozen.levels).flatten()
-        tensors[f"{name}.weight_scale"] = frozen.scales[name].contiguous()
-    return tensors
-
-
-def _unpacked(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> FrozenTensors:
-    levels = quantization.get("levels", "symmetric")  # not in format 1
-    grid(levels, 8)  # refuses what is not known
-    frozen = FrozenTensors(rest=dict(tensors), levels=levels)
-    for name, module in quantization["modules"].items():
-        bits, (rows, columns) = int(module["bits"]), module["shape"]
-        packed, scale = frozen.rest.pop(f"{name}.weight"), frozen.rest.pop(f"{name}.weight_scale")
-        encoding = _encoding_of(bits, quantization["encoding"])
-        expected = (rows * packed_columns(columns, bits, encoding),)
-        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
-            raise ValueError(f"{name}.weight is {packed.dtype} {tuple(packed.shape)}, not {expected[0]} packed bytes")
-        if tuple(scale.shape) not in ((1, 1), (rows, 1)) or not torch.isfinite(scale).all():
-            raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row")
-        frozen.codes[name] = unpack(packed.reshape(rows, -1), columns, bits, encoding, frozen.levels)
-        frozen.scales[name], frozen.bits[name] = scale, bits
-    return frozen
-
-
-def _encoding_of(bits: int, encoding: Encoding) -> Encoding:
-    return encoding if bits == 2 else "dense"
+    return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def model_card(manifest: dict[str, Any]) -> str:
-    """The README of a packed model: numbers, lineage, how to load it."""
-    size, metrics = manifest["size"], manifest["metrics"]
-    rows = "\n".join(
-        f"| {name} | {metrics['teacher'].get(name, float('nan')):.4f} | {value:.4f} |"
-        for name, value in metrics["student"].items()
-    )
-    lineage = "\n".join(_lines(manifest["lineage"]))
-    return f"""# {manifest["name"]}, {manifest["bits"]} bits
-
-Packed by bitmill with the quantizer `{manifest["quantizer"]}`: {size["packed_bytes"]:,} bytes of weights, every scale
-and header counted, {size["ratio"]:.1f} times smaller than the fp32 teacher ({size["teacher_bytes"]:,} bytes).
-
-| test split | teacher | this model |
-|---|---|---|
-{rows}
-
-Protocol: {metrics["protocol"]}.
-
-    import pipeline
-    model = pipeline.load("path/to/this/folder")
-
-The weights are packed codes: a plain `from_pretrained` cannot load them.
-
-Lineage, as step keys:
-
-{lineage}
-"""
-
-
-def _lines(lineage: dict[str, str]) -> Iterable[str]:
-    return (f"- {stage}: `{key}`" for stage, key in lineage.items())

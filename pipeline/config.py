@@ -25,6 +25,7 @@ from pipeline.quant.spec import (
     GammaGradient,
     GammaInit,
     Granularity,
+    Positions,
     QuantizerName,
     QuantSpec,
     Ste,
@@ -170,6 +171,7 @@ class Quant(Closed):
     overrides: dict[str, int] = {}
     scale_dtype: FloatType = "float32"
     rest_dtype: FloatType = "float32"
+    positions: Annotated[Positions | None, Field(json_schema_extra={"added_with": None})] = None  # null: as rest_dtype
 
     @field_validator("overrides", mode="before")
     @classmethod

@@ -49,7 +49,11 @@ LINE: tuple[tuple[type[Record], ModuleType], ...] = (
 BESIDE: tuple[tuple[type[Record], ModuleType], ...] = ((Sensitivity, sensitivity),)  # run for a budget alone
 STAGES = tuple(kind.stage for kind, _ in LINE)
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
-SHIPS = ("scale_dtype", "rest_dtype")  # decided in quant, applied by freeze: a change leaves training alone
+SHIPS = (
+    "scale_dtype",
+    "rest_dtype",
+    "positions",
+)  # decided in quant, applied by freeze: a change leaves training alone
 
 
 class Observer(Protocol):
@@ -192,7 +196,7 @@ class _Planner:
     def _distill_to_register(self) -> None:
         config = self.config
         quant = recipe_of(config.quant)
-        ship = {name: quant.pop(name) for name in SHIPS}
+        ship = {name: quant.pop(name) for name in SHIPS if name in quant}
         name = config.register_.name or config.name
         training = {"quant": quant, "distill": recipe_of(config.distill)}
         if config.quant.activation_range == "tensor":  # the only case in which the cut of a batch shows in the result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,39 @@ def download(client: MlflowClient, model: str, tracking_uri: str, folder: Path) 
             download_artifacts(artifact_uri=f"models:/{model}", dst_path=str(folder), tracking_uri=tracking_uri)
         )
     except MlflowException as error:
-        known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
-        raise ConfigError(
-            f"MODEL is {model!r}: no such directory, and the registry does not have it "
-            f"({str(error).splitlines()[0]}). Registered models: {known}."
-        ) from error
+        raise _unknown(client, model, error) from error
+
+
+def files(client: MlflowClient, model: str, tracking_uri: str) -> Callable[[str, Path], Path]:
+    """A function that downloads one file of `name@alias` or `name/version` by its name into a folder.
+
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    name, _, version = model.rpartition("/")
+    try:
+        if "@" in model:
+            found = client.get_model_version_by_alias(*model.rsplit("@", 1))
+        else:
+            found = client.get_model_version(name or model, version)
+    except MlflowException as error:
+        raise _unknown(client, model, error) from error
+    root = f"models:/{found.name}/{found.version}"  # an alias may move meanwhile
+
+    def fetch(file: str, folder: Path) -> Path:
+        try:
+            return Path(
+                download_artifacts(artifact_uri=f"{root}/{file}", dst_path=str(folder), tracking_uri=tracking_uri)
+            )
+        except MlflowException as error:
+            raise FileNotFoundError(file) from error
+
+    return fetch
+
+
+def _unknown(client: MlflowClient, model: str, error: MlflowException) -> ConfigError:
+    known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
+    return ConfigError(
+        f"MODEL is {model!r}: no such directory, and the registry does not have it "
+        f"({str(error).splitlines()[0]}). Registered models: {known}."
+    )

@@ -73,7 +73,7 @@ def test_the_files_are_those_of_the_contract(finished):
     assert "tokenizer.json" in names
 
     manifest = json.loads((finished.package / "manifest.json").read_text())
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == 3
     assert (manifest["bits"], manifest["quantizer"]) == ("2-2-8", "quantgpt")
     assert manifest["files"] == {
         name: checksum(finished.package / name).model_dump() for name in sorted(names - {"manifest.json"})

@@ -105,15 +105,21 @@ def test_a_damaged_package_is_refused(package, damage, message):
 
 
 def test_a_newer_format_is_refused_with_advice(package):
-    edited(package / "manifest.json", lambda fields: fields.update(format_version=3))
-    with pytest.raises(RunError, match=r"format_version 3; this bitmill reads up to 2\. Upgrade bitmill"):
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=4))
+    with pytest.raises(RunError, match=r"format_version 4; this bitmill reads up to 3\. Upgrade bitmill"):
         pipeline.load(package)
 
 
-def test_the_first_format_which_does_not_name_its_levels_still_reads(finished, package):
-    edited(package / "manifest.json", lambda fields: fields.update(format_version=1))
-    edited(package / "config.json", lambda fields: fields["quantization_config"].pop("levels"))
-    edited(package / "config.json", lambda fields: fields["quantization_config"].update(format_version=1))
+@pytest.mark.parametrize(("version", "lacking"), [(1, ("levels", "zeros", "digest")), (2, ("zeros", "digest"))])
+def test_older_formats_which_say_less_still_read(finished, package, version, lacking):
+    def older(fields):
+        fields["quantization_config"].update(format_version=version)
+        fields["quantization_config"]["quant"].pop("positions")
+        for name in lacking:
+            fields["quantization_config"].pop(name)
+
+    edited(package / "manifest.json", lambda fields: fields.update(format_version=version))
+    edited(package / "config.json", older)
     signed(package)
     ids = torch.arange(12)[None]
     assert torch.equal(pipeline.load(package)(ids).logits, pipeline.load(finished.package)(ids).logits)
@@ -188,6 +194,92 @@ def test_a_hostile_configuration_is_refused_clearly(package, change):
     edited(package / "config.json", change)
     signed(package)
     with pytest.raises(BitmillError, match=r"\S"):
+        pipeline.load(package)
+
+
+def twice(name, key):
+    """A JSON key said twice, so that two readers could take it for different values."""
+
+    def change(package):
+        path = package / name
+        text = path.read_text().replace(f'"{key}":', f'"{key}": 7, "{key}":', 1)
+        path.write_text(text)
+
+    return change
+
+
+def header(change):
+    """Rewrite the header of the weights file; the tensors' bytes stay."""
+
+    def rewrite(package):
+        path = package / "model.safetensors"
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        text = change(data[8 : 8 + length])
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return rewrite
+
+
+def claims_a_huge_header(package):
+    path = package / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def scaled(factor):
+    def change(package):
+        path = package / "model.safetensors"
+        tensors = load_file(path)
+        tensors["transformer.wte.weight_scale"][1] *= factor
+        save_file(tensors, path)
+
+    return change
+
+
+def said(**fields):
+    return lambda package: edited(package / "config.json", lambda config: config.update(fields))
+
+
+def quantization(**fields):
+    return lambda package: edited(package / "config.json", lambda c: c["quantization_config"].update(fields))
+
+
+ABSURD = {"dtype": "float32", "shape": [10**6, 10**6]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (twice("config.json", "n_layer"), "the key 'n_layer' appears twice"),
+        (header(lambda text: text.replace(b'{"', b'{"transformer.wte.weight":{},"', 1)), "appears twice"),
+        (header(lambda text: text + b" " * 17 * 2**20), "a header of"),
+        (header(lambda text: b"[" * 100_000), "nested too deep"),
+        (header(lambda text: text.replace(b'"shape":[', b'"shape":[99999999999,', 1)), "not tensors"),
+        (claims_a_huge_header, "a header of 4611686018427387904 bytes"),
+        (scaled(math.inf), "not one finite scale"),
+        (scaled(math.nan), "not one finite scale"),
+        (scaled(-1.0), "not one finite scale"),
+        (quantization(zeros={"final_logits_bias": ABSURD}), "longer than the vocabulary"),
+        (quantization(zeros={"transformer.ln_f.weight": ABSURD}), "not a tensor that may be left out"),
+        (said(num_labels=10**10), "sets 'num_labels'"),
+        (said(auto_map={"AutoConfig": "x.Y"}), "sets 'auto_map'"),
+        (said(attn_implementation="someone/kernel"), "sets 'attn_implementation'"),
+        (said(transformers_weights="../other.safetensors"), "sets 'transformers_weights'"),
+        (said(dtype="float30"), r"config\.json is damaged"),
+        (said(n_layer=10**12), "there are fewer tensors"),
+    ],
+    ids=range(17),
+)
+def test_what_hostile_files_try_is_named_even_with_matching_checksums(package, damage, message):
+    damage(package)
+    signed(package)
+    with pytest.raises(DamagedError, match=message):
+        pipeline.load(package)
+
+
+def test_a_manifest_that_says_a_thing_twice_is_refused(package):
+    twice("manifest.json", "digest")(package)
+    with pytest.raises(DamagedError, match="the key 'digest' appears twice"):
         pipeline.load(package)
 
 

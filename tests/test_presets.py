@@ -133,7 +133,9 @@ def test_a_preset_goes_through_the_line(
     assert list(ran.outcome.status.values()) == ["reused"] * 3 + ["done"] * 3
     recipe = ran.record("distill").recipe
     for section, kind in (("quant", Quant), ("distill", Distill)):
-        trained = kind.model_validate(recipe[section])
+        trained = kind.model_validate(
+            recipe[section] | (ran.record("pack").recipe["ship"] if section == "quant" else {})
+        )
         values = {name: value for name, value in PRESETS[preset][section].items() if name != "lr"}
         assert {name: getattr(trained, name) for name in values} == values
     assert load(ran.package).config.model_type == "gpt2"

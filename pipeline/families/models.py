@@ -178,14 +178,20 @@ def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family) -> Non
 
 def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
     """The frozen student as a model that runs. Raises ValueError if the tensors do not fit."""
-    if config.num_hidden_layers > len(frozen.rest) + len(frozen.codes):
-        raise ValueError(f"{config.num_hidden_layers} layers, and fewer tensors")
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
+        if getattr(config, name, 0) > len(frozen.rest) + len(frozen.codes):
+            raise ValueError(f"{name} is {getattr(config, name)}, and there are fewer tensors")
     shapes = skeleton(config)  # so that absurd shapes are refused before any memory is asked for
     thaw(shapes, sites(shapes, family), spec, frozen)
-    model = _auto(config).from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = _auto(config).from_config(config, dtype=torch.float32)
+    thaw_into(model, spec, family, frozen)
+    return model.eval()
+
+
+def thaw_into(model: PreTrainedModel, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> None:
+    """Turn a model of the student's architecture into it, in place. Raises ValueError if the tensors do not fit."""
     thaw(model, sites(model, family), spec, frozen)
     use_quantized_attention(model, spec)
-    return model.eval()
 
 
 def frozen_student(folder: Path, weights: Path, quant: Quant, family: Family) -> FrozenTensors:
@@ -197,7 +203,13 @@ def frozen_student(folder: Path, weights: Path, quant: Quant, family: Family) ->
     model = load_model(folder)
     make_student(model, replace(quant.spec(), gamma_init="one"), family)
     load_parameters(model, load_file(weights))
-    return freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
+    return freeze_student(model, quant, family)
+
+
+def freeze_student(model: nn.Module, quant: Quant, family: Family) -> FrozenTensors:
+    """A student's codes, scales and other tensors as `quant` has them ship."""
+    positions = dict.fromkeys(family.unquantized, quant.positions) if quant.positions else {}
+    return freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype), positions)
 
 
 @torch.no_grad()

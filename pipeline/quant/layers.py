@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.quant.grid import dequantize, fake_quantize_activation
+from pipeline.quant.grid import dequantize, fake_quantize_activation, quantize
 from pipeline.quant.quantizers import QUANTIZERS, StepQuantizer
-from pipeline.quant.spec import UNQUANTIZED, ActivationRange, Levels, QuantSpec, grid, levels_of
+from pipeline.quant.spec import UNQUANTIZED, ActivationRange, Grid, Levels, Positions, QuantSpec, grid, levels_of
 
 Role = Literal["linear", "embedding", "tied_embedding", "tied_head", "head"]
+POSITION_BITS = 8
 TIED: tuple[Role, ...] = ("tied_embedding", "tied_head")  # they read the embedding's table and own none
 
 
@@ -200,18 +201,42 @@ class FrozenTensors:
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, spec: QuantSpec, scale_dtype: torch.dtype, rest_dtype: torch.dtype) -> FrozenTensors:
-    """Codes, scales and the remaining tensors of a student trained by `spec`, in the dtypes that ship."""
+def freeze(
+    model: nn.Module,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    rest_dtype: torch.dtype,
+    positions: Mapping[str, Positions] | None = None,
+) -> FrozenTensors:
+    """Codes, scales and the remaining tensors of a student trained by `spec`, in the dtypes that ship.
+
+    `positions` names the modules of position embeddings that ship otherwise than in `rest_dtype`; int8 is the nearest
+    of the grid's levels at 8 bits, with one scale a row.
+    """
     frozen = FrozenTensors(levels=levels_of(spec.quantizer))
     for name, weight, quantizer in quantizers(model):
         codes, scale = quantizer.freeze(weight)
         frozen.codes[name], frozen.scales[name] = codes, scale.detach().to(scale_dtype, copy=True)
         frozen.bits[name] = quantizer.bits
+    stored = {f"{module}.weight": kind for module, kind in (positions or {}).items()}
     for key, tensor in model.state_dict().items():
         module, _, leaf = key.rpartition(".")
-        if ".quantizer." not in f".{key}" and not (leaf == "weight" and module in frozen.codes):
-            frozen.rest[key] = tensor.to(rest_dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if ".quantizer." in f".{key}" or (leaf == "weight" and module in frozen.codes):
+            continue
+        if stored.get(key) == "int8":
+            fine = grid(frozen.levels, POSITION_BITS)
+            scale = _step_of_rows(tensor, fine).to(scale_dtype)
+            frozen.codes[module], frozen.scales[module] = quantize(tensor.float(), scale.float(), fine), scale
+            frozen.bits[module] = POSITION_BITS
+            continue
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(stored.get(key, ""), rest_dtype)
+        frozen.rest[key] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     return frozen
+
+
+def _step_of_rows(table: Tensor, grid: Grid) -> Tensor:
+    """(rows, 1): the step at which the largest entry of each row falls on the outermost level."""
+    return table.float().abs().amax(-1, keepdim=True) / (grid.high + grid.shift)
 
 
 @torch.no_grad()

@@ -51,15 +51,15 @@ def unpack(
         raise ValueError(
             f"packed bytes of shape {tuple(packed.shape)} do not hold rows of {columns} codes ({bits} bits, {encoding})"
         )
-    rows = packed.shape[0]
+    values = torch.arange(256, dtype=torch.int16).unsqueeze(-1)
     places = base ** torch.arange(per_byte, dtype=torch.int16)
-    digits = (packed.to(torch.int16).unsqueeze(-1) // places) % base
-    digits = digits.reshape(rows, -1)
-    codes = digits[:, :columns] - offset
+    table = ((values // places) % base - offset).to(torch.int8)  # (256, per_byte): what each byte stands for
+    found = table.index_select(0, packed.flatten().int()).reshape(packed.shape[0], -1)
+    codes, padding = found[:, :columns], found[:, columns:]
     _check(codes, grid(levels, bits), bits)
-    if digits[:, columns:].any() or (encoding == "base3" and packed.numel() and int(packed.max()) >= 3**5):
+    if (padding != -offset).any() or (encoding == "base3" and packed.numel() and int(packed.max()) >= 3**5):
         raise ValueError("the packed bytes hold values that no codes give")
-    return codes.to(torch.int8)
+    return codes.contiguous()
 
 
 def _codes_per_byte(bits: int, encoding: Encoding) -> int:

@@ -18,6 +18,7 @@ AttentionOperands = Literal["none", "qkv", "qkv_probabilities"]
 Ste = Literal["auto", "clipped", "wide", "identity"]
 Encoding = Literal["dense", "base3"]
 Levels = Literal["symmetric", "full", "midpoint"]
+Positions = Literal["fp32", "fp16", "int8"]
 QuantizerName = Literal["quantgpt", "pact", "lsq", "lsq_symmetric", "laq", "laq_uniform", "twn", "statistics", "seq"]
 
 LEVELS: dict[QuantizerName, Levels] = {"lsq": "full", "seq": "midpoint"}  # the others: symmetric

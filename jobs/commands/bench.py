@@ -1,0 +1,163 @@
+"""`bitmill bench`: the measured claims of the README, each by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from jobs.commands.options import (
+    Debug,
+    Json,
+    Overrides,
+    environment,
+    execute,
+)
+from pipeline.errors import ConfigError
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
+
+
+@bench.command()
+def quantizers(
+    config: Annotated[
+        str, typer.Argument(metavar="[CONFIG]", help="Teacher, task and data; ignored with --teacher.")
+    ] = "configs/quickstart.yaml",
+    teacher: Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face directory as the teacher.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --teacher: text as data.source; without it the teacher generates some.")
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="W-E-A; may be repeated.  [default: 2-2-8]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Paired seeds; intervals need two.  [default: 1]", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps of each student; above 2 bits a third.  [default: 60]", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 16,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="The whole table: these default to 2-2-8, 4-4-8 and 8-8-8, 5 seeds, 300 steps. Hours."
+        ),
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW", help="Only this row, such as best; may be repeated."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and pictures go.")] = "bench-quantizers",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train every quantizer and preset on the same teacher, tokens, steps and seeds, and print the gaps.
+
+    Each recipe gets a learning-rate search of equal cost, judged on validation. Every run is a keyed step, so an
+    interrupted bench goes on where it was.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+
+        from jobs.bench.quantizers import Extent, chosen_rows, compare, teacher_fields, with_generated_text
+        from jobs.bench.trials import refuse_decided
+        from pipeline.loading import load_config, load_fields
+        from pipeline.quant.spec import BitWidths
+
+        try:
+            given = bits or (["2-2-8", "4-4-8", "8-8-8"] if full else ["2-2-8"])
+            widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in given))
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
+        extent = Extent(
+            widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only)
+        )
+        extent.check()
+        refuse_decided(overrides or [])
+        chosen = [*(overrides or []), f"resources.workers={workers}"]
+        if teacher is None:
+            if data is not None:
+                raise ConfigError(f"--data {data} goes with --teacher DIR; without it {config} says what is read.")
+            return compare(load_config(config, chosen, environment()), extent, Path(out), console)
+        fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
+        base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
+        if data is None:
+            base = with_generated_text(base, Path(teacher), extent, console)
+        return compare(base, extent, Path(out), console)
+
+    execute(work, as_json, debug)
+
+
+@bench.command()
+def paper(
+    table: Annotated[str, typer.Option(help="1: language modelling and next utterance; 3: summarization.")] = "1",
+    scale: Annotated[str, typer.Option(help="tiny: minutes, anywhere; full: what the paper's own takes.")] = "tiny",
+    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's table beside ours; each of its cells is marked as seen in a public source or recalled."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.bench.paper import TABLES, beside, requirements
+        from pipeline.loading import load_config
+
+        if table not in TABLES or scale not in ("tiny", "full"):
+            raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
+        if scale == "full":
+            return requirements(table, console)
+        chosen = [*(overrides or []), f"resources.workers={workers}"]
+        return beside(table, load_config(TABLES[table].tiny, chosen, environment()), console)
+
+    execute(work, as_json, debug)
+
+
+@bench.command()
+def sizes(as_json: Json = False, debug: Debug = False) -> None:
+    """Bytes of packed GPT-2 small and BART base, random weights, at three bit-widths and in each encoding. Minutes."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.bench.sizes import measure
+
+        return measure(console)
+
+    execute(work, as_json, debug)
+
+
+@bench.command()
+def inference(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A packed model; by default GPT-2 small with random weights.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each engine.")] = 1,
+    tokens: Annotated[int, typer.Option(min=8, help="New tokens that are timed.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each engine, taken in turn.")] = 5,
+    quantizer: Annotated[
+        str, typer.Option(help="Levels of the random weights: quantgpt (three), lsq or seq (four).")
+    ] = "quantgpt",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Speed, load time and memory of a packed model: our runtime, fp32, dynamic int8 and llama.cpp, on this machine."""
+
+    def work(console: Console) -> dict[str, Any]:
+
+        from jobs.bench.inference import compare
+        from pipeline.config import Resources
+        from pipeline.locations import scratch_dir
+
+        if quantizer not in ("quantgpt", "lsq", "seq"):
+            raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")
+        if model is not None and not (Path(model) / "manifest.json").exists():
+            raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
+        cache = Path(scratch_dir(Resources.model_validate(environment()))).expanduser() / "bench-inference"
+        return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)
+
+    execute(work, as_json, debug)

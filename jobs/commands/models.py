@@ -1,0 +1,172 @@
+"""Commands on what was made: lookup, report, pull, generate, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from jobs.commands.options import (
+    Debug,
+    Exit,
+    Json,
+    Model,
+    StorageUri,
+    TrackingUri,
+    execute,
+)
+
+commands = typer.Typer()
+
+
+@commands.command()
+def lookup(
+    name: Annotated[str | None, typer.Option(help="The registered name.")] = None,
+    task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
+    bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
+    max_size_mib: Annotated[float | None, typer.Option(help="Most MiB of packed weights, scales included.")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="On the test split.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance.")] = None,
+    min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization.")] = None,
+    format: Annotated[str | None, typer.Option(help="Exported and verified: onnx, gguf, ...")] = None,
+    alias: Annotated[str | None, typer.Option(help="Such as champion.")] = None,
+    order_by: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Best first; by default what the task is measured by.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find registered models by what they must not exceed: `bitmill lookup --max-size-mib 40 --max-perplexity 18`.
+
+    The best one comes first. If none fits, the nearest are shown with what they miss by, and the exit status is 3.
+    """
+
+    def work(console: Console) -> list[dict[str, Any]]:
+        from jobs.lookup import lookup as run
+        from pipeline.constraints import Wanted
+        from pipeline.locations import registry_beside
+
+        wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
+        return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
+
+    if not execute(work, as_json, debug):
+        raise typer.Exit(Exit.NOTHING)
+
+
+@commands.command()
+def report(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
+    storage_uri: StorageUri = "./bitmill-store",
+    namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run or a sweep as one page: bytes against accuracy, losses, modules, cost, and how to get each model.
+
+    The page needs no network: send it to somebody, or open it on a phone.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from pathlib import Path
+
+        from jobs.report import report as run
+        from pipeline.config import Resources
+
+        resources = Resources(storage_uri=storage_uri, namespace=namespace)
+        return run(key, Path(out), resources, console)
+
+    execute(work, as_json, debug)
+
+
+@commands.command()
+def pull(
+    model: Model,
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help="A directory that does not exist yet, or is empty.")
+    ],
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a packed model to a directory, every byte checked against its manifest.
+
+    Given again after an interruption it keeps the files that are whole. DEST appears only once all are there.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.pull import pull as run
+        from pipeline.config import Resources
+
+        return run(model, destination, Resources(storage_uri=storage_uri, tracking_uri=tracking_uri), console)
+
+    execute(work, as_json, debug)
+
+
+@commands.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="Read from stdin unless given.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token. Summaries come from beam search.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 0,
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a packed model, or a Hugging Face directory, continue a text; a summarizing one sums it up."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.generate import generate as run
+        from pipeline.config import Resources
+
+        text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+        say = (lambda piece: None) if as_json else _say
+        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
+        return run(model, text, max_tokens, temperature, seed, resources, console, say)
+
+    execute(work, as_json, debug)
+
+
+def _say(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@commands.command()
+def export(
+    model: Model,
+    format_name: Annotated[str, typer.Option("--format", help="transformers, gguf or compressed-tensors.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty directory.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text to verify on, as data.source; without it the model samples some.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime that verifies.")] = 1,
+    tracking_uri: TrackingUri = None,
+    storage_uri: StorageUri = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed model in another format, run it there, and keep it only if it computes the same.
+
+    The verdict lies beside the export as verdict.json and, for a registered model, in MLflow.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.export import export as run
+        from pipeline.config import Resources
+
+        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
+        return run(model, format_name, out, data, threads, resources, console)
+
+    execute(work, as_json, debug)

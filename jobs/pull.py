@@ -1,0 +1,46 @@
+"""`bitmill pull`: a package from the registry, a store or a directory, every byte checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline import registry, tracking
+from pipeline.config import Resources
+from pipeline.locations import tracking_uri
+from pipeline.transfer import Fetch, from_store
+from pipeline.transfer import pull as bring
+
+
+def pull(model: str, destination: str, resources: Resources, console: Console) -> dict[str, Any]:
+    """Bring a package to a directory; returns the document of `--json`."""
+    folder = Path(destination).expanduser().absolute()
+    pulled = bring(files_of(model, resources), folder, model)
+    size = sum(entry["bytes"] for entry in pulled.manifest["files"].values())
+    console.print(
+        f"{folder}: {len(pulled.fetched)} files fetched, {len(pulled.kept)} were there; {size:,} bytes, each checked",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return {
+        "model": model,
+        "folder": str(folder),
+        "bytes": size,
+        "fetched": list(pulled.fetched),
+        "kept": list(pulled.kept),
+        "digest": pulled.manifest["digest"],
+    }
+
+
+def files_of(model: str, resources: Resources) -> Fetch:
+    """How to get at the files of a directory, a store URI, `name@alias` or `name/version`.
+
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    if Path(model).is_dir() or "://" in model:
+        return from_store(model)
+    uri = tracking_uri(resources)
+    return registry.files(tracking.connect(uri), model, uri)
