@@ -103,11 +103,15 @@ class Graph:
         return self._low_bit(x, matrix, data, scales, "logits.bias", added, named)
 
     def embed(self, ids: str, module: str) -> str:
-        """ids (1, length) to rows (1, length, columns) of a table, which is stored once if a head reads it too."""
+        """ids (1, length) to rows (1, length, columns) of a table.
+
+        A tied head reads the same bytes of the file under a name of its own: its kernel takes them into its own order
+        and lets go of them, and of the table here only the rows that are looked up come into memory.
+        """
         matrix = self.weights.matrices.get(module)
         if matrix is None:
             return self.op("Gather", self.rest(f"{module}.weight"), ids)
-        data = self.tensor(f"{module}.codes", matrix.data)
+        data = self.tensor(f"{module}.rows", matrix.data)
         scales = self.tensor(f"{module}.row_scales", matrix.scales[..., None])
         kernel = {"bits": matrix.bits, "block_size": matrix.block, "quantize_axis": 2, "gather_axis": 0}
         found = self.op("GatherBlockQuantized", data, ids, scales, domain=CONTRIB, **kernel)
@@ -142,15 +146,17 @@ class Graph:
     def save(self, folder: Path, name: str) -> None:
         """Write `name`.onnx, and its large tensors into `name`.onnx.data."""
         folder.mkdir(parents=True, exist_ok=True)
-        data, protos, offset = f"{name}.onnx.data", [], 0
+        data, protos, places = f"{name}.onnx.data", [], dict[int, int]()
         with (folder / data).open("wb") as file:
             for key, value in self._tensors.items():
                 if value.nbytes <= INLINE_BYTES:
                     protos.append(numpy_helper.from_array(np.ascontiguousarray(value), key))
                     continue
-                offset += file.write(bytes(-offset % ALIGNMENT))
-                protos.append(_external(key, value, data, offset))
-                offset += file.write(np.ascontiguousarray(value).data)
+                if id(value) not in places:  # one array under two names is written once
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                    places[id(value)] = file.tell()
+                    file.write(np.ascontiguousarray(value).data)
+                protos.append(_external(key, value, data, places[id(value)]))
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, protos)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="bitmill")

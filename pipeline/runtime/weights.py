@@ -24,6 +24,7 @@ from pipeline.quant.packing import packed_columns
 from pipeline.quant.spec import Encoding, grid
 
 BLOCKS = (128, 64, 32)  # what the 8-bit dot products of MatMulNBits offer; fewer blocks, fewer scales
+ROWS_AT_ONCE = 2048
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -98,15 +99,24 @@ def _matrix(packed: Bytes, scales: Floats, bits: int, columns: int, encoding: En
 
 
 def _two_bits(packed: Bytes) -> Bytes:
-    """Rows of five ternary codes a byte to rows of four 2-bit codes a byte; codes behind a row's end stay."""
+    """Rows of five ternary codes a byte to rows of four 2-bit codes a byte; codes behind a row's end stay.
+
+    Four bytes hold twenty codes, which are five bytes of four. A table takes two bytes to 20 bits, and the rows pass
+    in small groups, so that little memory is needed.
+    """
     if packed.size and int(packed.max()) >= 3**5:
         raise ValueError("a byte of base3 is above 242")
     digits = np.arange(256)[:, None] // 3 ** np.arange(5) % 3 + 1  # (256, 5), 1 to 3: codes offset by 2
-    ten_bits = (digits << 2 * np.arange(5)).sum(1).astype(np.uint64)
+    ten_bits = (digits << 2 * np.arange(5)).sum(1).astype(np.uint32)
+    table = (ten_bits | ten_bits[:, None] << np.uint32(10)).reshape(-1)  # by first byte + 256 * second byte
     rows, width = packed.shape
-    fours = ten_bits[np.pad(packed, ((0, 0), (0, -width % 4)))].reshape(rows, -1, 4)
-    words = (fours << np.arange(0, 40, 10, dtype=np.uint64)).sum(-1, dtype=np.uint64)  # 40 bits
-    return words.astype("<u8").view(np.uint8).reshape(rows, -1, 8)[:, :, :5].reshape(rows, -1)
+    dense = np.empty((rows, -(-width // 4) * 5), np.uint8)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        some = np.pad(packed[start : start + ROWS_AT_ONCE], ((0, 0), (0, -width % 4)))
+        halves = table[some.view("<u2")].reshape(len(some), -1, 2).astype("<u8")
+        words = halves[..., 0] | halves[..., 1] << np.uint64(20)
+        dense[start : start + len(some)] = words.view(np.uint8).reshape(len(some), -1, 8)[:, :, :5].reshape(len(some), -1)
+    return dense
 
 
 def _refuse_lowest_code(packed: Bytes, bits: int, columns: int) -> None:
