@@ -73,9 +73,9 @@ def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
 def _embedded(graph: Graph, config: PreTrainedConfig, side: str, ids: str, places: str) -> str:
     words = graph.embed(ids, "model.shared")
     if config.scale_embedding:
-        words = graph.op("Mul", words, graph.tensor("embed_scale", np.float32(math.sqrt(config.d_model))))
-    table = graph.weights.rest[f"{side}.embed_positions.weight"][POSITION_OFFSET:]
-    positions = graph.op("Gather", graph.tensor(f"{side}.positions", table), places)
+        words = graph.op("Mul", words, graph.tensor("embed_scale", np.array(math.sqrt(config.d_model), np.float32)))
+    shifted = graph.op("Add", places, graph.number(POSITION_OFFSET))
+    positions = graph.embed(shifted, f"{side}.embed_positions")
     return graph.add_and_norm(words, positions, f"{side}.layernorm_embedding", EPSILON)[0]
 
 

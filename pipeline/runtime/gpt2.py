@@ -16,10 +16,12 @@ def cache_of(config: PreTrainedConfig) -> Cache:
 def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
     """The whole model. Raises ConfigError for an attention scale that is not 1/sqrt(head size)."""
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        raise ConfigError("model: GPT-2 with another attention scale than 1/sqrt(head size) has no graph in ONNX Runtime.")
+        raise ConfigError(
+            "model: GPT-2 with another attention scale than 1/sqrt(head size) has no graph in ONNX Runtime."
+        )
     inputs, epsilon = Decoder(graph, cache_of(config), sliced), config.layer_norm_epsilon
     words = graph.embed(inputs.ids, "transformer.wte")
-    places = graph.op("Gather", graph.rest("transformer.wpe.weight"), inputs.positions)
+    places = graph.embed(inputs.positions, "transformer.wpe")
     x, total = graph.add_and_norm(words, places, "transformer.h.0.ln_1", epsilon)
     for layer in range(config.n_layer):
         name = f"transformer.h.{layer}"

@@ -1,8 +1,8 @@
 """An ONNX graph in the making: nodes, inputs, outputs and tensors, in the terms that all families share.
 
 Every quantized matrix goes into one MatMulNBits as packed codes. Its level 4 quantizes activations to 8 bits, one
-symmetric range a block, and multiplies whole numbers; its level 1 keeps activations in fp32 and unpacks a matrix at each
-call, which is exact and slow.
+symmetric range a block, and multiplies whole numbers; its level 1 keeps activations in fp32 and unpacks a matrix at
+each call, which is exact and slow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTRIB = "com.microsoft"
 OPSET, IR_VERSION = 21, 10
 INLINE_BYTES, ALIGNMENT = 1024, 4096  # larger tensors lie in a file of their own, each at the start of a page
 EXACT, EIGHT_BITS = 1, 4  # accuracy_level of MatMulNBits
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gelu_new": ("FastGelu", CONTRIB, {}),
     "gelu_pytorch_tanh": ("FastGelu", CONTRIB, {}),
     "gelu": ("Gelu", CONTRIB, {}),
@@ -39,7 +39,7 @@ class Graph:
 
     def __init__(self, weights: Weights, activations: int) -> None:
         self.weights = weights
-        self.level = EXACT if activations == UNQUANTIZED else EIGHT_BITS
+        self.level = accuracy(activations)
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -68,7 +68,9 @@ class Graph:
 
     def ops(self, results: Sequence[str], kind: str, *inputs: str, domain: str = "", **settings: Any) -> Sequence[str]:
         """A node of several outputs."""
-        self._nodes.append(helper.make_node(kind, inputs, results, f"{kind}_{len(self._nodes)}", domain=domain, **settings))
+        self._nodes.append(
+            helper.make_node(kind, inputs, results, f"{kind}_{len(self._nodes)}", domain=domain, **settings)
+        )
         return results
 
     def rest(self, name: str) -> str:
@@ -103,7 +105,7 @@ class Graph:
         return self._low_bit(x, matrix, data, scales, "logits.bias", added, named)
 
     def embed(self, ids: str, module: str) -> str:
-        """ids (1, length) to rows (1, length, columns) of a table.
+        """ids (1, length), or places (length,), to rows (1, length, columns) or (length, columns) of a table.
 
         A tied head reads the same bytes of the file under a name of its own: its kernel takes them into its own order
         and lets go of them, and of the table here only the rows that are looked up come into memory.
@@ -113,7 +115,7 @@ class Graph:
             return self.op("Gather", self.rest(f"{module}.weight"), ids)
         data = self.tensor(f"{module}.rows", matrix.data)
         scales = self.tensor(f"{module}.row_scales", matrix.scales[..., None])
-        kernel = {"bits": matrix.bits, "block_size": matrix.block, "quantize_axis": 2, "gather_axis": 0}
+        kernel: dict[str, Any] = {"bits": matrix.bits, "block_size": matrix.block, "quantize_axis": 2, "gather_axis": 0}
         found = self.op("GatherBlockQuantized", data, ids, scales, domain=CONTRIB, **kernel)
         width = matrix.data.shape[1] * matrix.block
         rows = self.op("Reshape", found, self.vector(1, -1, width))
@@ -127,7 +129,9 @@ class Graph:
     def activate(self, x: str, name: str) -> str:
         """Raises ConfigError for an activation that has no exact operator."""
         if name not in ACTIVATIONS:
-            raise ConfigError(f"The activation {name!r} has no operator in ONNX Runtime; valid: {', '.join(ACTIVATIONS)}")
+            raise ConfigError(
+                f"The activation {name!r} has no operator in ONNX Runtime; valid: {', '.join(ACTIVATIONS)}"
+            )
         kind, domain, settings = ACTIVATIONS[name]
         return self.op(kind, x, domain=domain, **settings)
 
@@ -146,17 +150,18 @@ class Graph:
     def save(self, folder: Path, name: str) -> None:
         """Write `name`.onnx, and its large tensors into `name`.onnx.data."""
         folder.mkdir(parents=True, exist_ok=True)
-        data, protos, places = f"{name}.onnx.data", [], dict[int, int]()
+        data, protos, places = f"{name}.onnx.data", [], dict[tuple[int, int], int]()
         with (folder / data).open("wb") as file:
             for key, value in self._tensors.items():
                 if value.nbytes <= INLINE_BYTES:
                     protos.append(numpy_helper.from_array(np.ascontiguousarray(value), key))
                     continue
-                if id(value) not in places:  # one array under two names is written once
+                place = (value.ctypes.data, value.nbytes)
+                if place not in places:  # the same bytes under two names are written once
                     file.write(bytes(-file.tell() % ALIGNMENT))
-                    places[id(value)] = file.tell()
+                    places[place] = file.tell()
                     file.write(np.ascontiguousarray(value).data)
-                protos.append(_external(key, value, data, places[id(value)]))
+                protos.append(_external(key, value, data, places[place]))
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, protos)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="bitmill")
@@ -166,8 +171,8 @@ class Graph:
         self, x: str, matrix: Matrix, data: str, scales: str, name: str, bias: NDArray[Any] | None, named: str = ""
     ) -> str:
         inputs = [x, data, scales] + ([] if bias is None else ["", "", self.tensor(name, bias)])
-        size = {"K": matrix.columns, "N": len(self._tensors[data])}
-        kernel = {"bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.level}
+        size: dict[str, Any] = {"K": matrix.columns, "N": len(self._tensors[data])}
+        kernel: dict[str, Any] = {"bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.level}
         if not matrix.shift:
             return self.op("MatMulNBits", *inputs, domain=CONTRIB, named=named, **size, **kernel)
         # (code + shift) * scale . x  =  code * scale . x  +  shift * scale * sum(x)
@@ -181,6 +186,21 @@ class Graph:
             return self.op("FusedMatMul", *inputs, domain=CONTRIB, named=named, transB=1)
         y = self.op("FusedMatMul", *inputs, domain=CONTRIB, transB=1)
         return self.op("Add", y, self.tensor(name, bias), named=named)
+
+
+def with_activations(path: Path, activations: int) -> bytes:
+    """The graph of a file, its tensors left where they are, with activations of another width."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = accuracy(activations)
+    return bytes(model.SerializeToString())
+
+
+def accuracy(activations: int) -> int:
+    """The accuracy_level of MatMulNBits for activations of 8 or 32 bits."""
+    return EXACT if activations == UNQUANTIZED else EIGHT_BITS
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

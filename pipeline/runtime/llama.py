@@ -43,7 +43,7 @@ def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
 
 
 def longest(config: PreTrainedConfig) -> int:
-    return min(LONGEST, config.max_position_embeddings)
+    return min(LONGEST, int(config.max_position_embeddings))
 
 
 def _head_size(config: PreTrainedConfig) -> int:

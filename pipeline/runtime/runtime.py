@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
 from pipeline.runtime.build import DECODER, ENCODER, MODEL, build, cache_of, longest
 from pipeline.runtime.decoder import FIRST_LOGIT
+from pipeline.runtime.graph import with_activations
 
 QUIET = 3  # errors only
 
@@ -25,7 +26,7 @@ class Runtime:
     """A model of one sequence at a time, from a package or from a folder that the ONNX export wrote.
 
     Weights stay packed in memory. `activations` is their width: 8, or 32, which is exact and much slower; by default
-    what the package was trained for. An exported folder has its own.
+    what the package was trained for.
     """
 
     def __init__(self, folder: Path, threads: int = 1, activations: int | None = None) -> None:
@@ -36,10 +37,10 @@ class Runtime:
         if (folder / artifact.MANIFEST).exists():
             with tempfile.TemporaryDirectory(prefix="bitmill-") as scratch:  # mapped into memory, so it may go
                 self.config = build(folder, Path(scratch), activations, sliced=True)
-                self._open(Path(scratch), threads)
+                self._open(Path(scratch), threads, None)
         elif (folder / f"{MODEL}.onnx").exists() or (folder / f"{DECODER}.onnx").exists():
             self.config = read_config(folder)
-            self._open(folder, threads)
+            self._open(folder, threads, activations)
         else:
             raise ConfigError(f"{folder} is neither a packed model nor an ONNX export.")
 
@@ -80,11 +81,11 @@ class Runtime:
                 return
             prompt = [token]
 
-    def _open(self, folder: Path, threads: int) -> None:
+    def _open(self, folder: Path, threads: int, activations: int | None) -> None:
         self._encoder = None
         if self.config.is_encoder_decoder:
-            self._encoder = _session(folder / f"{ENCODER}.onnx", threads)
-        self._decoder = _session(folder / f"{DECODER if self._encoder else MODEL}.onnx", threads)
+            self._encoder = _session(folder / f"{ENCODER}.onnx", threads, activations)
+        self._decoder = _session(folder / f"{DECODER if self._encoder else MODEL}.onnx", threads, activations)
 
     def _encoded(self, source: Sequence[int] | None) -> dict[str, NDArray[np.float32]]:
         """What the decoder takes from the encoder."""
@@ -128,14 +129,17 @@ class _Cache:
         return logits[0, first if not self._sliced else 0 :]
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(path: Path, threads: int, activations: int | None) -> Any:
+    """A session on a graph, with activations of its own width or another."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = QUIET
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graphs are fused
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    graph = str(path) if activations is None else with_activations(path, activations)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _row(ids: Sequence[int]) -> NDArray[np.int64]:

@@ -115,7 +115,9 @@ def _two_bits(packed: Bytes) -> Bytes:
         some = np.pad(packed[start : start + ROWS_AT_ONCE], ((0, 0), (0, -width % 4)))
         halves = table[some.view("<u2")].reshape(len(some), -1, 2).astype("<u8")
         words = halves[..., 0] | halves[..., 1] << np.uint64(20)
-        dense[start : start + len(some)] = words.view(np.uint8).reshape(len(some), -1, 8)[:, :, :5].reshape(len(some), -1)
+        dense[start : start + len(some)] = (
+            words.view(np.uint8).reshape(len(some), -1, 8)[:, :, :5].reshape(len(some), -1)
+        )
     return dense
 
 
