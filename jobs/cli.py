@@ -205,6 +205,40 @@ def paper(
     _execute(work, as_json, debug)
 
 
+@bench.command()
+def inference(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A packed model; by default GPT-2 small with random weights.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each engine.")] = 1,
+    tokens: Annotated[int, typer.Option(min=8, help="New tokens that are timed.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each engine, taken in turn.")] = 5,
+    quantizer: Annotated[
+        str, typer.Option(help="Levels of the random weights: quantgpt (three), lsq or seq (four).")
+    ] = "quantgpt",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Speed, load time and memory of a packed model: our runtime, fp32, dynamic int8 and llama.cpp, on this machine."""
+
+    def work(console: Console) -> dict[str, Any]:
+        from pathlib import Path
+
+        from jobs.bench.inference import compare
+        from pipeline.config import Resources
+        from pipeline.locations import scratch_dir
+
+        if quantizer not in ("quantgpt", "lsq", "seq"):
+            raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")
+        if model is not None and not (Path(model) / "manifest.json").exists():
+            raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
+        cache = Path(scratch_dir(Resources.model_validate(_environment()))).expanduser() / "bench-inference"
+        return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)
+
+    _execute(work, as_json, debug)
+
+
 def _environment() -> dict[str, str]:
     """Resources as the variables of their ecosystems set them; a configuration's own values win."""
     variables = {
