@@ -83,7 +83,7 @@ def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict
 
 
 def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
-    """A package with random weights at 2-2-8, and a tokenizer of single bytes."""
+    """A package with random weights at 2-2-8, and a tokenizer of single bytes and the one merge that GGUF asks for."""
     config = read_config(source)
     quant = Quant.model_validate({"bits": "2-2-8", "quantizer": quantizer, "granularity": "row", "gamma_init": "one"})
     student = build(config, seed=0)
@@ -91,7 +91,7 @@ def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
     make_student(student, quant.spec(), family)
     frozen = freeze(student, quant.spec(), torch.float32, torch.float32)
     letters = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer = Tokenizer(models.BPE({**letters, "Ġt": len(letters)}, [("Ġ", "t")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     metrics = {"teacher": {}, "student": {}, "protocol": "none: random weights"}
