@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from enum import IntEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -117,6 +118,41 @@ def evaluate(
     _execute(work, as_json, debug)
 
 
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A packed directory, its store URI, name@alias or name/version.")
+    ],
+    format_name: Annotated[str, typer.Option("--format", help="transformers, gguf or compressed-tensors.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty directory.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text to verify on, as data.source; without it the model samples some.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime that verifies.")] = 1,
+    tracking_uri: Annotated[
+        str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Registry for name@alias.")
+    ] = None,
+    storage_uri: Annotated[
+        str, typer.Option(envvar="BITMILL_STORAGE_URI", help="Store beside which the default registry lies.")
+    ] = "./bitmill-store",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed model in another format, run it there, and keep it only if it computes the same.
+
+    The verdict lies beside the export as verdict.json and, for a registered model, in MLflow.
+    """
+
+    def work(console: Console) -> dict[str, Any]:
+        from jobs.export import export as run
+        from pipeline.config import Resources
+
+        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
+        return run(model, format_name, out, data, threads, resources, console)
+
+    _execute(work, as_json, debug)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
 app.add_typer(bench, name="bench")
 
@@ -154,8 +190,6 @@ def quantizers(
     """
 
     def work(console: Console) -> dict[str, Any]:
-        from pathlib import Path
-
         from jobs.bench.quantizers import Extent, chosen_rows, compare, scratch_of, teacher_fields
         from pipeline.config import Resources
         from pipeline.loading import load_config, load_fields

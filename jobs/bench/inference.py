@@ -6,7 +6,6 @@ after the other, round by round, so that what else the machine does falls on all
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -28,6 +27,7 @@ from jobs.bench.engines import ENGINES
 from pipeline import artifact
 from pipeline.config import Quant
 from pipeline.errors import ConfigError, RunError
+from pipeline.export import format_named
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import freeze
 
@@ -124,14 +124,12 @@ def _write_gguf(package: Path, folder: Path) -> str:
         return "xllamacpp is not installed: pip install 'bitmill[bench]'"
     if (folder / READY).exists():
         return ""
-    try:
-        gguf = importlib.import_module("pipeline.export.gguf")
-    except ImportError as error:
-        return f"no GGUF can be written: {error}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        gguf.write(package, folder)
+        writer = format_named("gguf").load()
+        writer.check(read_config(package))
+        writer.write(package, folder)
     except ConfigError as error:
         return str(error)
     (folder / READY).touch()

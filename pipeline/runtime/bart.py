@@ -8,9 +8,8 @@ import numpy as np
 from onnx import TensorProto
 from transformers import PreTrainedConfig
 
-from pipeline.errors import ConfigError
 from pipeline.runtime.decoder import Cache, Decoder
-from pipeline.runtime.graph import CONTRIB, Graph
+from pipeline.runtime.graph import CONTRIB, Graph, check_activation
 
 POSITION_OFFSET = 2  # BART's own: the first two rows of its position table are not used
 EPSILON = 1e-5
@@ -21,14 +20,13 @@ def cache_of(config: PreTrainedConfig) -> Cache:
     return Cache(config.decoder_layers, heads, config.d_model // heads)
 
 
-def encoder(graph: Graph, config: PreTrainedConfig) -> None:
-    """input_ids (1, source) to cross.N.key and .value (1, heads, source, head size).
+def check(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for an unknown activation."""
+    check_activation(config.activation_function)
 
-    Raises:
-        ConfigError: a sibling of BART, whose layers are ordered otherwise.
-    """
-    if config.model_type != "bart":
-        raise ConfigError(f"model: a {config.model_type} model has no graph in ONNX Runtime; valid: gpt2, llama, bart")
+
+def encoder(graph: Graph, config: PreTrainedConfig) -> None:
+    """input_ids (1, source) to cross.N.key and .value (1, heads, source, head size)."""
     ids = graph.input("input_ids", TensorProto.INT64, [1, "source"])
     places = graph.op("Range", graph.number(0), graph.op("Size", ids), graph.number(1))
     x = _embedded(graph, config, "model.encoder", ids, places)

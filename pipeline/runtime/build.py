@@ -27,6 +27,7 @@ def build(package: Path, folder: Path, activations: int | None = None, sliced: b
         DamagedError: a damaged package. ConfigError: an architecture that has no graph.
     """
     weights, config, quantization = read_weights(package)
+    check(config)
     graphs = family_of(config)
     try:
         width = activations or Quant.model_validate(quantization["quant"]).spec().bits.activations
@@ -42,8 +43,13 @@ def build(package: Path, folder: Path, activations: int | None = None, sliced: b
     return config
 
 
+def check(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for an architecture that has no graph."""
+    family_of(config).check(config)
+
+
 def family_of(config: PreTrainedConfig) -> Any:
-    """The module that draws the graphs of a model."""
+    """The module that draws the graphs of a model; BART's siblings order their layers otherwise."""
     if config.model_type not in FAMILIES:
         valid = ", ".join(FAMILIES)
         raise ConfigError(f"model: a {config.model_type} model has no graph in ONNX Runtime; valid: {valid}")

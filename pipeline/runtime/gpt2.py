@@ -6,19 +6,24 @@ from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
 from pipeline.runtime.decoder import Cache, Decoder
-from pipeline.runtime.graph import Graph
+from pipeline.runtime.graph import Graph, check_activation
 
 
 def cache_of(config: PreTrainedConfig) -> Cache:
     return Cache(config.n_layer, config.n_head, config.n_embd // config.n_head)
 
 
-def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
-    """The whole model. Raises ConfigError for an attention scale that is not 1/sqrt(head size)."""
+def check(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for an attention scale that is not 1/sqrt(head size), or an unknown activation."""
+    check_activation(config.activation_function)
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
         raise ConfigError(
-            "model: GPT-2 with another attention scale than 1/sqrt(head size) has no graph in ONNX Runtime."
+            "model: GPT-2 with another attention scale than 1/sqrt(head size) has no graph for ONNX Runtime."
         )
+
+
+def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
+    """The whole model."""
     inputs, epsilon = Decoder(graph, cache_of(config), sliced), config.layer_norm_epsilon
     words = graph.embed(inputs.ids, "transformer.wte")
     places = graph.embed(inputs.positions, "transformer.wpe")

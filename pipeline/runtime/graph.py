@@ -127,11 +127,6 @@ class Graph:
         return rows
 
     def activate(self, x: str, name: str) -> str:
-        """Raises ConfigError for an activation that has no exact operator."""
-        if name not in ACTIVATIONS:
-            raise ConfigError(
-                f"The activation {name!r} has no operator in ONNX Runtime; valid: {', '.join(ACTIVATIONS)}"
-            )
         kind, domain, settings = ACTIVATIONS[name]
         return self.op(kind, x, domain=domain, **settings)
 
@@ -186,6 +181,13 @@ class Graph:
             return self.op("FusedMatMul", *inputs, domain=CONTRIB, named=named, transB=1)
         y = self.op("FusedMatMul", *inputs, domain=CONTRIB, transB=1)
         return self.op("Add", y, self.tensor(name, bias), named=named)
+
+
+def check_activation(name: str) -> None:
+    """Raises ConfigError for an activation that has no operator that computes the same."""
+    if name not in ACTIVATIONS:
+        valid = ", ".join(ACTIVATIONS)
+        raise ConfigError(f"model: the activation {name!r} has no operator in ONNX Runtime; valid: {valid}")
 
 
 def with_activations(path: Path, activations: int) -> bytes:

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pipeline.errors import ConfigError
 from pipeline.runtime.decoder import Cache, Decoder
-from pipeline.runtime.graph import Graph
+from pipeline.runtime.graph import Graph, check_activation
 
 LONGEST = 4096  # rows of the rotary table, which lies in memory: 1 MiB at a head size of 64
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with the length of the text
@@ -17,6 +17,14 @@ FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with
 
 def cache_of(config: PreTrainedConfig) -> Cache:
     return Cache(config.num_hidden_layers, config.num_key_value_heads, _head_size(config))
+
+
+def check(config: PreTrainedConfig) -> None:
+    """Raises ConfigError for rotary angles that depend on the text, or an unknown activation."""
+    check_activation(config.hidden_act)
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in FIXED_ROTARY:
+        raise ConfigError(f"model: rope_type {kind!r} has no fixed table; valid: {', '.join(FIXED_ROTARY)}")
 
 
 def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
@@ -51,10 +59,7 @@ def _head_size(config: PreTrainedConfig) -> int:
 
 
 def _rotary(graph: Graph, config: PreTrainedConfig) -> tuple[str, str]:
-    """Tables (longest, head size / 2) of cosines and sines. Raises ConfigError for angles that depend on the text."""
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in FIXED_ROTARY:
-        raise ConfigError(f"model: rope_type {kind!r} has no fixed table; valid: {', '.join(FIXED_ROTARY)}")
+    """Tables (longest, head size / 2) of cosines and sines."""
     with torch.no_grad():
         cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(longest(config))[None])
     half = _head_size(config) // 2
