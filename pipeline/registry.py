@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import KEY_TAG
 
 CHAMPION, FIRST = "champion", "1"
+FORMATS_TAG, OWN_FORMAT = "bitmill.formats", "bitmill"  # every package is itself a format
 
 
 def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion | None:
@@ -93,12 +95,8 @@ def files(client: MlflowClient, model: str, tracking_uri: str) -> Callable[[str,
     Raises:
         ConfigError: the registry has no such model.
     """
-    name, _, version = model.rpartition("/")
     try:
-        if "@" in model:
-            found = client.get_model_version_by_alias(*model.rsplit("@", 1))
-        else:
-            found = client.get_model_version(name or model, version)
+        found = version_of(client, model)
     except MlflowException as error:
         raise _unknown(client, model, error) from error
     root = f"models:/{found.name}/{found.version}"  # an alias may move meanwhile
@@ -120,3 +118,33 @@ def _unknown(client: MlflowClient, model: str, error: MlflowException) -> Config
         f"MODEL is {model!r}: no such directory, and the registry does not have it "
         f"({str(error).splitlines()[0]}). Registered models: {known}."
     )
+
+
+def version_of(client: MlflowClient, model: str) -> RegisteredVersion:
+    """The version that `name@alias` or `name/version` means."""
+    name, _, alias = model.partition("@")
+    if alias:
+        return client.get_model_version_by_alias(name, alias)
+    name, _, version = model.rpartition("/")
+    return client.get_model_version(name, version)
+
+
+def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, verdict: dict[str, Any]) -> None:
+    """An export's verdict beside the run that made the model, and the formats that passed as a tag of the version and
+    its logged model: comma-separated, sorted, `bitmill` always among them.
+
+    Raises:
+        RunError: the server refused.
+    """
+    try:
+        version = version_of(client, model)
+        client.log_text(version.run_id, json.dumps(verdict, indent=1), f"exports/{format}.json")
+        if passed:
+            for name in ("delta_max", "delta_p999", "covered", "perplexity_export", "bytes"):
+                client.log_metric(version.run_id, f"export/{format}/{name}", verdict[name], model_id=version.model_id)
+        others = set(version.tags.get(FORMATS_TAG, OWN_FORMAT).split(",")) - {format}
+        formats = ",".join(sorted(others | ({format} if passed else set())))
+        client.set_model_version_tag(version.name, version.version, FORMATS_TAG, formats)
+        client.set_logged_model_tags(version.model_id, {FORMATS_TAG: formats})
+    except MlflowException as error:
+        raise RunError(f"MLflow refused the verdict on {model}: {str(error).splitlines()[0]}.") from error

@@ -1,0 +1,172 @@
+"""`bitmill bench inference`: the packed runtime beside fp32 transformers, torch's dynamic int8 and llama.cpp.
+
+All engines run the same weights with the same number of threads, each measurement in a process of its own, one engine
+after the other, round by round, so that what else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from jobs.bench.engines import ENGINES
+from pipeline import artifact
+from pipeline.config import Quant
+from pipeline.errors import ConfigError, RunError
+from pipeline.export import format_named
+from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.quant.layers import freeze
+
+MEASURES = {
+    "decode_tokens_per_s": ("decode, tokens/s", ".0f"),
+    "prefill_tokens_per_s": ("prefill, tokens/s", ".0f"),
+    "load_s": ("load, s", ".2f"),
+    "resident_mib": ("resident, MiB", ".0f"),
+}
+GPT2_SMALL: dict[str, Any] = {"architecture": "gpt2", "tie_word_embeddings": True}  # transformers' defaults: 124M
+READY = "ready"
+
+
+def compare(
+    model: Path | None, quantizer: str, threads: int, prompt: int, new: int, rounds: int, cache: Path, console: Console
+) -> dict[str, Any]:
+    """Measure and print; returns the document of `--json`. Without a model: GPT-2 small, random weights of 2 bits.
+
+    Raises:
+        ConfigError: a model of an encoder and a decoder, or one with fewer positions than the tokens asked for.
+    """
+    with console.status("preparing the model for each engine"):
+        folder, missing = prepare(model, quantizer, cache)
+    positions = int(read_config(folder / "package").max_position_embeddings)
+    if prompt + new > positions:
+        raise ConfigError(f"--prompt {prompt} and --tokens {new} are too long for the model's {positions} positions.")
+    names = [name for name in ENGINES if name not in missing]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            with console.status(f"round {number + 1} of {rounds}: {name}"):
+                found[name].append(run_engine(name, folder, threads, prompt, new))
+    summary = {name: _summary(runs) for name, runs in found.items()}
+    _print(summary, missing, console, f"{model or 'GPT-2 small, random'}, threads: {threads}, batch: 1")
+    document = {"model": str(model or "gpt2-small-random"), "threads": threads, "prompt_tokens": prompt}
+    return document | {"new_tokens": new, "rounds": rounds, "engines": summary, "missing": missing}
+
+
+def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with what each engine loads, and why an engine has nothing to load."""
+    folder = cache / (f"gpt2-small-{quantizer}" if model is None else artifact.check(model)["digest"])
+    if not (folder / READY).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "package").mkdir(parents=True)
+        if model is None:
+            write_random(folder / "package", GPT2_SMALL, quantizer)
+        else:
+            shutil.copytree(model, folder / "package", dirs_exist_ok=True)
+        _write_fp32(folder / "package", folder / "fp32")
+        (folder / READY).touch()
+    missing = _write_gguf(folder / "package", folder / "gguf")
+    return folder, {"llama.cpp": missing} if missing else {}
+
+
+def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
+    """A package with random weights at 2-2-8, and a tokenizer of single bytes and the one merge that GGUF asks for."""
+    config = read_config(source)
+    quant = Quant.model_validate({"bits": "2-2-8", "quantizer": quantizer, "granularity": "row", "gamma_init": "one"})
+    student = build(config, seed=0)
+    family, bytes_ = FAMILIES[config.model_type], fp32_bytes(student)
+    make_student(student, quant.spec(), family)
+    frozen = freeze(student, quant.spec(), torch.float32, torch.float32)
+    letters = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**letters, "Ġt": len(letters)}, [("Ġ", "t")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    metrics = {"teacher": {}, "student": {}, "protocol": "none: random weights"}
+    facts = {"name": "random", "teacher_bytes": bytes_, "lineage": {}, "metrics": metrics}
+    artifact.write(folder, frozen, config, quant, "dense", family.name, facts)
+
+
+def _write_fp32(package: Path, folder: Path) -> None:
+    """The same weights in fp32, as transformers loads them without us."""
+    frozen, config, _ = artifact.read(package)
+    _refuse_encoder(config)
+    model = build(config, seed=0)
+    state = {name: tensor.float() for name, tensor in frozen.rest.items()}
+    for name in frozen.codes:
+        weight = frozen.weight(name)
+        state[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
+    model.load_state_dict(state, strict=False)  # a tied head has no tensor of its own
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def _refuse_encoder(config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ConfigError("--model is an encoder and a decoder; this bench times decoders: GPT-2 and Llama.")
+
+
+def _write_gguf(package: Path, folder: Path) -> str:
+    """Write the GGUF file, once; returns why there is none."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return "xllamacpp is not installed: pip install 'bitmill[bench]'"
+    if (folder / READY).exists():
+        return ""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        writer = format_named("gguf").load()
+        writer.check(read_config(package))
+        writer.write(package, folder)
+    except ConfigError as error:
+        return str(error)
+    (folder / READY).touch()
+    return ""
+
+
+def run_engine(name: str, folder: Path, threads: int, prompt: int, new: int) -> dict[str, float]:
+    """One measurement in a process of its own. Raises RunError with what the process said last."""
+    command = [sys.executable, "-m", "jobs.bench.engines", name, str(folder), *map(str, (threads, prompt, new))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise RunError(f"The engine {name} ended with status {done.returncode}: {said[-1] if said else 'nothing said'}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Median and extremes of each measure."""
+    return {
+        measure: {"median": statistics.median(values), "least": min(values), "most": max(values)}
+        for measure in MEASURES
+        for values in [[run[measure] for run in runs]]
+    }
+
+
+def _print(
+    summary: dict[str, dict[str, dict[str, float]]], missing: dict[str, str], console: Console, title: str
+) -> None:
+    table = Table("engine", *(name for name, _ in MEASURES.values()), title=title)
+    for engine, measures in summary.items():
+        cells = [
+            f"{measures[key]['median']:{form}} ({measures[key]['least']:{form}}-{measures[key]['most']:{form}})"
+            for key, (_, form) in MEASURES.items()
+        ]
+        table.add_row(engine, *cells)
+    console.print(table)
+    for engine, reason in missing.items():
+        console.print(f"{engine}: not measured. {reason}", highlight=False)

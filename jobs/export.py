@@ -1,0 +1,128 @@
+"""`bitmill export`: a packed model in another runtime's format, kept only if it computes the same there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jobs.evaluate import locate
+from pipeline import artifact, registry, tracking
+from pipeline.config import Resources
+from pipeline.errors import ConfigError, RunError
+from pipeline.export import Format, format_named
+from pipeline.export.probes import PROMPTS, lengths, make_probes
+from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
+from pipeline.locations import tracking_uri
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.text import documents, parts, pin_text
+from pipeline.tasks.language_modeling import encode
+from pipeline.tasks.tokenizers import read_tokenizer
+
+VERDICT = "verdict.json"
+
+
+def export(
+    model: str, name: str, out: Path, data: str | None, threads: int, resources: Resources, console: Console
+) -> dict[str, Any]:
+    """Write, verify, and keep or delete; returns the verdict as the document of `--json`.
+
+    Raises:
+        ConfigError: before anything is written. RunError: the export was written, did not hold and was deleted.
+    """
+    kind = format_named(name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out is {str(out)!r}, which exists and is not an empty directory; name another.")
+    with tempfile.TemporaryDirectory() as temporary:
+        package = locate(model, resources, Path(temporary) / "model")
+        if not (package / artifact.MANIFEST).is_file():
+            raise ConfigError(f"MODEL is {model!r}, which is not a packed model: it has no {artifact.MANIFEST}.")
+        _, config, _ = artifact.read(package)
+        kind.load().check(config)
+        text = _text(data, package, config.max_position_embeddings, Path(temporary)) if data else None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            with console.status(f"writing {name} and trying it in its runtime"):
+                verdict = _prove(package, draft, name, kind, text, data, threads)
+            _log(model, verdict, resources)
+            if not verdict.passed:
+                raise RunError(f"The {name} export of {model} was deleted: {'; '.join(verdict.reasons)}.")
+            (draft / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            draft.chmod(0o755)
+            draft.replace(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    _show(verdict, out, console)
+    return {"out": str(out), **verdict.model_dump(mode="json")}
+
+
+def _prove(
+    package: Path, draft: Path, name: str, kind: Format, text: Tensor | None, data: str | None, threads: int
+) -> Verdict:
+    module = kind.load()
+    notes = module.write(package, draft)
+    error, tensors = module.read_back(package, draft) if hasattr(module, "read_back") else (None, 0)
+    model = artifact.load(package)
+    measured = measure(model, module.open_logits(draft, threads), make_probes(model, text))
+    return Verdict(
+        format=name,
+        digest=artifact.check(package)["digest"],
+        probe=data or "sampled from the packed model",
+        activations=kind.activations,
+        tensors_read_back=tensors,
+        read_back_error=error,
+        bytes=bytes_of(draft),
+        package_bytes=bytes_of(package),
+        notes=tuple(notes),
+        reasons=reasons_against(measured, error),
+        **measured,
+    )
+
+
+def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
+    """The first full rows of a text."""
+    scratch, width = f"{temporary}/text", sum(lengths(positions))
+    files = pin_text(data, "--data", ContentMemo(scratch))
+    texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text", scratch))
+    ids, held, _ = encode(texts, read_tokenizer(package), width, "document")
+    full = torch.from_numpy(ids).long()[torch.from_numpy(held) == width]
+    if len(full) < PROMPTS:
+        raise ConfigError(f"--data {data!r} fills {len(full)} rows of {width} tokens; {PROMPTS} are needed.")
+    return full[:PROMPTS]
+
+
+def _log(model: str, verdict: Verdict, resources: Resources) -> None:
+    """Verdicts of registered models are kept with them."""
+    if Path(model).is_dir() or "://" in model:
+        return
+    client = tracking.connect(tracking_uri(resources))
+    registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
+
+
+def _show(verdict: Verdict, out: Path, console: Console) -> None:
+    table = Table("measured", "value", title=f"{verdict.format}, verified: {out}")
+    change = verdict.perplexity_export / verdict.perplexity_packed - 1
+    rows = {
+        "|delta log-probability|, max; 99.9 %": f"{verdict.delta_max:.4f}; {verdict.delta_p999:.4f} nats",
+        "same first token, of the steps decided": f"all; {verdict.covered:.1%} of {verdict.prompts * verdict.steps}",
+        "perplexity of packed model; export": f"{verdict.perplexity_packed:.4f}; {verdict.perplexity_export:.4f} "
+        f"({change:+.3%})",
+        "bytes of package; export": f"{verdict.package_bytes:,}; {verdict.bytes:,}",
+        "activations there": verdict.activations,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    for note in verdict.notes:
+        console.print(note, highlight=False)
+    if verdict.format == "compressed-tensors":
+        from pipeline.export.compressed_tensors import serve_command
+
+        console.print(f"serve it: {serve_command(out)}", highlight=False)

@@ -1,0 +1,47 @@
+"""Packed models in the formats of other runtimes, each proven in its own runtime before it is kept: see `verify`.
+
+A format is a module of `check(config)`, which refuses before work what it cannot hold, `write(package, out) -> notes`
+and `open_logits(out, threads)`, which gives logits or log-probabilities (length, vocabulary) of a sequence of ids, for
+an encoder and decoder with the source's ids as second argument; where the file holds codes, also `read_back`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module, util
+from types import ModuleType
+
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Format:
+    """Where a format's code lies, the packages it needs, and what its runtime does with activations."""
+
+    module: str
+    needs: tuple[str, ...]
+    activations: str
+
+    def load(self) -> ModuleType:
+        return import_module(f"pipeline.export.{self.module}")
+
+
+FORMATS = {
+    "transformers": Format("dequantized", (), "fp32, not quantized"),
+    "onnx": Format("onnx", (), "8 bits, one range a block of up to 128"),
+    "gguf": Format("gguf", ("gguf", "xllamacpp"), "8 bits in blocks of 32 or 256, by llama.cpp's own rounding"),
+    "compressed-tensors": Format("compressed_tensors", ("compressed_tensors",), "fp32, not quantized"),
+}
+
+
+def format_named(name: str) -> Format:
+    """Raises ConfigError for an unknown format, or one whose writer or verifier is not installed."""
+    if name not in FORMATS:
+        raise ConfigError(f"--format is {name!r}; valid: {', '.join(FORMATS)}")
+    missing = [package for package in FORMATS[name].needs if util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"--format {name} is written and verified with {', '.join(missing).replace('_', '-')}, which is not "
+            "installed; what cannot be verified is not kept. Install the extra: pip install 'bitmill[export]'."
+        )
+    return FORMATS[name]

@@ -1,0 +1,85 @@
+"""A packed model as ONNX: model.onnx, or encoder.onnx and decoder.onnx, with the tensors, tokenizer and configuration.
+
+Quantized matrices stay packed, in ONNX Runtime's own operators (MatMulNBits, GatherBlockQuantized), so the files run in
+ONNX Runtime and nowhere else. Inputs and outputs are those that `pipeline.runtime.decoder` names.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from pipeline import artifact
+from pipeline.config import Quant
+from pipeline.quant.spec import grid
+from pipeline.runtime import Runtime
+from pipeline.runtime.build import build, check, longest
+
+__all__ = ["check", "open_logits", "read_back", "write"]
+OURS = {artifact.WEIGHTS, artifact.MANIFEST, "README.md", "config.json"}  # the rest of a package goes along
+
+
+def write(package: Path, out: Path) -> list[str]:
+    """Export a package into `out`; returns what a user should know.
+
+    Raises:
+        DamagedError: a damaged package. ConfigError: an architecture without a graph.
+    """
+    config = build(package, out)
+    for name in artifact.check(package)["files"]:
+        if name not in OURS:
+            shutil.copyfile(package / name, out / name)
+    fields = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    quant = Quant.model_validate(fields.pop("quantization_config")["quant"])
+    (out / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    notes = []
+    if quant.attention != "none":
+        notes.append(f"attention operands stay in fp32, where training had quant.attention: {quant.attention}")
+    if longest(config) < config.max_position_embeddings:
+        notes.append(f"texts of up to {longest(config)} tokens, of the model's {config.max_position_embeddings}")
+    return notes
+
+
+def open_logits(out: Path, threads: int, activations: int | None = None) -> Callable[..., NDArray[np.float32]]:
+    """ONNX Runtime's logits (length, vocabulary) of one sequence of token ids; of a decoder, given also the source.
+
+    With `activations` 32 the kernels multiply in fp32, which shows whether the weights are the packed model's.
+    """
+    return Runtime(out, threads, activations).logits
+
+
+def read_back(package: Path, out: Path) -> tuple[float, int]:
+    """The largest deviation of a weight of the files from step times level, relative to it, and the number of tensors
+    with codes. Read by the `onnx` package, not by the code that wrote them."""
+    frozen, _, _ = artifact.read(package)
+    worst, seen = 0.0, set()
+    for modules, codes, scales in _stored(out):
+        wanted = np.concatenate([frozen.weight(name).numpy() for name in modules])
+        shift = grid(frozen.levels, frozen.bits[modules[0]]).shift
+        found = ((codes + shift).astype(np.float32) * scales[..., None]).reshape(len(codes), -1)[:, : wanted.shape[1]]
+        worst = max(worst, float((np.abs(found - wanted) / np.maximum(np.abs(wanted), 1e-30)).max()))
+        seen.update(modules)
+    return (worst if seen == set(frozen.codes) else float("inf")), len(seen)
+
+
+def _stored(folder: Path) -> Iterator[tuple[list[str], NDArray[np.int64], NDArray[np.float32]]]:
+    """Modules, codes (rows, blocks, block) and scales (rows, blocks) of every low-bit node."""
+    for path in sorted(folder.glob("*.onnx")):
+        model = onnx.load(path)
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+                continue
+            settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            name, bits = node.input[0 if node.op_type == "GatherBlockQuantized" else 1], settings["bits"]
+            data, scales = (numpy_helper.to_array(tensors[key]) for key in (name, node.input[2]))
+            digits = np.unpackbits(data, axis=-1, bitorder="little").reshape(*data.shape[:2], -1, bits)
+            codes = (digits * (1 << np.arange(bits))).sum(-1) - (1 << bits - 1)
+            yield name.rpartition(".")[0].split("+"), codes, scales.reshape(data.shape[:2])

@@ -1,0 +1,54 @@
+"""What our blocks hold, read by the GGUF project's own Python package."""
+
+import gguf
+import numpy as np
+import pytest
+
+from pipeline.export.blocks import pack_blocks
+from pipeline.quant.spec import grid
+
+CASES = [
+    ("symmetric", 2, 512, "TQ2_0"),
+    ("symmetric", 2, 96, "Q4_0"),
+    ("full", 2, 256, "TQ2_0"),
+    ("full", 2, 32, "Q4_0"),
+    ("midpoint", 2, 768, "Q2_K"),
+    ("midpoint", 2, 64, "Q4_0"),
+    ("symmetric", 4, 256, "Q4_0"),
+    ("full", 4, 96, "Q4_0"),
+    ("midpoint", 4, 512, "Q4_K"),
+    ("midpoint", 4, 96, "Q8_0"),
+    ("symmetric", 8, 256, "Q8_0"),
+    ("full", 8, 32, "Q8_0"),
+]
+
+
+@pytest.mark.parametrize("rows_of_step", [1, 7])
+@pytest.mark.parametrize(("levels", "bits", "columns", "expected"), CASES)
+def test_every_level_comes_back_with_the_scale_in_fp16(levels, bits, columns, expected, rows_of_step):
+    random, kind = np.random.default_rng(bits), grid(levels, bits)
+    codes = random.integers(kind.low, kind.high + 1, (7, columns)).astype(np.int8)
+    codes[0, :2] = kind.low, kind.high
+    step = random.uniform(1e-3, 0.3, (rows_of_step, 1)).astype(np.float32)
+    step[-1] = 0.0 if rows_of_step == 7 else step[-1]
+    name, packed = pack_blocks(codes, step, kind, bits)
+    assert name == expected
+    found = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+    numbers = (2 if kind.shift else 1) * codes.astype(np.float64) + (1 if kind.shift else 0)
+    scale = (step / 2 if kind.shift else step).astype(np.float16).astype(np.float64)
+    np.testing.assert_array_equal(found, (numbers * scale).astype(np.float32))
+    np.testing.assert_allclose(found, (codes + kind.shift) * step, rtol=2.0**-11)
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "columns", "step"),
+    [
+        ("midpoint", 8, 256, 0.1),  # odd numbers to 255
+        ("symmetric", 2, 48, 0.1),  # rows of no block
+        ("symmetric", 8, 32, 1e-6),  # a scale fp16 would round away
+        ("symmetric", 8, 32, 1e6),
+    ],
+)
+def test_what_no_block_holds_is_said(levels, bits, columns, step):
+    codes = np.zeros((2, columns), np.int8)
+    assert pack_blocks(codes, np.full((2, 1), step, np.float32), grid(levels, bits), bits) is None

@@ -1,0 +1,73 @@
+"""An ONNX export in ONNX Runtime, against the package it was made from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pipeline import artifact
+from pipeline.export import onnx
+from pipeline.runtime import Runtime
+from tests.packages import WIDE, package, packed_logits, rms
+
+DRAW = np.random.default_rng(1)
+IDS, SOURCE = DRAW.integers(3, 300, 24).tolist(), DRAW.integers(3, 300, 31).tolist()
+
+
+def source_of(family):
+    return SOURCE if family == "bart" else None
+
+
+@pytest.fixture(scope="module", params=WIDE)
+def exported(request, tmp_path_factory):
+    """family, package, export, notes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    packed = package(folder / "package", WIDE[request.param], quantizer="seq", attention="qkv")
+    return request.param, packed, folder / "onnx", onnx.write(packed, folder / "onnx")
+
+
+def test_tensors_read_back_are_scale_times_level_exactly(exported):
+    _, packed, folder, _ = exported
+    assert onnx.read_back(packed, folder) == (0.0, len(artifact.read(packed)[0].codes))
+
+
+def test_a_changed_code_is_read_back_as_one(exported, tmp_path):
+    _, packed, folder, _ = exported
+    changed = shutil.copytree(folder, tmp_path / "onnx")
+    data = next(changed.glob("*.data"))
+    content = bytearray(data.read_bytes())
+    content[0] ^= 3
+    data.write_bytes(content)
+    assert onnx.read_back(packed, changed)[0] > 0.1
+
+
+def test_logits_with_fp32_activations_agree(exported):
+    family, packed, folder, _ = exported
+    found = onnx.open_logits(folder, 1, activations=32)(IDS, source_of(family))
+    wanted = Runtime(packed, activations=32).logits(IDS, source_of(family))
+    assert np.abs(found - wanted).max() < 1e-5
+    plain = package(packed.parent / "plain", WIDE[family], quantizer="seq")  # attention operands in fp32
+    assert np.abs(found - packed_logits(plain, IDS, source_of(family), activations=32)).max() < 1e-4
+
+
+def test_it_runs_as_the_package_does(exported):
+    family, packed, folder, _ = exported
+    from_package, from_export = Runtime(packed), Runtime(folder)
+    wanted = from_package.logits(IDS, source_of(family))
+    assert rms(from_export.logits(IDS, source_of(family)) - wanted) < 1e-5
+    prompt = source_of(family) or IDS[:6]
+    assert list(from_export.generate(prompt, 9)) == list(from_package.generate(prompt, 9))
+
+
+def test_the_folder_holds_what_a_user_needs_and_no_second_copy_of_a_weight(exported):
+    family, packed, folder, notes = exported
+    names = {path.name for path in folder.iterdir()}
+    graphs = {"encoder.onnx", "decoder.onnx"} if family == "bart" else {"model.onnx"}
+    assert names == {"config.json", "generation_config.json", *graphs, *(f"{name}.data" for name in graphs)}
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert any("quant.attention: qkv" in note for note in notes)
+    written = sum((folder / f"{name}.data").stat().st_size for name in graphs)
+    assert written < 2.5 * (packed / artifact.WEIGHTS).stat().st_size

@@ -1,0 +1,78 @@
+"""Packages with random weights, and what the packed model says about a sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import artifact
+from pipeline.config import Quant
+from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.quant.layers import InputQuantizer, freeze
+
+WIDE = {  # head sizes that kernels take, widths that are whole blocks
+    "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128, "vocab_size": 300},
+    "llama": {
+        "architecture": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "vocab_size": 300,
+        "pad_token_id": None,
+    },
+    "bart": {
+        "architecture": "bart",
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 256,
+        "decoder_ffn_dim": 256,
+        "max_position_embeddings": 128,
+        "vocab_size": 300,
+        "decoder_start_token_id": 2,
+    },
+}
+
+
+def package(folder: Path, source: dict[str, Any], encoding: str = "dense", **quant: Any) -> Path:
+    """A package of a model whose weights, norms and biases are all random."""
+    folder.mkdir(parents=True)
+    config = read_config(source)
+    model = build(config, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            centre = 1.0 if parameter.ndim == 1 and float(parameter.mean()) > 0.5 else 0.0
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + centre)
+    settings = Quant.model_validate({"bits": "2-2-8", "granularity": "row", **quant})
+    family, size = FAMILIES[config.model_type], fp32_bytes(model)
+    make_student(model, settings.spec(), family)
+    frozen = freeze(model, settings.spec(), torch.float32, torch.float32)
+    facts = {"name": "random", "teacher_bytes": size, "lineage": {}}
+    facts["metrics"] = {"teacher": {}, "student": {}, "protocol": "none"}
+    artifact.write(folder, frozen, config, settings, encoding, family.name, facts)
+    return folder
+
+
+def packed_logits(folder: Path, ids: list[int], source: list[int] | None = None, activations: int | None = None):
+    """(length, vocabulary) by torch, with activations as in training or of another width."""
+    model = artifact.load(folder)
+    for module in model.modules():
+        if isinstance(module, InputQuantizer) and activations is not None:
+            module.bits = activations
+    given = {"input_ids": torch.tensor([ids])}
+    if source is not None:
+        given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([ids])}
+    with torch.inference_mode():
+        return model(**given).logits[0].numpy()
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values.astype(np.float64) ** 2).mean()))

@@ -1,0 +1,150 @@
+"""The packed model in ONNX Runtime against the packed model in torch."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from pipeline import artifact
+from pipeline.errors import BitmillError, ConfigError, DamagedError
+from pipeline.quant.layers import InputQuantizer
+from pipeline.runtime import Runtime
+from tests.conftest import ARCHITECTURES
+from tests.packages import WIDE, package, packed_logits, rms
+
+DRAW = np.random.default_rng(0)
+IDS = DRAW.integers(3, 300, 24).tolist()
+SOURCE = DRAW.integers(3, 300, 31).tolist()
+NARROW = {name: {**fields, "vocab_size": 300} for name, fields in ARCHITECTURES.items()}
+NARROW["llama"]["pad_token_id"] = None
+VARIANTS = [
+    {"bits": "2-2-8"},
+    {"bits": "2-2-8", "granularity": "tensor"},
+    {"bits": "2-2-8", "encoding": "base3"},
+    {"bits": "2-2-8", "quantizer": "lsq"},
+    {"bits": "2-2-8", "quantizer": "seq"},
+    {"bits": "4-4-8"},
+    {"bits": "4-8-8", "quantizer": "seq"},
+    {"bits": "8-8-8"},
+    {"bits": "32-2-8"},
+    {"bits": "2-32-8"},
+    {"bits": "2-2-8", "overrides": {r".*(c_proj|v_proj|down_proj)": 8}},
+    {"bits": "2-2-8", "scale_dtype": "float16", "rest_dtype": "float16"},
+]
+
+
+def source_of(family: str) -> list[int] | None:
+    return SOURCE if family == "bart" else None
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("packages")
+    return {family: package(folder / family, fields) for family, fields in WIDE.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+@pytest.mark.parametrize("family", WIDE)
+def test_weights_are_those_of_the_packed_model(family, variant, tmp_path):
+    """With fp32 activations on both sides: every grid, width, encoding, and modules of different widths."""
+    folder = package(tmp_path / "package", WIDE[family], **variant)
+    found = Runtime(folder, activations=32).logits(IDS, source_of(family))
+    wanted = packed_logits(folder, IDS, source_of(family), activations=32)
+    assert wanted.std() > 0.3
+    assert np.abs(found - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("encoding", ["dense", "base3"])
+@pytest.mark.parametrize("family", NARROW)
+def test_widths_that_are_no_whole_blocks(family, encoding, tmp_path):
+    folder = package(tmp_path / "package", NARROW[family], encoding)
+    found = Runtime(folder, activations=32).logits(IDS, source_of(family))
+    assert np.abs(found - packed_logits(folder, IDS, source_of(family), activations=32)).max() < 1e-4
+
+
+@pytest.mark.parametrize("quantizer", ["quantgpt", "lsq", "seq"])
+@pytest.mark.parametrize("family", WIDE)
+def test_eight_bit_activations_cost_what_they_cost_the_student(family, quantizer, tmp_path):
+    """A range a block against a range a token. Each deviates from fp32 activations by rounding; the stated tolerance
+    is that the runtime does so by at most 1.5 times as much as the student, and is within twice that of the student."""
+    folder = package(tmp_path / "package", WIDE[family], quantizer=quantizer)
+    exact = packed_logits(folder, IDS, source_of(family), activations=32)
+    student = packed_logits(folder, IDS, source_of(family))
+    found = Runtime(folder).logits(IDS, source_of(family))
+    rounding = rms(student - exact)
+    assert 0 < rms(found - exact) <= 1.5 * rounding
+    assert rms(found - student) <= 2 * rounding
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_decoding_with_a_cache_gives_what_a_whole_pass_gives(family, packages):
+    """At every step the token that is most likely in a pass over all tokens so far, in full-precision activations."""
+    runtime, source = Runtime(packages[family], activations=32), source_of(family)
+    prompt = SOURCE if source else IDS[:5]
+    tokens = list(runtime.generate(prompt, 20, stop=()))
+    start = [runtime.config.decoder_start_token_id] if source else prompt
+    logits = runtime.logits(start + tokens, source)
+    assert tokens == logits[len(start) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_the_same_tokens_as_transformers_generates(family, packages):
+    model, runtime = artifact.load(packages[family]), Runtime(packages[family], activations=32)
+    for module in model.modules():
+        if isinstance(module, InputQuantizer):
+            module.bits = 32
+    prompt = SOURCE if family == "bart" else IDS[:5]
+    plain = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, decoder_start_token_id=2)
+    wanted = model.generate(torch.tensor([prompt]), generation_config=plain)[0].tolist()
+    start = [2] if family == "bart" else prompt
+    found = start + list(runtime.generate(prompt, 12, stop=()))
+    assert found[:-1] == wanted[:-1]  # BART's configuration forces the very last one
+
+
+def test_sampling_depends_on_the_seed_alone(packages):
+    runtime = Runtime(packages["gpt2"])
+    runs = [list(runtime.generate(IDS[:4], 16, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert list(runtime.generate(IDS[:4], 16, temperature=1e-6)) == list(runtime.generate(IDS[:4], 16))
+
+
+def test_it_ends_at_a_stop_token_and_where_the_positions_end(packages):
+    runtime = Runtime(packages["gpt2"])
+    free = list(runtime.generate(IDS, 1000, stop=()))
+    assert len(IDS) + len(free) == runtime.config.n_positions
+    stop = free[3]
+    assert list(runtime.generate(IDS, 1000, stop=(stop,))) == free[: free.index(stop) + 1]
+
+
+def test_a_prompt_that_does_not_fit_is_refused(packages):
+    runtime = Runtime(packages["gpt2"])
+    for prompt in ([], [5] * 129):
+        with pytest.raises(ConfigError, match=f"{len(prompt)} tokens; the model takes 1 to 128"):
+            next(runtime.generate(prompt, 4))
+
+
+def test_nothing_is_left_on_disk(packages, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    runtime = Runtime(packages["gpt2"])
+    assert not list(tmp_path.iterdir())
+    assert len(list(itertools.islice(runtime.generate(IDS[:4], 4, stop=()), 4))) == 4
+
+
+def test_a_damaged_package_is_refused(packages, tmp_path):
+    folder = shutil.copytree(packages["gpt2"], tmp_path / "package")
+    weights = bytearray((folder / artifact.WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (folder / artifact.WEIGHTS).write_bytes(weights)
+    with pytest.raises(DamagedError, match="does not match the manifest"):
+        Runtime(folder)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(BitmillError, match="neither a packed model nor an ONNX export"):
+        Runtime(tmp_path)

@@ -1,0 +1,55 @@
+"""Packed bytes in the kernels' layout stand for the package's own levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.quant.grid import dequantize
+from pipeline.quant.packing import pack
+from pipeline.quant.spec import grid
+from pipeline.runtime.weights import Matrix, _matrix, _refuse_lowest_code
+
+
+def levels_of(matrix: Matrix) -> np.ndarray:
+    """Every weight, decoded code by code."""
+    codes = np.unpackbits(matrix.data, axis=-1, bitorder="little").reshape(matrix.rows, -1, matrix.block, matrix.bits)
+    whole = (codes * (1 << np.arange(matrix.bits))).sum(-1) - (1 << matrix.bits - 1)
+    weights = (whole + matrix.shift) * matrix.scales[..., None]
+    return weights.reshape(matrix.rows, -1)[:, : matrix.columns]
+
+
+@pytest.mark.parametrize("columns", [3, 5, 32, 48, 64, 96, 128, 130, 256, 640])
+@pytest.mark.parametrize(
+    ("bits", "levels", "encoding"),
+    [(2, "symmetric", "dense"), (2, "symmetric", "base3"), (2, "full", "dense"), (2, "midpoint", "dense")]
+    + [(bits, levels, "dense") for bits in (4, 8) for levels in ("symmetric", "full", "midpoint")],
+)
+def test_weights_are_those_of_the_codes(columns, bits, levels, encoding):
+    torch.manual_seed(columns)
+    chosen = grid(levels, bits)
+    codes = torch.randint(chosen.low, chosen.high + 1, (7, columns), dtype=torch.int8)
+    scales = torch.rand(7, 1)
+    packed = pack(codes, bits, encoding, levels).numpy()
+    matrix = _matrix(packed, scales.numpy(), bits, columns, encoding, chosen.shift)
+    assert np.array_equal(levels_of(matrix).astype(np.float32), dequantize(codes, scales, chosen).numpy())
+
+
+@pytest.mark.parametrize("columns", [8, 11])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_lowest_code_is_outside_a_symmetric_grid(bits, columns):
+    full = grid("full", bits)
+    codes = torch.zeros(3, columns, dtype=torch.int8)
+    _refuse_lowest_code(pack(codes, bits, levels="full").numpy(), bits, columns)
+    codes[1, 5] = full.low
+    with pytest.raises(ValueError, match="outside the grid"):
+        _refuse_lowest_code(pack(codes, bits, levels="full").numpy(), bits, columns)
+
+
+def test_scales_that_are_no_numbers_and_bytes_that_no_codes_give_are_refused():
+    packed, scales = np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float32)
+    with pytest.raises(ValueError, match="scales"):
+        _matrix(packed, scales * np.nan, 2, 128, "dense", 0.0)
+    with pytest.raises(ValueError, match="above 242"):
+        _matrix(packed + 243, scales, 2, 160, "base3", 0.0)
