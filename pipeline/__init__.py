@@ -4,6 +4,8 @@
     budget      a width for every module so that the packed file fits; from the flow's sensitivities
     sweep       many runs that share what they can; feed: which trial is next; estimate: its cost
     flow        plan(config) -> steps, run(steps): the straight line of stages
+    export      packages in other runtimes' formats, and the proof that they compute the same there
+    runtime     the packed model on ONNX Runtime, its weights packed in memory
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out; beside the line:
                 sensitivity
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune
