@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import Resources
-from pipeline.errors import ERRORS, BitmillError, ConfigError, RunError
+from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError
 from pipeline.records import Advance, Closed, Point
 from pipeline.store import Place
 
@@ -82,7 +82,8 @@ class Engine:
         import ray
 
         self.start()
-        remote = ray.remote(num_cpus=self.resources.cpus_per_worker)(_task_worker)
+        # Outside the placement group of a trial that asks, which holds no CPU.
+        remote = ray.remote(num_cpus=self.resources.cpus_per_worker, scheduling_strategy="DEFAULT")(_task_worker)
         with explained(place):
             result, failure = ray.get(remote.remote(work, settings, self._threads()))
             if failure:
@@ -348,7 +349,7 @@ def explained(place: Place | None) -> Iterator[None]:
             raise type(ours)(str(ours)) from error
         cause = _chain(error)[-1]
         where = f"The {place.stage} step {place.key}" if place is not None else "A shard's worker"
-        raise RunError(
+        raise LostError(
             f"{where} failed: {type(cause).__name__}: {_first_line(cause)}. What was committed is kept; the same "
             "command goes on from there. --debug shows the traceback."
         ) from error

@@ -25,6 +25,10 @@ class DamagedError(RunError):
     """A stored file does not match its checksum."""
 
 
+class LostError(RunError):
+    """A worker died, or failed in a way that was not foreseen; trying again may help."""
+
+
 class NotRegisteredError(RunError):
     """A student failed the gate; its package is kept."""
 
@@ -35,5 +39,14 @@ class BusyError(RunError):
 
 ERRORS: dict[str, type[BitmillError]] = {
     kind.__name__: kind
-    for kind in (BitmillError, ConfigError, RunError, NotRegisteredError, FencedOffError, DamagedError, BusyError)
+    for kind in (
+        BitmillError,
+        ConfigError,
+        RunError,
+        LostError,
+        NotRegisteredError,
+        FencedOffError,
+        DamagedError,
+        BusyError,
+    )
 }

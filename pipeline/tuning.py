@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from pipeline.engine import Engine, explained, quiet, set_threads
-from pipeline.errors import BitmillError, BusyError, FencedOffError
+from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.store import Place
 from pipeline.sweep_schema import Asha
 
@@ -119,7 +119,7 @@ def _tried(work: Work, trial: Any, report: Report) -> None:
     failure = ""
     try:
         work(trial, remember)
-    except (BusyError, FencedOffError):
+    except (BusyError, FencedOffError, LostError):
         raise
     except BitmillError as error:
         failure = str(error)
