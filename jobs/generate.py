@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from jobs.evaluate import locate, open_model
+from pipeline.artifact import MANIFEST
 from pipeline.config import Resources
 from pipeline.errors import ConfigError
+from pipeline.families.models import read_config
 from pipeline.tasks.summarization import ended, summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 
@@ -50,23 +52,29 @@ def generate(
 
 
 def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[str, int]:
-    """The text that the model of a folder writes, and its number of tokens; `say` hears each piece of it."""
-    model, tokenizer = open_model(folder), read_tokenizer(folder)
+    """The text that the model of a folder writes, and its number of tokens; `say` hears each piece of it.
+
+    A packed decoder runs on ONNX Runtime with its weights packed; beam search and plain directories run in torch.
+    """
+    tokenizer, config = read_tokenizer(folder), read_config(folder)
     ids = tokenizer(request.prompt)["input_ids"]
-    if model.config.is_encoder_decoder:
-        return _summary(model, tokenizer, ids, request, console, say)
-    return _continuation(model, tokenizer, ids, request, console, say)
+    if config.is_encoder_decoder:
+        return _summary(open_model(folder), tokenizer, ids, request, console, say)
+    ids, length = _fitted(ids, tokenizer, int(config.max_position_embeddings), request, console)
+    packed = (folder / MANIFEST).exists()
+    written = _from_runtime(folder, ids, length, request) if packed else _from_torch(folder, ids, length, request)
+    pieces, found = _Pieces(tokenizer, say), []
+    for token in written:
+        pieces.put(torch.tensor([token]))
+        found.append(token)
+    pieces.end()
+    return tokenizer.decode(found, skip_special_tokens=True), len(found)
 
 
-def _continuation(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    request: Request,
-    console: Console,
-    say: Say,
-) -> tuple[str, int]:
-    positions = int(model.config.max_position_embeddings)
+def _fitted(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, positions: int, request: Request, console: Console
+) -> tuple[list[int], int]:
+    """The prompt's tokens, and how many may follow."""
     if not ids:
         if tokenizer.bos_token_id is None:
             raise ConfigError("PROMPT is empty, and this model has no token that begins a text; give a prompt.")
@@ -76,22 +84,30 @@ def _continuation(
     length = min(request.max_tokens, positions - len(ids))
     if length < request.max_tokens:
         console.print(f"the model's {positions} positions leave room for {length} tokens", highlight=False)
+    return ids, length
+
+
+def _from_runtime(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
+    from pipeline.runtime import Runtime
+
+    return Runtime(folder).generate(ids, length, request.temperature, request.seed)
+
+
+def _from_torch(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
+    model = open_model(folder)
     sampled = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
+    ends = model.config.eos_token_id
     how = GenerationConfig(
         max_new_tokens=length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=ends,
+        pad_token_id=0 if ends is None else ends if isinstance(ends, int) else ends[0],
         **(sampled if request.temperature else {"do_sample": False}),
     )
     torch.manual_seed(request.seed)
     given = torch.tensor([ids])
     with torch.no_grad():
-        streamer = _Pieces(tokenizer, say)
-        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how, streamer=streamer)
-    say("\n")
-    written = found[0, len(ids) :]
-    return tokenizer.decode(written, skip_special_tokens=True), len(written)
+        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how)
+    yield from found[0, len(ids) :].tolist()
 
 
 def _summary(
@@ -118,7 +134,7 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
     """Hands on whole words as they are written."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self.say = say
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -24,6 +24,7 @@ from pipeline.constraints import MIB, Found, Miss, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
 from pipeline.locations import registry_beside
 from pipeline.quant.spec import BitWidths
+from pipeline.registry import FORMATS_TAG, OWN_FORMAT
 from pipeline.tracking import KEY_TAG, connect, sqlite_file
 
 PAGE = 1000  # entities that one request asks for
@@ -191,7 +192,7 @@ def _joined(version: ModelVersion, model: LoggedModel, aliases: Iterable[str]) -
         size_mib=None if size is None else size / MIB,
         metrics=metrics,
         package_uri=tags.get("bitmill.package_uri", ""),
-        formats=tuple(part for part in tags.get("bitmill.formats", "").split(",") if part),
+        formats=tuple(part for part in tags.get(FORMATS_TAG, OWN_FORMAT).split(",") if part),
         created_at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
     )
 

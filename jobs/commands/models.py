@@ -146,7 +146,7 @@ def _say(piece: str) -> None:
 @commands.command()
 def export(
     model: Model,
-    format_name: Annotated[str, typer.Option("--format", help="transformers, gguf or compressed-tensors.")],
+    format_name: Annotated[str, typer.Option("--format", help="onnx, gguf, compressed-tensors or transformers.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty directory.")],
     data: Annotated[
         str | None, typer.Option(help="Text to verify on, as data.source; without it the model samples some.")

@@ -33,7 +33,7 @@ def test_the_document_says_what_was_measured(lookup, finished):
     for name, value in report.student.items():
         assert found["metrics"][name] == pytest.approx(value)
     assert found["package_uri"] == f"{finished.package}/"
-    assert found["formats"] == []
+    assert found["formats"] == ["bitmill"]
 
 
 def test_a_person_sees_a_table_and_what_to_do_next(lookup):
