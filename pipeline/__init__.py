@@ -6,7 +6,8 @@
     flow        plan(config) -> steps, run(steps): the straight line of stages
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out; beside the line:
                 sensitivity
-    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune
+    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune;
+                mailbox: from workers to the driver
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that,
                 samples of what it writes
@@ -14,7 +15,8 @@
     allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
-    tracking, registry      MLflow: runs by key; versions and aliases; live: curves while a run goes on
+    tracking, registry      MLflow: runs by key; versions and aliases; live: curves while a run goes on;
+                observer: who is told how it goes
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     trials, suggest, front  values laid over a configuration, Optuna's next ones, and what none beats
     locations   where store, runs and scratch files lie

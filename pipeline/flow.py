@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline import preflight, registry, tracking
 from pipeline.config import Config
@@ -21,6 +21,7 @@ from pipeline.identity import differences, recipe_of, step_key
 from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
+from pipeline.observer import Observer
 from pipeline.records import (
     ModelVersion,
     Package,
@@ -35,7 +36,7 @@ from pipeline.records import (
 )
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
-from pipeline.store import Owner, Place, check_writable, records
+from pipeline.store import Place, check_writable, records
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),
@@ -50,16 +51,6 @@ BESIDE: tuple[tuple[type[Record], ModuleType], ...] = ((Sensitivity, sensitivity
 STAGES = tuple(kind.stage for kind, _ in LINE)
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
 SHIPS = ("scale_dtype", "rest_dtype")  # decided in quant, applied by freeze: a change leaves training alone
-
-
-class Observer(Protocol):
-    """Who is told how the run goes."""
-
-    def started(self, stage: str) -> None: ...
-    def advanced(self, stage: str, done: int, total: int, note: str) -> None: ...
-    def measured(self, stage: str, points: Sequence[Point]) -> None: ...
-    def finished(self, stage: str, status: str, seconds: float) -> None: ...
-    def waiting(self, stage: str, owner: Owner) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -244,7 +235,9 @@ class _Planner:
         place = Place(self.storage_uri, kind.stage, key, self.scratch)
         record = place.record(kind)
         reason = "done before"
-        if isinstance(record, ModelVersion) and not registered(locations["tracking"]["uri"], record.name, record.key):
+        if isinstance(record, ModelVersion) and not registry.registered(
+            locations["tracking"]["uri"], record.name, record.key
+        ):
             record, reason = None, f"the registry at {locations['tracking']['uri']} does not hold it"
         elif record is None:
             reason = self._why(kind, recipe, inputs)
@@ -264,14 +257,6 @@ def target_of(plan: Plan, name: str, parent: str | None) -> Target:
     """The MLflow run of a planned run."""
     settings = plan.step(ModelVersion.stage).locations["tracking"]
     return Target(settings["uri"], settings["experiment"], settings["artifacts"], plan.run_key, name, parent)
-
-
-def registered(uri: str, name: str, key: str) -> bool:
-    """Whether the registry at `uri` holds the version of a key."""
-    database = tracking.sqlite_file(uri)
-    if database is not None and not database.exists():
-        return False
-    return registry.find_version(tracking.connect(uri), name, key) is not None
 
 
 @dataclass(frozen=True)
