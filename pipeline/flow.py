@@ -6,7 +6,6 @@ text -> tokenize -> finetune -> cache -> distill -> evaluate -> pack -> register
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -21,11 +20,10 @@ from pipeline.identity import differences, recipe_of, step_key
 from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
-from pipeline.observer import Observer
+from pipeline.observer import Observer, tell
 from pipeline.records import (
     ModelVersion,
     Package,
-    Point,
     Record,
     Report,
     Sensitivity,
@@ -304,12 +302,6 @@ def _finish(outcome: Outcome, step: Planned, done: Done, status: str, seconds: f
     observer.finished(step.stage, status, seconds)
 
 
-def _tell(observer: Observer, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
-    observer.advanced(stage, done, total, note)
-    if points:
-        observer.measured(stage, points)
-
-
 def _run_or_repair(
     step: Planned, plan: Plan, done: dict[str, Done], engine: Engine, observer: Observer, wait: bool
 ) -> tuple[Record, str]:
@@ -343,7 +335,7 @@ def _run_step(
                 inputs={stage: done[stage] for stage in step.inputs},
                 place=place,
                 engine=engine,
-                advance=partial(_tell, observer, step.stage),
+                advance=partial(tell, observer, step.stage),
                 locations=step.locations,
             )
         )

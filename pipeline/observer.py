@@ -36,3 +36,10 @@ class Silent:
 
     def waiting(self, stage: str, owner: Owner) -> None:
         """Another process runs the step."""
+
+
+def tell(observer: Observer, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
+    """Pass on what a stage says as `Advance`."""
+    observer.advanced(stage, done, total, note)
+    if points:
+        observer.measured(stage, points)
