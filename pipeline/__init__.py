@@ -8,7 +8,8 @@
     runtime     the packed model on ONNX Runtime, its weights packed in memory
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out; beside the line:
                 sensitivity
-    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune
+    engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks; tuning: trials by Ray Tune;
+                mailbox: from workers to the driver
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that,
                 samples of what it writes
@@ -21,6 +22,7 @@
     sources     where text and models come from, pinned by content
     tracking, registry, lookups     MLflow: runs by key; versions and aliases; which meet `constraints`; live: curves
                 while a run goes on
+                observer: who is told how it goes
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     trials, suggest         values laid over a configuration, and Optuna's next ones
     locations   where store, runs and scratch files lie

@@ -20,9 +20,10 @@ from pipeline.allocation import Option, Options, allocations
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import FAMILIES, skeleton
-from pipeline.flow import Observer, Plan, Planned
+from pipeline.flow import Plan, Planned
 from pipeline.identity import step_key
 from pipeline.locations import scratch_dir, storage_uri
+from pipeline.observer import Observer
 from pipeline.packed_size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths
 from pipeline.records import Sensitivity, Teacher, TeacherCache, Tokens

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.config import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError
-from pipeline.records import Advance, Closed, Point
+from pipeline.mailbox import Sender, delivered, mailbox_for_workers
+from pipeline.records import Advance, Closed
 from pipeline.store import Place
 
 T = TypeVar("T")
-POLL_S = 0.5
 
 
 class Engine:
@@ -60,9 +59,9 @@ class Engine:
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self.start()
-            mailbox = _mailbox()
+            mailbox = mailbox_for_workers()
             # Sealed, so that Ray's controller does not import what only the workers need.
-            work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, settings, _Sender(mailbox))))
+            work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, settings, Sender(mailbox))))
             workers = {
                 "num_workers": resources.workers,
                 "use_gpu": resources.gpus_per_worker > 0,
@@ -70,7 +69,7 @@ class Engine:
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         config = {"work": work, "threads": self._threads()}
-        with quiet(), _delivered(mailbox, advance, self.groups), explained(place):
+        with quiet(), delivered(mailbox, advance, self.groups), explained(place):
             scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
             _raise_failure(mailbox)
@@ -182,94 +181,6 @@ class _ShardWorker:
             return {"result": str(error), "failure": type(error).__name__}
 
 
-class _Sender:
-    """Progress from a worker to the driver; losing a message loses nothing else."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
-        self._mailbox.put.remote((done, total, note), list(points))
-
-    def runs_in(self, group: str) -> None:
-        self._mailbox.runs_in.remote(group)
-
-    def fail(self, error: BitmillError) -> None:
-        import ray
-
-        ray.get(self._mailbox.fail.remote(error))
-
-    def failure(self) -> BitmillError | None:
-        import ray
-
-        found: BitmillError | None = ray.get(self._mailbox.failure.remote())
-        return found
-
-
-class _Mailbox:
-    def __init__(self) -> None:
-        self._latest: tuple[int, int, str] | None = None
-        self._points: list[Point] = []
-        self._groups: set[str] = set()
-        self._failure: BitmillError | None = None
-
-    def fail(self, error: BitmillError) -> None:
-        self._failure = self._failure or error
-
-    def failure(self) -> BitmillError | None:
-        return self._failure
-
-    def put(self, message: tuple[int, int, str], points: list[Point]) -> None:
-        self._latest = message
-        self._points += points
-
-    def runs_in(self, group: str) -> None:
-        self._groups.add(group)
-
-    def take(self) -> tuple[tuple[int, int, str] | None, list[Point], set[str]]:
-        """The last message, the points since the one that was taken before, and the placement groups so far."""
-        taken = self._latest, self._points, self._groups
-        self._latest, self._points = None, []
-        return taken
-
-
-def _mailbox() -> Any:
-    import ray
-
-    return ray.remote(num_cpus=0)(_Mailbox).remote()
-
-
-@contextlib.contextmanager
-def _delivered(mailbox: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
-    """While inside, pass on what arrives in the mailbox; what is left there goes at the end."""
-    if mailbox is None:
-        yield
-        return
-    import ray
-
-    stop = threading.Event()
-
-    def deliver() -> None:
-        last = False
-        while not last:
-            last = stop.wait(POLL_S)
-            with contextlib.suppress(ray.exceptions.RayError):
-                message, points, found = ray.get(mailbox.take.remote(), timeout=30)
-                groups.update(found)
-                if message is not None:
-                    done, total, note = message
-                    advance(done, total, note, points)
-
-    thread = threading.Thread(target=deliver, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(mailbox)
-
-
 def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
@@ -277,7 +188,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     config["work"]()(device=ray.train.torch.get_device())
 
 
-def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: _Sender, device: Any) -> None:
+def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: Sender, device: Any) -> None:
     """Run a worker. An error of ours comes back however often it is tried, so Ray's next attempt ends at once."""
     if report.failure() is not None:
         return
@@ -289,7 +200,7 @@ def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: _Sen
         raise
 
 
-def _tell_group(report: _Sender) -> None:
+def _tell_group(report: Sender) -> None:
     """Whoever stops this training from outside has to remove the placement group, which Ray Train then leaves."""
     from ray.util import get_current_placement_group
 

@@ -18,8 +18,9 @@ from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.identity import canonical_json, step_key
 from pipeline.live import LiveRun, Outbox, prefixed
+from pipeline.observer import Silent
 from pipeline.records import ModelVersion, Package, Point, Report, Student, Trial
-from pipeline.store import Owner, Place
+from pipeline.store import Place
 from pipeline.suggest import suggestion
 from pipeline.sweep_schema import Sweep
 from pipeline.trials import label, scores, trial_config
@@ -250,25 +251,6 @@ def run_trial(plan: flow.Plan, report: Callable[[dict[str, Any]], None]) -> None
         flow.run(plan, Reporter(report, engine), engine=engine)
     finally:
         engine.close()
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def started(self, stage: str) -> None:
-        """A stage begins."""
-
-    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
-        """A stage goes on."""
-
-    def measured(self, stage: str, points: Sequence[Point]) -> None:
-        """Points of its curves."""
-
-    def finished(self, stage: str, status: str, seconds: float) -> None:
-        """A stage ends."""
-
-    def waiting(self, stage: str, owner: Owner) -> None:
-        """Another process runs the step."""
 
 
 class Reporter(Silent):

@@ -6,11 +6,10 @@ text -> tokenize -> finetune -> cache -> distill -> evaluate -> pack -> register
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline import preflight, registry, tracking
 from pipeline.config import Config
@@ -21,10 +20,10 @@ from pipeline.identity import differences, recipe_of, step_key
 from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
+from pipeline.observer import Observer, tell
 from pipeline.records import (
     ModelVersion,
     Package,
-    Point,
     Record,
     Report,
     Sensitivity,
@@ -35,7 +34,7 @@ from pipeline.records import (
 )
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
-from pipeline.store import Owner, Place, check_writable, records
+from pipeline.store import Place, check_writable, records
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),
@@ -54,16 +53,6 @@ SHIPS = (
     "rest_dtype",
     "positions",
 )  # decided in quant, applied by freeze: a change leaves training alone
-
-
-class Observer(Protocol):
-    """Who is told how the run goes."""
-
-    def started(self, stage: str) -> None: ...
-    def advanced(self, stage: str, done: int, total: int, note: str) -> None: ...
-    def measured(self, stage: str, points: Sequence[Point]) -> None: ...
-    def finished(self, stage: str, status: str, seconds: float) -> None: ...
-    def waiting(self, stage: str, owner: Owner) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -252,7 +241,9 @@ class _Planner:
         place = Place(self.storage_uri, kind.stage, key, self.scratch)
         record = place.record(kind)
         reason = "done before"
-        if isinstance(record, ModelVersion) and not registered(locations["tracking"]["uri"], record.name, record.key):
+        if isinstance(record, ModelVersion) and not registry.registered(
+            locations["tracking"]["uri"], record.name, record.key
+        ):
             record, reason = None, f"the registry at {locations['tracking']['uri']} does not hold it"
         elif record is None:
             reason = self._why(kind, recipe, inputs)
@@ -272,14 +263,6 @@ def target_of(plan: Plan, name: str, parent: str | None) -> Target:
     """The MLflow run of a planned run."""
     settings = plan.step(ModelVersion.stage).locations["tracking"]
     return Target(settings["uri"], settings["experiment"], settings["artifacts"], plan.run_key, name, parent)
-
-
-def registered(uri: str, name: str, key: str) -> bool:
-    """Whether the registry at `uri` holds the version of a key."""
-    database = tracking.sqlite_file(uri)
-    if database is not None and not database.exists():
-        return False
-    return registry.find_version(tracking.connect(uri), name, key) is not None
 
 
 @dataclass(frozen=True)
@@ -327,12 +310,6 @@ def _finish(outcome: Outcome, step: Planned, done: Done, status: str, seconds: f
     observer.finished(step.stage, status, seconds)
 
 
-def _tell(observer: Observer, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
-    observer.advanced(stage, done, total, note)
-    if points:
-        observer.measured(stage, points)
-
-
 def _run_or_repair(
     step: Planned, plan: Plan, done: dict[str, Done], engine: Engine, observer: Observer, wait: bool
 ) -> tuple[Record, str]:
@@ -366,7 +343,7 @@ def _run_step(
                 inputs={stage: done[stage] for stage in step.inputs},
                 place=place,
                 engine=engine,
-                advance=partial(_tell, observer, step.stage),
+                advance=partial(tell, observer, step.stage),
                 locations=step.locations,
             )
         )

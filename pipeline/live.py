@@ -19,6 +19,7 @@ from pipeline import tracking
 from pipeline.config import Resources
 from pipeline.errors import BitmillError
 from pipeline.locations import scratch_dir
+from pipeline.observer import Observer
 from pipeline.records import Point
 from pipeline.store import Owner
 
@@ -141,7 +142,7 @@ def _left_behind(folder: Path) -> list[dict[str, Any]]:
 class LiveRun:
     """An observer of the flow that passes everything on, and sends the curves of a run to MLflow."""
 
-    def __init__(self, observer: Any, outbox: Outbox, target: Target) -> None:
+    def __init__(self, observer: Observer, outbox: Outbox, target: Target) -> None:
         self._observer, self._outbox, self._target = observer, outbox, target
 
     def started(self, stage: str) -> None:

@@ -13,6 +13,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 from mlflow.exceptions import MlflowException
 
+from pipeline import tracking
 from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import KEY_TAG
 
@@ -24,6 +25,14 @@ def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion
     """The version of `name` that is tagged with the step's key."""
     found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'", max_results=1)
     return found[0] if found else None
+
+
+def registered(uri: str, name: str, key: str) -> bool:
+    """Whether the registry at `uri` holds the version of a key. Raises ConfigError if it cannot be reached."""
+    database = tracking.sqlite_file(uri)
+    if database is not None and not database.exists():
+        return False
+    return find_version(tracking.connect(uri), name, key) is not None
 
 
 def register_package(

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import budget, flow, store, tracking, tuning
+from pipeline import budget, flow, registry, store, tracking, tuning
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_trials
-from pipeline.flow import Observer
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
 from pipeline.live import LiveRun, Outbox, Target, load_watched, outbox_folder
 from pipeline.locations import scratch_dir, storage_uri
+from pipeline.observer import Observer
 from pipeline.records import SweepRecord, TeacherCache, Trial
 from pipeline.step import provenance
 from pipeline.store import Place
@@ -229,7 +229,7 @@ def _registered(planned: SweepPlan, trial: Trial) -> bool:
     if trial.version is None:
         return True
     uri = _parent(planned).uri
-    return flow.registered(uri, trial.version["name"], trial.key)
+    return registry.registered(uri, trial.version["name"], trial.key)
 
 
 def _hours(trials: Iterable[Trial]) -> float:

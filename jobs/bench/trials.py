@@ -17,9 +17,9 @@ from pipeline.config import Config, Resources
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
 from pipeline.identity import canonical_json
-from pipeline.records import Advance, Closed, Package, Point, Report, Student
+from pipeline.observer import Silent
+from pipeline.records import Advance, Closed, Package, Report, Student
 from pipeline.step import Done
-from pipeline.store import Owner
 
 # What the base decides for all rows; the rest is each row's own, or the default.
 COMMON = {
@@ -139,25 +139,6 @@ def failed(trial: Trial, message: str) -> Score:
     return Score(
         **place, validation_nats=None, teacher={}, student={}, packed_bytes=0, token_cosine=0.0, failure=message
     )
-
-
-class Silent:
-    """An observer that says nothing: the bench counts trials."""
-
-    def started(self, stage: str) -> None:
-        """A stage begins."""
-
-    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
-        """A stage goes on."""
-
-    def measured(self, stage: str, points: Sequence[Point]) -> None:
-        """Points of its curves."""
-
-    def finished(self, stage: str, status: str, seconds: float) -> None:
-        """A stage ends."""
-
-    def waiting(self, stage: str, owner: Owner) -> None:
-        """Another process runs the step."""
 
 
 def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
