@@ -6,6 +6,8 @@
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that
+    export      the packed model in formats of other runtimes, each verified there
+    runtime     the packed model on a CPU by ONNX Runtime, weights packed
     artifact    the packed model on disk: write, check, load
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
