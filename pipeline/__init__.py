@@ -2,6 +2,7 @@
 
     jobs        the command line: arguments, environment variables, what is printed
     flow        plan(config) -> steps, run(steps): the straight line of stages
+    export      packages in other runtimes' formats, and the proof that they compute the same there
     stages      tokenize finetune cache distill evaluate pack register: one recipe in, one record out
     engine      the only Ray: shards by Ray Data, training by Ray Train, plain tasks
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;

@@ -110,13 +110,16 @@ def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, ve
     """
     try:
         version = version_of(client, model)
+        model_id = version.source.removeprefix(
+            "models:/"
+        )  # a version that is fetched does not always tell its model_id
         client.log_text(version.run_id, json.dumps(verdict, indent=1), f"exports/{format}.json")
         if passed:
             for name in ("delta_max", "delta_p999", "covered", "perplexity_export", "bytes"):
-                client.log_metric(version.run_id, f"export/{format}/{name}", verdict[name], model_id=version.model_id)
+                client.log_metric(version.run_id, f"export/{format}/{name}", verdict[name], model_id=model_id)
         others = set(version.tags.get(FORMATS_TAG, OWN_FORMAT).split(",")) - {format}
         formats = ",".join(sorted(others | ({format} if passed else set())))
         client.set_model_version_tag(version.name, version.version, FORMATS_TAG, formats)
-        client.set_logged_model_tags(version.model_id, {FORMATS_TAG: formats})
+        client.set_logged_model_tags(model_id, {FORMATS_TAG: formats})
     except MlflowException as error:
         raise RunError(f"MLflow refused the verdict on {model}: {str(error).splitlines()[0]}.") from error

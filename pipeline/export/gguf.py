@@ -176,7 +176,8 @@ def read_back(package: Path, out: Path) -> tuple[float, int]:
 
 
 def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:
-    """llama.cpp's log-probabilities (length, vocabulary) of what follows each prefix of a sequence.
+    """llama.cpp's log-probabilities (length, vocabulary) of what follows each prefix of a sequence shorter than the
+    model's context.
 
     Its server has no teacher forcing, so each prefix is asked for one token; the key-value cache keeps the rest. It
     withholds the probabilities of a token that is not whole text, so a bias, which they do not see, names a letter.
@@ -208,6 +209,8 @@ def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.flo
 def _after(server: Any, ids: list[int], letter: int, vocabulary: int) -> NDArray[np.float32]:
     request = {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": True}
     answer = server.handle_completions({**request, "n_probs": vocabulary, "logit_bias": [[letter, 1000.0]]})
+    if "choices" not in answer:
+        raise RunError(f"llama.cpp does not answer for the file that was written: {answer}")
     row = np.full(vocabulary, -np.inf, np.float32)
     for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         row[entry["id"]] = entry["logprob"]

@@ -102,15 +102,15 @@ def reasons_against(measured: dict[str, Any], read_back_error: float | None) -> 
 def _paths(model: PreTrainedModel, logits: Logits, probes: Probes) -> Iterator[tuple[Rows, Rows]]:
     """Log-probabilities (steps, vocabulary) of both along each greedy path."""
     for ours, theirs, _ in _both(model, logits, probes.paths, probes.sources):
-        yield ours[-probes.steps - 1 : -1], theirs[-probes.steps - 1 : -1]
+        yield ours[-probes.steps :], theirs[-probes.steps :]
 
 
 def _perplexities(model: PreTrainedModel, logits: Logits, probes: Probes) -> tuple[float, float]:
     sums, tokens = np.zeros(2), 0
     for ours, theirs, row in _both(model, logits, probes.rows, probes.sources):
-        places = np.arange(len(row) - 1), row[1:]
+        places = np.arange(len(ours)), row[1:]
         sums -= [ours[places].sum(), theirs[places].sum()]
-        tokens += len(row) - 1
+        tokens += len(ours)
     mine, other = np.exp(sums / tokens)
     return float(mine), float(other)
 
@@ -119,15 +119,15 @@ def _perplexities(model: PreTrainedModel, logits: Logits, probes: Probes) -> tup
 def _both(
     model: PreTrainedModel, logits: Logits, rows: Tensor, sources: Tensor | None
 ) -> Iterator[tuple[Rows, Rows, NDArray[np.int64]]]:
-    """One row at a time, since a runtime may know no batches."""
+    """Both on all of a row but its last token; one row at a time, since a runtime may know no batches."""
     for index, row in enumerate(rows):
-        given = {"input_ids": row[None]}
+        given = {"input_ids": row[None, :-1]}
         source: list[list[int]] = []
         if sources is not None:
-            given = {"input_ids": sources[index : index + 1], "decoder_input_ids": row[None]}
+            given = {"input_ids": sources[index : index + 1], "decoder_input_ids": row[None, :-1]}
             source = [sources[index].tolist()]
         ours = model(**given).logits[0].double().numpy()
-        theirs = np.asarray(logits(row.tolist(), *source), np.float64)
+        theirs = np.asarray(logits(row[:-1].tolist(), *source), np.float64)
         yield _log_softmax(ours), _log_softmax(theirs), row.numpy()
 
 

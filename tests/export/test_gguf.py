@@ -1,0 +1,181 @@
+"""GGUF files in llama.cpp: the same text in tokens, the same tensors, the same next tokens."""
+
+import json
+import urllib.request
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jobs.export import export
+from pipeline import artifact
+from pipeline.config import Quant, Resources
+from pipeline.errors import ConfigError
+from pipeline.export import gguf as exporter
+from pipeline.export.vocabulary import write_vocabulary
+from pipeline.families.models import FAMILIES, build, make_student, read_config
+from pipeline.quant.layers import FrozenTensors, freeze
+
+PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+
+
+def types_of(out):
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+
+
+def tokenize(file, text):
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup, params.fit_params, params.verbosity = (
+        str(file),
+        80,
+        False,
+        False,
+        -1,
+    )
+    server = xllamacpp.Server(params)
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["tokens"]
+
+
+@pytest.mark.parametrize(("family", "block"), [("gpt2", "TQ2_0"), ("llama", "Q2_K")])
+def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_path):
+    """Tensors to the scale's rounding; teacher-forced over 20 x 64 greedy steps; perplexity."""
+    package, out = trained(family), tmp_path / "out"
+    verdict = export(str(package), "gguf", out, None, 1, Resources(), Console(quiet=True))
+    assert verdict["reasons"] == []
+    assert (verdict["prompts"], verdict["steps"], verdict["disagreements"]) == (20, 64, 0)
+    assert verdict["covered"] >= 0.5
+    assert abs(verdict["perplexity_export"] / verdict["perplexity_packed"] - 1) < 0.005
+    frozen, _, _ = artifact.read(package)
+    assert verdict["tensors_read_back"] == len(frozen.codes)
+    assert verdict["read_back_error"] < 2**-11
+    assert json.loads((out / "verdict.json").read_text())["digest"] == frozen.digest()
+    kinds = types_of(out)
+    assert {kinds[name] for name in kinds if name.startswith("blk") and kinds[name] != "F32"} == {block}
+    assert kinds["token_embd.weight"] == block
+    assert tokenize(out / "model.gguf", PROBE) == AutoTokenizer.from_pretrained(package)(PROBE).input_ids
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_with_fp32_activations_on_both_sides_logits_agree_to_a_thousandth(trained, family, tmp_path):
+    """The weights that the codes stand for as fp32 tensors, so that llama.cpp has nothing to quantize for."""
+    frozen, config, _ = artifact.read(trained(family))
+    dense = FrozenTensors(rest={**frozen.rest, **{f"{name}.weight": frozen.weight(name) for name in frozen.codes}})
+    folder, out = tmp_path / "package", tmp_path / "out"
+    folder.mkdir(), out.mkdir()
+    for path in trained(family).glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    artifact.write(folder, dense, config, Quant(bits="32-32-32"), "dense", family, FACTS)
+    assert exporter.write(folder, out) == []
+    assert set(types_of(out).values()) == {"F32"}
+    ids = torch.randint(300, (40,), generator=torch.Generator().manual_seed(0))
+    ours = torch.log_softmax(artifact.load(folder)(ids[None]).logits[0], -1).numpy()
+    assert np.abs(ours - exporter.open_logits(out, 1)(ids.tolist())).max() < 1e-3
+
+
+def test_log_probabilities_are_all_there_whatever_is_likely(trained, tmp_path):
+    """Also where the likeliest token ends the text or is half a character."""
+    exporter.write(trained("gpt2"), tmp_path)
+    rows = exporter.open_logits(tmp_path, 1)(list(range(60)))
+    assert rows.shape == (60, 300)
+    np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantizer"), [("4-8-8", "lsq"), ("2-8-8", "lsq"), ("8-8-8", "seq"), ("32-4-8", "seq")]
+)
+@torch.no_grad()
+def test_every_grid_runs_in_rows_of_any_length(trained, tmp_path, bits, quantizer):
+    """Rows of 96 fit blocks of 32; rows of 80 fit none and go to F16, which is said with their bytes."""
+    package, out = tmp_path / "package", tmp_path / "out"
+    package.mkdir(), out.mkdir()
+    for path in trained("gpt2").glob("tokenizer*"):
+        (package / path.name).write_bytes(path.read_bytes())
+    source = {"architecture": "gpt2", "n_layer": 1, "n_embd": 96, "n_head": 4, "n_positions": 80, "n_inner": 80}
+    model, quant = build(read_config(source, vocab_size=300), seed=1), Quant(bits=bits, quantizer=quantizer)
+    make_student(model, quant.spec(), FAMILIES["gpt2"])
+    frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
+    artifact.write(package, frozen, model.config, quant, "dense", "gpt2", FACTS)
+    notes, kinds = exporter.write(package, out), types_of(out)
+    if bits != "32-4-8":
+        assert kinds["blk.0.ffn_down.weight"] == "F16"
+        assert any(
+            "transformer.h.0.mlp.c_proj" in note and f"96 rows are F16, {96 * 80 * 2:,} bytes" in note for note in notes
+        )
+    assert exporter.read_back(package, out)[0] <= 2**-10
+    ids = list(range(20, 60))
+    ours = torch.log_softmax(artifact.load(package)(torch.tensor([ids])).logits[0], -1).numpy()
+    assert np.abs(ours - exporter.open_logits(out, 1)(ids)).max() < 0.02
+
+
+@pytest.fixture
+def pieces(corpus, tmp_path):
+    """A tokenizer as Llama's: no cut into words, spaces as ▁, bytes for what it does not know."""
+    byte = [f"<0x{value:02X}>" for value in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *byte], show_progress=False)
+    words = [word for line in corpus.read_text().splitlines() for word in line.split()]
+    tokenizer.train_from_iterator([f"{word} " for word in words], trainer)
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if not token["content"].startswith("<0x")]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(tmp_path / "pieces")
+    return tmp_path / "pieces"
+
+
+def test_a_sentencepiece_like_tokenizer_splits_as_transformers_does(pieces, corpus, tmp_path):
+    source = {
+        "architecture": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    model, quant = build(read_config(source, vocab_size=len(tokenizer)), seed=1), Quant(bits="8-8-8")
+    make_student(model, quant.spec(), FAMILIES["llama"])
+    artifact.write(
+        pieces, freeze(model, quant.spec(), torch.float32, torch.float32), model.config, quant, "dense", "llama", FACTS
+    )
+    exporter.write(pieces, tmp_path)
+    text = corpus.read_text()[:400].replace("\n", " ") + " Ünal 7"
+    assert tokenize(tmp_path / "model.gguf", text) == tokenizer(text).input_ids
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
+    for source, message in (
+        ({"architecture": "bart"}, "takes gpt2 and llama models, not bart"),
+        ({"architecture": "gpt2", "activation_function": "relu"}, "needs activation_function 'gelu_new'"),
+        ({"architecture": "llama", "mlp_bias": True}, "needs mlp_bias False"),
+        (
+            {"architecture": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "plain rotary",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            exporter.check(read_config(source, vocab_size=300))
+
+
+def test_an_unknown_tokenizer_is_refused(checkpoint, tmp_path):
+    for path in checkpoint.glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gpt2")
+    with pytest.raises(ConfigError, match=r"cannot be exported to GGUF: it cuts text by .*Lowercase"):
+        write_vocabulary(writer, tmp_path, 300)

@@ -1,0 +1,100 @@
+"""Directories that plain transformers loads: dequantized fp16 of any family, and compressed-tensors for Llama."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+
+from jobs.export import export
+from pipeline import artifact
+from pipeline.config import Quant, Resources
+from pipeline.export import compressed_tensors, dequantized
+from pipeline.export.probes import make_probes
+from pipeline.export.verify import measure, reasons_against
+from pipeline.families.models import FAMILIES, build, make_student, read_config
+from pipeline.quant.layers import freeze
+from tests.conftest import ARCHITECTURES
+
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+PLAIN = """
+import sys, numpy, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+AutoTokenizer.from_pretrained(sys.argv[1])
+numpy.save(sys.argv[2], model(torch.arange(40)[None]).logits.detach().numpy())
+assert "pipeline" not in sys.modules
+"""
+
+
+@torch.no_grad()
+def exact(package):
+    """The packed model's weights with activations untouched, as the format's runtime has them."""
+    frozen, config, quantization = artifact.read(package)
+    return dequantized.plain_model(frozen, config, quantization["family"])(torch.arange(40)[None]).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("gpt2", "transformers"), ("llama", "transformers"), ("llama", "compressed-tensors")]
+)
+def test_an_export_loads_in_plain_transformers_without_our_code(trained, tmp_path, family, name):
+    out = tmp_path / "out"
+    verdict = export(str(trained(family)), name, out, None, 1, Resources(), Console(quiet=True))
+    assert (verdict["reasons"], verdict["disagreements"]) == ([], 0)
+    command = [sys.executable, "-c", PLAIN, str(out), str(tmp_path / "logits.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), exact(trained(family)), atol=5e-3)
+
+
+def test_compressed_tensors_hold_whole_numbers_and_say_how_to_serve_them(trained, tmp_path):
+    notes = compressed_tensors.write(trained("llama"), tmp_path)
+    assert any(
+        note.startswith("model.embed_tokens: dequantized, its 300 rows are F16, 153,600 bytes") for note in notes
+    )
+    scheme = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert scheme["format"] == "pack-quantized"
+    assert scheme["config_groups"]["group_4"]["weights"]["num_bits"] == 4
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        packed = stored.get_slice("model.layers.0.mlp.up_proj.weight_packed")
+        assert packed.get_shape() == [256, 256 * 4 // 32]
+    assert "vllm serve" in (tmp_path / "README.md").read_text()
+    assert compressed_tensors.read_back(trained("llama"), tmp_path)[0] <= 2**-10
+
+
+@pytest.mark.parametrize(
+    ("bits", "quantizer", "widths"), [("8-8-8", "lsq", {8}), ("4-4-8", "seq", {8}), ("2-2-8", "quantgpt", {4})]
+)
+def test_each_grid_takes_the_width_that_holds_its_levels(trained, tmp_path, bits, quantizer, widths):
+    package, out = tmp_path / "package", tmp_path / "out"
+    package.mkdir(), out.mkdir()
+    model, quant = (
+        build(read_config(ARCHITECTURES["llama"], vocab_size=300), seed=1),
+        Quant(bits=bits, quantizer=quantizer),
+    )
+    make_student(model, quant.spec(), FAMILIES["llama"])
+    frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
+    artifact.write(package, frozen, model.config, quant, "dense", "llama", FACTS)
+    compressed_tensors.write(package, out)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == widths
+    assert compressed_tensors.read_back(package, out)[0] <= 2**-10
+
+
+def test_bart_goes_to_plain_transformers_too(tmp_path):
+    package, out = tmp_path / "package", tmp_path / "out"
+    package.mkdir(), out.mkdir()
+    torch.manual_seed(0)
+    model, quant = build(read_config(ARCHITECTURES["bart"], vocab_size=300), seed=1), Quant(bits="4-4-8")
+    make_student(model, quant.spec(), FAMILIES["bart"])
+    frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
+    artifact.write(package, frozen, model.config, quant, "dense", "bart", FACTS)
+    dequantized.write(package, out)
+    packed = artifact.load(package)
+    measured = measure(packed, dequantized.open_logits(out, 1), make_probes(packed, None))
+    assert (measured["prompts"], measured["disagreements"]) == (20, 0)
+    assert not [reason for reason in reasons_against(measured, None) if "steps are decided" not in reason]
