@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display
-from pipeline.config import Config, Resources
+from pipeline.config import Config
 from pipeline.flow import Outcome, Plan, plan, run, target_of
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
 from pipeline.locations import tracking_uri
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
+from pipeline.resources import Resources
 from pipeline.tasks import task_of
 from pipeline.tracking import sqlite_file
 

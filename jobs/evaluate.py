@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline import artifact, registry, tracking
-from pipeline.config import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
 from pipeline.locations import tracking_uri
 from pipeline.objects import FAULTS
+from pipeline.resources import Resources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.tasks.language_modeling import PROTOCOL, encode, score

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from jobs.evaluate import locate, open_model
 from pipeline.artifact import MANIFEST
-from pipeline.config import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
+from pipeline.resources import Resources
 from pipeline.tasks.summarization import ended, summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import registry, tracking
-from pipeline.config import Resources
 from pipeline.locations import tracking_uri
+from pipeline.resources import Resources
 from pipeline.transfer import Fetch, from_store
 from pipeline.transfer import pull as bring
 

@@ -26,7 +26,7 @@
     tables, store, objects  shards in Arrow and Parquet; places of steps, commit-last, leases; a directory or S3
     trials, suggest         values laid over a configuration, and Optuna's next ones
     locations   where store, runs and scratch files lie
-    config, schema, sweep_schema, presets, loading  the closed schema, named recipes, a configuration from a file
+    config, schema, sweep_schema, resources, presets, loading   the closed schema, named recipes, a configuration's file
     identity, records       canonical keys, what stages hand on
     quant, distill          the arithmetic, in pure torch; front: the points that nothing dominates
 

@@ -33,11 +33,10 @@ from pipeline.quant.spec import (
     levels_of,
 )
 from pipeline.records import Closed
-from pipeline.schema import Data, Evaluate, Positive, Task
+from pipeline.resources import Resources
+from pipeline.schema import Data, Evaluate, NotNegative, Positive, Rate, Task
 from pipeline.sweep_schema import Sweep
 
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FadeIn = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -268,35 +267,6 @@ class Gate(Closed):
 class Register(Closed):
     name: Name | None = None  # the config's own name unless given
     gate: Gate = Gate()
-
-
-class Resources(Closed):
-    """What never changes the answer, up to float order: places, workers, batches of a pass.
-
-    Two exceptions: with dropout, which only finetune has, the masks differ with workers and micro_batch; and with
-    quant.activation_range: tensor, whose keys therefore hold these three.
-    """
-
-    storage_uri: str = "./bitmill-store"
-    tracking_uri: str | None = None
-    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
-    ray_address: str | None = None
-    workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
-    cpus_per_worker: Rate = 1
-    gpus_per_worker: NotNegative = 0
-    micro_batch: Positive = 8  # rows a worker passes through the model at once while training
-    inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
-    activation_checkpointing: bool = False
-    checkpoint_steps: Positive = 100
-    max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training run survives
-    local_cache_dir: str | None = None
-    max_worker_hours: Rate | None = None  # of a sweep: no trial is started once its trials have used so much
-    cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
-
-    @field_validator("storage_uri")
-    @classmethod
-    def _plain_directory(cls, uri: str) -> str:
-        return uri.removeprefix("file://")
 
 
 class Config(Closed):

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.config import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError
 from pipeline.mailbox import Sender, delivered, mailbox_for_workers
 from pipeline.records import Advance, Closed
+from pipeline.resources import Resources
 from pipeline.store import Place
 
 T = TypeVar("T")

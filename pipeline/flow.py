@@ -21,17 +21,7 @@ from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
 from pipeline.observer import Observer, tell
-from pipeline.records import (
-    ModelVersion,
-    Package,
-    Record,
-    Report,
-    Sensitivity,
-    Student,
-    Teacher,
-    TeacherCache,
-    Tokens,
-)
+from pipeline.records import ModelVersion, Package, Record, Report, Sensitivity, Student, Teacher, TeacherCache, Tokens
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Place, check_writable, records
@@ -52,7 +42,7 @@ SHIPS = (
     "scale_dtype",
     "rest_dtype",
     "positions",
-)  # decided in quant, applied by freeze: a change leaves training alone
+)  # by freeze, so a change leaves training alone
 
 
 @dataclass(frozen=True)

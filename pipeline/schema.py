@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from pipeline.records import Closed
 
 Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Task(Closed):

@@ -28,7 +28,7 @@ from pipeline.checkpoints import (
     weights,
     write_checkpoint,
 )
-from pipeline.config import Distill, Finetune, Resources
+from pipeline.config import Distill, Finetune
 from pipeline.diagnostics import Watch, token_cosine
 from pipeline.distill.memory_bank import alone
 from pipeline.distill.schedule import DataOrder, draw, share
@@ -38,6 +38,7 @@ from pipeline.families.models import WithStates, load_parameters
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.records import Advance, Shard, StoredFile
+from pipeline.resources import Resources
 from pipeline.store import Place
 from pipeline.tables import Rows
 from pipeline.tasks.language_modeling import LanguageModeling

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 import pipeline
 from jobs.evaluate import evaluate
 from pipeline import artifact, flow
-from pipeline.config import Config, Resources
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import build, read_config, restore_frozen
+from pipeline.resources import Resources
 from pipeline.tables import read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.summarization import summaries

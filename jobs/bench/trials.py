@@ -13,12 +13,13 @@ from typing import Any
 
 from jobs.bench.rows import Row, encoding_of
 from pipeline import flow
-from pipeline.config import Config, Resources
+from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
 from pipeline.identity import canonical_json
 from pipeline.observer import Silent
 from pipeline.records import Advance, Closed, Package, Report, Student
+from pipeline.resources import Resources
 from pipeline.step import Done
 
 # What the base decides for all rows; the rest is each row's own, or the default.

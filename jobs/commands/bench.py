@@ -150,8 +150,8 @@ def inference(
     def work(console: Console) -> dict[str, Any]:
 
         from jobs.bench.inference import compare
-        from pipeline.config import Resources
         from pipeline.locations import scratch_dir
+        from pipeline.resources import Resources
 
         if quantizer not in ("quantgpt", "lsq", "seq"):
             raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")

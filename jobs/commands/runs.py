@@ -101,7 +101,7 @@ def evaluate(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.evaluate import evaluate as run
-        from pipeline.config import Resources
+        from pipeline.resources import Resources
 
         if unit not in ("document", "line"):
             raise ConfigError(f"--unit is {unit!r}; valid: document, line")

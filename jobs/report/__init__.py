@@ -14,9 +14,9 @@ from jobs.report.files import picture, table
 from jobs.report.page import page
 from jobs.report.reader import Reader
 from jobs.report.values import Content
-from pipeline.config import Resources
 from pipeline.errors import ConfigError
 from pipeline.locations import scratch_dir, storage_uri
+from pipeline.resources import Resources
 
 
 def report(key: str, out: Path, resources: Resources, console: Console) -> dict[str, Any]:

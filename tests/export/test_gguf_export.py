@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.export import export
 from pipeline import artifact
-from pipeline.config import Quant, Resources
+from pipeline.config import Quant
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.families.models import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import FrozenTensors, freeze
+from pipeline.resources import Resources
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
 FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}

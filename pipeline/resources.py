@@ -1,0 +1,39 @@
+"""The section `resources`: where a run happens, never what it gives."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from pipeline.records import Closed
+from pipeline.schema import NotNegative, Positive, Rate
+
+
+class Resources(Closed):
+    """What never changes the answer, up to float order: places, workers, batches of a pass.
+
+    Two exceptions: with dropout, which only finetune has, the masks differ with workers and micro_batch; and with
+    quant.activation_range: tensor, whose keys therefore hold these three.
+    """
+
+    storage_uri: str = "./bitmill-store"
+    tracking_uri: str | None = None
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
+    ray_address: str | None = None
+    workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
+    cpus_per_worker: Rate = 1
+    gpus_per_worker: NotNegative = 0
+    micro_batch: Positive = 8  # rows a worker passes through the model at once while training
+    inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
+    activation_checkpointing: bool = False
+    checkpoint_steps: Positive = 100
+    max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training run survives
+    local_cache_dir: str | None = None
+    max_worker_hours: Rate | None = None  # of a sweep: no trial is started once its trials have used so much
+    cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
+
+    @field_validator("storage_uri")
+    @classmethod
+    def _plain_directory(cls, uri: str) -> str:
+        return uri.removeprefix("file://")
