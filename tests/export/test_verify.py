@@ -97,7 +97,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, che
     (tmp_path / "full" / "mine.txt").write_text("kept")
     for model, name, out, message in (
         (trained("gpt2"), "compressed-tensors", "out", "takes llama models, not gpt2"),
-        (trained("gpt2"), "gguff", "out", "--format is 'gguff'; valid: transformers, gguf"),
+        (trained("gpt2"), "gguff", "out", "--format is 'gguff'; valid: transformers, onnx, gguf"),
         (trained("gpt2"), "gguf", "full", "exists and is not an empty directory"),
         (checkpoint, "gguf", "out", "not a packed model"),
     ):
