@@ -171,7 +171,7 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
         RunError: a newer format.
     """
     manifest = check(folder)
-    config, quantization = _configuration(folder)
+    config, quantization = configuration(folder)
     try:
         frozen = decode(read_tensors(folder / WEIGHTS), quantization)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,7 +181,12 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
     return frozen, config, quantization
 
 
-def _configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration of a package and its quantization_config.
+
+    Raises:
+        DamagedError: it is not one of a package, or sets what could run code or read other files.
+    """
     path = folder / CONFIG
     try:
         fields = read_json(path.read_bytes())

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from pipeline import artifact
 from pipeline.errors import DamagedError
-from pipeline.families.models import read_config
 from pipeline.quant.packing import packed_columns
 from pipeline.quant.spec import Encoding, grid
+from pipeline.strict import read_tensors
 
 BLOCKS = (128, 64, 32)  # what the 8-bit dot products of MatMulNBits offer; fewer blocks, fewer scales
 ROWS_AT_ONCE = 2048
@@ -64,10 +62,9 @@ def read_weights(folder: Path) -> tuple[Weights, PreTrainedConfig, dict[str, Any
         DamagedError: files that differ from the manifest, or tensors from the configuration. RunError: a newer format.
     """
     artifact.check(folder)
-    config = read_config(folder)
-    quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
+    config, quantization = artifact.configuration(folder)
     try:
-        tensors = load_file(folder / artifact.WEIGHTS)
+        tensors = read_tensors(folder / artifact.WEIGHTS)
         levels, matrices = quantization.get("levels", "symmetric"), {}
         for name, module in quantization["modules"].items():
             bits, (rows, columns) = int(module["bits"]), module["shape"]
@@ -79,7 +76,7 @@ def read_weights(folder: Path) -> tuple[Weights, PreTrainedConfig, dict[str, Any
             if encoding == "dense" and grid(levels, bits).low > -(1 << bits - 1):
                 _refuse_lowest_code(packed, bits, columns)
         rest = {name: tensor.float().numpy() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedError(f"{folder / artifact.WEIGHTS} does not hold what its config.json says: {error}") from error
     return Weights(matrices, rest), config, quantization
 
