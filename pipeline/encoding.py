@@ -61,11 +61,12 @@ def decode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> FrozenTe
 
 
 def _zeros(name: str, described: Mapping[str, Any], frozen: FrozenTensors) -> Tensor:
-    """A tensor that was not stored: one of those that may be, and no longer than some packed matrix has rows."""
+    """A tensor that was not stored: one of those that may be, and no longer than some stored matrix has rows."""
     shape, dtype = [_whole(size) for size in described["shape"]], getattr(torch, described["dtype"])
     if name not in SPARED or name in frozen.rest or not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not a tensor that may be left out")
-    if math.prod(shape) > max((len(codes) for codes in frozen.codes.values()), default=0):
+    stored = [*frozen.codes.values(), *(t for t in frozen.rest.values() if t.ndim == 2)]
+    if math.prod(shape) > max(map(len, stored), default=0):
         raise ValueError(f"{name} of shape {shape} is longer than the vocabulary")
     return torch.zeros(shape, dtype=dtype)
 
