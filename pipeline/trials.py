@@ -21,6 +21,7 @@ TASK_METRICS = {
     "next_utterance": ("accuracy",),
     "summarization": ("rouge1", "rouge2", "rougeL"),
 }
+LONGEST = 24  # characters of a mapping on the line that says a trial's values
 DRAWS_A_SAMPLE = 20  # tries to draw what was not drawn before, where few values are offered
 
 
@@ -99,6 +100,8 @@ def label(values: dict[str, Any]) -> str:
     parts = []
     for path, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        if len(text) > LONGEST and isinstance(value, dict):
+            text = f"{{{len(value)} entries}}"
         parts.append(f"{path.rpartition('.')[2]}={text}")
     return " ".join(parts) or "as configured"
 

@@ -123,4 +123,5 @@ def test_a_label_says_the_values():
     sweep = Sweep(space={"distill.lr": {"low": 1e-3, "high": 2e-3}}, search="random", samples=1)
     assert label(drawn(sweep, 0)).startswith("lr=0.001")
     assert label({"quant.overrides": {"h": 8}}) == 'overrides={"h": 8}'
+    assert label({"quant.overrides": {"transformer.h.0": 8, "transformer.h.1": 4}}) == "overrides={2 entries}"
     assert step_key("x", 1, drawn(sweep, 0), {}) == step_key("x", 1, drawn(sweep, 0), {})
