@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -107,7 +110,9 @@ def _write_samples(package: Place, files: dict[str, StoredFile], tokens: Place) 
     record = tokens.record(Tokens)
     if record is None:
         return "The tokens that the student was trained on are gone.\n"
-    return samples(package.folder(files, Package.FOLDER), tokens, record)
+    with tempfile.TemporaryDirectory(dir=package.scratch_dir()) as name:  # a packed model holds no links
+        folder = shutil.copytree(package.folder(files, Package.FOLDER), Path(name) / "package")
+        return samples(folder, tokens, record)
 
 
 def _figures(step: Step) -> dict[str, Any]:
