@@ -68,6 +68,7 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
         pieces.put(torch.tensor([token]))
         found.append(token)
     pieces.end()
+    say("\n")
     return tokenizer.decode(found, skip_special_tokens=True), len(found)
 
 
