@@ -21,6 +21,7 @@ from pipeline.quant.spec import UNQUANTIZED, BitWidths, Granularity, QuantSpec
 ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
 BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+POSITIONS = {"fp32": "float32", "fp16": "float16"}
 ALIGNED = 8
 Role = Literal["linear", "embedding"]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors names it, shape
@@ -57,7 +58,7 @@ class Layout:
         return _data_bytes(self.rest)
 
     def packed_bytes(self, widths: Mapping[str, int]) -> int:
-        """The whole file, header included."""
+        """The whole file, header included. A bias that turns out to be all zero is not stored and makes it shorter."""
         tensors = dict(self.rest)
         for name, bits in widths.items():
             tensors |= self.of_module(name, bits)
@@ -73,10 +74,15 @@ def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
     for site in found:
         rows, columns = state.pop(f"{site.name}.weight").shape
         modules[site.name] = (int(rows), int(columns))
-    rest = {
-        name: (CODES[quant.rest_dtype if t.is_floating_point() else _name(t.dtype)], tuple(t.shape))
-        for name, t in state.items()
-    }
+    rest: Tensors = {}
+    for name, tensor in state.items():
+        module, size = name.rpartition(".")[0], tuple(tensor.shape)
+        if module in family.unquantized and quant.positions == "int8":
+            rest[name] = ("U8", (tensor.numel(),))
+            rest[f"{module}.weight_scale"] = (CODES[quant.scale_dtype], (size[0], 1))
+            continue
+        kept = POSITIONS[quant.positions] if module in family.unquantized and quant.positions else quant.rest_dtype
+        rest[name] = (CODES[kept if tensor.is_floating_point() else _name(tensor.dtype)], size)
     return Layout(
         modules=modules,
         roles={site.name: "linear" if site.role == "linear" else "embedding" for site in found},

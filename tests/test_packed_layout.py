@@ -6,13 +6,11 @@ import itertools
 import re
 
 import pytest
-import torch
 
 from pipeline import artifact
 from pipeline.config import Quant
-from pipeline.families.models import FAMILIES, build, make_student, read_config, skeleton
+from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config, skeleton
 from pipeline.packed_size import layout
-from pipeline.quant.layers import freeze
 from tests.conftest import ARCHITECTURES
 
 NOTHING = {"teacher": {}, "student": {}, "protocol": ""}
@@ -27,6 +25,8 @@ SETTINGS = [
     {"granularity": "row", "scale_dtype": "float16"},
     {"granularity": "row", "scale_dtype": "bfloat16", "rest_dtype": "float16"},
     {"granularity": "tensor", "rest_dtype": "bfloat16"},
+    {"granularity": "row", "rest_dtype": "float16", "positions": "fp32"},
+    {"granularity": "row", "scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"},
 ]
 
 
@@ -34,7 +34,9 @@ def written_bytes(config, family, quant, folder):
     folder.mkdir()
     model = build(config, seed=0)
     make_student(model, quant.spec(), FAMILIES[family])
-    frozen = freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype))
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.fill_(0.5)  # all zero, it would be left out
+    frozen = freeze_student(model, quant, FAMILIES[family])
     facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NOTHING}
     return artifact.write(folder, frozen, config, quant, "dense", family, facts)["size"]["packed_bytes"]
 

@@ -24,13 +24,15 @@ from pipeline.step import Done
 
 # What the base decides for all rows; the rest is each row's own, or the default.
 COMMON = {
-    "quant": ("activation_range", "attention", "overrides", "scale_dtype", "rest_dtype"),
+    "quant": ("activation_range", "attention", "overrides"),
     "distill": ("steps", "epochs", "batch_size", "warmup_steps", "precision", "eval_every", "eval_rows"),
     "pack": (),
 }
 IN_PROCESS: dict[str, Any] = {"workers": 0}
 
 
+# Methods are compared, not how the rest is stored: every row ships it in fp32.
+SHIPPED = {"scale_dtype": "float32", "rest_dtype": "float32", "positions": None}
 # Of `distill`, what the options of the command decide.
 OPTIONS = {"steps": "--steps", "epochs": "--steps", "batch_size": "--batch-size", "eval_every": "--steps"}
 
@@ -86,7 +88,7 @@ def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
     """The base configuration with the row's values, and the rate it is tried at, laid over it."""
     fields = base.model_dump(mode="json", by_alias=True, exclude={"preset"})
     own: dict[str, dict[str, Any]] = {
-        "quant": {"bits": bits},
+        "quant": {"bits": bits, **SHIPPED},
         "distill": {row.rate_knob: rate, "seed": seed},
         "pack": {"encoding": encoding_of(row, bits)},
     }

@@ -128,7 +128,7 @@ def test_verdicts_of_a_registered_model_are_kept_with_it(tiny_config, trained, r
     shutil.copytree(root / "store", tmp_path / "store")
     resources = Resources(storage_uri=str(tmp_path / "store"))
     client = tracking.connect(tracking_uri(resources))
-    experiment = tracking.experiment(client, "x", (tmp_path / "artifacts").as_uri())
+    experiment = tracking.experiment_id(client, "x", (tmp_path / "artifacts").as_uri())
     run = tracking.find_or_create_run(client, experiment, "k", "x")
     version, model_id = registry.register_package(
         client, run.info.run_id, experiment, "x", "k", trained("gpt2"), {}, {}
