@@ -11,11 +11,18 @@ from rich.table import Table
 
 from jobs.compress import MIB, print_unsent
 from jobs.display import Display
+from jobs.report import rendered
+from jobs.report.reader import Reader
+from pipeline import tracking
 from pipeline.config import Config
 from pipeline.estimate import Estimate, estimate
+from pipeline.locations import scratch_dir, storage_uri
+from pipeline.objects import open_objects
 from pipeline.records import Trial
-from pipeline.sweep import Found, SweepPlan, plan, run
+from pipeline.sweep import Found, SweepPlan, parent_of, plan, run
 from pipeline.trials import label
+
+PAGE = "report.html"
 
 
 def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> dict[str, Any]:
@@ -28,19 +35,35 @@ def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> d
         return plan_document(planned, guess)
     with Display(console) as display:
         found = run(planned, display, wait)
+    report_uri = show(planned) if found.complete else None
     print_found(planned, found, console)
+    if report_uri:
+        console.print(f"the sweep as a page: {report_uri}", highlight=False, soft_wrap=True)
     print_unsent(found.unsent, found.outbox, console)
-    return document(planned, found)
+    return document(planned, found, report_uri)
 
 
-def document(planned: SweepPlan, found: Found) -> dict[str, Any]:
+def show(planned: SweepPlan) -> str:
+    """The report on a finished sweep, beside its record and in its MLflow run; made once. Returns where it lies."""
+    objects = open_objects(planned.place.uri)
+    if PAGE not in objects.sizes(""):
+        resources = planned.config.resources
+        files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
+        run = parent_of(planned)
+        tracking.log_page(run.uri, run.experiment, run.artifacts, run.key, run.name, PAGE, files[".html"].decode())
+        for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
+            objects.write(f"report{suffix}", files[suffix])
+    return planned.place.uri_of(PAGE)
+
+
+def document(planned: SweepPlan, found: Found, report_uri: str | None) -> dict[str, Any]:
     return {
         "sweep_key": planned.key,
         "trials": [_trial(trial) for trial in found.trials],
         "front": list(found.front),
         "complete": found.complete,
         "worker_hours": round(found.spent_hours, 4),
-        "report_uri": None,
+        "report_uri": report_uri,
     }
 
 

@@ -108,7 +108,7 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     if record is not None:
         return Found(record.trials, record.front, True, _hours(record.trials))
     store.check_writable(storage_uri(planned.config.resources))
-    parent = _parent(planned)
+    parent = parent_of(planned)
     tracking.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))
     engine = Engine(planned.config.resources)
@@ -192,7 +192,7 @@ def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
 
 
 def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best: tuple[str, ...]) -> None:
-    parent, sweep = _parent(planned), planned.sweep
+    parent, sweep = parent_of(planned), planned.sweep
     documents = {
         "trials.json": [trial.model_dump(mode="json") for trial in trials],
         "recipe.json": planned.config.model_dump(mode="json", by_alias=True, exclude={"resources"}),
@@ -213,7 +213,8 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
         ) from error
 
 
-def _parent(planned: SweepPlan) -> Target:
+def parent_of(planned: SweepPlan) -> Target:
+    """The MLflow run of the sweep, in which its trials are nested."""
     return replace(flow.target_of(planned.base, "sweep", None), key=planned.key)
 
 
@@ -228,7 +229,7 @@ def _registered(planned: SweepPlan, trial: Trial) -> bool:
     """False if the trial was registered and the registry does not hold it now."""
     if trial.version is None:
         return True
-    uri = _parent(planned).uri
+    uri = parent_of(planned).uri
     return registry.registered(uri, trial.version["name"], trial.key)
 
 

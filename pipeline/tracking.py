@@ -184,6 +184,19 @@ def log_sweep(uri: str, run: Run, params: dict[str, Any], metrics: dict[str, flo
     client.set_terminated(run_id)
 
 
+def log_page(uri: str, experiment: str, artifacts: str | None, key: str, name: str, file: str, text: str) -> None:
+    """A page as an artifact of the run that `find_run` gives.
+
+    Raises:
+        RunError: the server refused.
+    """
+    try:
+        run = find_run(uri, experiment, artifacts, key, name, None)
+        MlflowClient(uri, uri).log_text(run.info.run_id, text, file)
+    except MlflowException as error:
+        raise RunError(f"MLflow refused {file}: {str(error).splitlines()[0]}. The same command tries again.") from error
+
+
 def system_load() -> Callable[[], dict[str, float]]:
     """What measures this machine's processors, memory, disk and network, by the names that MLflow gives them."""
     monitors = (CPUMonitor(), DiskMonitor(), NetworkMonitor())

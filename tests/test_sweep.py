@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
+import jobs.sweep
 from pipeline import flow, sweep, tracking
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimate import estimate
@@ -79,6 +80,21 @@ def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
         assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
         assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/validation_nats")] == [0, 5, 10, 12]
         assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/loss")] == list(range(1, 13))
+
+
+def test_a_finished_sweep_has_a_page_beside_its_record_and_in_its_run(swept):
+    _, config, _, _ = swept
+    planned = sweep.plan(config)
+    page = Path(jobs.sweep.show(planned))
+    made = page.stat().st_mtime_ns
+    assert page.is_relative_to(planned.place.uri)
+    assert all(text in page.read_text() for text in (planned.key, *BITS))
+    assert all(page.with_suffix(suffix).stat().st_size > 100 for suffix in (".png", ".csv"))
+    client, runs = runs_of(config)
+    parent = next(run for run in runs if run.data.tags[tracking.KEY_TAG] == planned.key)
+    assert page.name in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert jobs.sweep.show(planned) == str(page)
+    assert page.stat().st_mtime_ns == made
 
 
 def test_a_repeat_runs_nothing(swept):

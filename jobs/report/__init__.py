@@ -32,17 +32,18 @@ def report(key: str, out: Path, resources: Resources, console: Console) -> dict[
     return {"key": key, "kind": content.kind, "front": [one.key for one in content.best], "files": files}
 
 
+def rendered(content: Content) -> dict[str, bytes]:
+    """The page, the picture and the table, by suffix."""
+    return {".html": page(content).encode(), ".png": picture(content), ".csv": table(content).encode("utf-8")}
+
+
 def write(content: Content, out: Path) -> dict[str, str]:
     """The page at `out`, picture and table beside it.
 
     Raises:
         ConfigError: `out` cannot be written to.
     """
-    files = {
-        ".html": page(content).encode(),
-        ".png": picture(content),
-        ".csv": table(content).encode("utf-8"),
-    }
+    files = rendered(content)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for suffix, data in files.items():
