@@ -120,8 +120,8 @@ def test_another_sweep_over_the_same_values_trains_nothing(swept, tiny_config):
     assert len(both.front) == 1
 
 
-class InterruptedHereError(Exception):
-    """As a killed driver."""
+class InterruptedHereError(KeyboardInterrupt):
+    """As an interrupt: no handler of errors sees it."""
 
 
 class Interrupting(Recorder):

@@ -50,7 +50,7 @@ def test_if_nothing_fits_the_nearest_are_said_and_the_status_is_3(lookup, finish
     assert json.loads(done.stdout) == []
     perplexity = finished.record("evaluate").student["perplexity"]
     excess = f"{perplexity:.4g} is {perplexity / 1.5 - 1:.1%} above max_perplexity 1.5"
-    assert f"tiny/1 (2-2-8): format: has none, wanted gguf; {excess}" in done.stderr
+    assert f"tiny/1 (2-2-8): format: has bitmill, wanted gguf; {excess}" in done.stderr
 
 
 @pytest.mark.parametrize(
