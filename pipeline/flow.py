@@ -202,6 +202,8 @@ class _Planner:
             "steps": f"{config.distill.epochs} epochs" if config.distill.steps is None else config.distill.steps,
             "batch_size": config.distill.batch_size,
             "lr": config.distill.lr,
+            "optimizer": config.distill.optimizer,
+            **({"muon_lr": config.distill.muon_lr} if config.distill.optimizer == "muon" else {}),
             "gamma_lr": config.distill.gamma_lr,
             "contrast_weight": config.distill.contrast_weight,
             "seed": config.distill.seed,
