@@ -35,8 +35,8 @@ def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> d
         return plan_document(planned, guess)
     with Display(console) as display:
         found = run(planned, display, wait)
-    report_uri = show(planned) if found.complete else None
     print_found(planned, found, console)
+    report_uri = show(planned) if found.complete else None
     if report_uri:
         console.print(f"the sweep as a page: {report_uri}", highlight=False, soft_wrap=True)
     print_unsent(found.unsent, found.outbox, console)

@@ -99,7 +99,7 @@ class Feed:
     def settle(self) -> bool:
         """Take in what needs no worker: trials whose package is there. Whether others are left to run."""
         for one in self.waiting:
-            if one.plan.step(Package.stage).record is not None:
+            if one.plan.step(Package.stage).place.record(Package) is not None:  # there now, if not when it was planned
                 self._register(one, self.trials.get(one.key) or self._started(one))
         return self.left
 
@@ -177,6 +177,8 @@ class Feed:
             self._say(f"{label(one.values)}: step {result[STEP]}, validation {result[LOSS]:.3f} nats")
 
     def ended(self, key: str, status: str, failure: str) -> None:
+        if key not in self._running:  # it ended before, and what was said of it could not be kept
+            return
         one, start = self._running.pop(key)
         trial = self.trials[key]
         trial = trial.model_copy(update={"seconds": trial.seconds + time.monotonic() - start, "failure": failure})

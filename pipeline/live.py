@@ -89,20 +89,30 @@ class Outbox:
         return self._file
 
     def flush(self) -> bool:
-        """Try to send all that waits; whether nothing is left."""
+        """Try to send all that waits; whether nothing is left. A server that is away keeps its own lines alone back."""
         with self._sending:
             with self._lock:
                 batch = list(self._waiting)
-            sent = 0
-            with contextlib.suppress(BitmillError, *tracking.FAULTS):
-                for line in batch:
-                    self._send(line)
-                    sent += 1
+            away: set[str] = set()
+            kept = [line for line in batch if not self._sent(line, away)]
             with self._lock:
-                del self._waiting[:sent]
-                if sent:
+                self._waiting[: len(batch)] = kept
+                if len(kept) < len(batch):
                     self._keep()
                 return not self._waiting
+
+    def _sent(self, line: dict[str, Any], away: set[str]) -> bool:
+        """Whether a line was sent; the server of one that was not is `away` for the rest of its batch."""
+        uri, key = line["target"]["uri"], line["target"]["key"]
+        if uri in away:
+            return False
+        try:
+            self._send(line)
+        except (BitmillError, *tracking.FAULTS):
+            away.add(uri)
+            self._runs.pop(key, None)  # what the server holds is asked anew
+            return False
+        return True
 
     def _send(self, line: dict[str, Any]) -> None:
         target = Target(**line["target"])

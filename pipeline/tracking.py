@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ FAULTS = (MlflowException, OSError)  # what a server that cannot be reached rais
 KEY_TAG, PARENT_TAG = "bitmill.key", "mlflow.parentRunId"
 METRICS_A_CALL = 500
 
+_ONE_AT_A_TIME = threading.Lock()
+
 for _name in ("alembic", "mlflow"):  # each start of a SQLite store logs its migrations
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the tracking server and registry; a SQLite store is created with its folder.
+    """A client of the command's own tracking server and registry; a SQLite store is created with its folder.
 
     Raises:
         ConfigError: it cannot be reached.
@@ -37,6 +40,15 @@ def connect(tracking_uri: str) -> MlflowClient:
     # Parts of MLflow resolve models:/ URIs through its global setting, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
+    return client_of(tracking_uri)
+
+
+def client_of(tracking_uri: str) -> MlflowClient:
+    """A client of any server, which leaves MLflow's global setting alone.
+
+    Raises:
+        ConfigError: it cannot be reached.
+    """
     database = sqlite_file(tracking_uri)
     try:
         if database is not None:
@@ -73,8 +85,9 @@ def experiment_id(client: MlflowClient, name: str, artifact_uri: str | None) -> 
 
 def find_or_create_run(client: MlflowClient, experiment: str, key: str, name: str) -> Run:
     """The run tagged with the key."""
-    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-    return found[0] if found else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
+    with _ONE_AT_A_TIME:  # two threads that look before either creates would make two
+        found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return found[0] if found else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
 
 
 def log_run(
@@ -163,7 +176,7 @@ def find_run(uri: str, experiment: str, artifacts: str | None, key: str, name: s
     Raises:
         ConfigError, MlflowException: the server cannot be reached.
     """
-    client = connect(uri)
+    client = client_of(uri)
     where = experiment_id(client, experiment, artifacts)
     run = find_or_create_run(client, where, key, name)
     if parent is not None and PARENT_TAG not in run.data.tags:

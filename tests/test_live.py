@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import mlflow
 import pytest
 
 from pipeline import live, tracking
@@ -85,6 +87,29 @@ def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, 
     assert later.unsent == {}
     assert history(uri)[1] == [(1, 3.0), (2, 2.0)]
     assert not list((tmp_path / "outbox").iterdir())
+
+
+def test_a_server_that_is_away_keeps_back_its_own_lines_alone(uri, tmp_path):
+    own = f"sqlite:///{tmp_path}/own.db"
+    tracking.connect(own)
+    with Outbox(tmp_path / "outbox") as outbox:
+        outbox.put(target(AWAY, key="a" * 32), [at(1, 9.0)])
+        outbox.put(target(uri), [at(1, 3.0)])
+        outbox.put(target(AWAY, key="a" * 32), [at(2, 8.0)])
+        outbox.put(target(uri), [at(2, 2.0)], "FINISHED")
+    assert mlflow.get_tracking_uri() == own  # lines for elsewhere do not change where a command registers
+    assert history(uri)[1] == [(1, 3.0), (2, 2.0)]
+    lines = [json.loads(line) for line in outbox.path.read_text().splitlines()]
+    assert [line["points"] for line in lines] == [[at(1, 9.0)], [at(2, 8.0)]]
+
+
+def test_many_threads_make_one_run(uri):
+    client = tracking.connect(uri)
+    where = tracking.experiment_id(client, "project", None)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: tracking.find_or_create_run(client, where, "k" * 32, "x"), range(8)))
+    assert len({run.info.run_id for run in made}) == 1
+    assert len(client.search_runs([where])) == 1
 
 
 def test_an_ended_run_is_marked(uri, tmp_path):

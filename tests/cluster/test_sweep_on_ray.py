@@ -160,13 +160,13 @@ def check(project: Project, document: dict[str, Any], undisturbed: sweep.Found) 
 
 
 def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
-    """Kill the driver some time after the first trial has begun, then give the command again."""
+    """Kill the driver some time after the first trial has a checkpoint, then give the command again."""
     driver = project.start()
-    project.until(lambda: bool(project.trials()), driver)
-    end = time.monotonic() + random.Random(seed).uniform(1, 25)
+    project.until(lambda: any(project.root.glob("store/distill/*/attempt/*checkpoint*")), driver)
+    end = time.monotonic() + random.Random(seed).uniform(0, 3)
     project.until(lambda: time.monotonic() > end, driver)
-    if driver.poll() is None:
-        os.kill(driver.pid, signal.SIGKILL)
+    assert driver.poll() is None, "it ended before it could be killed"
+    os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     return project.finish()
 
