@@ -239,10 +239,16 @@ def described(plan: flow.Plan, trial: Trial) -> Trial:
 
 
 def worker_plan(plan: flow.Plan) -> flow.Plan:
-    """What a trial's worker runs: all but the registration; a single worker trains in the trial's own process."""
+    """What a trial's worker runs: all but the registration; a single worker trains in the trial's own process.
+
+    Several train by Ray Train, which must not start lost ones again by itself: when a trial is stopped and its
+    placement group removed, it would make another that nobody knows of. Tune tries a trial that lost a worker again.
+    """
     resources = plan.config.resources
     if resources.workers == 1:
         resources = resources.model_copy(update={"workers": 0})
+    elif resources.workers > 1:
+        resources = resources.model_copy(update={"max_failures": 0})
     return replace(plan, steps=plan.steps[:-1], config=plan.config.model_copy(update={"resources": resources}))
 
 
