@@ -31,6 +31,7 @@ from pipeline.strict import read_json, read_tensors
 
 FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
+NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
 # Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
 REFUSED = (
     "auto_map",
@@ -198,6 +199,8 @@ def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
         raise DamagedError(f"{path} sets {refused[0]!r}, which no package does: it could run code or read other files.")
     try:
         config = read_config(folder)
+    except NOT_DAMAGE:
+        raise
     except Exception as error:  # transformers runs on whatever stands there: what it meets is damage, of any kind
         raise DamagedError(f"{path} is damaged: {error}") from error
     config.quantization_config = None
@@ -229,6 +232,8 @@ def _load(folder: Path) -> PreTrainedModel:
     try:
         quant = Quant.model_validate(quantization["quant"])
         model = restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
+    except NOT_DAMAGE:
+        raise
     except Exception as error:  # as above
         raise DamagedError(f"{folder} is damaged: {error}") from error
     return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
