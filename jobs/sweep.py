@@ -49,8 +49,7 @@ def show(planned: SweepPlan) -> str:
     if PAGE not in objects.sizes(""):
         resources = planned.config.resources
         files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
-        run = parent_of(planned)
-        tracking.log_page(run.uri, run.experiment, run.artifacts, run.key, run.name, PAGE, files[".html"].decode())
+        tracking.log_page(parent_of(planned), PAGE, files[".html"].decode())
         for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
             objects.write(f"report{suffix}", files[suffix])
     return planned.place.uri_of(PAGE)

@@ -203,7 +203,7 @@ class Feed:
         try:
             if plan.steps[-1].record is None:
                 self.outbox.flush()
-                tracking.find_run(**vars(target))
+                tracking.find_run(target)
             flow.run(plan, LiveRun(Silent(), self.outbox, target))
         except NotRegisteredError as error:
             failure = str(error)

@@ -17,7 +17,6 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.families.models import LAST
 from pipeline.identity import differences, recipe_of, step_key
-from pipeline.live import Target
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
 from pipeline.observer import Observer, tell
@@ -25,6 +24,7 @@ from pipeline.records import ModelVersion, Package, Record, Report, Sensitivity,
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
 from pipeline.store import Place, check_writable, records
+from pipeline.tracking import Target
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),

@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,11 @@ from pipeline.observer import Observer
 from pipeline.records import Point
 from pipeline.resources import Resources
 from pipeline.store import Owner
+from pipeline.tracking import Target
 
 SEND_EVERY_S, LOAD_EVERY_S = 2.0, 10.0
 GIVE_UP_AFTER_S = 20.0  # at the end
 SYSTEM = "system/"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A run by its key; `parent` is the key of the run that it is nested in."""
-
-    uri: str
-    experiment: str
-    artifacts: str | None
-    key: str
-    name: str
-    parent: str | None = None
 
 
 class Outbox:
@@ -117,7 +106,7 @@ class Outbox:
     def _send(self, line: dict[str, Any]) -> None:
         target = Target(**line["target"])
         if target.key not in self._runs:
-            self._runs[target.key] = tracking.open_curves(**line["target"])
+            self._runs[target.key] = tracking.open_curves(target)
         self._runs[target.key].log(line["points"], line["time_ms"], line["status"])
 
     def _keep(self) -> None:

@@ -19,13 +19,14 @@ from pipeline.errors import RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_trials
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
-from pipeline.live import LiveRun, Outbox, Target, load_watched, outbox_folder
+from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
 from pipeline.locations import scratch_dir, storage_uri
 from pipeline.observer import Observer
 from pipeline.records import SweepRecord, TeacherCache, Trial
 from pipeline.step import provenance
 from pipeline.store import Place
 from pipeline.sweep_schema import Sweep
+from pipeline.tracking import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores
 
 VERSION = 1
@@ -200,8 +201,7 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
     feed.outbox.flush()
     try:
         tracking.log_sweep(
-            parent.uri,
-            tracking.find_run(parent.uri, parent.experiment, parent.artifacts, parent.key, parent.name, None),
+            parent,
             {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
             {"trials": len(trials), "front": len(best), "worker_hours": _hours(trials)},
             {name: json.dumps(document, indent=1) for name, document in documents.items()},

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ _ONE_AT_A_TIME = threading.Lock()
 
 for _name in ("alembic", "mlflow"):  # each start of a SQLite store logs its migrations
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run by its key; `parent` is the key of the run that it is nested in."""
+
+    uri: str
+    experiment: str
+    artifacts: str | None
+    key: str
+    name: str
+    parent: str | None = None
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -164,30 +177,30 @@ class Curves:
             raise
 
 
-def open_curves(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Curves:
+def open_curves(target: Target) -> Curves:
     """The curves of a run as `find_run` gives it."""
-    run = find_run(uri, experiment, artifacts, key, name, parent)
-    return Curves(MlflowClient(uri, uri), run)
+    return Curves(MlflowClient(target.uri, target.uri), find_run(target))
 
 
-def find_run(uri: str, experiment: str, artifacts: str | None, key: str, name: str, parent: str | None) -> Run:
+def find_run(target: Target) -> Run:
     """The run of a key, found or created; one that is in no other yet is nested in the run of the key `parent`.
 
     Raises:
         ConfigError, MlflowException: the server cannot be reached.
     """
-    client = client_of(uri)
-    where = experiment_id(client, experiment, artifacts)
-    run = find_or_create_run(client, where, key, name)
-    if parent is not None and PARENT_TAG not in run.data.tags:
-        outer = find_or_create_run(client, where, parent, "sweep")
+    client = client_of(target.uri)
+    where = experiment_id(client, target.experiment, target.artifacts)
+    run = find_or_create_run(client, where, target.key, target.name)
+    if target.parent is not None and PARENT_TAG not in run.data.tags:
+        outer = find_or_create_run(client, where, target.parent, "sweep")
         client.set_tag(run.info.run_id, PARENT_TAG, outer.info.run_id)
     return run
 
 
-def log_sweep(uri: str, run: Run, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
+def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
     """The parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
-    client, run_id = MlflowClient(uri, uri), run.info.run_id
+    run = find_run(target)
+    client, run_id = MlflowClient(target.uri, target.uri), run.info.run_id
     for name, value in params.items():
         if name not in run.data.params:
             client.log_param(run_id, name, value)
@@ -197,15 +210,15 @@ def log_sweep(uri: str, run: Run, params: dict[str, Any], metrics: dict[str, flo
     client.set_terminated(run_id)
 
 
-def log_page(uri: str, experiment: str, artifacts: str | None, key: str, name: str, file: str, text: str) -> None:
+def log_page(target: Target, file: str, text: str) -> None:
     """A page as an artifact of the run that `find_run` gives.
 
     Raises:
         RunError: the server refused.
     """
     try:
-        run = find_run(uri, experiment, artifacts, key, name, None)
-        MlflowClient(uri, uri).log_text(run.info.run_id, text, file)
+        run = find_run(target)
+        MlflowClient(target.uri, target.uri).log_text(run.info.run_id, text, file)
     except MlflowException as error:
         raise RunError(f"MLflow refused {file}: {str(error).splitlines()[0]}. The same command tries again.") from error
 

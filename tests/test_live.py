@@ -9,7 +9,8 @@ import mlflow
 import pytest
 
 from pipeline import live, tracking
-from pipeline.live import LiveRun, Outbox, Target
+from pipeline.live import LiveRun, Outbox
+from pipeline.tracking import Target
 from tests.conftest import Recorder
 
 AWAY = "http://127.0.0.1:9"
