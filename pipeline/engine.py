@@ -55,7 +55,7 @@ class Engine:
         # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
         run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{place.fence}")
         mailbox = None
-        work: Callable[[], Callable[..., None]] = lambda: partial(worker, **settings, report=advance)  # noqa: E731
+        work: Callable[[], Callable[..., None]] = partial(partial, worker, **settings, report=advance)
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self.start()

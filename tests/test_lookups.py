@@ -169,7 +169,8 @@ def test_a_server_gives_the_same_answers_as_its_database(server, everything, mon
     assert names(matches(remote, Wanted(name="o'brien"), None, None)) == ["o'brien/1"]
 
 
-maybe = lambda strategy: st.one_of(st.none(), strategy)  # noqa: E731
+def maybe(strategy):
+    return st.one_of(st.none(), strategy)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Case:
         tokens, shards = fenced(root, "tokenize"), []
         for number, start in enumerate(range(0, len(ids), 20)):
             rows, valid = ids[start : start + 20], lengths[start : start + 20]
-            write = lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid)  # noqa: E731
+            write = partial(write_tokens, ids=rows, lengths=valid)
             shards.append(commit_shard(tokens, f"rows/train-{number}.parquet", 20, task.tokens(valid), write))
         teacher = root / "teacher"
         build(read_config(model), seed=0).save_pretrained(teacher)
@@ -78,7 +79,6 @@ class Case:
 
     @classmethod
     def make(cls, root: Path) -> Case:
-        tokens = fenced(root, "tokenize")
         random = np.random.default_rng(0)
         ids = np.empty((120, WIDTH), np.int32)
         ids[:, 0] = random.integers(VOCABULARY, size=120)
@@ -87,14 +87,7 @@ class Case:
             ids[:, column] = np.where(random.random(120) < 0.2, noise, (3 * ids[:, column - 1] + 1) % VOCABULARY)
         lengths = np.full(120, WIDTH, np.int32)
         lengths[39] = 5  # the last row of a part may be padded
-        shards = []
-        for number, start in enumerate(range(0, 120, 20)):
-            rows, valid = ids[start : start + 20], lengths[start : start + 20]
-            write = lambda path, rows=rows, valid=valid: write_tokens(path, rows, valid)  # noqa: E731
-            shards.append(commit_shard(tokens, f"rows/train-{number}.parquet", 20, int(valid.sum()), write))
-        teacher = root / "teacher"
-        build(read_config(ARCHITECTURE), seed=0).save_pretrained(teacher)
-        return cls(root, tokens, tuple(shards[:5]), tuple(shards[5:]), teacher)
+        return cls.of(root, LanguageModeling(), ARCHITECTURE, ids, lengths)
 
     def cache(self, dtype: str) -> Place:
         self.runs += 1

@@ -75,6 +75,8 @@ def _packaged_model(source: str, knob: str, memo: ContentMemo) -> ModelSource:
 
 def _hub_model(source: str, knob: str, patterns: tuple[str, ...]) -> ModelSource:
     from huggingface_hub import HfApi, snapshot_download
+
+    # Of whichever HTTP client this version of the hub uses; not all of its errors are the hub's own.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     name, _, revision = source.partition("@")

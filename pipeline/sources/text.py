@@ -122,6 +122,8 @@ def _s3_text(source: str, knob: str) -> list[SourceFile]:
 def _hub_text(source: str, knob: str) -> list[SourceFile]:
     """`hf://org/name@revision/glob`: the files of a dataset repository, pinned by commit."""
     from huggingface_hub import HfApi
+
+    # Of whichever HTTP client this version of the hub uses; not all of its errors are the hub's own.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     repository, _, pattern = _split_hub(source, knob)
