@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from jobs.evaluate import locate, open_model
-from pipeline.artifact import MANIFEST
+from pipeline.artifact import MANIFEST, check
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
 from pipeline.resources import Resources
@@ -56,12 +56,14 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
 
     A packed decoder runs on ONNX Runtime with its weights packed; beam search and plain directories run in torch.
     """
-    tokenizer, config = read_tokenizer(folder), read_config(folder)
+    packed = (folder / MANIFEST).exists()
+    if packed:  # before anything in it is used
+        check(folder)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
     ids = tokenizer(request.prompt)["input_ids"]
     if config.is_encoder_decoder:
         return _summary(open_model(folder), tokenizer, ids, request, console, say)
     ids, length = _fitted(ids, tokenizer, int(config.max_position_embeddings), request, console)
-    packed = (folder / MANIFEST).exists()
     written = _from_runtime(folder, ids, length, request) if packed else _from_torch(folder, ids, length, request)
     pieces, found = _Pieces(tokenizer, say), []
     for token in written:

@@ -76,6 +76,22 @@ def test_what_does_not_fit_the_positions_is_said(finished, bitmill):
     assert "the model has 32 positions; shorten it" in " ".join(refused.stderr.split())
 
 
+def test_a_folder_that_holds_no_model_is_named(bitmill, tmp_path):
+    (tmp_path / "empty").mkdir()
+    shown = bitmill("generate", tmp_path / "empty", "Bado")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert "config.json" in shown.stderr
+
+
+def test_a_package_is_checked_before_anything_in_it_is_used(finished, bitmill, tmp_path):
+    folder = shutil.copytree(finished.package, tmp_path / "altered")
+    altered = (folder / "tokenizer.json").read_text().replace("a", "b", 1)
+    (folder / "tokenizer.json").write_text(altered)
+    shown = bitmill("generate", folder, "Bado")
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "tokenizer.json is missing or does not match the manifest" in " ".join(shown.stderr.split())
+
+
 def test_an_empty_prompt_starts_from_nothing(finished, bitmill):
     assert bitmill("generate", finished.package, "", "--max-tokens", 3).exit_code == 0
 
