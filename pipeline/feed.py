@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.identity import canonical_json, step_key
-from pipeline.live import LiveRun, Outbox, prefixed
+from pipeline.live import LiveRun, Outbox
 from pipeline.observer import Silent
 from pipeline.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store import Place
@@ -169,7 +169,7 @@ class Feed:
     def reported(self, key: str, result: dict[str, Any]) -> None:
         one, _ = self._running[key]
         for stage, points in result.get(POINTS, ()):
-            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), prefixed(stage, points))
+            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), tracking.prefixed(stage, points))
         if math.isfinite(result[LOSS]):
             trial = self.trials[key]
             last = {STEP: float(result[STEP]), LOSS: float(result[LOSS])}

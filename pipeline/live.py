@@ -22,7 +22,7 @@ from pipeline.observer import Observer
 from pipeline.records import Point
 from pipeline.resources import Resources
 from pipeline.store import Owner
-from pipeline.tracking import Target
+from pipeline.tracking import Target, prefixed
 
 SEND_EVERY_S, LOAD_EVERY_S = 2.0, 10.0
 GIVE_UP_AFTER_S = 20.0  # at the end
@@ -34,10 +34,9 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        owner = Owner.this_process()
-        self._file = folder / f"{owner.pid}-{owner.started_ticks}-{id(self):x}.jsonl"
-        self._waiting: list[dict[str, Any]] = _left_behind(folder)
-        self._adopted = {Path(line.pop("file")) for line in self._waiting}
+        self._file = folder / _file_name(Owner.this_process(), f"{id(self):x}")
+        self._adopted = _claimed(folder)
+        self._waiting: list[dict[str, Any]] = [line for path in self._adopted for line in _lines(path)]
         self._lock, self._sending, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._runs: dict[str, tracking.Curves] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -126,15 +125,27 @@ class Outbox:
             self.flush()
 
 
-def _left_behind(folder: Path) -> list[dict[str, Any]]:
-    """Lines that commands of this machine left which run no more."""
+def _file_name(owner: Owner, mark: str) -> str:
+    return f"{owner.host}~{owner.pid}~{owner.started_ticks}~{mark}.jsonl"
+
+
+def _claimed(folder: Path) -> list[Path]:
+    """Files that commands of this machine left which run no more, renamed to this process's: only one renames each."""
     mine, found = Owner.this_process(), []
-    for path in sorted(folder.glob("*.jsonl")):
-        pid, ticks, _ = path.stem.split("-")
-        if Owner(mine.host, int(pid), int(ticks)).gone():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed process
-                    found.append({**json.loads(text), "file": str(path)})
+    for index, path in enumerate(sorted(folder.glob("*.jsonl"))):
+        host, pid, ticks, _ = path.stem.split("~")
+        if Owner(host, int(pid), int(ticks)).gone():
+            claimed = folder / _file_name(mine, f"claimed{index}-{time.monotonic_ns():x}")
+            with contextlib.suppress(FileNotFoundError):  # another command was faster
+                found.append(path.rename(claimed))
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed process
+            found.append(json.loads(text))
     return found
 
 
@@ -166,11 +177,6 @@ class LiveRun:
 def outbox_folder(resources: Resources) -> Path:
     """Where points wait that MLflow has not taken: on this machine, shared by the commands of a project."""
     return Path(scratch_dir(resources)).expanduser() / "outbox"
-
-
-def prefixed(stage: str, points: Sequence[Point]) -> list[Point]:
-    """Points with the stage before each name, as the registered run has them."""
-    return [{name if name == "step" else f"{stage}/{name}": v for name, v in point.items()} for point in points]
 
 
 @contextlib.contextmanager

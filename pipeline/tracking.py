@@ -122,17 +122,9 @@ def log_run(
             if name not in run.data.params:
                 client.log_param(run_id, name, value)
         client.log_text(run_id, json.dumps(recipe, indent=1, sort_keys=True), "recipe.json")
-        sent = _last_steps(client, run)
-        now = int(time.time() * 1000)
-        points = [
-            Metric(f"{stage}/{name}", float(value), now, int(entry["step"]))
-            for stage, history in curves.items()
-            for entry in history
-            for name, value in entry.items()
-            if name != "step" and int(entry["step"]) > sent.get(f"{stage}/{name}", -1)
-        ]
-        points += [Metric(name, float(value), 0, 0) for name, value in metrics.items()]
-        _log_points(client, run_id, points)
+        points = [point for stage, history in curves.items() for point in prefixed(stage, history)]
+        Curves(client, run).log(points, int(time.time() * 1000), None)
+        _log_points(client, run_id, [Metric(name, float(value), 0, 0) for name, value in metrics.items()])
         client.set_terminated(run_id)
     except MlflowException as error:
         raise RunError(f"MLflow refused the run {run_id}: {str(error).splitlines()[0]}") from error
@@ -144,37 +136,35 @@ def _log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> 
         client.log_batch(run_id, metrics=finite[start : start + METRICS_A_CALL])
 
 
-def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
-    """The last step of each curve that a run has; curves are sent in order, so what comes after it is missing."""
-    names = [name for name in run.data.metrics if "/" in name]
-    return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in names}
+def prefixed(stage: str, points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Points with the stage before each name, as a run has them."""
+    return [{name if name == "step" else f"{stage}/{name}": v for name, v in point.items()} for point in points]
 
 
 class Curves:
-    """A run that is going on, and how far each of its curves has been sent."""
+    """A run that is going on, and which steps of each of its curves it has.
+
+    A driver that is killed loses points on their way to it, which its next life may send after later ones.
+    """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
-        self._client, self._run = client, run
-        self._sent = _last_steps(client, run)
+        self._client, self._run_id = client, run.info.run_id
+        names = [name for name in run.data.metrics if "/" in name]
+        self._sent = {name: {m.step for m in client.get_metric_history(self._run_id, name)} for name in names}
 
     def log(self, points: Sequence[dict[str, float]], time_ms: int, status: str | None) -> None:
         """Send what was not sent; points without a step are counted. `status`, such as KILLED, ends the run."""
-        run_id, fresh = self._run.info.run_id, []
+        fresh = []
         for point in points:
             for name, value in point.items():
-                last = self._sent.get(name, -1)
-                step = int(point.get("step", last + 1))
-                if name != "step" and step > last:
+                sent = self._sent.setdefault(name, set())
+                step = int(point.get("step", max(sent, default=-1) + 1))
+                if name != "step" and step not in sent:
                     fresh.append(Metric(name, float(value), time_ms, step))
-                    self._sent[name] = step
-        try:
-            _log_points(self._client, run_id, fresh)
-            if status is not None:
-                self._client.set_terminated(run_id, status)
-        except FAULTS:
-            for metric in fresh:
-                self._sent[metric.key] = min(self._sent[metric.key], metric.step - 1)
-            raise
+                    sent.add(step)
+        _log_points(self._client, self._run_id, fresh)
+        if status is not None:
+            self._client.set_terminated(self._run_id, status)
 
 
 def open_curves(target: Target) -> Curves:

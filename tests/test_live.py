@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import live, tracking
 from pipeline.live import LiveRun, Outbox
+from pipeline.store import Owner
 from pipeline.tracking import Target
 from tests.conftest import Recorder
 
@@ -82,12 +83,33 @@ def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, 
     # The server is back, at another place, and the process that wrote the lines has ended.
     lines[0]["target"]["uri"] = uri
     path.unlink()
-    (tmp_path / "outbox" / "1-1-a.jsonl").write_text(json.dumps(lines[0]) + '\n{"half a li')
+    host = Owner.this_process().host
+    (tmp_path / "outbox" / f"{host}~1~1~a.jsonl").write_text(json.dumps(lines[0]) + '\n{"half a li')
     with Outbox(tmp_path / "outbox") as later:
         pass
     assert later.unsent == {}
     assert history(uri)[1] == [(1, 3.0), (2, 2.0)]
     assert not list((tmp_path / "outbox").iterdir())
+
+
+def test_what_another_machine_or_a_living_command_left_is_let_be(uri, tmp_path):
+    folder = tmp_path / "outbox"
+    with Outbox(folder) as living:
+        living.put(target(AWAY), [at(1, 3.0)])
+        elsewhere = folder / "elsewhere~1~1~a.jsonl"
+        elsewhere.write_text("")
+        assert Outbox(folder).unsent == {}
+        assert sorted(folder.iterdir()) == sorted([elsewhere, living.path])
+
+
+def test_points_that_were_lost_on_their_way_are_sent_by_the_registration(uri):
+    tracking.connect(uri)
+    for points in ([at(0, 4.0), at(20, 2.0)], [at(30, 1.0)]):
+        tracking.open_curves(target(uri)).log(points, 0, None)
+    client, run = tracking.connect(uri), tracking.find_run(target(uri))
+    whole = [{"step": step, "loss": nats} for step, nats in ((0, 4.0), (10, 3.0), (20, 2.0), (30, 1.0))]
+    tracking.log_run(client, run, {}, {}, {"perplexity": 9.0}, {"distill": whole})
+    assert history(uri)[1] == [(0, 4.0), (10, 3.0), (20, 2.0), (30, 1.0)]
 
 
 def test_a_server_that_is_away_keeps_back_its_own_lines_alone(uri, tmp_path):
