@@ -12,13 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from pipeline import artifact, registry, tracking
+from jobs.located import locate, open_model
 from pipeline.errors import ConfigError
-from pipeline.families.models import load_model
-from pipeline.locations import tracking_uri
-from pipeline.objects import FAULTS
 from pipeline.resources import Resources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
@@ -78,36 +75,6 @@ def _width(model: str, config: PreTrainedConfig, block_length: int | None) -> in
     if width > longest:
         raise ConfigError(f"--block-length is {width}, and the model has {longest} positions; lower it.")
     return width
-
-
-def locate(model: str, resources: Resources, temporary: Path) -> Path:
-    """A local folder for a directory, a store URI, `name@alias` or `name/version`.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    temporary.mkdir()
-    if "://" in model:
-        try:
-            folder = artifact.fetch(model, temporary)
-        except FAULTS as error:
-            raise ConfigError(f"MODEL is {model!r}, which cannot be read: {error}") from error
-        if not any(folder.iterdir()):
-            raise ConfigError(f"MODEL is {model!r}, and nothing lies there.")
-        return folder
-    client = tracking.connect(tracking_uri(resources))
-    return registry.download(client, model, tracking_uri(resources), temporary)
-
-
-def open_model(folder: Path) -> PreTrainedModel:
-    """A packed model if the folder has a manifest, else a Hugging Face directory."""
-    if (folder / artifact.MANIFEST).exists():
-        return artifact.load(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"MODEL is {str(folder)!r}: neither a packed model nor a directory with *.safetensors.")
-    return load_model(folder).eval()
 
 
 def _batches(ids: Tensor, lengths: Tensor, batch: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from jobs.evaluate import locate
+from jobs.located import is_registered, locate, pinned
 from pipeline import artifact, registry, tracking
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
 from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
 from pipeline.locations import tracking_uri
+from pipeline.manifest import MANIFEST, check
 from pipeline.resources import Resources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
@@ -39,10 +40,11 @@ def export(
     kind = format_named(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out is {str(out)!r}, which exists and is not an empty directory; name another.")
+    model = pinned(model, resources)
     with tempfile.TemporaryDirectory() as temporary:
         package = locate(model, resources, Path(temporary) / "model")
-        if not (package / artifact.MANIFEST).is_file():
-            raise ConfigError(f"MODEL is {model!r}, which is not a packed model: it has no {artifact.MANIFEST}.")
+        if not (package / MANIFEST).is_file():
+            raise ConfigError(f"MODEL is {model!r}, which is not a packed model: it has no {MANIFEST}.")
         _, config, _ = artifact.read(package)
         kind.load().check(config)
         text = _text(data, package, config.max_position_embeddings, Path(temporary)) if data else None
@@ -73,7 +75,7 @@ def _prove(
     measured = measure(model, module.open_logits(draft, threads), make_probes(model, text))
     return Verdict(
         format=name,
-        digest=artifact.check(package)["digest"],
+        digest=check(package)["digest"],
         probe=data or "sampled from the packed model",
         activations=kind.activations,
         tensors_read_back=tensors,
@@ -100,10 +102,9 @@ def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
 
 def _log(model: str, verdict: Verdict, resources: Resources) -> None:
     """Verdicts of registered models are kept with them."""
-    if Path(model).is_dir() or "://" in model:
-        return
-    client = tracking.connect(tracking_uri(resources))
-    registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
+    if is_registered(model):
+        client = tracking.connect(tracking_uri(resources))
+        registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
 
 
 def _show(verdict: Verdict, out: Path, console: Console) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from jobs.evaluate import locate, open_model
-from pipeline.artifact import MANIFEST, check
+from jobs.located import locate, open_model
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
+from pipeline.manifest import MANIFEST, check
 from pipeline.resources import Resources
 from pipeline.tasks.summarization import ended, summaries
 from pipeline.tasks.tokenizers import read_tokenizer
@@ -64,6 +64,8 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
     if config.is_encoder_decoder:
         return _summary(open_model(folder), tokenizer, ids, request, console, say)
     ids, length = _fitted(ids, tokenizer, int(config.max_position_embeddings), request, console)
+    if packed:
+        packed = _has_graph(config, console)
     written = _from_runtime(folder, ids, length, request) if packed else _from_torch(folder, ids, length, request)
     pieces, found = _Pieces(tokenizer, say), []
     for token in written:
@@ -88,6 +90,17 @@ def _fitted(
     if length < request.max_tokens:
         console.print(f"the model's {positions} positions leave room for {length} tokens", highlight=False)
     return ids, length
+
+
+def _has_graph(config: PreTrainedConfig, console: Console) -> bool:
+    from pipeline.runtime.build import check as check_graph
+
+    try:
+        check_graph(config)
+    except ConfigError as error:
+        console.print(f"{error} It runs in torch.", highlight=False)
+        return False
+    return True
 
 
 def _from_runtime(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:

@@ -7,10 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import registry, tracking
-from pipeline.locations import tracking_uri
+from jobs.located import files_of
 from pipeline.resources import Resources
-from pipeline.transfer import Fetch, from_store
 from pipeline.transfer import pull as bring
 
 
@@ -32,15 +30,3 @@ def pull(model: str, destination: str, resources: Resources, console: Console) -
         "kept": list(pulled.kept),
         "digest": pulled.manifest["digest"],
     }
-
-
-def files_of(model: str, resources: Resources) -> Fetch:
-    """How to get at the files of a directory, a store URI, `name@alias` or `name/version`.
-
-    Raises:
-        ConfigError: the registry has no such model.
-    """
-    if Path(model).is_dir() or "://" in model:
-        return from_store(model)
-    uri = tracking_uri(resources)
-    return registry.files(tracking.connect(uri), model, uri)

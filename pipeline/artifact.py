@@ -7,7 +7,6 @@ with the checksum of each. Packing loses nothing: unpacking gives tensors of the
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,31 +18,18 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from pipeline.card import model_card
 from pipeline.config import Quant
 from pipeline.encoding import decode, encode
-from pipeline.errors import DamagedError, RunError
+from pipeline.errors import DamagedError
 from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
-from pipeline.objects import open_objects
+from pipeline.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
 from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import Encoding
 from pipeline.records import Size
 from pipeline.store import checksum
-from pipeline.strict import read_json, read_tensors
+from pipeline.strict import read_tensors
+from pipeline.transfer import from_store, pull
 
-FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
-WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
 NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
-# Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
-REFUSED = (
-    "auto_map",
-    "custom_pipelines",
-    "attn_implementation",
-    "_attn_implementation",
-    "experts_implementation",
-    "transformers_weights",
-    "fusion_config",
-    "kernel_config",
-    "num_labels",
-)
 
 
 def write(
@@ -112,58 +98,6 @@ def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int, unquanti
     )
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """Every byte against the manifest, which is returned.
-
-    Raises:
-        DamagedError: a file is missing, altered, a link, or not listed by a plain name.
-        RunError: a newer format.
-    """
-    manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if path.is_symlink():
-            raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
-            raise DamagedError(f"{path} is missing or does not match the manifest.")
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, which lists files by plain names, with a size and a SHA-256 each. Raises as `check` does."""
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise DamagedError(
-            f"{folder} is not a packed model: it has no {MANIFEST}. What save_pretrained wrote has none: transformers "
-            "loads it after `import pipeline.plugin`."
-        )
-    try:
-        manifest = dict(read_json(path.read_bytes()))
-        version, digest = manifest["format_version"], str(manifest["digest"])
-        listed = {
-            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-            for name, entry in manifest["files"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}") from error
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise RunError(
-            f"{folder} has format_version {version!r}; this bitmill reads up to {FORMAT_VERSION}. Upgrade bitmill."
-        )
-    for name in listed:
-        if not _plain(name):
-            raise DamagedError(f"{path} lists the file {name!r}, which is not a plain name.")
-    for name in (WEIGHTS, CONFIG):
-        if name not in listed:
-            raise DamagedError(f"{path} does not list {name}.")
-    return {**manifest, "files": listed, "digest": digest}
-
-
-def _plain(name: str) -> bool:
-    """A file of the folder itself, other than the manifest, which cannot hold its own checksum."""
-    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}", name) is not None and name != MANIFEST
-
-
 def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:
     """The frozen tensors, the configuration and its quantization_config, after `check`.
 
@@ -186,17 +120,10 @@ def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The configuration of a package and its quantization_config.
 
     Raises:
-        DamagedError: it is not one of a package, or sets what could run code or read other files.
+        DamagedError: transformers cannot read it, or it is not one of a package, as `read_settings` says.
     """
     path = folder / CONFIG
-    try:
-        fields = read_json(path.read_bytes())
-        refused = [name for name in REFUSED if name in fields]
-        quantization = dict(fields["quantization_config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}") from error
-    if refused:
-        raise DamagedError(f"{path} sets {refused[0]!r}, which no package does: it could run code or read other files.")
+    quantization = read_settings(path)["quantization_config"]
     try:
         config = read_config(folder)
     except NOT_DAMAGE:
@@ -215,16 +142,10 @@ def load(source: str | Path) -> PreTrainedModel:
     """
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as scratch:
-            return _load(fetch(str(source), Path(scratch)))
+            folder = Path(scratch) / "package"
+            pull(from_store(str(source)), folder, str(source))
+            return _load(folder)
     return _load(Path(source))
-
-
-def fetch(uri: str, folder: Path) -> Path:
-    """Copy the files of a package from a store to a folder."""
-    objects = open_objects(uri)
-    for name in objects.sizes(""):
-        (folder / Path(name).name).write_bytes(objects.read(name))
-    return folder
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import DamagedError
-from pipeline.families.models import WithStates
+from pipeline.families.states import WithStates
 from pipeline.records import StoredFile
 from pipeline.store import Place
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.packing import pack, packed_columns, unpack
-from pipeline.quant.spec import Encoding, grid
+from pipeline.quant.spec import Encoding, Levels, grid
 
+SHIPPED = (torch.float32, torch.float16, torch.bfloat16)  # types of scales and of what is not quantized
 SPARED = ("final_logits_bias",)  # BART's, zero in every model that did not set it: not stored while it is zero
 
 
@@ -35,38 +37,77 @@ def encode(frozen: FrozenTensors, encoding: Encoding) -> tuple[dict[str, Tensor]
     }
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight as it lies in the file."""
+
+    codes: Tensor  # (rows, bytes of a row), uint8
+    scale: Tensor  # (1, 1) or (rows, 1), finite, zero or more
+    bits: int
+    columns: int
+    encoding: Encoding
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.columns
+
+
+def packed_of(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple[dict[str, Packed], dict[str, Tensor]]:
+    """Quantized weights by module, and the other tensors, checked against the fields, zeros that were left
+    out among them. Nothing is unpacked.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the tensors are not what the fields say.
+    """
+    rest, found = dict(tensors), {}
+    for name, module in fields["modules"].items():
+        bits, (rows, columns) = _whole(module["bits"]), map(_whole, module["shape"])
+        codes, scale = rest.pop(f"{name}.weight"), rest.pop(f"{name}.weight_scale")
+        encoding = _encoding_of(bits, fields["encoding"])
+        expected = (rows * packed_columns(columns, bits, encoding),)
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
+            raise ValueError(f"{name}.weight is {codes.dtype} {tuple(codes.shape)}, not {expected[0]} packed bytes")
+        if tuple(scale.shape) not in ((1, 1), (rows, 1)) or scale.dtype not in SHIPPED or not _sound(scale):
+            raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row, zero or more")
+        found[name] = Packed(codes.reshape(rows, -1), scale, bits, columns, encoding)
+    for name, tensor in rest.items():
+        if tensor.dtype not in SHIPPED:
+            raise ValueError(f"{name} is {tensor.dtype}, in which no package holds it")
+    longest = max([one.shape[0] for one in found.values()] + [len(t) for t in rest.values() if t.ndim == 2], default=0)
+    for name, described in fields.get("zeros", {}).items():
+        if name not in SPARED or name in rest:
+            raise ValueError(f"{name!r} is not a tensor that may be left out")
+        rest[name] = _zeros(name, described, longest)
+    return found, rest
+
+
+def levels_in(fields: Mapping[str, Any]) -> Levels:
+    """The levels of a package's grids. Raises ValueError for unknown ones."""
+    levels: Levels = fields.get("levels", "symmetric")  # not in format 1
+    grid(levels, 8)
+    return levels
+
+
 def decode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> FrozenTensors:
     """The frozen tensors again. Memory is asked for only once the packed bytes are there that fill it.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: the tensors are not what the fields say.
     """
-    levels = fields.get("levels", "symmetric")  # not in format 1
-    grid(levels, 8)  # refuses what is not known
-    frozen = FrozenTensors(rest=dict(tensors), levels=levels)
-    for name, module in fields["modules"].items():
-        bits, (rows, columns) = _whole(module["bits"]), map(_whole, module["shape"])
-        packed, scale = frozen.rest.pop(f"{name}.weight"), frozen.rest.pop(f"{name}.weight_scale")
-        encoding = _encoding_of(bits, fields["encoding"])
-        expected = (rows * packed_columns(columns, bits, encoding),)
-        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
-            raise ValueError(f"{name}.weight is {packed.dtype} {tuple(packed.shape)}, not {expected[0]} packed bytes")
-        if tuple(scale.shape) not in ((1, 1), (rows, 1)) or not scale.is_floating_point() or not _sound(scale):
-            raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row, zero or more")
-        frozen.codes[name] = unpack(packed.reshape(rows, -1), columns, bits, encoding, frozen.levels)
-        frozen.scales[name], frozen.bits[name] = scale, bits
-    for name, tensor in fields.get("zeros", {}).items():
-        frozen.rest[name] = _zeros(name, tensor, frozen)
+    packed, rest = packed_of(tensors, fields)
+    frozen = FrozenTensors(rest=rest, levels=levels_in(fields))
+    for name, one in packed.items():
+        frozen.codes[name] = unpack(one.codes, one.columns, one.bits, one.encoding, frozen.levels)
+        frozen.scales[name], frozen.bits[name] = one.scale, one.bits
     return frozen
 
 
-def _zeros(name: str, described: Mapping[str, Any], frozen: FrozenTensors) -> Tensor:
-    """A tensor that was not stored: one of those that may be, and no longer than some stored matrix has rows."""
+def _zeros(name: str, described: Mapping[str, Any], longest: int) -> Tensor:
+    """A tensor that was not stored, no longer than the stored matrices."""
     shape, dtype = [_whole(size) for size in described["shape"]], getattr(torch, described["dtype"])
-    if name not in SPARED or name in frozen.rest or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a tensor that may be left out")
-    stored = [*frozen.codes.values(), *(t for t in frozen.rest.values() if t.ndim == 2)]
-    if math.prod(shape) > max(map(len, stored), default=0):
+    if dtype not in SHIPPED:
+        raise ValueError(f"{name} is {dtype}, in which no package holds it")
+    if math.prod(shape) > longest:
         raise ValueError(f"{name} of shape {shape} is longer than the vocabulary")
     return torch.zeros(shape, dtype=dtype)
 

@@ -15,7 +15,7 @@ from pipeline import preflight, registry, tracking
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.models import LAST
+from pipeline.families.states import LAST
 from pipeline.identity import differences, recipe_of, step_key
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS

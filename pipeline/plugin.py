@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.config import Quant
 from pipeline.encoding import decode
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.families.models import family_of, thaw_into
+from pipeline.manifest import CONFIG, MANIFEST, read_settings
 from pipeline.quant.layers import FrozenTensors
-from pipeline.strict import read_json, read_tensors
+from pipeline.strict import read_json_file, read_tensors
 
 METHOD = "bitmill"
 
@@ -54,6 +56,15 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32  # what scales and activation ranges are computed in; types on disk are the package's own
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Called before the model is built: what no package sets is refused, as `pipeline.load` does."""
+        commit = getattr(config, "_commit_hash", None)
+        path = cached_file(config.name_or_path, CONFIG, revision=commit, local_files_only=True)
+        if path is None:
+            raise DamagedError(f"{config.name_or_path} has no {CONFIG}.")
+        read_settings(Path(path))
+        return config
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         return dict(self.tensors), {}
@@ -112,7 +123,7 @@ def _verified(files: list[str] | None, quantization: dict[str, Any]) -> tuple[di
         frozen = decode(tensors, quantization)
         digest = quantization.get("digest")  # not before format 3
         if digest is None:
-            digest = read_json(path.with_name("manifest.json").read_bytes())["digest"]
+            digest = read_json_file(path.with_name(MANIFEST))["digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} cannot be unpacked: {error!r}") from error
     if frozen.digest() != digest:

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import KEY_TAG
 
 CHAMPION, FIRST = "champion", "1"
+MISSING = "RESOURCE_DOES_NOT_EXIST"
 FORMATS_TAG, OWN_FORMAT = "bitmill.formats", "bitmill"  # every package is itself a format
 
 
@@ -84,30 +85,13 @@ def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]
     return tuple(sorted(alias for alias, at in aliases.items() if str(at) == str(version)))
 
 
-def download(client: MlflowClient, model: str, tracking_uri: str, folder: Path) -> Path:
-    """The package of `name@alias` or `name/version`.
-
-    Raises:
-        ConfigError: the registry has no such model.
-    """
-    try:
-        return Path(
-            download_artifacts(artifact_uri=f"models:/{model}", dst_path=str(folder), tracking_uri=tracking_uri)
-        )
-    except MlflowException as error:
-        raise _unknown(client, model, error) from error
-
-
 def files(client: MlflowClient, model: str, tracking_uri: str) -> Callable[[str, Path], Path]:
     """A function that downloads one file of `name@alias` or `name/version` by its name into a folder.
 
     Raises:
         ConfigError: the registry has no such model.
     """
-    try:
-        found = version_of(client, model)
-    except MlflowException as error:
-        raise _unknown(client, model, error) from error
+    found = resolve(client, model)
     root = f"models:/{found.name}/{found.version}"  # an alias may move meanwhile
 
     def fetch(file: str, folder: Path) -> Path:
@@ -116,21 +100,30 @@ def files(client: MlflowClient, model: str, tracking_uri: str) -> Callable[[str,
                 download_artifacts(artifact_uri=f"{root}/{file}", dst_path=str(folder), tracking_uri=tracking_uri)
             )
         except MlflowException as error:
-            raise FileNotFoundError(file) from error
+            if error.error_code == MISSING:
+                raise FileNotFoundError(file) from error
+            raise OSError(str(error).splitlines()[0]) from error
 
     return fetch
 
 
-def _unknown(client: MlflowClient, model: str, error: MlflowException) -> ConfigError:
-    known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
-    return ConfigError(
-        f"MODEL is {model!r}: no such directory, and the registry does not have it "
-        f"({str(error).splitlines()[0]}). Registered models: {known}."
-    )
+def resolve(client: MlflowClient, model: str) -> RegisteredVersion:
+    """The version that `name@alias` or `name/version` means.
+
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    try:
+        return _version_of(client, model)
+    except MlflowException as error:
+        known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
+        raise ConfigError(
+            f"MODEL is {model!r}: no such directory, and the registry does not have it "
+            f"({str(error).splitlines()[0]}). Registered models: {known}."
+        ) from error
 
 
-def version_of(client: MlflowClient, model: str) -> RegisteredVersion:
-    """The version that `name@alias` or `name/version` means."""
+def _version_of(client: MlflowClient, model: str) -> RegisteredVersion:
     name, _, alias = model.partition("@")
     if alias:
         return client.get_model_version_by_alias(name, alias)
@@ -146,7 +139,7 @@ def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, ve
         RunError: the server refused.
     """
     try:
-        version = version_of(client, model)
+        version = _version_of(client, model)
         model_id = version.source.removeprefix(
             "models:/"
         )  # a version that is fetched does not always tell its model_id

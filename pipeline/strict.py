@@ -15,11 +15,17 @@ MOST_JSON_BYTES = 16 * 2**20
 def read_json(data: bytes) -> Any:
     """Raises ValueError for more than 16 MiB, another encoding than UTF-8, duplicate keys, or bottomless nesting."""
     if len(data) > MOST_JSON_BYTES:
-        raise ValueError(f"{len(data)} bytes of JSON, more than {MOST_JSON_BYTES}")
+        raise ValueError(f"more than {MOST_JSON_BYTES} bytes of JSON")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
+
+
+def read_json_file(path: Path) -> Any:
+    """Raises ValueError as `read_json` does, before more than that is read."""
+    with open(path, "rb") as file:
+        return read_json(file.read(MOST_JSON_BYTES + 1))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

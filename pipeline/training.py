@@ -34,7 +34,8 @@ from pipeline.distill.memory_bank import alone
 from pipeline.distill.schedule import DataOrder, draw, share
 from pipeline.distillation import Distillation
 from pipeline.errors import RunError
-from pipeline.families.models import WithStates, load_parameters
+from pipeline.families.models import load_parameters
+from pipeline.families.states import WithStates
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.records import Advance, Shard, StoredFile

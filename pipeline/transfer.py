@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import MANIFEST, check, read_manifest
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.manifest import MANIFEST, check, read_manifest
 from pipeline.objects import FAULTS, open_objects
 from pipeline.store import checksum
 
@@ -51,15 +54,30 @@ def pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
     staging = destination.with_name(f".{destination.name}.pulling")
     _refuse_links(staging)
     staging.mkdir(parents=True, exist_ok=True)
-    _fetch(fetch, MANIFEST, staging, model)
-    manifest = read_manifest(staging)
-    _remove_all_but({*manifest["files"], MANIFEST}, staging)
-    kept = tuple(name for name, entry in manifest["files"].items() if _is(staging / name, entry))
-    fetched = tuple(name for name in manifest["files"] if name not in kept)
-    for name in fetched:
-        _fetch(fetch, name, staging, model, manifest["files"][name])
-    staging.replace(destination)
+    with _alone_in(staging, destination):
+        _fetch(fetch, MANIFEST, staging, model)
+        manifest = read_manifest(staging)
+        _remove_all_but({*manifest["files"], MANIFEST}, staging)
+        kept = tuple(name for name, entry in manifest["files"].items() if _is(staging / name, entry))
+        fetched = tuple(name for name in manifest["files"] if name not in kept)
+        for name in fetched:
+            _fetch(fetch, name, staging, model, manifest["files"][name])
+        staging.replace(destination)
     return Pulled(manifest, fetched, kept)
+
+
+@contextlib.contextmanager
+def _alone_in(staging: Path, destination: Path) -> Iterator[None]:
+    """Two pulls to one destination would take each other's files away. The lock ends with the process."""
+    folder = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"DEST is {str(destination)!r}, to which another command is pulling now.") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def _already_there(fetch: Fetch, destination: Path, model: str) -> Pulled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline import artifact
 from pipeline.config import Quant
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import InputQuantizer, freeze
+from pipeline.store import checksum
 
 WIDE = {  # head sizes that kernels take, widths that are whole blocks
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128, "vocab_size": 300},
@@ -76,3 +78,10 @@ def packed_logits(folder: Path, ids: list[int], source: list[int] | None = None,
 
 def rms(values: np.ndarray) -> float:
     return float(np.sqrt((values.astype(np.float64) ** 2).mean()))
+
+
+def signed(folder: Path) -> None:
+    """Make the manifest agree with whatever lies in the folder, as a careful attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: checksum(folder / name).model_dump() for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

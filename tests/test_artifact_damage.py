@@ -13,18 +13,12 @@ from safetensors.torch import load_file, save_file
 import pipeline
 from pipeline.errors import BitmillError, DamagedError, RunError
 from pipeline.store import checksum
+from tests.packages import signed
 
 
 @pytest.fixture
 def package(finished, tmp_path):
     return shutil.copytree(finished.package, tmp_path / "package")
-
-
-def signed(folder):
-    """Make the manifest agree with whatever lies in the folder, as a careful attacker would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {name: checksum(folder / name).model_dump() for name in manifest["files"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edited(path, change):
@@ -266,9 +260,11 @@ ABSURD = {"dtype": "float32", "shape": [10**6, 10**6]}
         (said(attn_implementation="someone/kernel"), "sets 'attn_implementation'"),
         (said(transformers_weights="../other.safetensors"), "sets 'transformers_weights'"),
         (said(dtype="float30"), r"config\.json is damaged"),
-        (said(n_layer=10**12), "there are fewer tensors"),
+        (said(n_layer=10**12), "no model has more than 1000"),
+        (said(text_config={"num_local_experts": 10**9}), "no model has more than 1000"),
+        (said(n_layer=900), "there are fewer tensors"),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_what_hostile_files_try_is_named_even_with_matching_checksums(package, damage, message):
     damage(package)

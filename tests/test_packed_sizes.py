@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.config import Quant
 from pipeline.encoding import encode
 from pipeline.families.models import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
@@ -54,7 +54,7 @@ def size_of(folder, model, bits, encoding, family="gpt2", **settings):
     frozen, quant = frozen_at(model, bits, family, **settings)
     facts = {"name": family, "teacher_bytes": fp32_bytes(model), "lineage": {}, "metrics": NOTHING}
     size = artifact.write(folder, frozen, model.config, quant, encoding, family, facts)["size"]
-    assert size["packed_bytes"] == (folder / artifact.WEIGHTS).stat().st_size
+    assert size["packed_bytes"] == (folder / manifest.WEIGHTS).stat().st_size
     assert artifact.read(folder)[0].digest() == frozen.digest()
     return size
 
@@ -112,7 +112,7 @@ def test_a_final_bias_is_stored_only_where_it_says_something(tmp_path):
         model.final_logits_bias[0, 7] = value
         (tmp_path / name).mkdir()
         size_of(tmp_path / name, model, "2-2-8", "dense", "bart")
-        stored = load_file(tmp_path / name / artifact.WEIGHTS)
+        stored = load_file(tmp_path / name / manifest.WEIGHTS)
         assert ("final_logits_bias" in stored) == (name == "other")
         assert torch.equal(artifact.read(tmp_path / name)[0].rest["final_logits_bias"], model.final_logits_bias)
         assert torch.equal(artifact.load(tmp_path / name).final_logits_bias, model.final_logits_bias)

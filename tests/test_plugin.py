@@ -15,11 +15,14 @@ from pipeline import artifact
 from pipeline.config import Quant
 from pipeline.errors import DamagedError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
+from pipeline.manifest import REFUSED
 from pipeline.store import checksum
 from tests.conftest import ARCHITECTURES
+from tests.packages import signed
 from tests.test_artifact import FACTS
 
 IDS = torch.arange(5, 13)[None]
+HOSTILE = {"auto_map": {"AutoConfig": "x.Y"}, "custom_pipelines": {}, "num_labels": 7}
 SHORT = {"scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"}
 
 
@@ -158,13 +161,23 @@ def test_nothing_in_a_package_is_run(tmp_path):
     config = json.loads((package / "config.json").read_text())
     settings = {"auto_map": {"AutoModelForCausalLM": "modeling_x.Model", "AutoConfig": "modeling_x.Model"}}
     (package / "config.json").write_text(json.dumps(config | settings))
-    manifest = json.loads((package / "manifest.json").read_text())
-    manifest["files"]["config.json"] = checksum(package / "config.json").model_dump()
-    (package / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match="sets 'auto_map', which no package does"):
-        pipeline.load(package)
-    assert logits(plain(package, trust_remote_code=False)).isfinite().all()
+    signed(package)
+    for load in (pipeline.load, plain):
+        with pytest.raises(DamagedError, match="sets 'auto_map', which no package does"):
+            load(package)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_both_ways_refuse_what_no_package_sets(tmp_path, name):
+    """Before transformers builds anything by it: some of these would download and run a kernel."""
+    package = packed(tmp_path / "package", "gpt2")
+    config = json.loads((package / "config.json").read_text())
+    (package / "config.json").write_text(json.dumps(config | {name: HOSTILE.get(name, "someone/kernel")}))
+    signed(package)
+    for load in (pipeline.load, plain):
+        with pytest.raises(DamagedError, match=f"sets '{name}', which no package does"):
+            load(package)
 
 
 def test_a_copy_without_the_manifest_is_for_transformers_only(tmp_path):

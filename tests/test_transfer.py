@@ -7,9 +7,10 @@ import shutil
 import uuid
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 import pipeline
-from pipeline import artifact, registry, tracking
+from pipeline import manifest, registry, tracking
 from pipeline.errors import BitmillError, ConfigError, DamagedError
 from pipeline.locations import tracking_uri
 from pipeline.objects import open_objects
@@ -85,6 +86,33 @@ def test_an_interrupted_pull_goes_on(finished, fetch, tmp_path):
     assert not staging.exists()
 
 
+def test_two_pulls_to_one_place_do_not_mix(finished, fetch, tmp_path):
+    refused = []
+
+    def meanwhile(name, scratch):
+        if name == "tokenizer.json":
+            with pytest.raises(ConfigError, match="another command is pulling"):
+                pull(fetch, tmp_path / "model", "m")
+            refused.append(name)
+        return fetch(name, scratch)
+
+    pull(meanwhile, tmp_path / "model", "m")
+    assert refused
+    assert content(tmp_path / "model") == content(finished.package)
+
+
+def refusing(**_):
+    raise MlflowException("503 try later")
+
+
+def test_a_registry_that_goes_away_is_not_a_missing_file(finished, tmp_path, monkeypatch):
+    uri = tracking_uri(finished.plan.config.resources)
+    fetch = registry.files(tracking.connect(uri), "tiny@champion", uri)
+    monkeypatch.setattr(registry, "download_artifacts", refusing)
+    with pytest.raises(ConfigError, match=r"whose manifest\.json cannot be brought to .*: 503 try later"):
+        pull(fetch, tmp_path / "model", "tiny@champion")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "README.md", "config.json"])
 def test_a_byte_that_differs_ends_the_pull(finished, tmp_path, name):
     source = shutil.copytree(finished.package, tmp_path / "source")
@@ -131,7 +159,7 @@ def test_links_are_neither_followed_nor_written_through(finished, tmp_path):
     (tmp_path / ".model.pulling" / "README.md").symlink_to(outside / "written")
     pull(from_store(str(finished.package)), tmp_path / "model", "m")
     assert list(outside.iterdir()) == []
-    assert artifact.check(tmp_path / "model")
+    assert manifest.check(tmp_path / "model")
 
 
 @pytest.mark.parametrize("there", ["file", "other files", "another package"])

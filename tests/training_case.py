@@ -18,7 +18,8 @@ import torch.multiprocessing as mp
 
 from pipeline.config import Distill, Finetune, Quant
 from pipeline.distillation import Distillation
-from pipeline.families.models import WithStates, build, load_model, read_config, set_dropout
+from pipeline.families.models import build, load_model, read_config, set_dropout
+from pipeline.families.states import WithStates
 from pipeline.records import Shard
 from pipeline.resources import Resources
 from pipeline.stages import distill as distill_stage

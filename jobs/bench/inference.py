@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.config import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
@@ -68,7 +68,7 @@ def compare(
 
 def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict[str, str]]:
     """A folder with what each engine loads, and why an engine has nothing to load."""
-    folder = cache / (f"gpt2-small-{quantizer}" if model is None else artifact.check(model)["digest"])
+    folder = cache / (f"gpt2-small-{quantizer}" if model is None else manifest.check(model)["digest"])
     if not (folder / READY).exists():
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "package").mkdir(parents=True)

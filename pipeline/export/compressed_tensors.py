@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.errors import ConfigError
 from pipeline.export.dequantized import copy_companions, transformers_logits
 from pipeline.quant.layers import FrozenTensors
@@ -52,7 +52,7 @@ def write(package: Path, out: Path) -> list[str]:
         weight = tensors[f"{name}.weight"] = frozen.weight(name).half()
         notes.append(f"{name}: dequantized, its {weight.shape[0]} rows are F16, {weight.nbytes:,} bytes")
     tensors |= {name: tensor.half().contiguous() for name, tensor in frozen.rest.items()}
-    save_file(tensors, out / artifact.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, out / manifest.WEIGHTS, metadata={"format": "pt"})
     config.dtype = torch.float16
     config.quantization_config = _scheme(widths)
     config.save_pretrained(out)

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.errors import RunError
 from pipeline.families.models import build, family_of, sites
 from pipeline.quant.layers import FrozenTensors
 
-OWN = {artifact.MANIFEST, artifact.WEIGHTS, "config.json", "README.md"}  # the other files of a package are anybody's
+OWN = {manifest.MANIFEST, manifest.WEIGHTS, "config.json", "README.md"}  # the other files of a package are anybody's
 
 
 def check(config: PreTrainedConfig) -> None:

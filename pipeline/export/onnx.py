@@ -16,14 +16,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.config import Quant
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import build, check, longest
 
 __all__ = ["check", "open_logits", "read_back", "write"]
-OURS = {artifact.WEIGHTS, artifact.MANIFEST, "README.md", "config.json"}  # the rest of a package goes along
+OURS = {manifest.WEIGHTS, manifest.MANIFEST, "README.md", "config.json"}  # the rest of a package goes along
 
 
 def write(package: Path, out: Path) -> list[str]:
@@ -33,7 +33,7 @@ def write(package: Path, out: Path) -> list[str]:
         DamagedError: a damaged package. ConfigError: an architecture without a graph.
     """
     config = build(package, out)
-    for name in artifact.check(package)["files"]:
+    for name in manifest.check(package)["files"]:
         if name not in OURS:
             shutil.copyfile(package / name, out / name)
     fields = json.loads((package / "config.json").read_text(encoding="utf-8"))

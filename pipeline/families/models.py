@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -21,13 +24,13 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.families import bart, gpt2, llama
 from pipeline.families.attention import use_quantized_attention
 from pipeline.families.family import Family
-from pipeline.quant.layers import TIED, FrozenTensors, Site, freeze, prepare, thaw
+from pipeline.quant.layers import TIED, FrozenTensors, Site, fit, freeze, prepare, thaw
 from pipeline.quant.spec import QuantSpec
 
 logging.set_verbosity_error()  # what matters is said by our own errors and progress
 logging.disable_progress_bar()
 
-LAST = -1
+MOST_UNSTORED = 2**22  # numbers in tables that an architecture computes, such as sinusoids
 FAMILIES = {family.name: family for family in (gpt2.FAMILY, llama.FAMILY, bart.FAMILY)}
 
 
@@ -89,10 +92,12 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ConfigError: settings that do not fit together.
     """
     try:
-        with torch.device("meta"):
-            return _auto(config).from_config(config)
+        with torch.device("meta"), no_init_weights():  # which leaves out tying as well
+            model: PreTrainedModel = _auto(config).from_config(config)
     except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
+    model.tie_weights()
+    return model
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -176,13 +181,27 @@ def make_student(model: PreTrainedModel, spec: QuantSpec, family: Family) -> Non
     use_quantized_attention(model, spec)
 
 
-def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
-    """The frozen student as a model that runs. Raises ValueError if the tensors do not fit."""
+def check_tensors(
+    config: PreTrainedConfig, spec: QuantSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that are not the architecture's, before any memory is asked for.
+
+    Raises:
+        ValueError, ConfigError: they are others, or the settings ask for more parts or buffers than they fill.
+    """
     for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
-        if getattr(config, name, 0) > len(frozen.rest) + len(frozen.codes):
+        if getattr(config, name, 0) > len(shapes):
             raise ValueError(f"{name} is {getattr(config, name)}, and there are fewer tensors")
-    shapes = skeleton(config)  # so that absurd shapes are refused before any memory is asked for
-    thaw(shapes, sites(shapes, family), spec, frozen)
+    model = skeleton(config)
+    fit(model, sites(model, family), spec, shapes)
+    unstored = sum(buffer.numel() for name, buffer in model.named_buffers() if name not in shapes)
+    if unstored > MOST_UNSTORED + sum(map(math.prod, shapes.values())):
+        raise ValueError(f"the settings ask for tables of {unstored} numbers, more than the tensors hold")
+
+
+def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
+    """The frozen student as a model that runs. Raises as `check_tensors` does."""
+    check_tensors(config, spec, family, frozen.shapes)
     model: PreTrainedModel = _auto(config).from_config(config, dtype=torch.float32)
     thaw_into(model, spec, family, frozen)
     return model.eval()
@@ -228,89 +247,6 @@ def check_spec(model: PreTrainedModel, family: Family, spec: QuantSpec) -> None:
     for pattern, _ in spec.overrides:
         if not any(re.fullmatch(pattern, name) for name in names):
             raise ConfigError(f"quant.overrides: {pattern!r} matches no module; modules: {', '.join(names[:12])} ...")
-
-
-class WithStates(nn.Module):
-    """A language model that returns the hidden states of a decoder layer beside its logits: see `layer_states`."""
-
-    def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
-        super().__init__()
-        self.model, self.layer = model, layer
-        _keep_padding_row(model)
-
-    def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
-        """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
-
-        Decoder rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What
-        an encoder reads, (batch, source length), has its padding masked.
-        """
-        last, states = layer_states(self.model, self.layer, ids, source_ids, source_mask)
-        return states, logits_of(self.model, last)
-
-
-def last_states(
-    model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
-) -> Tensor:
-    """The hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
-    return layer_states(model, LAST, ids, source_ids, source_mask)[0]
-
-
-def layer_states(
-    model: PreTrainedModel,
-    layer: int,
-    ids: Tensor,
-    source_ids: Tensor | None = None,
-    source_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the output of
-    the layer before the last one, and so on down to the embedding."""
-    given: dict[str, Any] = {"input_ids": ids}
-    if source_ids is not None:
-        given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
-    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
-    if layer == LAST:
-        return output.last_hidden_state, output.last_hidden_state
-    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
-    return output.last_hidden_state, hidden[layer]
-
-
-def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """(batch, length, vocabulary) from what `last_states` gave."""
-    logits: Tensor = head_of(model)(states)
-    return logits
-
-
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """What turns last states into logits: the output embedding, with BART's `final_logits_bias` where there is one."""
-    head: nn.Module = model.get_output_embeddings()
-    bias = getattr(model, "final_logits_bias", None)
-    return head if bias is None else BiasedHead(head, bias)
-
-
-class BiasedHead(nn.Module):
-    """An output embedding and the bias (1, vocabulary) that the model keeps outside it."""
-
-    def __init__(self, head: nn.Module, bias: Tensor) -> None:
-        super().__init__()
-        self.head = head
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, states: Tensor) -> Any:
-        return self.head(states) + self.bias
-
-
-def _keep_padding_row(model: PreTrainedModel) -> None:
-    """A padding row of zeros stays zeros: a tied head would otherwise move it, as it moves every row."""
-    embedding = model.get_input_embeddings()
-    row = getattr(embedding, "padding_idx", None)
-    weight = embedding.weight
-    if row is None or weight.is_meta or not weight.requires_grad or weight[row].any():
-        return
-
-    def mask(gradient: Tensor) -> Tensor:
-        return gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0)
-
-    weight.register_hook(mask)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -183,6 +183,13 @@ class FrozenTensors:
     rest: dict[str, Tensor] = field(default_factory=dict)
     levels: Levels = "symmetric"
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of the model, by its name there."""
+        return {name: tuple(tensor.shape) for name, tensor in self.rest.items()} | {
+            f"{name}.weight": tuple(codes.shape) for name, codes in self.codes.items()
+        }
+
     def weight(self, name: str) -> Tensor:
         """The fp32 weight that the codes stand for."""
         return dequantize(self.codes[name], self.scales[name].float(), grid(self.levels, self.bits[name]))
@@ -243,23 +250,28 @@ def _step_of_rows(table: Tensor, grid: Grid) -> Tensor:
 def thaw(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, frozen: FrozenTensors) -> None:
     """Turn `model`, of the student's architecture, into the frozen student, in place.
 
-    Weights are dequantized once to fp32; activations are quantized as in training. On the meta device only the
-    shapes are checked.
+    Weights are dequantized once to fp32; activations are quantized as in training.
 
     Raises:
         ValueError: the tensors are not those of this architecture.
+    """
+    fit(model, sites, spec, frozen.shapes)
+    state = {name: tensor.float() for name, tensor in frozen.rest.items()}
+    model.load_state_dict(state | {f"{name}.weight": frozen.weight(name) for name in frozen.codes})
+
+
+def fit(model: nn.Module, sites: Iterable[Site], spec: QuantSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give `model` the modules of a frozen student, in place, if tensors of these names and shapes are its own.
+
+    Raises:
+        ValueError: they are not.
     """
     unquantized = QuantSpec(
         bits=type(spec.bits)(UNQUANTIZED, UNQUANTIZED, spec.bits.activations),
         activation_range=spec.activation_range,
     )
     prepare(model, sites, unquantized)
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in frozen.rest.items()}
-    state |= {f"{name}.weight": frozen.weight(name) for name in frozen.codes}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != given:
-        wrong = sorted(set(expected.items()) ^ set(given.items()))
+    wrong = sorted(set(expected.items()) ^ set(shapes.items()))
+    if wrong:
         raise ValueError(f"the tensors do not fit the architecture; first mismatch: {wrong[0][0]} {wrong[0][1]}")
-    if not next(model.parameters()).is_meta:
-        model.load_state_dict(state)

@@ -17,7 +17,7 @@ TERNARY_PER_BYTE = 5
 
 def packed_columns(columns: int, bits: int, encoding: Encoding = "dense") -> int:
     """Bytes of one packed row."""
-    per_byte = _codes_per_byte(bits, encoding)
+    per_byte = codes_per_byte(bits, encoding)
     return -(-columns // per_byte)
 
 
@@ -62,7 +62,7 @@ def unpack(
     return codes.contiguous()
 
 
-def _codes_per_byte(bits: int, encoding: Encoding) -> int:
+def codes_per_byte(bits: int, encoding: Encoding) -> int:
     if encoding == "base3":
         if bits != 2:
             raise ValueError(f"encoding base3 holds ternary codes (2 bits), not {bits} bits; valid: dense")
@@ -79,7 +79,7 @@ def _check(codes: Tensor, grid: Grid, bits: int) -> None:
 
 
 def _digits(bits: int, encoding: Encoding, levels: Levels) -> tuple[int, int, int]:
-    per_byte = _codes_per_byte(bits, encoding)
+    per_byte = codes_per_byte(bits, encoding)
     if encoding == "base3" and not grid(levels, bits).ternary:
         raise ValueError(f"encoding base3 holds ternary codes, not {levels} ones; valid: dense")
     return (3, 1, per_byte) if encoding == "base3" else (2**bits, 2 ** (bits - 1), per_byte)

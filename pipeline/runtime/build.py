@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from pipeline.config import Quant
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.runtime import bart, gpt2, llama
 from pipeline.runtime.decoder import Cache
@@ -15,6 +14,7 @@ from pipeline.runtime.graph import Graph
 from pipeline.runtime.weights import read_weights
 
 FAMILIES = {"gpt2": gpt2, "llama": llama, "bart": bart}
+HEAD_MULTIPLE = 8
 MODEL, ENCODER, DECODER = "model", "encoder", "decoder"
 
 
@@ -26,11 +26,11 @@ def build(package: Path, folder: Path, activations: int | None = None, sliced: b
     Raises:
         DamagedError: a damaged package. ConfigError: an architecture that has no graph.
     """
-    weights, config, quantization = read_weights(package)
+    weights, config, spec = read_weights(package)
     check(config)
     graphs = family_of(config)
     try:
-        width = activations or Quant.model_validate(quantization["quant"]).spec().bits.activations
+        width = activations or spec.bits.activations
         if config.is_encoder_decoder:
             graph = Graph(weights, width)
             bart.encoder(graph, config)
@@ -46,6 +46,11 @@ def build(package: Path, folder: Path, activations: int | None = None, sliced: b
 def check(config: PreTrainedConfig) -> None:
     """Raises ConfigError for an architecture that has no graph."""
     family_of(config).check(config)
+    cache = cache_of(config)
+    if cache.head_size % HEAD_MULTIPLE:
+        raise ConfigError(
+            f"model: ONNX Runtime's attention takes head sizes in multiples of {HEAD_MULTIPLE}, not {cache.head_size}."
+        )
 
 
 def family_of(config: PreTrainedConfig) -> Any:

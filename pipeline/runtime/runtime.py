@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline import artifact
+from pipeline import manifest
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
 from pipeline.runtime.build import DECODER, ENCODER, MODEL, build, cache_of, longest
@@ -34,7 +34,7 @@ class Runtime:
         Raises:
             DamagedError: a damaged package. ConfigError: an architecture without a graph, or no such model.
         """
-        if (folder / artifact.MANIFEST).exists():
+        if (folder / manifest.MANIFEST).exists():
             with tempfile.TemporaryDirectory(prefix="bitmill-") as scratch:  # mapped into memory, so it may go
                 self.config = build(folder, Path(scratch), activations, sliced=True)
                 self._open(Path(scratch), threads, None)
@@ -45,7 +45,14 @@ class Runtime:
             raise ConfigError(f"{folder} is neither a packed model nor an ONNX export.")
 
     def logits(self, ids: Sequence[int], source: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """(length, vocabulary) of one sequence; `source` is what an encoder reads."""
+        """(length, vocabulary) of one sequence; `source` is what an encoder reads.
+
+        Raises:
+            ConfigError: ids that the model does not have, or no or too many of them.
+        """
+        self._check(ids)
+        if self._encoder is not None:
+            self._check(source or ())
         cache = _Cache(self._decoder, self.config, len(ids), self._encoded(source))
         return cache.feed(ids, first=0)
 
@@ -63,16 +70,14 @@ class Runtime:
         given, or where the model's positions end.
 
         Raises:
-            ConfigError: no ids, or more than the model has positions.
+            ConfigError: ids that the model does not have, or no or too many of them.
         """
         ends = _end_of_text(self.config) if stop is None else set(stop)
+        self._check(ids)
         prompt, encoded = list(ids), None
         if self.config.is_encoder_decoder:
             prompt, encoded = [self.config.decoder_start_token_id], self._encoded(ids)
-        room = longest(self.config)
-        if not ids or max(len(ids), len(prompt)) > room:
-            raise ConfigError(f"The prompt has {len(ids)} tokens; the model takes 1 to {room}.")
-        length = min(room, len(prompt) + new_tokens)
+        length = min(longest(self.config), len(prompt) + new_tokens)
         cache, draw = _Cache(self._decoder, self.config, length, encoded), np.random.default_rng(seed)
         for _ in range(length - len(prompt)):
             token = _chosen(cache.feed(prompt, first=-1)[-1], temperature, draw)
@@ -80,6 +85,14 @@ class Runtime:
             if token in ends:
                 return
             prompt = [token]
+
+    def _check(self, ids: Sequence[int]) -> None:
+        room, vocabulary = longest(self.config), self.config.vocab_size
+        if not 1 <= len(ids) <= room:
+            raise ConfigError(f"The text has {len(ids)} tokens; the model takes 1 to {room}.")
+        unknown = [token for token in ids if not 0 <= token < vocabulary]
+        if unknown:
+            raise ConfigError(f"The token {unknown[0]} is not one of the model's, 0 to {vocabulary - 1}.")
 
     def _open(self, folder: Path, threads: int, activations: int | None) -> None:
         self._encoder = None

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline import artifact
+from pipeline import artifact, manifest
+from pipeline.config import Quant
+from pipeline.encoding import Packed, levels_in, packed_of
 from pipeline.errors import DamagedError
-from pipeline.quant.packing import packed_columns
-from pipeline.quant.spec import Encoding, grid
+from pipeline.families.models import check_tensors, family_of
+from pipeline.quant.packing import codes_per_byte, unpack
+from pipeline.quant.spec import Levels, QuantSpec, grid
 from pipeline.strict import read_tensors
 
 BLOCKS = (128, 64, 32)  # what the 8-bit dot products of MatMulNBits offer; fewer blocks, fewer scales
@@ -55,44 +57,46 @@ class Weights:
     rest: dict[str, Floats]
 
 
-def read_weights(folder: Path) -> tuple[Weights, PreTrainedConfig, dict[str, Any]]:
-    """The weights, the configuration and its quantization_config, every byte checked.
+def read_weights(folder: Path) -> tuple[Weights, PreTrainedConfig, QuantSpec]:
+    """The weights, the configuration and what it was trained for, every byte checked.
 
     Raises:
         DamagedError: files that differ from the manifest, or tensors from the configuration. RunError: a newer format.
     """
-    artifact.check(folder)
+    manifest.check(folder)
     config, quantization = artifact.configuration(folder)
+    path = folder / manifest.WEIGHTS
     try:
-        tensors = read_tensors(folder / artifact.WEIGHTS)
-        levels, matrices = quantization.get("levels", "symmetric"), {}
-        for name, module in quantization["modules"].items():
-            bits, (rows, columns) = int(module["bits"]), module["shape"]
-            encoding: Encoding = quantization["encoding"] if bits == 2 else "dense"
-            width = packed_columns(columns, bits, encoding)
-            packed = tensors.pop(f"{name}.weight").reshape(rows, width).numpy()
-            scales = tensors.pop(f"{name}.weight_scale").float().numpy()
-            matrices[name] = _matrix(packed, scales, bits, columns, encoding, grid(levels, bits).shift)
-            if encoding == "dense" and grid(levels, bits).low > -(1 << bits - 1):
-                _refuse_lowest_code(packed, bits, columns)
-        rest = {name: tensor.float().numpy() for name, tensor in tensors.items() if tensor.is_floating_point()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise DamagedError(f"{folder / artifact.WEIGHTS} does not hold what its config.json says: {error}") from error
-    return Weights(matrices, rest), config, quantization
+        packed, rest = packed_of(read_tensors(path), quantization)
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": one.shape for name, one in packed.items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in rest.items()}
+        spec = Quant.model_validate(quantization["quant"]).spec()
+        check_tensors(config, spec, family_of(config, quantization["family"]), shapes)
+        levels = levels_in(quantization)
+        matrices = {name: _matrix(one, levels) for name, one in packed.items()}
+    except artifact.NOT_DAMAGE:
+        raise
+    except Exception as error:  # transformers builds what config.json says: what it meets there is damage, of any kind
+        raise DamagedError(f"{path} does not hold what its config.json says: {error}") from error
+    return Weights(matrices, {name: tensor.float().numpy() for name, tensor in rest.items()}), config, spec
 
 
-def _matrix(packed: Bytes, scales: Floats, bits: int, columns: int, encoding: Encoding, shift: float) -> Matrix:
-    rows = len(packed)
-    if packed.dtype != np.uint8 or scales.shape not in ((1, 1), (rows, 1)) or not np.isfinite(scales).all():
-        raise ValueError(f"a matrix of {rows} rows with bytes {packed.dtype} and scales {scales.shape}")
+def _matrix(packed: Packed, kind: Levels) -> Matrix:
+    levels, codes = grid(kind, packed.bits), packed.codes.numpy()
+    bits, columns = packed.bits, packed.columns
     block = next((size for size in BLOCKS if columns % size == 0), BLOCKS[-1])
     blocks = -(-columns // block)
-    dense = _two_bits(packed) if encoding == "base3" else packed
+    if packed.encoding == "dense" and levels.low > -(1 << bits - 1):
+        _refuse_lowest_code(codes, bits, columns)
+    last = columns - (packed.codes.shape[1] - 1) * codes_per_byte(bits, packed.encoding)
+    unpack(packed.codes[:, -1:], last, bits, packed.encoding, kind)  # for what it refuses behind a row's end
+    dense = _two_bits(codes) if packed.encoding == "base3" else codes
     wanted = blocks * block * bits // 8
     if dense.shape[1] != wanted:  # where a block, or a byte of base3, ends behind the row, nothing is read
         dense = np.pad(dense[:, :wanted], ((0, 0), (0, max(0, wanted - dense.shape[1]))))
-    data = np.ascontiguousarray(dense).reshape(rows, blocks, -1)
-    return Matrix(data, np.broadcast_to(scales, (rows, blocks)), bits, columns, shift)
+    data = np.ascontiguousarray(dense).reshape(len(codes), blocks, -1)
+    scales = np.broadcast_to(packed.scale.float().numpy(), (len(codes), blocks))
+    return Matrix(data, scales, bits, columns, levels.shift)
 
 
 def _two_bits(packed: Bytes) -> Bytes:

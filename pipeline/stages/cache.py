@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from pipeline.config import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import head_of, last_states, load_model
+from pipeline.families.models import load_model
+from pipeline.families.states import head_of, last_states
 from pipeline.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.step import Step
 from pipeline.store import Place

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from pipeline.checkpoints import finish
 from pipeline.config import Finetune
 from pipeline.families.models import (
-    WithStates,
     build,
     fp32_bytes,
     keep_all_layers,
@@ -22,6 +21,7 @@ from pipeline.families.models import (
     read_config,
     set_dropout,
 )
+from pipeline.families.states import WithStates
 from pipeline.records import Advance, StoredFile, Teacher, Tokens
 from pipeline.sources.models import model_folder
 from pipeline.step import Step

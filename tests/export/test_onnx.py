@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.export import onnx
 from pipeline.runtime import Runtime
 from tests.packages import WIDE, package, packed_logits, rms
@@ -71,4 +71,4 @@ def test_the_folder_holds_what_a_user_needs_and_no_second_copy_of_a_weight(expor
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert any("quant.attention: qkv" in note for note in notes)
     written = sum((folder / f"{name}.data").stat().st_size for name in graphs)
-    assert written < 2.5 * (packed / artifact.WEIGHTS).stat().st_size
+    assert written < 2.5 * (packed / manifest.WEIGHTS).stat().st_size

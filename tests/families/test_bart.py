@@ -8,12 +8,10 @@ from pipeline.config import Quant
 from pipeline.errors import ConfigError
 from pipeline.families.models import (
     FAMILIES,
-    WithStates,
     build,
     family_of,
     fp32_bytes,
     frozen_student,
-    last_states,
     load_model,
     make_student,
     parameters,
@@ -23,6 +21,7 @@ from pipeline.families.models import (
     sites,
     skeleton,
 )
+from pipeline.families.states import WithStates, last_states
 from pipeline.quant.layers import QuantizedEmbedding, freeze
 from tests.conftest import ARCHITECTURES
 

@@ -9,12 +9,10 @@ from pipeline.config import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.families.models import (
     FAMILIES,
-    WithStates,
     build,
     check_spec,
     family_of,
     frozen_student,
-    last_states,
     load_model,
     load_parameters,
     make_student,
@@ -25,6 +23,7 @@ from pipeline.families.models import (
     sites,
     skeleton,
 )
+from pipeline.families.states import WithStates, last_states
 from pipeline.quant.layers import freeze
 from pipeline.quant.spec import BitWidths, QuantSpec
 

@@ -15,6 +15,7 @@ from pipeline.locations import tracking_uri
 from pipeline.store import checksum
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import PADDING, read_tokenizer, train_bpe
+from tests.packages import WIDE, package
 from tests.test_plugin import packed
 
 
@@ -90,6 +91,16 @@ def test_a_package_is_checked_before_anything_in_it_is_used(finished, bitmill, t
     shown = bitmill("generate", folder, "Bado")
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "tokenizer.json is missing or does not match the manifest" in " ".join(shown.stderr.split())
+
+
+def test_a_head_size_that_the_packed_runtime_does_not_take_runs_in_torch(finished, bitmill, tmp_path):
+    folder = package(tmp_path / "package", {**WIDE["gpt2"], "n_head": 32})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(finished.package / name, folder / name)
+    shown = bitmill("generate", folder, "Bado", "--max-tokens", 4, "--json")
+    assert shown.exit_code == 0, shown.stderr
+    assert json.loads(shown.stdout)["tokens"] == 4
+    assert "multiples of 8, not 4. It runs in torch." in " ".join(shown.stderr.split())
 
 
 def test_an_empty_prompt_starts_from_nothing(finished, bitmill):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from pipeline import artifact
+from pipeline import artifact, manifest
 from pipeline.errors import BitmillError, ConfigError, DamagedError
 from pipeline.quant.layers import InputQuantizer
 from pipeline.runtime import Runtime
 from tests.conftest import ARCHITECTURES
-from tests.packages import WIDE, package, packed_logits, rms
+from tests.packages import WIDE, package, packed_logits, rms, signed
 
 DRAW = np.random.default_rng(0)
 IDS = DRAW.integers(3, 300, 24).tolist()
@@ -138,10 +140,85 @@ def test_nothing_is_left_on_disk(packages, tmp_path, monkeypatch):
 
 def test_a_damaged_package_is_refused(packages, tmp_path):
     folder = shutil.copytree(packages["gpt2"], tmp_path / "package")
-    weights = bytearray((folder / artifact.WEIGHTS).read_bytes())
+    weights = bytearray((folder / manifest.WEIGHTS).read_bytes())
     weights[-1] ^= 1
-    (folder / artifact.WEIGHTS).write_bytes(weights)
+    (folder / manifest.WEIGHTS).write_bytes(weights)
     with pytest.raises(DamagedError, match="does not match the manifest"):
+        Runtime(folder)
+
+
+def said(**fields):
+    def damage(folder):
+        config = json.loads((folder / manifest.CONFIG).read_text())
+        (folder / manifest.CONFIG).write_text(json.dumps({**config, **fields}))
+
+    return damage
+
+
+def described(**module):
+    def damage(folder):
+        config = json.loads((folder / manifest.CONFIG).read_text())
+        config["quantization_config"]["modules"]["transformer.h.0.mlp.c_fc"].update(module)
+        (folder / manifest.CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def with_tensor(name, change):
+    def damage(folder):
+        tensors = load_file(folder / manifest.WEIGHTS)
+        tensors[name] = change(tensors[name])
+        save_file(tensors, folder / manifest.WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (said(n_layer=1), "do not fit the architecture"),
+        (said(n_layer=3), "do not fit the architecture"),
+        (said(vocab_size=299), "do not fit the architecture"),
+        (said(n_positions=64), "do not fit the architecture"),
+        (said(n_head=3), "divisible"),
+        (said(tie_word_embeddings=False), "do not fit the architecture"),
+        (described(bits=2.9), "not a whole number"),
+        (described(bits=3), "bits"),
+        (described(shape=[512.0, 128]), "not a whole number"),
+        (described(shape=[10**12, 10**12]), "packed bytes"),
+        (with_tensor("transformer.h.1.mlp.c_fc.weight_scale", torch.neg), "zero or more"),
+        (with_tensor("transformer.ln_f.weight", lambda t: t.to(torch.float8_e4m3fn)), "in which no package holds it"),
+        (with_tensor("transformer.ln_f.weight", lambda t: t[None]), "do not fit the architecture|other tensors"),
+    ],
+    ids=range(13),
+)
+def test_a_package_that_is_not_what_its_config_says_is_refused(packages, tmp_path, damage, message):
+    """By both that load packages, even with checksums that agree."""
+    folder = shutil.copytree(packages["gpt2"], tmp_path / "package")
+    damage(folder)
+    signed(folder)
+    with pytest.raises(DamagedError, match=message):
+        Runtime(folder)
+    with pytest.raises(DamagedError, match=message):
+        artifact.load(folder)
+
+
+@pytest.mark.parametrize("ids", [[3, 300], [-1], [5] * 129, []])
+@pytest.mark.parametrize("family", WIDE)
+def test_ids_that_the_model_does_not_have_are_refused(family, ids, packages):
+    runtime = Runtime(packages[family])
+    with pytest.raises(ConfigError, match=r"not one of the model's, 0 to 299|the model takes 1 to 128"):
+        next(runtime.generate(ids, 4))
+    with pytest.raises(ConfigError, match=r"not one of the model's, 0 to 299|the model takes 1 to 128"):
+        runtime.logits(ids, source_of(family))
+    if family == "bart":
+        with pytest.raises(ConfigError, match=r"not one of the model's, 0 to 299|the model takes 1 to 128"):
+            runtime.logits(IDS, ids)
+
+
+def test_a_head_size_that_no_kernel_takes_is_refused(tmp_path):
+    folder = package(tmp_path / "package", {**WIDE["gpt2"], "n_head": 32})
+    with pytest.raises(ConfigError, match="multiples of 8, not 4"):
         Runtime(folder)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.encoding import Packed
 from pipeline.quant.grid import dequantize
 from pipeline.quant.packing import pack
 from pipeline.quant.spec import grid
@@ -31,8 +32,8 @@ def test_weights_are_those_of_the_codes(columns, bits, levels, encoding):
     chosen = grid(levels, bits)
     codes = torch.randint(chosen.low, chosen.high + 1, (7, columns), dtype=torch.int8)
     scales = torch.rand(7, 1)
-    packed = pack(codes, bits, encoding, levels).numpy()
-    matrix = _matrix(packed, scales.numpy(), bits, columns, encoding, chosen.shift)
+    packed = pack(codes, bits, encoding, levels)
+    matrix = _matrix(Packed(packed, scales, bits, columns, encoding), levels)
     assert np.array_equal(levels_of(matrix).astype(np.float32), dequantize(codes, scales, chosen).numpy())
 
 
@@ -47,9 +48,18 @@ def test_the_lowest_code_is_outside_a_symmetric_grid(bits, columns):
         _refuse_lowest_code(pack(codes, bits, levels="full").numpy(), bits, columns)
 
 
-def test_scales_that_are_no_numbers_and_bytes_that_no_codes_give_are_refused():
-    packed, scales = np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float32)
-    with pytest.raises(ValueError, match="scales"):
-        _matrix(packed, scales * np.nan, 2, 128, "dense", 0.0)
+@pytest.mark.parametrize("columns", [6, 160])
+def test_bytes_that_no_codes_give_are_refused(columns):
+    packed = pack(torch.zeros(2, columns, dtype=torch.int8), 2, "base3")
+    packed[1, 0] = 243
     with pytest.raises(ValueError, match="above 242"):
-        _matrix(packed + 243, scales, 2, 160, "base3", 0.0)
+        _matrix(Packed(packed, torch.ones(2, 1), 2, columns, "base3"), "symmetric")
+
+
+@pytest.mark.parametrize("encoding", ["dense", "base3"])
+def test_what_stands_behind_the_end_of_a_row_is_checked(encoding):
+    packed = pack(torch.zeros(2, 6, dtype=torch.int8), 2, encoding)
+    _matrix(Packed(packed, torch.ones(2, 1), 2, 6, encoding), "symmetric")
+    packed[1, -1] = 242
+    with pytest.raises(ValueError, match=r"outside the .* grid|that no codes give"):
+        _matrix(Packed(packed, torch.ones(2, 1), 2, 6, encoding), "symmetric")

@@ -1,0 +1,61 @@
+"""What the argument MODEL means: a directory, a store URI, `name@alias` or `name/version`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from pipeline import artifact, registry, tracking
+from pipeline.errors import ConfigError
+from pipeline.families.models import load_model
+from pipeline.locations import tracking_uri
+from pipeline.manifest import MANIFEST
+from pipeline.resources import Resources
+from pipeline.transfer import Fetch, from_store, pull
+
+
+def is_registered(model: str) -> bool:
+    """Whether it is a name in the registry, and no place."""
+    return not Path(model).is_dir() and "://" not in model
+
+
+def files_of(model: str, resources: Resources) -> Fetch:
+    """How to get at its files. Raises ConfigError if the registry has no such model."""
+    if not is_registered(model):
+        return from_store(model)
+    uri = tracking_uri(resources)
+    return registry.files(tracking.connect(uri), model, uri)
+
+
+def locate(model: str, resources: Resources, folder: Path) -> Path:
+    """A directory as it is; anything else is a package, brought to `folder`, every byte checked.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be reached. DamagedError: it is not what its manifest says.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    pull(files_of(model, resources), folder, model)
+    return folder
+
+
+def pinned(model: str, resources: Resources) -> str:
+    """`name/version` for a registered model, so that an alias which moves meanwhile changes nothing.
+
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    if not is_registered(model):
+        return model
+    found = registry.resolve(tracking.connect(tracking_uri(resources)), model)
+    return f"{found.name}/{found.version}"
+
+
+def open_model(folder: Path) -> PreTrainedModel:
+    """A packed model if the folder has a manifest, else a Hugging Face directory."""
+    if (folder / MANIFEST).exists():
+        return artifact.load(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"MODEL is {str(folder)!r}: neither a packed model nor a directory with *.safetensors.")
+    return load_model(folder).eval()

@@ -1,0 +1,94 @@
+"""What a model computes on its way: the hidden states that distillation compares, and the logits from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+LAST = -1
+
+
+class WithStates(nn.Module):
+    """A language model that returns the hidden states of a decoder layer beside its logits: see `layer_states`."""
+
+    def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+        _keep_padding_row(model)
+
+    def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
+        """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
+
+        Decoder rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What
+        an encoder reads, (batch, source length), has its padding masked.
+        """
+        last, states = layer_states(self.model, self.layer, ids, source_ids, source_mask)
+        return states, logits_of(self.model, last)
+
+
+def last_states(
+    model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
+) -> Tensor:
+    """The hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
+    return layer_states(model, LAST, ids, source_ids, source_mask)[0]
+
+
+def layer_states(
+    model: PreTrainedModel,
+    layer: int,
+    ids: Tensor,
+    source_ids: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the output of
+    the layer before the last one, and so on down to the embedding."""
+    given: dict[str, Any] = {"input_ids": ids}
+    if source_ids is not None:
+        given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
+    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
+    if layer == LAST:
+        return output.last_hidden_state, output.last_hidden_state
+    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
+    return output.last_hidden_state, hidden[layer]
+
+
+def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """(batch, length, vocabulary) from what `last_states` gave."""
+    logits: Tensor = head_of(model)(states)
+    return logits
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """What turns last states into logits: the output embedding, with BART's `final_logits_bias` where there is one."""
+    head: nn.Module = model.get_output_embeddings()
+    bias = getattr(model, "final_logits_bias", None)
+    return head if bias is None else BiasedHead(head, bias)
+
+
+class BiasedHead(nn.Module):
+    """An output embedding and the bias (1, vocabulary) that the model keeps outside it."""
+
+    def __init__(self, head: nn.Module, bias: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, states: Tensor) -> Any:
+        return self.head(states) + self.bias
+
+
+def _keep_padding_row(model: PreTrainedModel) -> None:
+    """A padding row of zeros stays zeros: a tied head would otherwise move it, as it moves every row."""
+    embedding = model.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None)
+    weight = embedding.weight
+    if row is None or weight.is_meta or not weight.requires_grad or weight[row].any():
+        return
+
+    def mask(gradient: Tensor) -> Tensor:
+        return gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0)
+
+    weight.register_hook(mask)

@@ -1,0 +1,108 @@
+"""What a package lists of itself, and what its config.json may not set: read before anything in it is used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DamagedError, RunError
+from pipeline.store import checksum
+from pipeline.strict import read_json_file
+
+FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
+WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
+# Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
+REFUSED = (
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "transformers_weights",
+    "fusion_config",
+    "kernel_config",
+    "num_labels",
+)
+COUNTS = re.compile(r"(?!max_)\w*(layers?|experts)")  # settings by which a model builds so many parts
+MOST_PARTS = 1000
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Every byte against the manifest, which is returned.
+
+    Raises:
+        DamagedError: a file is missing, altered, a link, or not listed by a plain name.
+        RunError: a newer format.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if path.is_symlink():
+            raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
+            raise DamagedError(f"{path} is missing or does not match the manifest.")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, which lists files by plain names, with a size and a SHA-256 each. Raises as `check` does."""
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError(
+            f"{folder} is not a packed model: it has no {MANIFEST}. What save_pretrained wrote has none: transformers "
+            "loads it after `import pipeline.plugin`."
+        )
+    try:
+        manifest = dict(read_json_file(path))
+        version, digest = manifest["format_version"], str(manifest["digest"])
+        listed = {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in manifest["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise RunError(
+            f"{folder} has format_version {version!r}; this bitmill reads up to {FORMAT_VERSION}. Upgrade bitmill."
+        )
+    for name in listed:
+        if not _plain(name):
+            raise DamagedError(f"{path} lists the file {name!r}, which is not a plain name.")
+    for name in (WEIGHTS, CONFIG):
+        if name not in listed:
+            raise DamagedError(f"{path} does not list {name}.")
+    return {**manifest, "files": listed, "digest": digest}
+
+
+def _plain(name: str) -> bool:
+    """A file of the folder itself, other than the manifest, which cannot hold its own checksum."""
+    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}", name) is not None and name != MANIFEST
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fields of a package's config.json, with a `quantization_config`.
+
+    Raises:
+        DamagedError: it is not one of a package, or sets what could run code, read other files, or ask for memory.
+    """
+    try:
+        fields = dict(read_json_file(path))
+        fields["quantization_config"] = dict(fields["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    refused = next((name for name in REFUSED if name in fields), None)
+    if refused is not None:
+        raise DamagedError(f"{path} sets {refused!r}, which no package does: it could run code or read other files.")
+    for name, value in _settings(fields):
+        if isinstance(value, int) and value > MOST_PARTS and COUNTS.fullmatch(name):
+            raise DamagedError(f"{path} sets {name!r} to {value}; no model has more than {MOST_PARTS}.")
+    return fields
+
+
+def _settings(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _settings(value)
