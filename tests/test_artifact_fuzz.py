@@ -12,22 +12,29 @@ import resource
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
+import pipeline.plugin  # noqa: F401 - which teaches transformers the format
 from pipeline import artifact
 from pipeline.config import Quant
-from pipeline.errors import BitmillError
+from pipeline.errors import BitmillError, DamagedError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
+from pipeline.runtime import Runtime
+from pipeline.runtime.weights import read_weights
 from pipeline.store import checksum
 from tests.conftest import ARCHITECTURES
 from tests.test_artifact import FACTS
 
 MUTATIONS = {"gpt2": 1400, "bart": 700}
+RUNTIME_MUTATIONS, PLUGIN_MUTATIONS = 150, 100
 MOST_BYTES = 256 * 2**20
 SMALL = {
-    "gpt2": {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 8},
-    "bart": {"encoder_layers": 1, "decoder_layers": 1, "d_model": 8, "max_position_embeddings": 8},
+    "gpt2": {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 8},
+    "bart": {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "max_position_embeddings": 8},
 }
 HOSTILE = [
     *(0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**13, 10**30, 0.5, -0.0, float("nan"), float("inf"), 1e308),
@@ -206,6 +213,56 @@ def test_no_mutation_gives_other_tensors_a_foreign_error_or_a_large_allocation(t
     assert messages["deeper"] > mutations / 3  # past the checksums
     assert {path.name for path in tmp_path.iterdir()} == {"package"}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+@pytest.mark.parametrize("architecture", sorted(SMALL))
+def test_the_runtime_takes_no_mutation_for_a_package(tmp_path, architecture, little_memory):
+    """Either an error of ours, or weights of the same values and a graph that runs."""
+    folder = package(tmp_path / "package", architecture)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    expected = read_weights(folder)[0]
+    source = [1, 2, 3] if architecture == "bart" else None
+    draw, outcomes = random.Random(f"runtime {architecture}"), Counter()
+    for number in range(RUNTIME_MUTATIONS):
+        kind, name = draw.choice(KINDS)
+        (folder / name).write_bytes(kind(draw, whole[name]))
+        sign(folder)
+        try:
+            found = read_weights(folder)[0]
+            logits = Runtime(folder).logits([1, 2, 3], source)
+        except BitmillError:
+            outcomes["refused"] += 1
+        except Exception as error:
+            pytest.fail(f"mutation {number}, {kind.__name__} of {name}: {type(error).__name__}: {error}")
+        else:
+            outcomes["ran"] += 1
+            assert logits.shape == (3, 24)
+            if name == "config.json":  # what the weights are is decided by it; their values are not
+                assert found.matrices.keys() == expected.matrices.keys()
+                for module, matrix in expected.matrices.items():
+                    assert np.array_equal(found.matrices[module].data, matrix.data), (number, kind)
+        for file in ("manifest.json", name):
+            (folder / file).write_bytes(whole[file])
+    assert sum(outcomes.values()) == RUNTIME_MUTATIONS
+    assert min(outcomes["refused"], outcomes["ran"]) > 10, outcomes
+
+
+def test_the_plugin_loads_the_very_tensors_or_nothing(tmp_path):
+    folder = package(tmp_path / "package", "gpt2")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    draw, outcomes = random.Random("plugin"), Counter()
+    for number in range(PLUGIN_MUTATIONS):
+        kind = draw.choice([flip, cut, splice, edit_header, edit_header, edit_values])
+        (folder / "model.safetensors").write_bytes(kind(draw, whole["model.safetensors"]))
+        try:
+            found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        except (DamagedError, SafetensorError, OSError) as error:  # transformers opens the file before we do
+            outcomes[type(error).__name__] += 1
+        else:
+            outcomes["loaded"] += 1
+            assert all(torch.equal(found[key], expected[key]) for key in expected), (number, kind)
+    assert outcomes["DamagedError"] > PLUGIN_MUTATIONS / 4, outcomes
 
 
 def test_there_are_at_least_two_thousand_mutations():

@@ -29,21 +29,29 @@ Packer = Callable[[NDArray[np.int16], NDArray[np.float32]], Bytes]
 SMALLEST_NORMAL, LARGEST = 6.104e-5, 65504.0  # of fp16
 
 
-def pack_blocks(codes: NDArray[np.int8], step: NDArray[np.float32], grid: Grid, bits: int) -> tuple[str, Bytes] | None:
-    """The type's name and the bytes (rows, bytes of a row), or None where no type holds the levels.
+class NoBlockError(ValueError):
+    """No block type holds what is to be packed, and why."""
+
+
+def pack_blocks(codes: NDArray[np.int8], step: NDArray[np.float32], grid: Grid, bits: int) -> tuple[str, Bytes]:
+    """The type's name and the bytes (rows, bytes of a row).
 
     Args:
         codes: (rows, columns).
         step: (1, 1) or (rows, 1).
+
+    Raises:
+        NoBlockError: of the levels, the length of the rows, or a step.
     """
     rows, columns = codes.shape
     chosen = _packer(grid, bits, columns)
     if chosen is None:
-        return None
+        raise NoBlockError(f"no block type holds levels {grid.low} to {grid.high} of {bits} bits in rows of {columns}")
     name, pack = chosen
     scale = np.broadcast_to(step.astype(np.float32), (rows, 1)) * (0.5 if grid.shift else 1.0)
-    if ((scale != 0) & ((scale < SMALLEST_NORMAL) | (scale > LARGEST))).any():
-        return None  # fp16 would round such a scale by more than its eleven bits
+    outside = (scale != 0) & ((scale < SMALLEST_NORMAL) | (scale > LARGEST))
+    if outside.any():  # fp16 would round it by more than its eleven bits
+        raise NoBlockError(f"{name} has scales of fp16, which does not hold {float(scale[outside][0]):.3g}")
     return name, pack(codes.astype(np.int16), scale.astype(np.float32)).reshape(rows, -1)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from pipeline import artifact
 from pipeline.errors import ConfigError, RunError
-from pipeline.export.blocks import pack_blocks
+from pipeline.export.blocks import NoBlockError, pack_blocks
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import grid
@@ -125,19 +125,19 @@ def _add(writer: GGUFWriter, frozen: FrozenTensors, name: str, config: PreTraine
     rows, bits = codes.shape[0], frozen.bits[name]
     step = _ordered(frozen.scales[name].float().expand(rows, 1).contiguous(), name, config)
     target, kind = f"{gguf_name(name, config)}.weight", grid(frozen.levels, bits)
-    packed = pack_blocks(codes.numpy(), step.numpy(), kind, bits)
-    if packed is not None:
-        writer.add_tensor(target, packed[1], raw_dtype=GGMLQuantizationType[packed[0]])
+    try:
+        block, packed = pack_blocks(codes.numpy(), step.numpy(), kind, bits)
+    except NoBlockError as error:
+        reason = str(error)
+    else:
+        writer.add_tensor(target, packed, raw_dtype=GGMLQuantizationType[block])
         return []
     values = _ordered(frozen.weight(name), name, config).numpy()
     half = values.astype(np.float16)
     fits = np.isfinite(half).all() and np.allclose(half.astype(np.float32), values, rtol=2.0**-10, atol=0)
     stored = half if fits else values
     writer.add_tensor(target, stored)
-    return [
-        f"{name}: no block type holds {frozen.levels} levels of {bits} bits in rows of {codes.shape[1]}, so its "
-        f"{rows} rows are {'F16' if fits else 'F32'}, {stored.nbytes:,} bytes"
-    ]
+    return [f"{name}: {reason}, so its {rows} rows are {'F16' if fits else 'F32'}, {stored.nbytes:,} bytes"]
 
 
 def gguf_name(module: str, config: PreTrainedConfig) -> str:

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pipeline.export.blocks import pack_blocks
+from pipeline.export.blocks import NoBlockError, pack_blocks
 from pipeline.quant.spec import grid
 
 CASES = [
@@ -41,14 +41,15 @@ def test_every_level_comes_back_with_the_scale_in_fp16(levels, bits, columns, ex
 
 
 @pytest.mark.parametrize(
-    ("levels", "bits", "columns", "step"),
+    ("levels", "bits", "columns", "step", "message"),
     [
-        ("midpoint", 8, 256, 0.1),  # odd numbers to 255
-        ("symmetric", 2, 48, 0.1),  # rows of no block
-        ("symmetric", 8, 32, 1e-6),  # a scale fp16 would round away
-        ("symmetric", 8, 32, 1e6),
+        ("midpoint", 8, 256, 0.1, "levels -128 to 127 of 8 bits"),  # odd numbers to 255
+        ("symmetric", 2, 48, 0.1, "in rows of 48"),
+        ("symmetric", 8, 32, 1e-6, "Q8_0 has scales of fp16, which does not hold 1e-06"),  # it would be rounded away
+        ("symmetric", 8, 32, 1e6, "which does not hold 1e[+]06"),
     ],
 )
-def test_what_no_block_holds_is_said(levels, bits, columns, step):
+def test_what_no_block_holds_is_said(levels, bits, columns, step, message):
     codes = np.zeros((2, columns), np.int8)
-    assert pack_blocks(codes, np.full((2, 1), step, np.float32), grid(levels, bits), bits) is None
+    with pytest.raises(NoBlockError, match=message):
+        pack_blocks(codes, np.full((2, 1), step, np.float32), grid(levels, bits), bits)

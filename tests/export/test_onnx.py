@@ -7,9 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from jobs.export import export
 from pipeline import artifact, manifest
 from pipeline.export import onnx
+from pipeline.resources import Resources
 from pipeline.runtime import Runtime
 from tests.packages import WIDE, package, packed_logits, rms
 
@@ -52,6 +55,20 @@ def test_logits_with_fp32_activations_agree(exported):
     assert np.abs(found - wanted).max() < 1e-5
     plain = package(packed.parent / "plain", WIDE[family], quantizer="seq")  # attention operands in fp32
     assert np.abs(found - packed_logits(plain, IDS, source_of(family), activations=32)).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_a_trained_model_is_the_same_in_onnx_runtime(trained, family, tmp_path):
+    """Tensors exactly; teacher-forced over 20 x 64 greedy steps, of which a decoder's first is given; perplexity."""
+    package = trained(family)
+    verdict = export(str(package), "onnx", tmp_path / "out", None, 1, Resources(), Console(quiet=True))
+    assert verdict["reasons"] == []
+    assert (verdict["prompts"], verdict["disagreements"]) == (20, 0)
+    assert verdict["steps"] == (63 if family == "bart" else 64)
+    assert verdict["covered"] >= 0.5
+    assert abs(verdict["perplexity_export"] / verdict["perplexity_packed"] - 1) < 0.005
+    assert verdict["read_back_error"] == 0
+    assert verdict["tensors_read_back"] == len(artifact.read(package)[0].codes)
 
 
 def test_it_runs_as_the_package_does(exported):
