@@ -20,6 +20,7 @@ from pipeline.runtime.decoder import FIRST_LOGIT
 from pipeline.runtime.graph import with_activations
 
 QUIET = 3  # errors only
+AT_ONCE = 32  # tokens of a prompt: what a layer computes on its way is memory too
 
 
 class Runtime:
@@ -77,9 +78,13 @@ class Runtime:
         prompt, encoded = list(ids), None
         if self.config.is_encoder_decoder:
             prompt, encoded = [self.config.decoder_start_token_id], self._encoded(ids)
-        length = min(longest(self.config), len(prompt) + new_tokens)
-        cache, draw = _Cache(self._decoder, self.config, length, encoded), np.random.default_rng(seed)
-        for _ in range(length - len(prompt)):
+        room = min(longest(self.config) - len(prompt), new_tokens)
+        cache = _Cache(self._decoder, self.config, len(prompt) + room, encoded)
+        draw = np.random.default_rng(seed)
+        *earlier, prompt = (prompt[start : start + AT_ONCE] for start in range(0, len(prompt), AT_ONCE))
+        for some in earlier:
+            cache.feed(some, first=-1)
+        for _ in range(room):
             token = _chosen(cache.feed(prompt, first=-1)[-1], temperature, draw)
             yield token
             if token in ends:

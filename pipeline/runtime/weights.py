@@ -88,8 +88,9 @@ def _matrix(packed: Packed, kind: Levels) -> Matrix:
     blocks = -(-columns // block)
     if packed.encoding == "dense" and levels.low > -(1 << bits - 1):
         _refuse_lowest_code(codes, bits, columns)
-    last = columns - (packed.codes.shape[1] - 1) * codes_per_byte(bits, packed.encoding)
-    unpack(packed.codes[:, -1:], last, bits, packed.encoding, kind)  # for what it refuses behind a row's end
+    per_byte = codes_per_byte(bits, packed.encoding)
+    if columns % per_byte:  # for what it refuses behind a row's end
+        unpack(packed.codes[:, -1:], columns % per_byte, bits, packed.encoding, kind)
     dense = _two_bits(codes) if packed.encoding == "base3" else codes
     wanted = blocks * block * bits // 8
     if dense.shape[1] != wanted:  # where a block, or a byte of base3, ends behind the row, nothing is read

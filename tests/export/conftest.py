@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Ran
+
 SOURCES: dict[str, dict[str, Any]] = {
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 256, "n_head": 4, "n_positions": 80},
     "llama": {
@@ -42,16 +44,22 @@ SUMMARIES = {"name": "summarization", "block_length": 512, "source_length": 40, 
 
 
 @pytest.fixture(scope="session")
-def trained(
+def trained(trained_run: Callable[[str], Ran]) -> Callable[[str], Path]:
+    """`trained(family)`: the package of a run, made once."""
+    return lambda family: trained_run(family).package
+
+
+@pytest.fixture(scope="session")
+def trained_run(
     corpus: Path,
     tiny_config: Callable[..., Any],
     run_flow: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Path]:
-    """`trained(family)`: the package of a run, made once."""
-    made: dict[str, Path] = {}
+) -> Callable[[str], Ran]:
+    """`trained_run(family)`: a run as far as its package, made once."""
+    made: dict[str, Ran] = {}
 
-    def package(family: str) -> Path:
+    def run(family: str) -> Ran:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             more = sums_up(corpus, folder) if family == "bart" else {}
@@ -64,10 +72,10 @@ def trained(
                 distill={"steps": 20, "lr": 1e-3, "eval_every": 20, "contrast_weight": 0},
                 **more,
             )
-            made[family] = run_flow(config, until="pack").package
+            made[family] = run_flow(config, until="pack")
         return made[family]
 
-    return package
+    return run
 
 
 def sums_up(corpus: Path, folder: Path) -> dict[str, Any]:
