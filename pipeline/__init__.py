@@ -13,13 +13,13 @@
     training    the one training loop; distillation: what a student learns from its teacher; optimizers, checkpoints;
                 diagnostics: what its modules and representations do meanwhile; pictures of that,
                 samples of what it writes
-    transfer    a package brought to a directory, every byte checked
     artifact    the packed model on disk: write, check, load; card: its README; packed_size: its bytes from shapes alone
     plugin      transformers loads and saves packages, once this is imported
     encoding    frozen tensors to the tensors of a file and back; strict: how files from outside are read
     allocation  the knapsack: the best few assignments of widths under a limit of bytes
     tasks       how a task makes rows, what a batch asks of a model, how it is scored; families: what is quantized
     sources     where text and models come from, pinned by content
+    transfer    a package brought to a directory, every byte checked; manifest: what a package lists of itself
     tracking, registry, lookups     MLflow: runs by key; versions and aliases; which meet `constraints`; live: curves
                 while a run goes on
                 observer: who is told how it goes

@@ -188,10 +188,20 @@ class Feed:
         elif status == "done":
             self._register(one, trial)
         else:
-            self._keep(trial.model_copy(update={"status": status}))
-            ending = "KILLED" if status == "stopped" else "FAILED"
-            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), [], ending)
+            self._fail(one, trial.model_copy(update={"status": status}))
         self._say(f"{label(one.values)}: {status}")
+
+    def refuse(self, candidates: Sequence[Candidate], failure: str) -> None:
+        """Trials that cannot run, for what they share cannot be made."""
+        for one in candidates:
+            trial = self.trials.get(one.key) or self._started(one)
+            self._fail(one, trial.model_copy(update={"status": "failed", "failure": failure}))
+
+    def _fail(self, one: Candidate, trial: Trial) -> None:
+        """Write down a trial that was stopped or failed, here and in MLflow."""
+        self._keep(trial)
+        ending = "KILLED" if trial.status == "stopped" else "FAILED"
+        self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), [], ending)
 
     def _register(self, one: Candidate, trial: Trial) -> None:
         """Everything but the registration is done: read the results, and register the package from here."""

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import budget, flow, registry, store, tracking, tuning
 from pipeline.config import Config
 from pipeline.engine import Engine
-from pipeline.errors import RunError
+from pipeline.errors import BusyError, FencedOffError, LostError, RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_trials
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
@@ -30,6 +30,7 @@ from pipeline.tracking import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores
 
 VERSION = 1
+PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
 NOT_IN_KEY = ("max_concurrent",)
 TRIALS = "trials"
 
@@ -152,12 +153,22 @@ def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> Sweep
 
 
 def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: LiveRun, wait: bool) -> None:
-    """The steps that trials share, once each; then the trials."""
-    shared = {one.plan.step(TeacherCache.stage).place.key: one.plan.config for one in feed.waiting}
-    for config in shared.values() or [planned.config]:
-        flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
+    """The steps that trials share, once each; then the trials. Where some trials share what cannot be made, the others
+    go on."""
+    sharing: dict[str, list[Candidate]] = {}
+    for one in feed.waiting:
+        sharing.setdefault(one.plan.step(TeacherCache.stage).place.key, []).append(one)
+    for some in sharing.values() or [[]]:
+        config = some[0].plan.config if some else planned.config
+        try:
+            flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
+        except RunError as error:
+            if len(sharing) < 2 or isinstance(error, PASSING):
+                raise
+            feed.refuse(some, str(error))
     live.started(TRIALS)
-    tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
+    if feed.left:
+        tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
 
 
 def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:

@@ -187,6 +187,23 @@ def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cl
     assert status[found.trials[1].key] == "FAILED"
 
 
+def test_where_a_teacher_cannot_be_made_its_trials_are_failed_and_the_others_are_done(tiny_config, cloned):
+    config = tiny_config(cloned, sweep={"space": {"finetune.lr": [1e30, 5e-3], "quant.bits": ["2-2-8", "8-8-8"]}})
+    found, _ = run(config)
+    status = {(trial.values["finetune.lr"], trial.values["quant.bits"]): trial.status for trial in found.trials}
+    assert status == {
+        (1e30, "2-2-8"): "failed",
+        (1e30, "8-8-8"): "failed",
+        (5e-3, "2-2-8"): "done",
+        (5e-3, "8-8-8"): "done",
+    }
+    assert all("learning rate" in trial.failure for trial in found.trials if trial.status == "failed")
+    assert found.complete
+    alone = tiny_config(cloned, finetune={"lr": 1e30}, sweep={"space": {"quant.bits": ["2-2-8", "8-8-8"]}})
+    with pytest.raises(RunError, match="learning rate"):  # all share it: the sweep cannot go on
+        run(alone)
+
+
 def test_a_lost_registry_is_filled_without_training(swept, tiny_config, tmp_path):
     folder, _, found, _ = swept
     moved = grid(tiny_config, folder, resources={"tracking_uri": f"sqlite:///{tmp_path}/other.db"})
