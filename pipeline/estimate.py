@@ -30,7 +30,7 @@ class Estimate:
 
 
 def estimate(planned: SweepPlan) -> Estimate:
-    trials = len(planned.known) or planned.sweep.samples or planned.sweep.proposals
+    trials = len(planned.record.trials if planned.record else planned.known) or planned.at_most
     ended = sum(trial.status != "running" for trial in planned.trials.values())
     left = [one for one in planned.known if one.key not in _ended(planned)]
     count = len(left) if planned.known else max(0, trials - ended)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.step import provenance
 from pipeline.store import Place
 from pipeline.sweep_schema import Sweep
 from pipeline.tracking import Target
-from pipeline.trials import check_sweep, drawn, label, listed, scores
+from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
 
 VERSION = 1
 PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
@@ -51,6 +52,13 @@ class SweepPlan:
     @property
     def key(self) -> str:
         return self.place.key
+
+    @property
+    def at_most(self) -> int:
+        """Trials where they cannot be named beforehand."""
+        if self.sweep.budget_mib is not None:
+            return len(_combinations(self.sweep)) * self.sweep.proposals
+        return self.sweep.samples or 0
 
 
 def plan(config: Config) -> SweepPlan:
@@ -79,7 +87,8 @@ def plan(config: Config) -> SweepPlan:
 def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
     """The trials that can be named before anything runs; two that come to the same are one."""
     if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
-        budget.check_budget(config, budget.layout_of(config), sweep.budget_mib)
+        for combined in map(partial(trial_config, config), _combinations(sweep)):
+            budget.check_budget(combined, budget.layout_of(combined), sweep.budget_mib)
         return ()
     if sweep.search == "optuna":  # one example, so that a space that cannot work at all is found out
         candidate(config, drawn(sweep, 0))
@@ -146,10 +155,18 @@ def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> Sweep
     sweep = planned.sweep
     if sweep.budget_mib is None:
         return planned
-    found = budget.proposals(planned.config, sweep.budget_mib, sweep.proposals, observer, wait)
-    combined = [{**values, **bits} for values in listed(sweep) or [{}] for bits in found]
-    known = {one.key: one for one in (candidate(planned.config, values) for values in combined)}
+    known = {}
+    for values in _combinations(sweep):
+        config = trial_config(planned.config, values)
+        for bits in budget.proposals(config, sweep.budget_mib, sweep.proposals, observer, wait):
+            one = candidate(planned.config, {**values, **bits})
+            known[one.key] = one
     return replace(planned, known=tuple(known.values()))
+
+
+def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
+    """Of the space beside a budget, which needs none."""
+    return listed(sweep) or [{}]
 
 
 def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: LiveRun, wait: bool) -> None:

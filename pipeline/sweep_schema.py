@@ -101,6 +101,8 @@ class Sweep(Closed):
         ranges = [path for path, values in self.space.items() if isinstance(values, Between)]
         if self.budget_mib is not None and self.search == "optuna":
             raise ValueError("budget_mib proposes its own trials; use it with search: grid or random")
+        if self.budget_mib is not None and "quant.bits" in self.space:
+            raise ValueError("budget_mib chooses quant.bits, so the space cannot hold it; take one of them out")
         if self.search == "grid" and ranges:
             raise ValueError(f"search: grid needs lists, and {ranges[0]} is a range; use search: random or optuna")
         if self.search != "grid" and self.samples is None:

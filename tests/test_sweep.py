@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import ray
+from pydantic import ValidationError
 
 import jobs.sweep
-from pipeline import flow, sweep, tracking
+from pipeline import budget, flow, sweep, tracking
 from pipeline.errors import ConfigError, RunError
 from pipeline.estimate import estimate
 from pipeline.locations import tracking_uri
+from pipeline.sweep_schema import Sweep
+from pipeline.trials import trial_config
 from tests.conftest import Recorder
 
 BITS = ["2-2-8", "4-4-8", "8-8-8"]
@@ -154,6 +157,45 @@ def test_the_cap_of_worker_hours_stops_starting_and_keeps_the_best_so_far(tiny_c
     more, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 10.0}))
     assert more.complete
     assert len(more.trials) == 3
+
+
+GRANULARITIES = {"quant.granularity": ["tensor", "row"]}
+
+
+def bytes_at(config, granularity, bits):
+    """Of the weights file with every module at one width."""
+    shape = budget.layout_of(trial_config(config, {"quant.granularity": granularity}))
+    return shape.packed_bytes(dict.fromkeys(shape.modules, bits))
+
+
+def test_under_a_budget_each_combination_gets_widths_that_fit_it(tiny_config, cloned):
+    base = tiny_config(cloned, distill={"steps": 2, "contrast_weight": 0})
+    limit = (bytes_at(base, "row", 2) + bytes_at(base, "row", 8)) // 2
+    settings = Sweep(space=GRANULARITIES, budget_mib=limit / 2**20, proposals=2)
+    config = base.model_copy(update={"sweep": settings})
+    planned = sweep.plan(config)
+    assert estimate(planned).trials == 4
+    found = sweep.run(planned, Recorder())
+    assert [trial.status for trial in found.trials] == ["done"] * len(found.trials)
+    widths = {}
+    for kind in GRANULARITIES["quant.granularity"]:
+        trials = [trial for trial in found.trials if trial.values["quant.granularity"] == kind]
+        assert 1 <= len(trials) <= 2
+        assert 0.95 * limit < max(trial.size.packed_bytes for trial in trials) <= limit
+        widths[kind] = [(trial.values["quant.bits"], trial.values["quant.overrides"]) for trial in trials]
+    assert widths["tensor"] != widths["row"]  # scales a row leave less for codes
+    assert sweep.plan(config).record is not None
+
+
+def test_a_budget_that_one_combination_cannot_meet_is_refused_before_anything_runs(tiny_config, tmp_path):
+    base = tiny_config(tmp_path)
+    least = bytes_at(base, "row", 2)
+    fields = {"space": GRANULARITIES, "budget_mib": (least - 1) / 2**20}
+    sweep.plan(tiny_config(tmp_path, sweep={**fields, "space": {}}))
+    with pytest.raises(ConfigError, match=f"the smallest possible model is {least:,} bytes"):
+        sweep.plan(tiny_config(tmp_path, sweep=fields))
+    with pytest.raises(ValidationError, match=r"budget_mib chooses quant\.bits"):
+        tiny_config(tmp_path, sweep={"space": {"quant.bits": ["2-2-8"]}, "budget_mib": 1})
 
 
 def test_optuna_suggests_and_a_trial_that_cannot_work_is_a_failed_one(tiny_config, cloned):
