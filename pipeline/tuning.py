@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.engine import Engine, explained, quiet, set_threads
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
+from pipeline.resources import Resources
 from pipeline.store import Place
 from pipeline.sweep_schema import Asha
 
@@ -59,12 +60,12 @@ def _heard(feed: Feed, key: str, result: dict[str, Any], fresh: dict[str, Any]) 
 
 
 def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | None, at_once: int | None) -> None:
-    import ray
     from ray import tune
 
     resources = engine.resources
     each = resources.workers * resources.cpus_per_worker
-    at_once = at_once or max(1, int(ray.cluster_resources().get("CPU", 1) // each))
+    fitting = _fitting(resources)  # more would wait for their workers, which the cap of worker-hours would count
+    at_once = min(at_once or fitting, fitting)
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
     watcher = _watcher(_Here(feed))
@@ -98,6 +99,15 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | Non
         tuner.fit()
     finally:
         watcher.free_all()
+
+
+def _fitting(resources: Resources) -> int:
+    """Trials that the cluster has room for at once, one at least."""
+    import ray
+
+    there = ray.cluster_resources()
+    needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    return max(1, min(int(there.get(kind, 0) // (resources.workers * n)) for kind, n in needs.items() if n))
 
 
 def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
