@@ -38,8 +38,10 @@ def export(
         ConfigError: before anything is written. RunError: the export was written, did not hold and was deleted.
     """
     kind = format_named(name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out is {str(out)!r}, which exists and is not an empty directory; name another.")
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile("."))):
+        raise ConfigError(
+            f"--out is {str(out)!r}, which exists and is not an empty directory that can be replaced; name another."
+        )
     model = pinned(model, resources)
     with tempfile.TemporaryDirectory() as temporary:
         package = locate(model, resources, Path(temporary) / "model")
@@ -48,17 +50,23 @@ def export(
         _, config, _ = artifact.read(package)
         kind.load().check(config)
         text = _text(data, package, config.max_position_embeddings, Path(temporary)) if data else None
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        except OSError as error:
+            raise ConfigError(f"--out is {str(out)!r}, which cannot be made: {error}") from error
         try:
             with console.status(f"writing {name} and trying it in its runtime"):
                 verdict = _prove(package, draft, name, kind, text, data, threads)
-            _log(model, verdict, resources)
             if not verdict.passed:
+                _log(model, verdict, resources)
                 raise RunError(f"The {name} export of {model} was deleted: {'; '.join(verdict.reasons)}.")
             (draft / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
             draft.chmod(0o755)
+            for path in draft.iterdir():
+                path.chmod(0o644)
             draft.replace(out)
+            _log(model, verdict, resources)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     _show(verdict, out, console)

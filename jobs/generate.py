@@ -13,10 +13,14 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from jobs.located import locate, open_model
+from pipeline.artifact import configuration
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
 from pipeline.manifest import MANIFEST, check
 from pipeline.resources import Resources
+from pipeline.runtime import Runtime
+from pipeline.runtime.build import check as check_graph
+from pipeline.runtime.build import longest
 from pipeline.tasks.summarization import ended, summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 
@@ -59,13 +63,13 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
     packed = (folder / MANIFEST).exists()
     if packed:  # before anything in it is used
         check(folder)
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    config = configuration(folder)[0] if packed else read_config(folder)
+    tokenizer = read_tokenizer(folder)
     ids = tokenizer(request.prompt)["input_ids"]
     if config.is_encoder_decoder:
         return _summary(open_model(folder), tokenizer, ids, request, console, say)
-    ids, length = _fitted(ids, tokenizer, int(config.max_position_embeddings), request, console)
-    if packed:
-        packed = _has_graph(config, console)
+    packed = packed and _has_graph(config, console)
+    ids, length = _fitted(ids, tokenizer, longest(config) if packed else _positions(config), request, console)
     written = _from_runtime(folder, ids, length, request) if packed else _from_torch(folder, ids, length, request)
     pieces, found = _Pieces(tokenizer, say), []
     for token in written:
@@ -92,9 +96,11 @@ def _fitted(
     return ids, length
 
 
-def _has_graph(config: PreTrainedConfig, console: Console) -> bool:
-    from pipeline.runtime.build import check as check_graph
+def _positions(config: PreTrainedConfig) -> int:
+    return int(config.max_position_embeddings)
 
+
+def _has_graph(config: PreTrainedConfig, console: Console) -> bool:
     try:
         check_graph(config)
     except ConfigError as error:
@@ -104,8 +110,6 @@ def _has_graph(config: PreTrainedConfig, console: Console) -> bool:
 
 
 def _from_runtime(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
-    from pipeline.runtime import Runtime
-
     return Runtime(folder).generate(ids, length, request.temperature, request.seed)
 
 
@@ -135,7 +139,7 @@ def _summary(
     say: Say,
 ) -> tuple[str, int]:
     """Beam search, as the task scores it; a source longer than the model's positions is cut, as in training."""
-    positions = int(model.config.max_position_embeddings)
+    positions = _positions(model.config)
     if len(ids) > positions:
         console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}", highlight=False)
     source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,8 +17,10 @@ from pipeline.transfer import Fetch, from_store, pull
 
 
 def is_registered(model: str) -> bool:
-    """Whether it is a name in the registry, and no place."""
-    return not Path(model).is_dir() and "://" not in model
+    """Whether it is a name in the registry, and no place. Raises ConfigError for an empty one."""
+    if not model:
+        raise ConfigError("MODEL is empty; name a directory, a store URI, name@alias or name/version.")
+    return "://" not in model and not os.path.isdir(model)  # which is False for what no path can be
 
 
 def files_of(model: str, resources: Resources) -> Fetch:
@@ -34,7 +37,7 @@ def locate(model: str, resources: Resources, folder: Path) -> Path:
     Raises:
         ConfigError: there is no such model, or it cannot be reached. DamagedError: it is not what its manifest says.
     """
-    if Path(model).is_dir():
+    if not is_registered(model) and "://" not in model:
         return Path(model)
     pull(files_of(model, resources), folder, model)
     return folder

@@ -19,7 +19,7 @@ from pipeline.card import model_card
 from pipeline.config import Quant
 from pipeline.encoding import decode, encode
 from pipeline.errors import DamagedError
-from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
+from pipeline.families.models import FAMILIES, check_tensors, family_of, read_config, restore_frozen
 from pipeline.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
 from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
@@ -47,6 +47,7 @@ def write(
     """
     tensors, described = encode(frozen, encoding)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone, and a store is shared
     fields = config.to_diff_dict() | {"model_type": config.model_type, "architectures": config.architectures}
     fields = {name: value for name, value in fields.items() if name not in REFUSED}
     fields["quantization_config"] = {
@@ -111,7 +112,15 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
         frozen = decode(read_tensors(folder / WEIGHTS), quantization)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder / WEIGHTS} cannot be unpacked: {error}") from error
-    if frozen.digest() != manifest["digest"]:
+    try:
+        spec = Quant.model_validate(quantization["quant"]).spec()
+        check_tensors(config, spec, family_of(config, quantization["family"]), frozen.shapes)
+    except NOT_DAMAGE:
+        raise
+    except Exception as error:  # transformers builds what config.json says: what it meets there is damage, of any kind
+        raise DamagedError(f"{folder} is damaged: {error}") from error
+    digest = frozen.digest()
+    if digest != manifest["digest"] or digest != quantization.get("digest", digest):  # not there before format 3
         raise DamagedError(f"{folder / WEIGHTS} unpacks to other tensors than those that were scored.")
     return frozen, config, quantization
 

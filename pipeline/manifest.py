@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
 # Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
 REFUSED = (
     "auto_map",
+    "configuration_files",
     "custom_pipelines",
     "attn_implementation",
     "_attn_implementation",
@@ -26,6 +28,7 @@ REFUSED = (
     "num_labels",
 )
 COUNTS = re.compile(r"(?!max_)\w*(layers?|experts)")  # settings by which a model builds so many parts
+POSITIVE = re.compile(r"\w*(layers?|heads?|positions|position_embeddings)")
 MOST_PARTS = 1000
 
 
@@ -33,7 +36,8 @@ def check(folder: Path) -> dict[str, Any]:
     """Every byte against the manifest, which is returned.
 
     Raises:
-        DamagedError: a file is missing, altered, a link, or not listed by a plain name.
+        DamagedError: a file is missing, altered, a link, or not listed by a plain name. Hidden files alone may lie
+            beside those that are listed: nothing reads them.
         RunError: a newer format.
     """
     manifest = read_manifest(folder)
@@ -43,6 +47,10 @@ def check(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
         if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
             raise DamagedError(f"{path} is missing or does not match the manifest.")
+    known = {*manifest["files"], MANIFEST}
+    strange = next((path for path in folder.iterdir() if path.name not in known and path.name[0] != "."), None)
+    if strange is not None:
+        raise DamagedError(f"{strange} is not listed in {MANIFEST}; a package holds nothing else.")
     return manifest
 
 
@@ -63,10 +71,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedError(f"{path} is damaged: {error!r}") from error
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise RunError(
-            f"{folder} has format_version {version!r}; this bitmill reads up to {FORMAT_VERSION}. Upgrade bitmill."
-        )
+    _refuse_newer(folder, version)
+    if re.fullmatch("[0-9a-f]{64}", digest) is None:
+        raise DamagedError(f"{path} has the digest {digest[:80]!r}, which is no SHA-256.")
     for name in listed:
         if not _plain(name):
             raise DamagedError(f"{path} lists the file {name!r}, which is not a plain name.")
@@ -74,6 +81,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if name not in listed:
             raise DamagedError(f"{path} does not list {name}.")
     return {**manifest, "files": listed, "digest": digest}
+
+
+def _refuse_newer(folder: Path, version: Any) -> None:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise RunError(
+            f"{folder} has format_version {version!r}; this bitmill reads up to {FORMAT_VERSION}. Upgrade bitmill."
+        )
 
 
 def _plain(name: str) -> bool:
@@ -86,6 +100,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is not one of a package, or sets what could run code, read other files, or ask for memory.
+        RunError: a newer format.
     """
     try:
         fields = dict(read_json_file(path))
@@ -95,7 +110,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     refused = next((name for name in REFUSED if name in fields), None)
     if refused is not None:
         raise DamagedError(f"{path} sets {refused!r}, which no package does: it could run code or read other files.")
+    _refuse_newer(path.parent, fields["quantization_config"].get("format_version", 1))
     for name, value in _settings(fields):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DamagedError(f"{path} sets {name!r} to {value}.")
+        if isinstance(value, int) and value < 1 and POSITIVE.fullmatch(name) and not isinstance(value, bool):
+            raise DamagedError(f"{path} sets {name!r} to {value}; it counts what a model has.")
         if isinstance(value, int) and value > MOST_PARTS and COUNTS.fullmatch(name):
             raise DamagedError(f"{path} sets {name!r} to {value}; no model has more than {MOST_PARTS}.")
     return fields

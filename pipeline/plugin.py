@@ -7,6 +7,7 @@ what would be saved, so it is not trainable in transformers' sense.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pipeline.config import Quant
 from pipeline.encoding import decode
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.models import family_of, thaw_into
+from pipeline.families.models import check_tensors, family_of, thaw_into
 from pipeline.manifest import CONFIG, MANIFEST, read_settings
 from pipeline.quant.layers import FrozenTensors
 from pipeline.strict import read_json_file, read_tensors
@@ -72,15 +73,12 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        fields = self.quantization_config.to_dict()
         with torch.device("cpu"):  # transformers builds the model around us on the meta device
-            self.tensors, self.frozen = _verified(checkpoint_files, self.quantization_config.to_dict())
+            self.tensors, self.frozen = _verified(checkpoint_files, fields)
+        _fitting(model, self.frozen, fields)
         for name in self.frozen.codes:
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise DamagedError(
-                    f"The package packs a module {name!r}, which a {model.config.model_type} lacks."
-                ) from None
+            module = model.get_submodule(name)
             packed, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"]
             module.weight = nn.Parameter(torch.empty_like(packed, device="meta"), requires_grad=False)
             module.register_buffer("weight_scale", torch.empty_like(scale, device="meta"))
@@ -114,10 +112,22 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def _fitting(model: PreTrainedModel, frozen: FrozenTensors, fields: dict[str, Any]) -> None:
+    """Refuse tensors of another architecture, before they stand in the model's place."""
+    config = copy.deepcopy(model.config)
+    config.quantization_config = None
+    try:
+        spec = Quant.model_validate(fields["quant"]).spec()
+        check_tensors(config, spec, family_of(config, fields["family"]), frozen.shapes)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise DamagedError(f"The package {model.name_or_path} is damaged: {error}") from error
+
+
 def _verified(files: list[str] | None, quantization: dict[str, Any]) -> tuple[dict[str, Tensor], FrozenTensors]:
     if not files or len(files) != 1:
         raise DamagedError(f"A packed model has one file of weights, and these were found: {files}.")
     path = Path(files[0])
+    read_settings(path.with_name(CONFIG))  # of a subfolder, it was not looked at before
     try:
         tensors = read_tensors(path)
         frozen = decode(tensors, quantization)

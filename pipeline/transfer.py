@@ -49,6 +49,13 @@ def pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
         DamagedError: a file is not what the manifest says. RunError: a newer format.
     """
     _refuse_links(destination)
+    try:
+        return _pull(fetch, destination, model)
+    except OSError as error:
+        raise ConfigError(f"DEST is {str(destination)!r}, which cannot be made: {error}") from error
+
+
+def _pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         return _already_there(fetch, destination, model)
     staging = destination.with_name(f".{destination.name}.pulling")

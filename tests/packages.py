@@ -83,5 +83,6 @@ def rms(values: np.ndarray) -> float:
 def signed(folder: Path) -> None:
     """Make the manifest agree with whatever lies in the folder, as a careful attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {name: checksum(folder / name).model_dump() for name in manifest["files"]}
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != "manifest.json"]
+    manifest["files"] = {path.name: checksum(path).model_dump() for path in files}
     (folder / "manifest.json").write_text(json.dumps(manifest))

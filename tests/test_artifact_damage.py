@@ -68,6 +68,20 @@ def manifest(text):
     return change
 
 
+def left(name):
+    def change(package):
+        (package / name).symlink_to("/etc/hostname")
+
+    return change
+
+
+def digest(value):
+    def change(package):
+        edited(package / "manifest.json", lambda fields: fields.update(digest=value))
+
+    return change
+
+
 def unlisted(package):
     edited(package / "manifest.json", lambda fields: fields["files"].pop("model.safetensors"))
 
@@ -86,6 +100,8 @@ def unlisted(package):
         (listed("/etc/passwd"), "'/etc/passwd', which is not a plain name"),
         (listed("a/b"), "'a/b', which is not a plain name"),
         (listed(".."), r"\.\."),
+        (left("modeling.py"), "modeling.py is not listed"),
+        (digest("../elsewhere"), "which is no SHA-256"),
         (manifest(""), "manifest.json is damaged"),
         (manifest("[]"), "manifest.json is damaged"),
         (manifest('{"format_version": 1, "files": {"model.safetensors": 3}}'), "manifest.json is damaged"),

@@ -13,7 +13,7 @@ import pipeline
 import pipeline.plugin
 from pipeline import artifact
 from pipeline.config import Quant
-from pipeline.errors import DamagedError
+from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.manifest import REFUSED
 from pipeline.store import checksum
@@ -22,7 +22,12 @@ from tests.packages import signed
 from tests.test_artifact import FACTS
 
 IDS = torch.arange(5, 13)[None]
-HOSTILE = {"auto_map": {"AutoConfig": "x.Y"}, "custom_pipelines": {}, "num_labels": 7}
+HOSTILE = {
+    "auto_map": {"AutoConfig": "x.Y"},
+    "configuration_files": ["config.9.0.0.json"],
+    "custom_pipelines": {},
+    "num_labels": 7,
+}
 SHORT = {"scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"}
 
 
@@ -119,6 +124,14 @@ def in_config(**values):
     return change
 
 
+def said(**values):
+    def change(folder):
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | values))
+
+    return change
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -130,15 +143,38 @@ def in_config(**values):
         in_config(family="llama"),
         in_config(levels="full"),
         in_config(quant={"bits": "3-3-8"}),
+        in_config(format_version="3"),
+        said(n_embd=64),
+        said(n_head=0),
+        said(layer_norm_epsilon=float("nan")),
     ],
-    ids=range(8),
+    ids=range(12),
 )
 def test_the_plugin_refuses_tensors_other_than_those_that_were_scored(tmp_path, damage):
     package = packed(tmp_path / "package", "gpt2", encoding="dense")
     damage(package)
     (package / "manifest.json").unlink()
-    with pytest.raises(DamagedError, match=r"\S"):
+    with pytest.raises(RunError, match=r"\S"):
         plain(package)
+
+
+@pytest.mark.parametrize("settings", [{"head_dim": 16}, {"vocab_size": 10}, {"intermediate_size": 64}])
+def test_both_ways_refuse_settings_that_the_tensors_do_not_fit(tmp_path, settings):
+    package = packed(tmp_path / "package", "llama")
+    said(**settings)(package)
+    signed(package)
+    for load in (pipeline.load, plain):
+        with pytest.raises(DamagedError, match="do not fit the architecture"):
+            load(package)
+
+
+def test_both_ways_refuse_a_newer_format(tmp_path):
+    package = packed(tmp_path / "package", "gpt2")
+    in_config(format_version=4)(package)
+    signed(package)
+    for load in (pipeline.load, plain):
+        with pytest.raises(RunError, match="format_version 4; this bitmill reads up to 3"):
+            load(package)
 
 
 def test_a_module_of_another_architecture_is_refused(tmp_path):
@@ -146,7 +182,7 @@ def test_a_module_of_another_architecture_is_refused(tmp_path):
     fields = json.loads((package / "config.json").read_text())
     llama = json.loads((packed(tmp_path / "llama", "llama") / "config.json").read_text())
     (package / "config.json").write_text(json.dumps(llama | {"quantization_config": fields["quantization_config"]}))
-    with pytest.raises(DamagedError, match=r"packs a module '.*', which a llama lacks"):
+    with pytest.raises(DamagedError, match="the family gpt2 does not know the layer"):
         plain(package)
 
 
@@ -162,8 +198,8 @@ def test_nothing_in_a_package_is_run(tmp_path):
     settings = {"auto_map": {"AutoModelForCausalLM": "modeling_x.Model", "AutoConfig": "modeling_x.Model"}}
     (package / "config.json").write_text(json.dumps(config | settings))
     signed(package)
-    for load in (pipeline.load, plain):
-        with pytest.raises(DamagedError, match="sets 'auto_map', which no package does"):
+    for load, said in ((pipeline.load, "custom_generate is not listed"), (plain, "sets 'auto_map', which no package")):
+        with pytest.raises(DamagedError, match=said):
             load(package)
     assert not ran.exists()
 

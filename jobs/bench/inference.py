@@ -30,6 +30,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import freeze
+from pipeline.store import checksum
 
 MEASURES = {
     "decode_tokens_per_s": ("decode, tokens/s", ".0f"),
@@ -68,7 +69,7 @@ def compare(
 
 def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict[str, str]]:
     """A folder with what each engine loads, and why an engine has nothing to load."""
-    folder = cache / (f"gpt2-small-{quantizer}" if model is None else manifest.check(model)["digest"])
+    folder = cache / (f"gpt2-small-{quantizer}" if model is None else checksum(model / manifest.MANIFEST).sha256)
     if not (folder / READY).exists():
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "package").mkdir(parents=True)

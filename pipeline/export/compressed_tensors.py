@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig
 
 from pipeline import artifact, manifest
 from pipeline.errors import ConfigError
-from pipeline.export.dequantized import copy_companions, transformers_logits
+from pipeline.export.companions import copy_companions
+from pipeline.export.dequantized import transformers_logits
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import grid
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline import artifact, manifest
+from pipeline import artifact
 from pipeline.errors import RunError
+from pipeline.export.companions import copy_companions
 from pipeline.families.models import build, family_of, sites
 from pipeline.quant.layers import FrozenTensors
-
-OWN = {manifest.MANIFEST, manifest.WEIGHTS, "config.json", "README.md"}  # the other files of a package are anybody's
 
 
 def check(config: PreTrainedConfig) -> None:
@@ -57,13 +55,6 @@ def plain_model(frozen: FrozenTensors, config: PreTrainedConfig, family: str) ->
     return model.eval()
 
 
-def copy_companions(package: Path, out: Path) -> None:
-    """Tokenizer and generation settings, as they are."""
-    for path in package.iterdir():
-        if path.name not in OWN:
-            shutil.copyfile(path, out / path.name)
-
-
 def open_logits(out: Path, threads: int) -> Callable[..., NDArray[np.float32]]:
     """Logits (length, vocabulary) of plain transformers: fp16 weights, fp32 arithmetic, activations not quantized."""
     return transformers_logits(out)
@@ -71,8 +62,9 @@ def open_logits(out: Path, threads: int) -> Callable[..., NDArray[np.float32]]:
 
 def transformers_logits(folder: Path, **options: Any) -> Callable[..., NDArray[np.float32]]:
     """Logits of a directory as `from_pretrained` loads it."""
-    architecture = PreTrainedConfig.from_pretrained(folder).is_encoder_decoder
-    kind = AutoModelForSeq2SeqLM if architecture else AutoModelForCausalLM
+    kind = (
+        AutoModelForSeq2SeqLM if PreTrainedConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
+    )
     model = kind.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
     ).eval()

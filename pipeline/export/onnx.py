@@ -7,7 +7,6 @@ ONNX Runtime and nowhere else. Inputs and outputs are those that `pipeline.runti
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,14 +15,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline import artifact, manifest
+from pipeline import artifact
 from pipeline.config import Quant
+from pipeline.export.companions import copy_companions
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import build, check, longest
 
 __all__ = ["check", "open_logits", "read_back", "write"]
-OURS = {manifest.WEIGHTS, manifest.MANIFEST, "README.md", "config.json"}  # the rest of a package goes along
 
 
 def write(package: Path, out: Path) -> list[str]:
@@ -33,9 +32,7 @@ def write(package: Path, out: Path) -> list[str]:
         DamagedError: a damaged package. ConfigError: an architecture without a graph.
     """
     config = build(package, out)
-    for name in manifest.check(package)["files"]:
-        if name not in OURS:
-            shutil.copyfile(package / name, out / name)
+    copy_companions(package, out)
     fields = json.loads((package / "config.json").read_text(encoding="utf-8"))
     quant = Quant.model_validate(fields.pop("quantization_config")["quant"])
     (out / "config.json").write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,6 +26,9 @@ AT_ONCE = 32  # tokens of a prompt: what a layer computes on its way is memory t
 class Runtime:
     """A model of one sequence at a time, from a package or from a folder that the ONNX export wrote.
 
+    Every byte of a package is checked against its manifest, and its tensors against the architecture; what
+    `pipeline.load` does besides, the digest of the unpacked tensors, would take longer than the rest of the load.
+
     Weights stay packed in memory. `activations` is their width: 8, or 32, which is exact and much slower; by default
     what the package was trained for.
     """
@@ -35,6 +38,8 @@ class Runtime:
         Raises:
             DamagedError: a damaged package. ConfigError: an architecture without a graph, or no such model.
         """
+        if activations not in (None, 8, 32):
+            raise ConfigError(f"activations is {activations!r}; valid: 8, 32")
         if (folder / manifest.MANIFEST).exists():
             with tempfile.TemporaryDirectory(prefix="bitmill-") as scratch:  # mapped into memory, so it may go
                 self.config = build(folder, Path(scratch), activations, sliced=True)
@@ -78,6 +83,7 @@ class Runtime:
         prompt, encoded = list(ids), None
         if self.config.is_encoder_decoder:
             prompt, encoded = [self.config.decoder_start_token_id], self._encoded(ids)
+            self._check(prompt)
         room = min(longest(self.config) - len(prompt), new_tokens)
         cache = _Cache(self._decoder, self.config, len(prompt) + room, encoded)
         draw = np.random.default_rng(seed)
@@ -95,7 +101,7 @@ class Runtime:
         room, vocabulary = longest(self.config), self.config.vocab_size
         if not 1 <= len(ids) <= room:
             raise ConfigError(f"The text has {len(ids)} tokens; the model takes 1 to {room}.")
-        unknown = [token for token in ids if not 0 <= token < vocabulary]
+        unknown = [token for token in ids if token is None or not 0 <= token < vocabulary]
         if unknown:
             raise ConfigError(f"The token {unknown[0]} is not one of the model's, 0 to {vocabulary - 1}.")
 

@@ -23,7 +23,7 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, **extra
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
             f"model.tokenizer: {folder} holds no tokenizer that transformers can read: {error}"
         ) from error

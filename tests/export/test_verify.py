@@ -95,9 +95,12 @@ def test_an_export_that_computes_otherwise_is_deleted_and_the_reasons_are_said(t
 def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
     for model, name, out, message in (
         (trained("gpt2"), "compressed-tensors", "out", "takes llama models, not gpt2"),
         (trained("gpt2"), "gguff", "out", "--format is 'gguff'; valid: transformers, onnx, gguf"),
+        (trained("gpt2"), "gguf", "link", "exists and is not an empty directory"),
+        (trained("gpt2"), "gguf", "full/mine.txt/out", "cannot be made"),
         (trained("gpt2"), "gguf", "full", "exists and is not an empty directory"),
         (checkpoint, "gguf", "out", "not a packed model"),
     ):
@@ -107,7 +110,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, che
     monkeypatch.setattr("pipeline.export.util.find_spec", lambda name: None if name == "xllamacpp" else object())
     with pytest.raises(ConfigError, match=r"verified with xllamacpp, which is not installed.*bitmill\[export\]"):
         format_named("gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in tmp_path.iterdir()] == ["full", "link"]
 
 
 def test_a_text_may_be_the_probe_and_a_short_one_is_refused(trained, corpus, tmp_path):

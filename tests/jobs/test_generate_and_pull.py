@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 import pipeline
 from jobs.cli import app
 from pipeline.locations import tracking_uri
-from pipeline.store import checksum
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import PADDING, read_tokenizer, train_bpe
-from tests.packages import WIDE, package
+from tests.packages import WIDE, package, signed
 from tests.test_plugin import packed
 
 
@@ -33,9 +32,7 @@ def summarizer(tmp_path_factory):
     config = json.loads((folder / "config.json").read_text())
     config |= {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["config.json"] = checksum(folder / "config.json").model_dump()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    signed(folder)
     return folder
 
 
@@ -97,6 +94,7 @@ def test_a_head_size_that_the_packed_runtime_does_not_take_runs_in_torch(finishe
     folder = package(tmp_path / "package", {**WIDE["gpt2"], "n_head": 32})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(finished.package / name, folder / name)
+    signed(folder)
     shown = bitmill("generate", folder, "Bado", "--max-tokens", 4, "--json")
     assert shown.exit_code == 0, shown.stderr
     assert json.loads(shown.stdout)["tokens"] == 4

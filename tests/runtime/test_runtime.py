@@ -216,6 +216,15 @@ def test_ids_that_the_model_does_not_have_are_refused(family, ids, packages):
             runtime.logits(IDS, ids)
 
 
+@pytest.mark.parametrize("start", [None, -3, 10**6])
+def test_a_decoder_that_starts_with_no_token_of_its_own_is_refused(packages, tmp_path, start):
+    folder = shutil.copytree(packages["bart"], tmp_path / "package")
+    said(decoder_start_token_id=start)(folder)
+    signed(folder)
+    with pytest.raises(ConfigError, match="not one of the model's"):
+        next(Runtime(folder).generate(SOURCE, 4))
+
+
 def test_a_head_size_that_no_kernel_takes_is_refused(tmp_path):
     folder = package(tmp_path / "package", {**WIDE["gpt2"], "n_head": 32})
     with pytest.raises(ConfigError, match="multiples of 8, not 4"):
