@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.card import model_card
 from pipeline.config import Quant
-from pipeline.encoding import decode, encode
+from pipeline.encoding import damage_of, decode, encode, spec_of
 from pipeline.errors import DamagedError
-from pipeline.families.models import FAMILIES, check_tensors, family_of, read_config, restore_frozen
+from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
 from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
@@ -28,8 +28,6 @@ from pipeline.records import Size
 from pipeline.store import checksum
 from pipeline.strict import read_tensors
 from pipeline.transfer import from_store, pull
-
-NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
 
 
 def write(
@@ -112,15 +110,8 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
         frozen = decode(read_tensors(folder / WEIGHTS), quantization)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder / WEIGHTS} cannot be unpacked: {error}") from error
-    try:
-        spec = Quant.model_validate(quantization["quant"]).spec()
-        check_tensors(config, spec, family_of(config, quantization["family"]), frozen.shapes)
-    except NOT_DAMAGE:
-        raise
-    except Exception as error:  # transformers builds what config.json says: what it meets there is damage, of any kind
-        raise DamagedError(f"{folder} is damaged: {error}") from error
-    digest = frozen.digest()
-    if digest != manifest["digest"] or digest != quantization.get("digest", digest):  # not there before format 3
+    spec_of(config, quantization, frozen.shapes, folder)
+    if frozen.digest() != manifest["digest"]:
         raise DamagedError(f"{folder / WEIGHTS} unpacks to other tensors than those that were scored.")
     return frozen, config, quantization
 
@@ -133,12 +124,8 @@ def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """
     path = folder / CONFIG
     quantization = read_settings(path)["quantization_config"]
-    try:
+    with damage_of(path):
         config = read_config(folder)
-    except NOT_DAMAGE:
-        raise
-    except Exception as error:  # transformers runs on whatever stands there: what it meets is damage, of any kind
-        raise DamagedError(f"{path} is damaged: {error}") from error
     config.quantization_config = None
     return config, quantization
 
@@ -159,13 +146,9 @@ def load(source: str | Path) -> PreTrainedModel:
 
 def _load(folder: Path) -> PreTrainedModel:
     frozen, config, quantization = read(folder)
-    try:
+    with damage_of(folder):
         quant = Quant.model_validate(quantization["quant"])
         model = restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
-    except NOT_DAMAGE:
-        raise
-    except Exception as error:  # as above
-        raise DamagedError(f"{folder} is damaged: {error}") from error
     return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
 
 

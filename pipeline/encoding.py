@@ -5,20 +5,52 @@ Packed rows lie one after the other, flat: no plain loader can take 8-bit codes 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from pipeline.config import Quant
+from pipeline.errors import DamagedError
+from pipeline.families.models import check_tensors, family_of
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.packing import pack, packed_columns, unpack
-from pipeline.quant.spec import Encoding, Levels, grid
+from pipeline.quant.spec import Encoding, Levels, QuantSpec, grid
 
+NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
 SHIPPED = (torch.float32, torch.float16, torch.bfloat16)  # types of scales and of what is not quantized
 SPARED = ("final_logits_bias",)  # BART's, zero in every model that did not set it: not stored while it is zero
+
+
+@contextlib.contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """While inside, transformers runs on whatever stands in a package: what it meets is damage, of any kind.
+
+    Raises:
+        DamagedError: in place of it, with the cause.
+    """
+    try:
+        yield
+    except NOT_DAMAGE:
+        raise
+    except Exception as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+def spec_of(
+    config: PreTrainedConfig, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> QuantSpec:
+    """What a package was trained for. Raises DamagedError for tensors that are not its architecture's."""
+    with damage_of(path):
+        spec = Quant.model_validate(fields["quant"]).spec()
+        check_tensors(config, spec, family_of(config, fields["family"]), shapes)
+        return spec
 
 
 def encode(frozen: FrozenTensors, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Any]]:

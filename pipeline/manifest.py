@@ -47,6 +47,9 @@ def check(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
         if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
             raise DamagedError(f"{path} is missing or does not match the manifest.")
+    said = read_settings(folder / CONFIG)["quantization_config"].get("digest", manifest["digest"])  # since format 3
+    if said != manifest["digest"]:
+        raise DamagedError(f"{folder / MANIFEST} has another digest than {CONFIG}.")
     known = {*manifest["files"], MANIFEST}
     strange = next((path for path in folder.iterdir() if path.name not in known and path.name[0] != "."), None)
     if strange is not None:

@@ -20,9 +20,9 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.config import Quant
-from pipeline.encoding import decode
+from pipeline.encoding import decode, spec_of
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.models import check_tensors, family_of, thaw_into
+from pipeline.families.models import family_of, thaw_into
 from pipeline.manifest import CONFIG, MANIFEST, read_settings
 from pipeline.quant.layers import FrozenTensors
 from pipeline.strict import read_json_file, read_tensors
@@ -76,7 +76,9 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
         fields = self.quantization_config.to_dict()
         with torch.device("cpu"):  # transformers builds the model around us on the meta device
             self.tensors, self.frozen = _verified(checkpoint_files, fields)
-        _fitting(model, self.frozen, fields)
+        config = copy.deepcopy(model.config)
+        config.quantization_config = None
+        spec_of(config, fields, self.frozen.shapes, Path(model.name_or_path))  # before they stand in its place
         for name in self.frozen.codes:
             module = model.get_submodule(name)
             packed, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"]
@@ -110,17 +112,6 @@ def keep_packed(model: PreTrainedModel, tensors: Mapping[str, Tensor], quantizat
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Off the file, which may be overwritten while the model lives."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _fitting(model: PreTrainedModel, frozen: FrozenTensors, fields: dict[str, Any]) -> None:
-    """Refuse tensors of another architecture, before they stand in the model's place."""
-    config = copy.deepcopy(model.config)
-    config.quantization_config = None
-    try:
-        spec = Quant.model_validate(fields["quant"]).spec()
-        check_tensors(config, spec, family_of(config, fields["family"]), frozen.shapes)
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise DamagedError(f"The package {model.name_or_path} is damaged: {error}") from error
 
 
 def _verified(files: list[str] | None, quantization: dict[str, Any]) -> tuple[dict[str, Tensor], FrozenTensors]:

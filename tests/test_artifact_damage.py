@@ -102,6 +102,7 @@ def unlisted(package):
         (listed(".."), r"\.\."),
         (left("modeling.py"), "modeling.py is not listed"),
         (digest("../elsewhere"), "which is no SHA-256"),
+        (digest("0" * 64), "has another digest than config.json"),
         (manifest(""), "manifest.json is damaged"),
         (manifest("[]"), "manifest.json is damaged"),
         (manifest('{"format_version": 1, "files": {"model.safetensors": 3}}'), "manifest.json is damaged"),

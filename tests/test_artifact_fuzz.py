@@ -216,8 +216,8 @@ def test_no_mutation_gives_other_tensors_a_foreign_error_or_a_large_allocation(t
 
 
 @pytest.mark.parametrize("architecture", sorted(SMALL))
-def test_the_runtime_takes_no_mutation_for_a_package(tmp_path, architecture, little_memory):
-    """Either an error of ours, or weights of the same values and a graph that runs."""
+def test_the_runtime_refuses_a_mutation_or_runs_it(tmp_path, architecture, little_memory):
+    """Either an error of ours, or a graph that runs: on the same weights, unless they were changed and signed anew."""
     folder = package(tmp_path / "package", architecture)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     expected = read_weights(folder)[0]

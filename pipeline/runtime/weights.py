@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from pipeline import artifact, manifest
-from pipeline.config import Quant
-from pipeline.encoding import Packed, levels_in, packed_of
+from pipeline.encoding import Packed, levels_in, packed_of, spec_of
 from pipeline.errors import DamagedError
-from pipeline.families.models import check_tensors, family_of
 from pipeline.quant.packing import codes_per_byte, unpack
 from pipeline.quant.spec import Levels, QuantSpec, grid
 from pipeline.strict import read_tensors
@@ -70,13 +68,10 @@ def read_weights(folder: Path) -> tuple[Weights, PreTrainedConfig, QuantSpec]:
         packed, rest = packed_of(read_tensors(path), quantization)
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": one.shape for name, one in packed.items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in rest.items()}
-        spec = Quant.model_validate(quantization["quant"]).spec()
-        check_tensors(config, spec, family_of(config, quantization["family"]), shapes)
+        spec = spec_of(config, quantization, shapes, folder)
         levels = levels_in(quantization)
         matrices = {name: _matrix(one, levels) for name, one in packed.items()}
-    except artifact.NOT_DAMAGE:
-        raise
-    except Exception as error:  # transformers builds what config.json says: what it meets there is damage, of any kind
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} does not hold what its config.json says: {error}") from error
     return Weights(matrices, {name: tensor.float().numpy() for name, tensor in rest.items()}), config, spec
 

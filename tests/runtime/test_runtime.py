@@ -231,6 +231,14 @@ def test_a_head_size_that_no_kernel_takes_is_refused(tmp_path):
         Runtime(folder)
 
 
+def test_a_digest_that_is_not_the_packages_is_refused(packages, tmp_path):
+    folder = shutil.copytree(packages["gpt2"], tmp_path / "package")
+    fields = json.loads((folder / manifest.MANIFEST).read_text())
+    (folder / manifest.MANIFEST).write_text(json.dumps(fields | {"digest": "0" * 64}))
+    with pytest.raises(DamagedError, match=r"has another digest than config\.json"):
+        Runtime(folder)
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(BitmillError, match="neither a packed model nor an ONNX export"):
         Runtime(tmp_path)
