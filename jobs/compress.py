@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -47,20 +46,17 @@ def compress(config: Config, path: str, console: Console, *, until: str, only_pl
 def _run(planned: Plan, console: Console, wait: bool) -> Outcome:
     """Run what is left; curves go to MLflow meanwhile, if the run ends there and there is something to train."""
     trained = any(step.record is None for step in planned.steps if step.stage in (Teacher.stage, Student.stage))
-    with Display(console) as display:
-        if not trained or planned.steps[-1].stage != ModelVersion.stage:
+    if not trained or planned.steps[-1].stage != ModelVersion.stage:
+        with Display(console) as display:
             return run(planned, display, wait)
-        target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
-        with Outbox(outbox_folder(planned.config.resources)) as outbox, load_watched(outbox, target):
-            outcome = run(planned, LiveRun(display, outbox, target), wait)
-    print_unsent(outbox.unsent, outbox.path, console)
-    return outcome
-
-
-def print_unsent(unsent: dict[str, int], path: Path | None, console: Console) -> None:
-    if unsent:
-        runs = ", ".join(f"{name} ({count})" for name, count in unsent.items())
-        console.print(f"MLflow has not taken points of {runs}; they wait in {path}, and the next command sends them.")
+    target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
+    outbox = Outbox(outbox_folder(planned.config.resources))
+    try:
+        with Display(console) as display, outbox, load_watched(outbox, target):
+            return run(planned, LiveRun(display, outbox, target), wait)
+    finally:
+        if outbox.unsent:
+            console.print(outbox.told(), highlight=False)
 
 
 def plan_document(planned: Plan) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.compress import MIB, print_unsent
+from jobs.compress import MIB
 from jobs.display import Display
 from jobs.report import rendered
 from jobs.report.reader import Reader
@@ -39,7 +39,8 @@ def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> d
     report_uri = show(planned) if found.complete else None
     if report_uri:
         console.print(f"the sweep as a page: {report_uri}", highlight=False, soft_wrap=True)
-    print_unsent(found.unsent, found.outbox, console)
+    if found.untold:
+        console.print(found.untold, highlight=False)
     return document(planned, found, report_uri)
 
 
@@ -103,7 +104,7 @@ def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
     )
     cap = planned.config.resources.max_worker_hours
     if cap is not None:
-        console.print(f"no trial starts once the trials have used {cap:g} worker-hours", highlight=False)
+        console.print(f"no trial starts once {cap:g} worker-hours are used, shared steps included", highlight=False)
 
 
 def _status(planned: SweepPlan, key: str) -> str:
@@ -121,11 +122,13 @@ def print_found(planned: SweepPlan, found: Found, console: Console) -> None:
     for trial in found.trials:
         if trial.failure:
             console.print(f"{label(trial.values)}: {trial.failure}", highlight=False, soft_wrap=True)
+    for name, reason in found.unfinished.items():
+        console.print(f"{name}: not finished. {reason}", highlight=False, soft_wrap=True)
     if not found.complete:
         console.print(
-            f"stopped: the trials have used {found.spent_hours:.2f} worker-hours of resources.max_worker_hours "
+            f"stopped: {found.spent_hours:.2f} worker-hours are used of resources.max_worker_hours "
             f"({planned.config.resources.max_worker_hours:g}); the table is the best so far. Raise it and give the "
-            "same command to go on.",
+            f"same command to go on. As a page: bitmill report {planned.key} --out report.html",
             soft_wrap=True,
         )
 

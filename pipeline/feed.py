@@ -27,6 +27,7 @@ from pipeline.trials import label, scores, trial_config
 from pipeline.tuning import GROUPS, LOSS, STEP
 
 POINTS = "points"
+SHARING = "sharing.json"
 SUGGESTIONS = 20  # tries to be suggested what was not tried before
 Advance = Callable[[int, int, str], None]
 
@@ -58,6 +59,14 @@ def stored_trials(place: Place) -> dict[str, Trial]:
     return {entry["trial"]["key"]: Trial(**entry["trial"]) for entry in sorted(found, key=lambda entry: entry["index"])}
 
 
+def stored_sharing(place: Place) -> dict[str, float]:
+    """Worker-seconds that a sweep has spent on what its trials share."""
+    try:
+        return dict(json.loads(place.read(SHARING)))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
 @dataclass
 class Feed:
     """Gives Tune the next trial, hears of each, and registers what is done.
@@ -78,9 +87,12 @@ class Feed:
     capped: bool = False
     _running: dict[str, tuple[Candidate, float]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._sharing = stored_sharing(self.place)
+
     @property
     def total(self) -> int:
-        return len(self.listed) if self.sweep.search != "optuna" else self.sweep.samples or 0
+        return len(self.listed) if self.sweep.search != "optuna" else self.sweep.at_most
 
     @property
     def ended_count(self) -> int:
@@ -88,9 +100,14 @@ class Feed:
 
     @property
     def spent_s(self) -> float:
-        """Worker-seconds of all trials so far."""
+        """Worker-seconds of all trials so far, and of what they share."""
         begun = sum((time.monotonic() - start) * self._workers for _, start in self._running.values())
-        return begun + sum(trial.worker_seconds for trial in self.trials.values())
+        return begun + sum(trial.worker_seconds for trial in self.trials.values()) + sum(self._sharing.values())
+
+    def charge(self, name: str, begun: float) -> None:
+        """Write down what a shared step took since `begun`, which counts like a trial."""
+        self._sharing[name] = self._sharing.get(name, 0.0) + (time.monotonic() - begun) * self._workers
+        self.place.write(SHARING, json.dumps(self._sharing).encode())
 
     @property
     def _workers(self) -> int:

@@ -76,6 +76,14 @@ class Outbox:
     def path(self) -> Path:
         return self._file
 
+    def told(self) -> str:
+        """What MLflow has not taken, for people; empty if there is nothing."""
+        runs = ", ".join(f"{name} ({count})" for name, count in self.unsent.items())
+        return (
+            runs
+            and f"MLflow has not taken points of {runs}; they wait in {self._file}, and the next command sends them."
+        )
+
     def flush(self) -> bool:
         """Try to send all that waits; whether nothing is left. A server that is away keeps its own lines alone back."""
         with self._sending:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,10 +26,9 @@ from pipeline.constraints import MIB, Found, Miss, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
 from pipeline.locations import registry_beside
 from pipeline.quant.spec import BitWidths
-from pipeline.registry import FORMATS_TAG, OWN_FORMAT
+from pipeline.registry import FORMATS_TAG, OWN_FORMAT, PAGE, pages
 from pipeline.tracking import KEY_TAG, connect, sqlite_file
 
-PAGE = 1000  # entities that one request asks for
 EXPERIMENTS_A_CALL = 100
 RUNS_A_CALL = 100
 FEW_RUNS = 500  # for more, one search of all versions is cheaper
@@ -151,13 +150,13 @@ def _versions(client: MlflowClient, conditions: list[str], models: Collection[Lo
         def page(token: str | None, condition: str | None = condition) -> Any:
             return client.search_model_versions(condition, max_results=PAGE, page_token=token)
 
-        yield from _pages(page)
+        yield from pages(page)
 
 
 def _models(client: MlflowClient, condition: str | None) -> Iterator[LoggedModel]:
     experiments = [
         experiment.experiment_id
-        for experiment in _pages(lambda token: client.search_experiments(max_results=PAGE, page_token=token))
+        for experiment in pages(lambda token: client.search_experiments(max_results=PAGE, page_token=token))
     ]
     for start in range(0, len(experiments), EXPERIMENTS_A_CALL):
         some = experiments[start : start + EXPERIMENTS_A_CALL]
@@ -165,9 +164,7 @@ def _models(client: MlflowClient, condition: str | None) -> Iterator[LoggedModel
         def page(token: str | None, some: list[str] = some) -> Any:
             return client.search_logged_models(some, condition, max_results=PAGE, page_token=token)
 
-        yield from (
-            model for model in _pages(page) if model.status == LoggedModelStatus.READY and KEY_TAG in model.tags
-        )
+        yield from (model for model in pages(page) if model.status == LoggedModelStatus.READY and KEY_TAG in model.tags)
 
 
 def _aliases(client: MlflowClient, names: set[str]) -> dict[tuple[str, int], tuple[str, ...]]:
@@ -176,22 +173,11 @@ def _aliases(client: MlflowClient, names: set[str]) -> dict[tuple[str, int], tup
     if not names:
         return aliases
     condition = f"name = {_quoted(next(iter(names)))}" if len(names) == 1 else None
-    for model in _pages(lambda token: client.search_registered_models(condition, max_results=PAGE, page_token=token)):
+    for model in pages(lambda token: client.search_registered_models(condition, max_results=PAGE, page_token=token)):
         for alias, version in sorted(model.aliases.items()):
             at = (model.name, int(version))
             aliases[at] = (*aliases.get(at, ()), alias)
     return aliases
-
-
-def _pages(call: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Every entity of a search, page after page."""
-    token: str | None = None
-    while True:
-        page = call(token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _joined(version: ModelVersion, model: LoggedModel, aliases: Iterable[str]) -> Found:

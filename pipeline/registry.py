@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline import tracking
 from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import KEY_TAG
 
+PAGE = 1000  # entities that one request asks for
 CHAMPION, FIRST = "champion", "1"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 FORMATS_TAG, OWN_FORMAT = "bitmill.formats", "bitmill"  # every package is itself a format
@@ -34,6 +35,27 @@ def registered(uri: str, name: str, key: str) -> bool:
     if database is not None and not database.exists():
         return False
     return find_version(tracking.connect(uri), name, key) is not None
+
+
+def pages(call: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Every entity of a search, page after page."""
+    token: str | None = None
+    while True:
+        page = call(token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def held_keys(uri: str, name: str) -> set[str]:
+    """Keys of all versions of `name` in the registry at `uri`. Raises ConfigError if it cannot be reached."""
+    database = tracking.sqlite_file(uri)
+    if database is not None and not database.exists():
+        return set()
+    client, condition = tracking.connect(uri), f"name = '{name}'"
+    found = pages(lambda token: client.search_model_versions(condition, PAGE, page_token=token))
+    return {version.tags[KEY_TAG] for version in found if KEY_TAG in version.tags}
 
 
 def register_package(

@@ -30,7 +30,7 @@ class Resources(Closed):
     checkpoint_steps: Positive = 100
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training run survives
     local_cache_dir: str | None = None
-    max_worker_hours: Rate | None = None  # of a sweep: no trial is started once its trials have used so much
+    max_worker_hours: Rate | None = None  # of a sweep: no trial is started once so much is used
     cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
 
     @field_validator("storage_uri")

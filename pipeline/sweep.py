@@ -7,17 +7,17 @@ driver makes the shared steps once, Tune runs the rest of each trial up to its p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline import budget, flow, registry, store, tracking, tuning
 from pipeline.config import Config
 from pipeline.engine import Engine
-from pipeline.errors import BusyError, FencedOffError, LostError, RunError
-from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_trials
+from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError, RunError
+from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
@@ -58,7 +58,7 @@ class SweepPlan:
         """Trials where they cannot be named beforehand."""
         if self.sweep.budget_mib is not None:
             return len(_combinations(self.sweep)) * self.sweep.proposals
-        return self.sweep.samples or 0
+        return self.sweep.at_most
 
 
 def plan(config: Config) -> SweepPlan:
@@ -79,7 +79,7 @@ def plan(config: Config) -> SweepPlan:
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
     place = Place(storage_uri(resources), SweepRecord.stage, key, scratch_dir(resources))
     planned = SweepPlan(config, sweep, base, place, recipe, (), stored_trials(place), place.record(SweepRecord))
-    if planned.record is not None and all(_registered(planned, trial) for trial in planned.record.trials):
+    if planned.record is not None and all(_registered(planned, planned.record.trials)):
         return planned
     return replace(planned, known=_known(config, sweep), record=None)
 
@@ -99,14 +99,14 @@ def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a sweep gave. `complete` is False if the cap of worker-hours, or a failure, left trials for another time."""
+    """What a sweep gave. `complete` is False if the cap of worker-hours left trials for another time."""
 
     trials: tuple[Trial, ...]
     front: tuple[str, ...]
     complete: bool
-    spent_hours: float
-    unsent: dict[str, int] = field(default_factory=dict)  # points that MLflow has not taken, by the name of their run
-    outbox: Path | None = None
+    spent_hours: float  # of workers: trials, and what they share as far as this sweep made it
+    unfinished: dict[str, str] = field(default_factory=dict)  # why, by the label of the trial
+    untold: str = ""  # what MLflow has not taken
 
 
 def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
@@ -117,7 +117,7 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     """
     record = planned.record
     if record is not None:
-        return Found(record.trials, record.front, True, _hours(record.trials))
+        return Found(record.trials, record.front, True, _hours(record.trials, stored_sharing(planned.place)))
     store.check_writable(storage_uri(planned.config.resources))
     parent = parent_of(planned)
     tracking.connect(parent.uri)
@@ -127,14 +127,18 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
         with planned.place.hold(wait, lambda owner: observer.waiting("sweep", owner)) as place, outbox:
             live = LiveRun(observer, outbox, parent)
             with load_watched(outbox, parent):
+                begun = time.monotonic()
                 feed = _feed(_with_proposals(planned, live, wait), place, outbox, observer)
+                feed.charge("proposals", begun)
                 if feed.settle() and not feed.over():
                     _run(planned, feed, engine, place, live, wait)
                 feed.capped = feed.capped or (feed.over() and bool(feed.left))
             found = _conclude(planned, feed, place)
+    except BitmillError as error:
+        raise type(error)(" ".join(filter(None, [str(error), outbox.told()]))) from error
     finally:
         engine.close()
-    return replace(found, unsent=outbox.unsent, outbox=outbox.path)
+    return replace(found, untold=outbox.told())
 
 
 def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) -> Feed:
@@ -143,9 +147,11 @@ def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) 
     def advance(done: int, total: int, note: str) -> None:
         observer.advanced(TRIALS, done, total, note)
 
+    trials = stored_trials(place)
+    held = _registered(planned, tuple(trials.values()))
     known = {
-        key: trial if _registered(planned, trial) else trial.model_copy(update={"status": "running"})
-        for key, trial in stored_trials(place).items()
+        key: trial if there else trial.model_copy(update={"status": "running"})
+        for (key, trial), there in zip(trials.items(), held, strict=True)
     }
     return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
 
@@ -177,12 +183,14 @@ def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: Liv
         sharing.setdefault(one.plan.step(TeacherCache.stage).place.key, []).append(one)
     for some in sharing.values() or [[]]:
         config = some[0].plan.config if some else planned.config
+        begun = time.monotonic()
         try:
             flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
         except RunError as error:
             if len(sharing) < 2 or isinstance(error, PASSING):
                 raise
             feed.refuse(some, str(error))
+        feed.charge(some[0].key if some else planned.key, begun)
     live.started(TRIALS)
     if feed.left:
         tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
@@ -217,7 +225,8 @@ def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
             front=best,
         )
         place.commit(record)
-    return Found(trials, best, not feed.capped, _hours(trials))
+    unfinished = {label(feed.trials[key].values): why for key, why in reasons.items()}
+    return Found(trials, best, not feed.capped, feed.spent_s / 3600, unfinished)
 
 
 def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best: tuple[str, ...]) -> None:
@@ -231,7 +240,7 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
         tracking.log_sweep(
             parent,
             {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
-            {"trials": len(trials), "front": len(best), "worker_hours": _hours(trials)},
+            {"trials": len(trials), "front": len(best), "worker_hours": feed.spent_s / 3600},
             {name: json.dumps(document, indent=1) for name, document in documents.items()},
         )
     except tracking.FAULTS as error:
@@ -253,13 +262,12 @@ def _front(sweep: Sweep, trials: tuple[Trial, ...]) -> tuple[str, ...]:
     return tuple(done[index].key for index in front(points))
 
 
-def _registered(planned: SweepPlan, trial: Trial) -> bool:
-    """False if the trial was registered and the registry does not hold it now."""
-    if trial.version is None:
-        return True
-    uri = parent_of(planned).uri
-    return registry.registered(uri, trial.version["name"], trial.key)
+def _registered(planned: SweepPlan, trials: Sequence[Trial]) -> list[bool]:
+    """False for a trial that was registered and that the registry does not hold now; one search a name."""
+    names = {trial.version["name"] for trial in trials if trial.version is not None}
+    held = {name: registry.held_keys(parent_of(planned).uri, name) for name in names}
+    return [trial.version is None or trial.key in held[trial.version["name"]] for trial in trials]
 
 
-def _hours(trials: Iterable[Trial]) -> float:
-    return sum(trial.worker_seconds for trial in trials) / 3600
+def _hours(trials: Sequence[Trial], sharing: dict[str, float]) -> float:
+    return (sum(trial.worker_seconds for trial in trials) + sum(sharing.values())) / 3600

@@ -114,6 +114,13 @@ class Sweep(Closed):
             raise ValueError(f"the sweep has more than {MOST_TRIALS} trials; lower samples or shorten the lists")
         return self
 
+    @property
+    def at_most(self) -> int:
+        """Trials of a search that draws its values: no more than there are combinations."""
+        lists = [values for values in self.space.values() if isinstance(values, list)]
+        combinations = math.prod(map(len, lists)) if len(lists) == len(self.space) else MOST_TRIALS
+        return min(self.samples or 0, combinations)
+
     def grid(self) -> list[dict[str, Any]]:
         """Every combination, the last path changing fastest."""
         lists = [values for values in self.space.values() if isinstance(values, list)]

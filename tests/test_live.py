@@ -76,6 +76,8 @@ def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, 
     with Outbox(tmp_path / "outbox") as outbox:
         outbox.put(target(AWAY), [at(1, 3.0), at(2, 2.0)])
     assert outbox.unsent == {"2-2-8": 2}
+    assert "2-2-8 (2)" in outbox.told()
+    assert str(outbox.path) in outbox.told()
     (path,) = (tmp_path / "outbox").iterdir()
     assert path == outbox.path
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import ray
 from pydantic import ValidationError
+from rich.console import Console
 
 import jobs.sweep
 from pipeline import budget, flow, sweep, tracking
@@ -151,12 +153,68 @@ def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
 
 def test_the_cap_of_worker_hours_stops_starting_and_keeps_the_best_so_far(tiny_config, cloned):
     config = grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9})
-    found, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9}))
+    found, _ = run(config)
     assert not found.complete
-    assert sweep.plan(config).record is None
+    assert [trial.values for trial in found.trials] == [{"quant.bits": "2-2-8"}]  # its package was there
+    assert found.spent_hours >= 1e-9
+    planned = sweep.plan(config)
+    assert planned.record is None
+    text = io.StringIO()
+    jobs.sweep.print_found(planned, found, Console(file=text, width=200))
+    assert f"bitmill report {planned.key}" in text.getvalue()
     more, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 10.0}))
     assert more.complete
     assert len(more.trials) == 3
+    assert more.spent_hours > found.spent_hours
+
+
+def test_shared_steps_are_paid_for_once(swept, tiny_config, cloned):
+    folder, config, found, _ = swept
+    trained = sum(trial.worker_seconds for trial in found.trials)
+    assert found.spent_hours * 3600 > trained + 0.5 * float(taken(folder, "finetune"))
+    again, _ = run(config)  # from the record
+    assert again.spent_hours == pytest.approx(found.spent_hours, abs=1e-3)
+
+
+def taken(folder, stage):
+    (record,) = Path(folder).glob(f"store/{stage}/*/record.json")
+    return json.loads(record.read_text())["provenance"]["seconds"]
+
+
+def test_what_the_cap_left_undone_is_said_with_its_reason(tiny_config, cloned, monkeypatch):
+    config = grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9})
+
+    def away(*arguments, **named):
+        raise tracking.MlflowException("gone")
+
+    monkeypatch.setattr(tracking, "log_run", away)
+    planned = sweep.plan(config)
+    found = sweep.run(planned, Recorder())
+    assert list(found.unfinished) == ["bits=2-2-8"]
+    text = io.StringIO()
+    jobs.sweep.print_found(planned, found, Console(file=text, width=200))
+    assert "bits=2-2-8: not finished." in text.getvalue()
+
+
+def test_a_plan_counts_each_shared_step_of_what_is_left(tiny_config, tmp_path):
+    one = estimate(sweep.plan(grid(tiny_config, tmp_path)))
+    assert (one.trials, one.left, one.shared_steps) == (3, 3, 3)
+    space = {"quant.bits": BITS, "finetune.lr": [1e-3, 5e-3]}
+    two = estimate(sweep.plan(tiny_config(tmp_path, sweep={"space": space})))
+    assert (two.trials, two.shared_steps) == (6, 5)  # the tokens are the same, teacher and cache are not
+    assert two.hours_basis.startswith("estimated: ")
+    assert two.bytes > one.bytes
+
+
+def test_a_search_of_few_values_ends_when_all_are_tried(tiny_config, cloned):
+    space = {"distill.seed": [0, 1]}
+    settings = {"space": space, "search": "optuna", "samples": 50}
+    config = tiny_config(cloned, distill={"steps": 2}, sweep=settings)
+    planned = sweep.plan(config)
+    assert planned.at_most == 2
+    found = sweep.run(planned, Recorder())
+    assert sorted(trial.values["distill.seed"] for trial in found.trials) == [0, 1]
+    assert found.complete
 
 
 GRANULARITIES = {"quant.granularity": ["tensor", "row"]}

@@ -65,12 +65,16 @@ def report(
     out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
     storage_uri: StorageUri = "./bitmill-store",
     namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="First measure how long each model takes for a token, on this machine.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show a run or a sweep as one page: bytes against accuracy, losses, modules, cost, and how to get each model.
 
-    The page needs no network: send it to somebody, or open it on a phone.
+    The page needs no network: send it to somebody, or open it on a phone. A sweep that is not finished is shown as far
+    as it came. A measured latency is kept beside its package and shown from then on.
     """
 
     def work(console: Console) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def report(
         from pipeline.resources import Resources
 
         resources = Resources(storage_uri=storage_uri, namespace=namespace)
-        return run(key, Path(out), resources, console)
+        return run(key, Path(out), resources, console, latency)
 
     execute(work, as_json, debug)
 

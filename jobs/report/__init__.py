@@ -1,4 +1,4 @@
-"""`bitmill report`: a run, a sweep or a bench as one page, a picture and a table.
+"""`bitmill report`: a run or a sweep as one page, a picture and a table.
 
 `values` says what a report shows, `reader` builds that from a store, and `figures`, `page` and `files` show it.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.report.files import picture, table
+from jobs.report.latency import measure
 from jobs.report.page import page
 from jobs.report.reader import Reader
 from jobs.report.values import Content
@@ -19,11 +20,18 @@ from pipeline.locations import scratch_dir, storage_uri
 from pipeline.resources import Resources
 
 
-def report(key: str, out: Path, resources: Resources, console: Console) -> dict[str, Any]:
-    """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`."""
+def report(key: str, out: Path, resources: Resources, console: Console, timed: bool = False) -> dict[str, Any]:
+    """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`.
+
+    `timed`: measure the latency of its models first.
+    """
     if out.suffix != ".html":
         raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .html")
-    content = Reader(storage_uri(resources), scratch_dir(resources)).content(key)
+    reader = Reader(storage_uri(resources), scratch_dir(resources))
+    content = reader.content(key)
+    if timed:
+        measure(reader.packages(content), console)
+        content = reader.content(key)
     files = write(content, out)
     best = ", ".join(one.label for one in content.best) or "none"
     console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}", markup=False, highlight=False)

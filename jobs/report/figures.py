@@ -9,7 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from jobs.bench.paper import TABLE_1, TABLE_3
-from jobs.report.values import LARGER_IS_BETTER, Content, Mark, Shown
+from jobs.report.values import Content, Costing, Mark, Shown
+from pipeline.trials import LARGER_IS_BETTER
 
 INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
@@ -45,38 +46,9 @@ def paper_marks(content: Content) -> list[Mark]:
 
 def trade_off(content: Content) -> dict[str, Any]:
     """Bytes against the measure: models, the front, the teacher, the paper."""
-    best, measure = content.best, content.measure
-    keys = {one.key for one in best}
-    figure = go.Figure()
-    if len(best) > 1:
-        figure.add_scatter(
-            x=[one.packed_bytes for one in best],
-            y=[one.metrics[measure] for one in best],
-            mode="lines",
-            line={"color": FRONT, "width": 2, "shape": "hv"},
-            name="front",
-            hoverinfo="skip",
-        )
-    others = [one for one in content.shown if content.has(one) and one.key not in keys]
-    for group, name, style in (
-        (others, "other models", {"color": MUTED, "size": 9}),
-        (best, "best for their size", {"color": FRONT, "size": 12}),
-    ):
-        if group:
-            figure.add_scatter(
-                x=[one.packed_bytes for one in group],
-                y=[one.metrics[measure] for one in group],
-                mode="markers+text" if group is best else "markers",
-                marker=style,
-                name=name,
-                text=[safe(one.label if len(one.label) <= SHORT else one.bits) for one in group],
-                textposition="top right",
-                cliponaxis=False,
-                hovertext=[hover(one, content) for one in group],
-                hovertemplate="%{hovertext}<extra></extra>",
-            )
+    measure = content.measure
+    figure = _models(content, lambda one: one.packed_bytes)
     if measure in content.teacher:
-        figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
         figure.add_scatter(
             x=[content.teacher_bytes],
             y=[content.teacher[measure]],
@@ -101,11 +73,57 @@ def trade_off(content: Content) -> dict[str, Any]:
     figure.update_xaxes(
         title="bytes of weights, scales included", type="log", tickvals=ticks, ticktext=[*map(power, ticks)]
     )
+    return _json(figure, 460)
+
+
+def speed(content: Content) -> dict[str, Any] | None:
+    """Milliseconds a token against the measure, if any were measured."""
+    if not content.timed:
+        return None
+    figure = _models(content, lambda one: one.token_ms)
+    figure.update_xaxes(title="milliseconds a token", rangemode="tozero")
+    return _json(figure, 380)
+
+
+def _models(content: Content, cost: Costing) -> go.Figure:
+    """The models at a cost and the measure, their front, and the teacher's measure as a line."""
+    best, measure = content.front(cost), content.measure
+    keys = {one.key for one in best}
+    figure = go.Figure()
+    if len(best) > 1:
+        figure.add_scatter(
+            x=[cost(one) for one in best],
+            y=[one.metrics[measure] for one in best],
+            mode="lines",
+            line={"color": FRONT, "width": 2, "shape": "hv"},
+            name="front",
+            hoverinfo="skip",
+        )
+    others = [one for one in content.shown if content.has(one, cost) and one.key not in keys]
+    for group, name, style in (
+        (others, "other models", {"color": MUTED, "size": 9}),
+        (best, "best for their size", {"color": FRONT, "size": 12}),
+    ):
+        if group:
+            figure.add_scatter(
+                x=[cost(one) for one in group],
+                y=[one.metrics[measure] for one in group],
+                mode="markers+text" if group is best else "markers",
+                marker=style,
+                name=name,
+                text=[safe(one.label if len(one.label) <= SHORT else one.bits) for one in group],
+                textposition="top right",
+                cliponaxis=False,
+                hovertext=[hover(one, content) for one in group],
+                hovertemplate="%{hovertext}<extra></extra>",
+            )
+    if measure in content.teacher:
+        figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
     figure.update_yaxes(title=f"{measure} ({'higher' if measure in LARGER_IS_BETTER else 'lower'} is better)")
-    values = [one.metrics[measure] for one in content.shown if content.has(one)]
+    values = [one.metrics[measure] for one in content.shown if content.has(one, cost)]
     if min(values, default=0) > 0 and max(values) > WIDE * min(values):  # one bad trial must not flatten the rest
         figure.update_yaxes(type="log")
-    return _json(figure, 460)
+    return figure
 
 
 def losses(content: Content) -> dict[str, Any]:
@@ -166,6 +184,8 @@ def bits_of_modules(one: Shown) -> dict[str, Any]:
 def hover(one: Shown, content: Content) -> str:
     """What a model is, in Plotly's few tags; everything from outside is escaped."""
     lines = [f"<b>{safe(one.label)}</b>", size(one.packed_bytes) + (f", {one.ratio:.1f}x smaller" if one.ratio else "")]
+    if one.latency is not None:
+        lines.append(f"{one.latency.median_ms:.3g} ms a token ({one.latency.least_ms:.3g}-{one.latency.most_ms:.3g})")
     lines += [f"{safe(name)} {value:.4g}" for name, value in one.metrics.items() if name in content.metrics]
     lines += [f"{safe(knob)}: {safe(value)}" for knob, value in one.recipe.items()]
     return "<br>".join(lines)

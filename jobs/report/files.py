@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, paper_marks, power
-from jobs.report.values import LARGER_IS_BETTER, Content, worker_hours
+from jobs.report.values import Content, worker_hours
+from pipeline.trials import LARGER_IS_BETTER
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -19,7 +20,7 @@ def picture(content: Content) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     best, measure = content.best, content.measure
-    models = [one for one in content.shown if content.has(one)]
+    models = [one for one in content.shown if content.has(one, lambda one: one.packed_bytes)]
     axes.scatter([o.packed_bytes or 0 for o in models], [o.metrics[measure] for o in models], color=MUTED, zorder=2)
     places = [(float(one.packed_bytes or 0), one.metrics[measure]) for one in best]
     axes.plot([x for x, _ in places], [y for _, y in places], "o-", color=FRONT, drawstyle="steps-post", label="front")
@@ -51,12 +52,12 @@ def table(content: Content) -> str:
     knobs = list(dict.fromkeys(knob for one in content.shown for knob in one.recipe))
     file = io.StringIO()
     writer = csv.writer(file)
-    fixed = ("key", "model", "bits", "status", "front", "packed_bytes", "ratio")
+    fixed = ("key", "model", "bits", "status", "front", "packed_bytes", "ratio", "token_ms")
     writer.writerow(
         [*fixed, *content.metrics, *map(_plain, knobs), "worker_hours", "version", "package_uri", "failure"]
     )
     for one in content.shown:
-        row = [one.key, one.label, one.bits, one.status, one.key in best, one.packed_bytes, one.ratio]
+        row = [one.key, one.label, one.bits, one.status, one.key in best, one.packed_bytes, one.ratio, one.token_ms]
         row += [one.metrics.get(name) for name in content.metrics]
         row += [one.recipe.get(knob) for knob in knobs]
         row += [worker_hours(one.costs), one.version, one.package_uri, one.failure]

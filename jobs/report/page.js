@@ -40,6 +40,7 @@ sortable(document.getElementById("models"));
 const figures = JSON.parse(document.getElementById("figures").textContent);
 loadPlotly().then(async () => {
   await draw("trade-off", figures.trade_off);
+  if (document.getElementById("speed")) await draw("speed", figures.speed);
   if (document.getElementById("losses")) await draw("losses", figures.losses);
   const which = document.getElementById("which");
   if (document.getElementById("modules")) await draw("modules", figures.modules[0]);

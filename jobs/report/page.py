@@ -27,6 +27,7 @@ def page(content: Content) -> str:
     template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
     drawn = {
         "trade_off": figures.trade_off(content),
+        "speed": figures.speed(content),
         "losses": figures.losses(content),
         "modules": [figures.bits_of_modules(one) for one in with_modules(content)],
     }
@@ -41,6 +42,7 @@ def page(content: Content) -> str:
         figures=drawn,
         marks=figures.paper_marks(content),
         with_modules=with_modules(content),
+        machines=", ".join(sorted({one.latency.machine for one in content.shown if one.latency is not None})),
         picture=base64.b64encode(picture(content)).decode(),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own file
@@ -100,7 +102,8 @@ def measured(name: str, metrics: dict[str, float]) -> str:
 
 
 def columns(content: Content) -> list[str]:
-    return ["model", "status", "bits", "bytes", "ratio", *metrics(content), "worker-hours", "version"]
+    timed = ["ms a token"] if content.timed else []
+    return ["model", "status", "bits", "bytes", "ratio", *timed, *metrics(content), "worker-hours", "version"]
 
 
 def metrics(content: Content) -> list[str]:
@@ -117,6 +120,7 @@ def row(one: Shown, content: Content) -> dict[str, Any]:
         cell(one.bits),
         cell(figures.size(one.packed_bytes), one.packed_bytes),
         cell("" if one.ratio is None else f"{one.ratio:.1f}x", one.ratio),
+        *([cell(number(one.token_ms), one.token_ms)] if content.timed else []),
         *(cell(number(one.metrics.get(name)), one.metrics.get(name)) for name in metrics(content)),
         cell(f"{hours:.3f}" if hours else "", hours or None),
         cell(" ".join([one.version, *(f"@{alias}" for alias in one.aliases)]).strip()),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.feed import stored_trials
 from pipeline.identity import KEY_DIGITS
 from pipeline.objects import FAULTS
 from pipeline.records import (
@@ -59,16 +62,25 @@ class Reader:
             sound = KEY.fullmatch(key) is not None
             sweep = self._place(SweepRecord.stage, key).record(SweepRecord) if sound else None
             if sweep is not None:
-                return self._sweep(sweep)
+                return self._sweep(key, sweep.name, sweep.trials, sweep.objectives)
+            trials = tuple(stored_trials(self._place(SweepRecord.stage, key)).values()) if sound else ()
+            if trials:
+                return self._sweep(key, "sweep, not finished", trials, ())
             for kind in ENDS:
                 if sound and self._place(kind.stage, key).record(kind) is not None:
                     return self._run(key, kind.stage)
         except FAULTS as error:
             raise ConfigError(f"The store {self.storage_uri!r} cannot be read: {error}") from error
         raise ConfigError(
-            f"KEY is {key!r}, and the store {self.storage_uri} has no finished sweep or run of that key. It has: "
+            f"KEY is {key!r}, and the store {self.storage_uri} has no sweep or finished run of that key. It has: "
             f"{'; '.join(self._known()) or 'none'}. Set --storage-uri to another store."
         )
+
+    def packages(self, content: Content) -> dict[str, tuple[Package, Place]]:
+        """The packages of the models that a report shows, by label."""
+        places = {one.label: self._place(Package.stage, one.package_key) for one in content.shown if one.package_key}
+        found = {label: (place.record(Package), place) for label, place in places.items()}
+        return {label: (record, place) for label, (record, place) in found.items() if record is not None}
 
     def _known(self) -> list[str]:
         sweeps = [f"{record.key} (sweep {record.name})" for record in records(self.storage_uri, SweepRecord)]
@@ -104,16 +116,32 @@ class Reader:
         name = version.name if version is not None else "run"
         return content(f"{name} at {quant['bits']}", "run", key, [one], steps)
 
-    def _sweep(self, sweep: SweepRecord) -> Content:
+    def _sweep(self, key: str, name: str, trials: Sequence[Trial], objectives: Sequence[str]) -> Content:
+        """The picture shows the first objective beside bytes; of several teachers, each trial's gap to its own."""
         ones: list[Shown] = []
         shared: Steps = {}
-        for trial in sweep.trials:
+        teachers: set[str] = set()
+        for trial in trials:
             steps = self.steps({**trial.places, ModelVersion.stage: trial.key})
             shared = {**steps, **shared}
+            if Teacher.stage in steps:
+                teachers.add(steps[Teacher.stage][1].key)
             ones.append(of_trial(trial, steps))
         if Teacher.stage not in shared:
-            raise ConfigError(f"KEY is {sweep.key!r}, and the store no longer has the steps of its trials.")
-        return content(sweep.name, "sweep", sweep.key, ones, shared)
+            raise ConfigError(f"KEY is {key!r}, and the store has no steps of its trials.")
+        measure = next((objective for objective in objectives if objective != "bytes"), "gap")
+        if len(teachers) > 1:
+            gaps = [gap_of(trial) for trial in trials]
+            ones = [replace(one, metrics=gap | one.metrics) for one, gap in zip(ones, gaps, strict=True)]
+        found = content(name, "sweep", key, ones, shared)
+        if len(teachers) > 1:
+            return replace(found, measure=measure, teacher={}, teacher_curve=Curve())
+        return found if measure == "gap" else replace(found, measure=measure)
+
+
+def gap_of(trial: Trial) -> dict[str, float]:
+    """Nats between a trial's student and its own teacher, if it was scored."""
+    return {"gap": math.log(trial.student["perplexity"] / trial.teacher["perplexity"])} if trial.student else {}
 
 
 def of_trial(trial: Trial, steps: Steps) -> Shown:
@@ -145,7 +173,7 @@ def shown(key: str, name: str, bits: str, status: str, steps: Steps) -> Shown:
         package, place = steps[Package.stage]
         uri = place.uri_of(Package.FOLDER)
         one = replace(one, packed_bytes=package.size.packed_bytes, ratio=package.size.ratio, package_uri=uri)
-        one = replace(one, modules=modules(steps))
+        one = replace(one, package_key=place.key, modules=modules(steps), latency=latency.measured(place))
     return replace(one, costs=costs(record for stage, (record, _) in steps.items() if stage not in SHARED))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.report.latency import Latency
 from pipeline.front import front
-
-LARGER_IS_BETTER = ("accuracy", "rouge1", "rouge2", "rougeL", "top1_agreement")
+from pipeline.trials import LARGER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,21 @@ class Shown:
     status: str  # done, stopped or failed
     metrics: dict[str, float] = field(default_factory=dict)
     packed_bytes: int | None = None
+    latency: Latency | None = None
     ratio: float | None = None
     version: str = ""  # name/number
     aliases: tuple[str, ...] = ()
     package_uri: str = ""
+    package_key: str = ""
     curve: Curve = Curve()
     modules: tuple[Module, ...] = ()
     costs: tuple[Cost, ...] = ()  # of its own stages
     failure: str = ""
+
+    @property
+    def token_ms(self) -> float | None:
+        """Milliseconds a token, where they were measured."""
+        return None if self.latency is None else self.latency.median_ms
 
     @property
     def command(self) -> str:
@@ -67,6 +74,9 @@ class Shown:
         if self.version:
             return f"bitmill pull {shlex.quote(self.version)} {shlex.quote(self.version.replace('/', '-'))}"
         return f"bitmill pull {shlex.quote(self.package_uri)} {self.key[:8]}" if self.package_uri else ""
+
+
+Costing = Callable[[Shown], float | None]  # what a model costs its user: bytes, or milliseconds a token
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Content:
     """A whole report. `measure` is the metric of the picture, in which a model is compared with its teacher."""
 
     title: str
-    kind: str  # run, sweep or bench
+    kind: str  # run or sweep
     key: str
     measure: str
     protocol: str
@@ -98,16 +108,25 @@ class Content:
     @property
     def best(self) -> list[Shown]:
         """The models that no other beats in bytes and measure, by bytes."""
+        return self.front(lambda one: one.packed_bytes)
+
+    def front(self, cost: Costing) -> list[Shown]:
+        """The models that no other beats in a cost and the measure, by that cost."""
         sign = -1.0 if self.measure in LARGER_IS_BETTER else 1.0
         points = [
-            (one.packed_bytes, sign * one.metrics[self.measure]) if one.status == "done" and self.has(one) else (None,)
+            (cost(one), sign * one.metrics[self.measure]) if one.status == "done" and self.has(one, cost) else None
             for one in self.shown
         ]
-        found = [self.shown[index] for index in front([point if len(point) == 2 else (None, None) for point in points])]
-        return sorted(found, key=lambda one: (one.packed_bytes or 0, one.label))
+        found = [self.shown[index] for index in front([point or (None, None) for point in points])]
+        return sorted(found, key=lambda one: (cost(one) or 0, one.label))
 
-    def has(self, one: Shown) -> bool:
-        return one.packed_bytes is not None and self.measure in one.metrics
+    def has(self, one: Shown, cost: Costing) -> bool:
+        return cost(one) is not None and self.measure in one.metrics
+
+    @property
+    def timed(self) -> bool:
+        """Whether the latency of any model was measured."""
+        return any(one.latency is not None for one in self.shown)
 
     @property
     def metrics(self) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import flow, live, tracking
+from pipeline import flow, live, sweep, tracking
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.live import LiveRun, Outbox
@@ -128,6 +128,18 @@ def test_training_outlives_the_server_and_nothing_is_lost(
     assert {file.path for file in client.list_artifacts(version.run_id)} >= {"recipe.json", "pictures"}
     assert client.get_run(version.run_id).info.artifact_uri.startswith(server.artifacts)
     assert client.get_model_version_by_alias("tiny", "champion").version == "1"
+
+    swept = {"space": {"quant.bits": ["2-2-8", "8-8-8"]}}
+    config = tiny_config(cloned, distill={"seed": 5}, resources={"tracking_uri": server.uri}, sweep=swept)
+    found = sweep.run(sweep.plan(config), Recorder())
+    assert [trial.status for trial in found.trials] == ["done", "done"]
+    assert found.untold == ""
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parents = {run.data.tags.get(tracking.PARENT_TAG) for run in runs}
+    (parent,) = (run.info.run_id for run in runs if run.info.run_id in parents)
+    nested = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent]
+    assert {run.data.tags[tracking.KEY_TAG] for run in nested} == {trial.key for trial in found.trials}
+    assert len(client.search_model_versions("name = 'tiny'")) == 2
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(ConfigError, match="cannot be reached"):

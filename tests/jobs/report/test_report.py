@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.report import write
-from jobs.report.figures import paper_marks
+from jobs.report import latency, write
+from jobs.report.figures import paper_marks, speed
 from jobs.report.files import table
 from jobs.report.page import page
 from jobs.report.reader import Reader
@@ -279,6 +279,63 @@ def test_a_sweep_is_read_with_its_stopped_and_failed_trials(finished, cloned):
     assert [row["front"] for row in rows] == ["False", "False", "True"]
 
 
+def test_a_sweep_that_is_not_finished_is_read_as_far_as_it_came(finished, cloned):
+    record = sweep_of(finished, cloned / "store")
+    folder = cloned / "store" / "sweep" / SWEEP
+    (folder / "record.json").unlink()
+    (folder / "trials").mkdir()
+    for index, trial in enumerate(record.trials):
+        entry = {"index": index, "trial": trial.model_dump(mode="json")}
+        (folder / "trials" / f"{trial.key}.json").write_text(json.dumps(entry))
+    found = Reader(str(cloned / "store"), str(cloned / "scratch")).content(SWEEP)
+    assert found.title == "sweep, not finished"
+    assert [one.status for one in found.shown] == ["failed", "stopped", "done"]
+    assert [one.key for one in found.best] == list(record.front)
+
+
+def test_the_picture_shows_the_objective_that_the_sweep_minimised(finished, cloned):
+    record = sweep_of(finished, cloned / "store")
+    path = cloned / "store" / "sweep" / SWEEP / "record.json"
+    path.write_bytes(record.model_copy(update={"objectives": ("bytes", "kl_nats")}).to_json())
+    found = Reader(str(cloned / "store"), str(cloned / "scratch")).content(SWEEP)
+    assert found.measure == "kl_nats"
+    assert [one.key for one in found.best] == list(record.front)
+    assert "kl_nats" in page(found)
+
+
+def test_a_measured_latency_is_kept_and_drawn(finished, cloned, monkeypatch):
+    monkeypatch.setattr(latency, "ROUNDS", 2)
+    out = cloned / "out.html"
+    command = ["report", finished.plan.run_key, "--out", str(out), "--storage-uri", str(cloned / "store")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert "What speed costs" not in out.read_text()
+    done = CliRunner().invoke(app, [*command, "--latency"])
+    assert done.exit_code == 0, done.stderr
+    (one,) = Reader(str(cloned / "store"), str(cloned / "scratch")).content(finished.plan.run_key).shown
+    assert 0 < one.latency.least_ms <= one.token_ms <= one.latency.most_ms
+    assert one.latency.rounds == 2
+    text = out.read_text()
+    assert "What speed costs" in text
+    assert f"{one.token_ms:.4g}" in text
+    (row,) = csv.DictReader((cloned / "out.csv").open())
+    assert float(row["token_ms"]) == one.token_ms
+
+
+def test_the_front_of_speed_is_its_own(trade_off):
+    def took(one, ms):
+        each = latency.Latency(median_ms=ms, least_ms=ms, most_ms=ms, rounds=1, threads=1, machine="x86_64")
+        return replace(one, latency=each)
+
+    first, second, third, fourth, failed = trade_off.shown
+    timed = replace(trade_off, shown=(took(first, 3.0), second, took(third, 2.0), took(fourth, 1.0), failed))
+    assert [one.key for one in timed.front(lambda one: one.token_ms)] == ["4", "3"]
+    figure = speed(timed)
+    line = next(trace for trace in figure["data"] if trace["name"] == "front")
+    assert list(line["x"]) == [1.0, 2.0]
+    assert list(line["y"]) == [25.0, 20.0]
+    assert speed(trade_off) is None
+
+
 def test_a_damaged_history_costs_a_curve_and_not_the_report(finished, cloned):
     history = cloned / "store" / "distill" / finished.plan.step("distill").place.key / "history.json"
     history.write_text("[")
@@ -290,8 +347,8 @@ def test_a_damaged_history_costs_a_curve_and_not_the_report(finished, cloned):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["0" * 32, "--out", "report.html"], "has no finished sweep or run of that key"),
-        (["../evaluate", "--out", "report.html"], "has no finished sweep or run of that key"),
+        (["0" * 32, "--out", "report.html"], "has no sweep or finished run of that key"),
+        (["../evaluate", "--out", "report.html"], "has no sweep or finished run of that key"),
         (["KEY", "--out", "report.pdf"], "ends in .html"),
         (["KEY", "--out", "/proc/nowhere/report.html"], "cannot be written to"),
     ],

@@ -1,0 +1,87 @@
+"""How long a packed model takes for a token, on the machine that is asked, kept beside its package."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from rich.console import Console
+
+from jobs.bench.inference import run_engine
+from pipeline.errors import RunError
+from pipeline.families.models import read_config
+from pipeline.objects import open_objects
+from pipeline.records import Closed, Package
+from pipeline.store import Place
+
+FILE = "latency.json"
+PROMPT, NEW, ROUNDS, THREADS = 32, 64, 5, 1
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Latency(Closed):
+    """Milliseconds of a new token at batch 1 with the packed runtime; the spread is over rounds."""
+
+    median_ms: Milliseconds
+    least_ms: Milliseconds
+    most_ms: Milliseconds
+    rounds: int
+    threads: int
+    machine: str
+
+
+def measure(packages: Mapping[str, tuple[Package, Place]], console: Console) -> None:
+    """Decode with each package, by its label, in turns; a family that the runtime does not run is said and left out."""
+    found: dict[str, list[float]] = {label: [] for label in packages}
+    with ExitStack() as stack:
+        folders = {label: stack.enter_context(_fetched(*package)) for label, package in packages.items()}
+        for number in range(ROUNDS):
+            for label in list(found):
+                with console.status(f"round {number + 1} of {ROUNDS}: {label}"):
+                    try:
+                        rates = run_engine("packed", folders[label], THREADS, *_lengths(folders[label]))
+                    except RunError as error:
+                        console.print(f"{label}: no latency. {error}", markup=False, highlight=False)
+                        del found[label]
+                        continue
+                found[label].append(1000 / rates["decode_tokens_per_s"])
+    for label, each in found.items():
+        latency = Latency(
+            median_ms=statistics.median(each),
+            least_ms=min(each),
+            most_ms=max(each),
+            rounds=ROUNDS,
+            threads=THREADS,
+            machine=platform.machine(),
+        )
+        open_objects(packages[label][1].uri).write(FILE, latency.model_dump_json().encode())
+
+
+@contextmanager
+def _fetched(package: Package, place: Place) -> Iterator[Path]:
+    """A folder that holds the package, each file checked."""
+    with TemporaryDirectory(dir=place.scratch_dir()) as name:
+        shutil.copytree(place.folder(package.files, Package.FOLDER), Path(name) / Package.FOLDER)
+        yield Path(name)
+
+
+def _lengths(folder: Path) -> tuple[int, int]:
+    """Tokens of the prompt and new ones, which must fit the model's positions."""
+    positions = int(getattr(read_config(folder / Package.FOLDER), "max_position_embeddings", PROMPT + NEW))
+    prompt = min(PROMPT, positions // 4)
+    return prompt, min(NEW, positions - prompt)
+
+
+def measured(place: Place) -> Latency | None:
+    """What was measured last of a package, if anything was."""
+    try:
+        return Latency.model_validate_json(place.read(FILE))
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return None
