@@ -228,9 +228,12 @@ class Feed:
         target = flow.target_of(plan, label(one.values), self.key)
         failure = ""
         try:
-            if plan.steps[-1].record is None:
+            version = plan.steps[-1].record
+            if version is None:
                 self.outbox.flush()
                 tracking.find_run(target)
+            else:  # made by `compress`, or by another sweep, whose it remains
+                tracking.nest(target, tracking.client_of(target.uri).get_run(version.run_id))
             flow.run(plan, LiveRun(Silent(), self.outbox, target))
         except NotRegisteredError as error:
             failure = str(error)

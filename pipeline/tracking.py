@@ -181,10 +181,17 @@ def find_run(target: Target) -> Run:
     client = client_of(target.uri)
     where = experiment_id(client, target.experiment, target.artifacts)
     run = find_or_create_run(client, where, target.key, target.name)
+    nest(target, run)
+    return run
+
+
+def nest(target: Target, run: Run) -> None:
+    """Put a run that is in no other yet into the run of the key `target.parent`."""
     if target.parent is not None and PARENT_TAG not in run.data.tags:
+        client = client_of(target.uri)
+        where = experiment_id(client, target.experiment, target.artifacts)
         outer = find_or_create_run(client, where, target.parent, "sweep")
         client.set_tag(run.info.run_id, PARENT_TAG, outer.info.run_id)
-    return run
 
 
 def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
