@@ -25,10 +25,12 @@ from pipeline.trials import label
 PAGE = "report.html"
 
 
-def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> dict[str, Any]:
+def sweep(
+    config: Config, console: Console, *, only_plan: bool, wait: bool, retry_failed: bool = False
+) -> dict[str, Any]:
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
     with console.status("planning") if console.is_terminal else nullcontext():
-        planned = plan(config)
+        planned = plan(config, retry_failed)
     if only_plan:
         guess = estimate(planned)
         print_plan(planned, guess, console)
@@ -47,7 +49,7 @@ def sweep(config: Config, console: Console, *, only_plan: bool, wait: bool) -> d
 def show(planned: SweepPlan) -> str:
     """The report on a finished sweep, beside its record and in its MLflow run; made once. Returns where it lies."""
     objects = open_objects(planned.place.uri)
-    if PAGE not in objects.sizes(""):
+    if planned.record is None or PAGE not in objects.sizes(""):
         resources = planned.config.resources
         files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
         tracking.log_page(parent_of(planned), PAGE, files[".html"].decode())
@@ -86,7 +88,7 @@ def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
     trials = [
         {"trial_key": one.key, "params": one.values, "status": _status(planned, one.key)} for one in planned.known
     ]
-    return {"sweep_key": planned.key, "trials": trials, **vars(guess)}
+    return {"sweep_key": planned.key, **vars(guess), "count": guess.trials, "trials": trials}
 
 
 def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
@@ -122,6 +124,8 @@ def print_found(planned: SweepPlan, found: Found, console: Console) -> None:
     for trial in found.trials:
         if trial.failure:
             console.print(f"{label(trial.values)}: {trial.failure}", highlight=False, soft_wrap=True)
+    if any(trial.status == "failed" for trial in found.trials):
+        console.print("--retry-failed runs those that failed again", highlight=False)
     for name, reason in found.unfinished.items():
         console.print(f"{name}: not finished. {reason}", highlight=False, soft_wrap=True)
     if not found.complete:

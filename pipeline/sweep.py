@@ -48,6 +48,7 @@ class SweepPlan:
     known: tuple[Candidate, ...]
     trials: dict[str, Trial]
     record: SweepRecord | None
+    retry_failed: bool
 
     @property
     def key(self) -> str:
@@ -61,8 +62,10 @@ class SweepPlan:
         return self.sweep.at_most
 
 
-def plan(config: Config) -> SweepPlan:
+def plan(config: Config, retry_failed: bool = False) -> SweepPlan:
     """Check the whole space and plan every trial that can be named; starts nothing.
+
+    `retry_failed`: trials that failed are to run again.
 
     Raises:
         ConfigError: what cannot work, by path or by trial.
@@ -78,7 +81,10 @@ def plan(config: Config) -> SweepPlan:
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
     place = Place(storage_uri(resources), SweepRecord.stage, key, scratch_dir(resources))
-    planned = SweepPlan(config, sweep, base, place, recipe, (), stored_trials(place), place.record(SweepRecord))
+    trials, record = stored_trials(place), place.record(SweepRecord)
+    if retry_failed and any(_failed(trial) for trial in trials.values()):
+        trials, record = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}, None
+    planned = SweepPlan(config, sweep, base, place, recipe, (), trials, record, retry_failed)
     if planned.record is not None and all(_registered(planned, planned.record.trials)):
         return planned
     return replace(planned, known=_known(config, sweep), record=None)
@@ -150,10 +156,21 @@ def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) 
     trials = stored_trials(place)
     held = _registered(planned, tuple(trials.values()))
     known = {
-        key: trial if there else trial.model_copy(update={"status": "running"})
+        key: trial if there and not (planned.retry_failed and _failed(trial)) else _again(trial)
         for (key, trial), there in zip(trials.items(), held, strict=True)
     }
+    if planned.retry_failed or not all(held):  # a finished sweep some of whose trials are to run again
+        place.forget_record()
     return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
+
+
+def _failed(trial: Trial) -> bool:
+    """Whether it may run again: values that no configuration takes have no steps."""
+    return trial.status == "failed" and bool(trial.places)
+
+
+def _again(trial: Trial) -> Trial:
+    return trial.model_copy(update={"status": "running", "failure": ""})
 
 
 def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> SweepPlan:

@@ -287,6 +287,40 @@ def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cl
     assert status[found.trials[1].key] == "FAILED"
 
 
+def test_a_failed_trial_runs_again_when_asked(tiny_config, cloned, monkeypatch):
+    config = tiny_config(cloned, distill={"steps": 2}, sweep={"space": {"quant.bits": ["4-4-8", "8-8-8"]}})
+    train = sweep.run_trial
+
+    def full(plan, report):
+        if plan.config.quant.bits == "8-8-8":
+            raise RunError("The disk is full.")
+        train(plan, report)
+
+    monkeypatch.setattr(sweep, "run_trial", full)
+    found, _ = run(config)
+    assert [(trial.status, trial.failure) for trial in found.trials] == [("done", ""), ("failed", "The disk is full.")]
+    monkeypatch.undo()
+    assert sweep.plan(config).record is not None
+    planned = sweep.plan(config, retry_failed=True)
+    assert estimate(planned).left == 1
+    again = sweep.run(planned, Recorder())
+    assert [(trial.status, trial.failure) for trial in again.trials] == [("done", ""), ("done", "")]
+    assert again.trials[0] == found.trials[0]
+    assert sweep.plan(config, retry_failed=True).record.trials == again.trials
+
+
+def test_a_plan_is_printed_and_starts_nothing(tiny_config, tmp_path):
+    text = io.StringIO()
+    config = grid(tiny_config, tmp_path, resources={"max_worker_hours": 2})
+    document = jobs.sweep.sweep(config, Console(file=text, width=200), only_plan=True, wait=True)
+    assert [trial["status"] for trial in document["trials"]] == ["to run"] * 3
+    assert [trial["params"] for trial in document["trials"]] == [{"quant.bits": bits} for bits in BITS]
+    assert document["worker_hours"] > 0
+    for said in ("3 trials, 3 of them to run, 3 shared steps", "worker-hours: about", "no trial starts once 2 worker"):
+        assert said in text.getvalue()
+    assert not list(tmp_path.glob("store/*/*/record.json"))
+
+
 def test_where_a_teacher_cannot_be_made_its_trials_are_failed_and_the_others_are_done(tiny_config, cloned):
     config = tiny_config(cloned, sweep={"space": {"finetune.lr": [1e30, 5e-3], "quant.bits": ["2-2-8", "8-8-8"]}})
     found, _ = run(config)

@@ -64,6 +64,9 @@ def sweep(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print trials, worker-hours and bytes, with their basis.")
     ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run trials that failed again, which the command otherwise keeps.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -77,7 +80,8 @@ def sweep(
         from jobs.sweep import sweep as run
         from pipeline.loading import load_config
 
-        return run(load_config(config, overrides, environment()), console, only_plan=plan, wait=wait)
+        loaded = load_config(config, overrides, environment())
+        return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
 
     execute(work, as_json, debug)
 
