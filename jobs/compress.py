@@ -12,7 +12,7 @@ from rich.table import Table
 from jobs.display import Display
 from pipeline.config import Config
 from pipeline.flow import Outcome, Plan, plan, run, target_of
-from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
+from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.locations import tracking_uri
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
 from pipeline.resources import Resources
@@ -48,7 +48,10 @@ def _run(planned: Plan, console: Console, wait: bool) -> Outcome:
     trained = any(step.record is None for step in planned.steps if step.stage in (Teacher.stage, Student.stage))
     if not trained or planned.steps[-1].stage != ModelVersion.stage:
         with Display(console) as display:
-            return run(planned, display, wait)
+            outcome = run(planned, display, wait)
+        if untold := send_waiting(planned.config.resources):
+            console.print(untold, highlight=False)
+        return outcome
     target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
     outbox = Outbox(outbox_folder(planned.config.resources))
     try:
@@ -126,7 +129,7 @@ def outcome_document(planned: Plan, outcome: Outcome) -> dict[str, Any]:
     return document
 
 
-def _store(resources: Resources) -> str:
+def store_options(resources: Resources) -> str:
     """Options that name a store other than the default."""
     named = {"--storage-uri": resources.storage_uri, "--namespace": resources.namespace}
     defaults = {"--storage-uri": Resources().storage_uri, "--namespace": ""}
@@ -157,7 +160,7 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
     tracking = tracking_uri(planned.config.resources)
     commands = [
         f"bitmill compress {shlex.quote(path)} --bits {other_bits}",
-        f"bitmill report {planned.run_key} --out report.html{_store(planned.config.resources)}",
+        f"bitmill report {planned.run_key} --out report.html{store_options(planned.config.resources)}",
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
     ]
     recipe = planned.step(Tokens.stage).recipe

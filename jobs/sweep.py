@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.compress import MIB
+from jobs.compress import MIB, store_options
 from jobs.display import Display
 from jobs.report import rendered
 from jobs.report.reader import Reader
@@ -19,10 +19,8 @@ from pipeline.estimate import Estimate, estimate
 from pipeline.locations import scratch_dir, storage_uri
 from pipeline.objects import open_objects
 from pipeline.records import Trial
-from pipeline.sweep import Found, SweepPlan, parent_of, plan, run
+from pipeline.sweep import PAGE, Found, SweepPlan, parent_of, plan, run
 from pipeline.trials import label
-
-PAGE = "report.html"
 
 
 def sweep(
@@ -38,7 +36,8 @@ def sweep(
     with Display(console) as display:
         found = run(planned, display, wait)
     print_found(planned, found, console)
-    report_uri = show(planned) if found.complete else None
+    begun = any(trial.student or trial.last for trial in found.trials)  # else there is nothing to show
+    report_uri = show(planned) if found.complete and begun else None
     if report_uri:
         console.print(f"the sweep as a page: {report_uri}", highlight=False, soft_wrap=True)
     if found.untold:
@@ -49,7 +48,7 @@ def sweep(
 def show(planned: SweepPlan) -> str:
     """The report on a finished sweep, beside its record and in its MLflow run; made once. Returns where it lies."""
     objects = open_objects(planned.place.uri)
-    if planned.record is None or PAGE not in objects.sizes(""):
+    if PAGE not in objects.sizes(""):
         resources = planned.config.resources
         files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
         tracking.log_page(parent_of(planned), PAGE, files[".html"].decode())
@@ -85,17 +84,17 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
-    trials = [
-        {"trial_key": one.key, "params": one.values, "status": _status(planned, one.key)} for one in planned.known
-    ]
+    known = [(one.key, one.values) for one in planned.known or (planned.record.trials if planned.record else ())]
+    trials = [{"trial_key": key, "params": values, "status": _status(planned, key)} for key, values in known]
     return {"sweep_key": planned.key, **vars(guess), "count": guess.trials, "trials": trials}
 
 
 def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
     table = Table("trial", "key", "status")
-    for one in planned.known:
+    known = planned.known or (planned.record.trials if planned.record else ())
+    for one in known:
         table.add_row(label(one.values), one.key[:12], _status(planned, one.key))
-    if planned.known:
+    if known:
         console.print(table)
     console.print(
         f"{guess.trials} trials, {guess.left} of them to run, {guess.shared_steps} shared steps before them\n"
@@ -126,15 +125,19 @@ def print_found(planned: SweepPlan, found: Found, console: Console) -> None:
             console.print(f"{label(trial.values)}: {trial.failure}", highlight=False, soft_wrap=True)
     if any(trial.status == "failed" for trial in found.trials):
         console.print("--retry-failed runs those that failed again", highlight=False)
-    for name, reason in found.unfinished.items():
+    for name, reason in found.unfinished:
         console.print(f"{name}: not finished. {reason}", highlight=False, soft_wrap=True)
     if not found.complete:
         console.print(
             f"stopped: {found.spent_hours:.2f} worker-hours are used of resources.max_worker_hours "
             f"({planned.config.resources.max_worker_hours:g}); the table is the best so far. Raise it and give the "
-            f"same command to go on. As a page: bitmill report {planned.key} --out report.html",
+            f"same command to go on. {_as_page(planned) if found.trials else ''}",
             soft_wrap=True,
         )
+
+
+def _as_page(planned: SweepPlan) -> str:
+    return f"As a page: bitmill report {planned.key} --out report.html{store_options(planned.config.resources)}"
 
 
 def _row(trial: Trial) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError
+from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.mailbox import Sender, delivered, mailbox_for_workers
 from pipeline.records import Advance, Closed
 from pipeline.resources import Resources
@@ -259,8 +259,10 @@ def explained(place: Place | None) -> Iterator[None]:
         if isinstance(ours, BitmillError):
             raise type(ours)(str(ours)) from error
         cause = _chain(error)[-1]
+        lost = type(cause).__module__.partition(".")[0] == "ray" or isinstance(cause, OSError)
+        kind = LostError if lost else UnforeseenError
         where = f"The {place.stage} step {place.key}" if place is not None else "A shard's worker"
-        raise LostError(
+        raise kind(
             f"{where} failed: {type(cause).__name__}: {_first_line(cause)}. What was committed is kept; the same "
             "command goes on from there. --debug shows the traceback."
         ) from error

@@ -26,7 +26,11 @@ class DamagedError(RunError):
 
 
 class LostError(RunError):
-    """A worker died, or failed in a way that was not foreseen; trying again may help."""
+    """A worker died, or a disk or a network failed it; trying again may help."""
+
+
+class UnforeseenError(RunError):
+    """Code failed in a way that was not foreseen."""
 
 
 class NotRegisteredError(RunError):
@@ -44,6 +48,7 @@ ERRORS: dict[str, type[BitmillError]] = {
         ConfigError,
         RunError,
         LostError,
+        UnforeseenError,
         NotRegisteredError,
         FencedOffError,
         DamagedError,

@@ -104,10 +104,11 @@ class Feed:
         begun = sum((time.monotonic() - start) * self._workers for _, start in self._running.values())
         return begun + sum(trial.worker_seconds for trial in self.trials.values()) + sum(self._sharing.values())
 
-    def charge(self, name: str, begun: float) -> None:
-        """Write down what a shared step took since `begun`, which counts like a trial."""
-        self._sharing[name] = self._sharing.get(name, 0.0) + (time.monotonic() - begun) * self._workers
-        self.place.write(SHARING, json.dumps(self._sharing).encode())
+    def charge(self, name: str, worker_seconds: float) -> None:
+        """Write down what shared steps took, which counts like a trial."""
+        if worker_seconds:
+            self._sharing[name] = self._sharing.get(name, 0.0) + worker_seconds
+            self.place.write(SHARING, json.dumps(self._sharing).encode())
 
     @property
     def _workers(self) -> int:
@@ -142,7 +143,7 @@ class Feed:
 
     def next(self) -> tuple[str, Any] | None:
         if self.over():
-            self.capped = True
+            self.capped = self.capped or self.left
             return None
         one = self._chosen()
         if one is None:
@@ -223,8 +224,8 @@ class Feed:
     def _register(self, one: Candidate, trial: Trial) -> None:
         """Everything but the registration is done: read the results, and register the package from here."""
         config = one.plan.config
-        alone = config.resources.model_copy(update={"workers": 0})
-        plan = flow.plan(config.model_copy(update={"resources": alone}))
+        alone = config.resources.model_copy(update={"workers": 0})  # in this process, by the trial's own keys
+        plan = replace(flow.plan(config), config=config.model_copy(update={"resources": alone}))
         target = flow.target_of(plan, label(one.values), self.key)
         failure = ""
         try:
@@ -239,7 +240,7 @@ class Feed:
             failure = str(error)
         except (BitmillError, *tracking.FAULTS) as error:
             self.failures[one.key] = str(error)
-            self.trials[one.key] = trial
+            self._keep(trial)
             return
         self._keep(described(flow.plan(config), trial.model_copy(update={"status": "done", "failure": failure})))
 

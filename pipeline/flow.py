@@ -38,11 +38,7 @@ LINE: tuple[tuple[type[Record], ModuleType], ...] = (
 BESIDE: tuple[tuple[type[Record], ModuleType], ...] = ((Sensitivity, sensitivity),)  # run for a budget alone
 STAGES = tuple(kind.stage for kind, _ in LINE)
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
-SHIPS = (
-    "scale_dtype",
-    "rest_dtype",
-    "positions",
-)  # by freeze, so a change leaves training alone
+SHIPS = ("scale_dtype", "rest_dtype", "positions")  # by freeze, so a change leaves training alone
 
 
 @dataclass(frozen=True)
@@ -264,6 +260,12 @@ class Outcome:
     done: dict[str, Done]
     status: dict[str, str]
     seconds: dict[str, float]
+
+    @property
+    def worker_seconds(self) -> float:
+        """Of the steps that ran, without waiting for other commands."""
+        notes = [self.done[stage].record.provenance for stage, status in self.status.items() if status == "done"]
+        return sum(float(note.get("seconds", 0)) * int(note.get("workers", 1)) for note in notes)
 
 
 def run(plan: Plan, observer: Observer, wait: bool = True, engine: Engine | None = None) -> Outcome:

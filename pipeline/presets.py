@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pipeline.quant.spec import TAKES
+
 PresetName = Literal["paper", "best", "smallest"]
 
 _MOVED_BY_MUON = {
@@ -72,5 +74,14 @@ def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:
     for section, values in preset_at(preset, bits).items():
         given = result.get(section)
         if given is None or isinstance(given, dict):
-            result[section] = {**values, **(given or {})}
+            result[section] = {**_without_effect_dropped(values, given or {}), **(given or {})}
     return result
+
+
+def _without_effect_dropped(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset's values for a section without those that the section's own optimizer or quantizer does not take."""
+    other_optimizer = given.get("optimizer", "muon") != "muon"
+    quantizer = given.get("quantizer", values.get("quantizer"))
+    misfits = {knob for knob, takers in TAKES.items() if knob in values and quantizer not in takers}
+    misfits |= {knob for knob in values if knob.startswith("muon_") and other_optimizer}
+    return {knob: value for knob, value in values.items() if knob not in misfits}

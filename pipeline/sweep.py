@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipeline import budget, flow, registry, store, tracking, tuning
 from pipeline.config import Config
 from pipeline.engine import Engine
-from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError, RunError
+from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
-from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder
+from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.locations import scratch_dir, storage_uri
 from pipeline.observer import Observer
 from pipeline.records import SweepRecord, TeacherCache, Trial
@@ -29,11 +29,13 @@ from pipeline.store import Place
 from pipeline.sweep_schema import Sweep
 from pipeline.tracking import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
+from pipeline.tuning import PASSING
 
 VERSION = 1
-PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
 NOT_IN_KEY = ("max_concurrent",)
 TRIALS = "trials"
+PAGE = "report.html"  # beside the record
+EXAMPLES = 20  # draws among which one must work
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,22 @@ def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
         for combined in map(partial(trial_config, config), _combinations(sweep)):
             budget.check_budget(combined, budget.layout_of(combined), sweep.budget_mib)
         return ()
-    if sweep.search == "optuna":  # one example, so that a space that cannot work at all is found out
-        candidate(config, drawn(sweep, 0))
+    if sweep.search == "optuna":  # a few examples, so that a space that cannot work at all is found out
+        _one_that_works(config, sweep)
         return ()
     found = [candidate(config, values) for values in listed(sweep)]
     return tuple({one.key: one for one in found}.values())
+
+
+def _one_that_works(config: Config, sweep: Sweep) -> Candidate:
+    """The first of a few draws that can run. Raises ConfigError: none can, and why the first cannot."""
+    first = None
+    for index in range(EXAMPLES):
+        try:
+            return candidate(config, drawn(sweep, index))
+        except ConfigError as error:
+            first = first or error
+    raise first or ConfigError("sweep: nothing was drawn")
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Found:
     front: tuple[str, ...]
     complete: bool
     spent_hours: float  # of workers: trials, and what they share as far as this sweep made it
-    unfinished: dict[str, str] = field(default_factory=dict)  # why, by the label of the trial
+    unfinished: tuple[tuple[str, str], ...] = ()  # labels of trials, and why
     untold: str = ""  # what MLflow has not taken
 
 
@@ -123,19 +136,23 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     """
     record = planned.record
     if record is not None:
-        return Found(record.trials, record.front, True, _hours(record.trials, stored_sharing(planned.place)))
+        spent = _hours(record.trials, stored_sharing(planned.place))
+        return Found(record.trials, record.front, True, spent, untold=send_waiting(planned.config.resources))
     store.check_writable(storage_uri(planned.config.resources))
     parent = parent_of(planned)
     tracking.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))
     engine = Engine(planned.config.resources)
+    workers = max(1, planned.config.resources.workers)
     try:
         with planned.place.hold(wait, lambda owner: observer.waiting("sweep", owner)) as place, outbox:
             live = LiveRun(observer, outbox, parent)
             with load_watched(outbox, parent):
                 begun = time.monotonic()
                 feed = _feed(_with_proposals(planned, live, wait), place, outbox, observer)
-                feed.charge("proposals", begun)
+                feed.charge(
+                    "proposals", (time.monotonic() - begun) * workers if planned.sweep.budget_mib is not None else 0.0
+                )
                 if feed.settle() and not feed.over():
                     _run(planned, feed, engine, place, live, wait)
                 feed.capped = feed.capped or (feed.over() and bool(feed.left))
@@ -161,6 +178,7 @@ def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) 
     }
     if planned.retry_failed or not all(held):  # a finished sweep some of whose trials are to run again
         place.forget_record()
+        place.delete(PAGE)
     return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
 
 
@@ -195,19 +213,24 @@ def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
 def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: LiveRun, wait: bool) -> None:
     """The steps that trials share, once each; then the trials. Where some trials share what cannot be made, the others
     go on."""
+    workers = max(1, planned.config.resources.workers)
     sharing: dict[str, list[Candidate]] = {}
     for one in feed.waiting:
         sharing.setdefault(one.plan.step(TeacherCache.stage).place.key, []).append(one)
     for some in sharing.values() or [[]]:
+        if feed.over():
+            return
         config = some[0].plan.config if some else planned.config
         begun = time.monotonic()
         try:
-            flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
+            made = flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
         except RunError as error:
-            if len(sharing) < 2 or isinstance(error, PASSING):
+            feed.charge("failed", (time.monotonic() - begun) * workers)
+            if len(some) in (0, feed.total) or isinstance(error, PASSING):
                 raise
             feed.refuse(some, str(error))
-        feed.charge(some[0].key if some else planned.key, begun)
+        else:
+            feed.charge(made.done[TeacherCache.stage].place.key, made.worker_seconds)
     live.started(TRIALS)
     if feed.left:
         tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
@@ -242,7 +265,7 @@ def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
             front=best,
         )
         place.commit(record)
-    unfinished = {label(feed.trials[key].values): why for key, why in reasons.items()}
+    unfinished = tuple((label(feed.trials[key].values), why) for key, why in reasons.items())
     return Found(trials, best, not feed.capped, feed.spent_s / 3600, unfinished)
 
 
@@ -262,7 +285,7 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
         )
     except tracking.FAULTS as error:
         raise RunError(
-            f"All trials are done and kept, and MLflow at {parent.uri} refused the sweep's own run: "
+            f"What is done is kept, and MLflow at {parent.uri} refused the sweep's own run: "
             f"{str(error).splitlines()[0]}. The same command sends it."
         ) from error
 

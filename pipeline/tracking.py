@@ -203,7 +203,9 @@ def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float],
             client.log_param(run_id, name, value)
     for name, text in documents.items():
         client.log_text(run_id, text, name)
-    _log_points(client, run_id, [Metric(name, float(value), 0, 0) for name, value in metrics.items()])
+    _log_points(
+        client, run_id, [Metric(name, float(value), int(time.time() * 1000), 0) for name, value in metrics.items()]
+    )
     client.set_terminated(run_id)
 
 

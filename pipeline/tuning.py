@@ -20,6 +20,7 @@ from pipeline.sweep_schema import Asha
 STEP, LOSS = "step", "validation_nats"
 Report = Callable[[dict[str, Any]], None]
 Work = Callable[[Any, Report], None]  # runs a trial; reports hold STEP and LOSS
+PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
 GROUPS, ENDED, FAILURE = "groups", "ended", "failure"
 A_BYTE = 1  # of memory: an actor that waits for training workers of its own needs no CPU, and Tune wants something
 
@@ -46,8 +47,12 @@ def run_trials(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha 
         while (given := feed.next()) is not None:
             key, trial = given
             result: dict[str, Any] = {}
-            _tried(work, trial, partial(_heard, feed, key, result))
-            feed.ended(key, *_outcome(result))
+            try:
+                _tried(work, trial, partial(_heard, feed, key, result))
+            except PASSING as error:
+                feed.ended(key, "lost", str(error))
+            else:
+                feed.ended(key, *_outcome(result))
         return
     engine.start()
     with quiet(), explained(place):
@@ -119,7 +124,7 @@ def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
 
 
 def _tried(work: Work, trial: Any, report: Report) -> None:
-    """Run a trial; an error of ours comes back as its last result, because trying again would not help."""
+    """Run a trial; its error comes back as its last result, unless trying again may help."""
     last: dict[str, Any] = {STEP: 0, LOSS: float("inf")}
 
     def remember(result: dict[str, Any]) -> None:
@@ -129,10 +134,13 @@ def _tried(work: Work, trial: Any, report: Report) -> None:
     failure = ""
     try:
         work(trial, remember)
-    except (BusyError, FencedOffError, LostError):
+    except PASSING:
         raise
     except BitmillError as error:
         failure = str(error)
+    except Exception as error:  # in the trial's own code, such as too little memory for its batch
+        said = str(error).strip().splitlines()
+        failure = f"{type(error).__name__}: {said[-1] if said else 'nothing said'} (not foreseen)"
     report({**last, ENDED: True, FAILURE: failure})
 
 

@@ -55,6 +55,16 @@ def test_a_preset_fills_what_the_file_leaves_open(preset: str) -> None:
         assert getattr(found, section) == getattr(untouched, section)
 
 
+@pytest.mark.parametrize("quantizer", ["twn", "statistics", "laq_uniform", "lsq", "pact", "quantgpt"])
+def test_values_that_another_quantizer_does_not_take_are_left_out(quantizer: str) -> None:
+    assert config(preset="best", quant={"quantizer": quantizer}).quant.quantizer == quantizer
+
+
+def test_values_that_another_optimizer_does_not_take_are_left_out() -> None:
+    found = config(preset="best", distill={"steps": 3, "optimizer": "adam"}).distill
+    assert (found.optimizer, found.muon_lr, found.schedule) == ("adam", Distill(steps=3).muon_lr, "cosine")
+
+
 @every_preset
 def test_what_the_file_sets_wins(preset: str) -> None:
     found = config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -47,7 +48,7 @@ def paper_marks(content: Content) -> list[Mark]:
 def trade_off(content: Content) -> dict[str, Any]:
     """Bytes against the measure: models, the front, the teacher, the paper."""
     measure = content.measure
-    figure = _models(content, lambda one: one.packed_bytes)
+    figure = _models(content, lambda one: one.packed_bytes, content.best)
     if measure in content.teacher:
         figure.add_scatter(
             x=[content.teacher_bytes],
@@ -80,20 +81,20 @@ def speed(content: Content) -> dict[str, Any] | None:
     """Milliseconds a token against the measure, if any were measured."""
     if not content.timed:
         return None
-    figure = _models(content, lambda one: one.token_ms)
+    figure = _models(content, lambda one: one.token_ms, content.front(lambda one: one.token_ms))
     figure.update_xaxes(title="milliseconds a token", rangemode="tozero")
     return _json(figure, 380)
 
 
-def _models(content: Content, cost: Costing) -> go.Figure:
-    """The models at a cost and the measure, their front, and the teacher's measure as a line."""
-    best, measure = content.front(cost), content.measure
+def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure:
+    """The models at a cost and the measure, the front in these two, and the teacher's measure as a line."""
+    line, measure = content.front(cost), content.measure
     keys = {one.key for one in best}
     figure = go.Figure()
-    if len(best) > 1:
+    if len(line) > 1:
         figure.add_scatter(
-            x=[cost(one) for one in best],
-            y=[one.metrics[measure] for one in best],
+            x=[cost(one) for one in line],
+            y=[one.metrics[measure] for one in line],
             mode="lines",
             line={"color": FRONT, "width": 2, "shape": "hv"},
             name="front",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,22 +37,23 @@ class Latency(Closed):
     machine: str
 
 
-def measure(packages: Mapping[str, tuple[Package, Place]], console: Console) -> None:
-    """Decode with each package, by its label, in turns; a family that the runtime does not run is said and left out."""
-    found: dict[str, list[float]] = {label: [] for label in packages}
+def measure(packages: Sequence[tuple[str, Package, Place]], console: Console) -> None:
+    """Decode with each package in turns, each with its label; what the runtime does not run is said and left out."""
+    found: dict[int, list[float]] = {index: [] for index in range(len(packages))}
     with ExitStack() as stack:
-        folders = {label: stack.enter_context(_fetched(*package)) for label, package in packages.items()}
+        folders = [stack.enter_context(_fetched(package, place)) for _, package, place in packages]
         for number in range(ROUNDS):
-            for label in list(found):
+            for index in list(found):
+                label = packages[index][0]
                 with console.status(f"round {number + 1} of {ROUNDS}: {label}"):
                     try:
-                        rates = run_engine("packed", folders[label], THREADS, *_lengths(folders[label]))
+                        rates = run_engine("packed", folders[index], THREADS, *_lengths(folders[index]))
                     except RunError as error:
                         console.print(f"{label}: no latency. {error}", markup=False, highlight=False)
-                        del found[label]
+                        del found[index]
                         continue
-                found[label].append(1000 / rates["decode_tokens_per_s"])
-    for label, each in found.items():
+                found[index].append(1000 / rates["decode_tokens_per_s"])
+    for index, each in found.items():
         latency = Latency(
             median_ms=statistics.median(each),
             least_ms=min(each),
@@ -61,7 +62,7 @@ def measure(packages: Mapping[str, tuple[Package, Place]], console: Console) -> 
             threads=THREADS,
             machine=platform.machine(),
         )
-        open_objects(packages[label][1].uri).write(FILE, latency.model_dump_json().encode())
+        open_objects(packages[index][2].uri).write(FILE, latency.model_dump_json().encode())
 
 
 @contextmanager

@@ -138,8 +138,10 @@ def cost_lines(content: Content) -> list[dict[str, Any]]:
     for one in content.shown:
         for cost in one.costs:
             own.setdefault(cost.stage, []).append(cost)
-    shared = len(content.shown) > 1
-    lines = [cost_line(cost.stage, [cost], shared) for cost in content.shared_costs]
+    shared: dict[str, list[Cost]] = {}
+    for cost in content.shared_costs:
+        shared.setdefault(cost.stage, []).append(cost)
+    lines = [cost_line(stage, found, len(content.shown) > 1) for stage, found in shared.items()]
     lines += [cost_line(stage, found, False) for stage, found in own.items()]
     return [*lines, cost_line("all", [*content.shared_costs, *(c for found in own.values() for c in found)], False)]
 

@@ -62,10 +62,10 @@ class Reader:
             sound = KEY.fullmatch(key) is not None
             sweep = self._place(SweepRecord.stage, key).record(SweepRecord) if sound else None
             if sweep is not None:
-                return self._sweep(key, sweep.name, sweep.trials, sweep.objectives)
+                return self._sweep(key, sweep.name, sweep.trials, sweep.objectives, frozenset(sweep.front))
             trials = tuple(stored_trials(self._place(SweepRecord.stage, key)).values()) if sound else ()
             if trials:
-                return self._sweep(key, "sweep, not finished", trials, ())
+                return self._sweep(key, "sweep, not finished", trials, (), None)
             for kind in ENDS:
                 if sound and self._place(kind.stage, key).record(kind) is not None:
                     return self._run(key, kind.stage)
@@ -76,11 +76,11 @@ class Reader:
             f"{'; '.join(self._known()) or 'none'}. Set --storage-uri to another store."
         )
 
-    def packages(self, content: Content) -> dict[str, tuple[Package, Place]]:
-        """The packages of the models that a report shows, by label."""
-        places = {one.label: self._place(Package.stage, one.package_key) for one in content.shown if one.package_key}
-        found = {label: (place.record(Package), place) for label, place in places.items()}
-        return {label: (record, place) for label, (record, place) in found.items() if record is not None}
+    def packages(self, content: Content) -> list[tuple[str, Package, Place]]:
+        """The packages of the models that a report shows, after their labels."""
+        places = {one.package_key: (one.label, self._place(Package.stage, one.package_key)) for one in content.shown}
+        found = [(label, place.record(Package), place) for key, (label, place) in places.items() if key]
+        return [(label, record, place) for label, record, place in found if record is not None]
 
     def _known(self) -> list[str]:
         sweeps = [f"{record.key} (sweep {record.name})" for record in records(self.storage_uri, SweepRecord)]
@@ -116,27 +116,29 @@ class Reader:
         name = version.name if version is not None else "run"
         return content(f"{name} at {quant['bits']}", "run", key, [one], steps)
 
-    def _sweep(self, key: str, name: str, trials: Sequence[Trial], objectives: Sequence[str]) -> Content:
-        """The picture shows the first objective beside bytes; of several teachers, each trial's gap to its own."""
-        ones: list[Shown] = []
-        shared: Steps = {}
-        teachers: set[str] = set()
-        for trial in trials:
-            steps = self.steps({**trial.places, ModelVersion.stage: trial.key})
-            shared = {**steps, **shared}
-            if Teacher.stage in steps:
-                teachers.add(steps[Teacher.stage][1].key)
-            ones.append(of_trial(trial, steps))
+    def _sweep(
+        self, key: str, name: str, trials: Sequence[Trial], objectives: Sequence[str], chosen: frozenset[str] | None
+    ) -> Content:
+        """The picture shows the first objective beside bytes: the gap as perplexity, of several teachers as it is."""
+        steps = [self.steps({**trial.places, ModelVersion.stage: trial.key}) for trial in trials]
+        shared: Steps = {stage: found for each in reversed(steps) for stage, found in each.items()}
         if Teacher.stage not in shared:
             raise ConfigError(f"KEY is {key!r}, and the store has no steps of its trials.")
+        made = {place.key: record for each in steps for stage, (record, place) in each.items() if stage in SHARED}
+        alone = sum(isinstance(record, Teacher) for record in made.values()) == 1
+        ones = [of_trial(trial, each) for trial, each in zip(trials, steps, strict=True)]
+        if not alone:
+            ones = [replace(o, metrics=gap_of(t) | o.metrics) for o, t in zip(ones, trials, strict=True)]
         measure = next((objective for objective in objectives if objective != "bytes"), "gap")
-        if len(teachers) > 1:
-            gaps = [gap_of(trial) for trial in trials]
-            ones = [replace(one, metrics=gap | one.metrics) for one, gap in zip(ones, gaps, strict=True)]
         found = content(name, "sweep", key, ones, shared)
-        if len(teachers) > 1:
-            return replace(found, measure=measure, teacher={}, teacher_curve=Curve())
-        return found if measure == "gap" else replace(found, measure=measure)
+        return replace(
+            found,
+            measure="perplexity" if measure == "gap" and alone else measure,
+            shared_costs=costs(made.values()),
+            teacher=found.teacher if alone else {},
+            teacher_curve=found.teacher_curve if alone else Curve(),
+            chosen=chosen,
+        )
 
 
 def gap_of(trial: Trial) -> dict[str, float]:

@@ -104,11 +104,15 @@ class Content:
     teacher_curve: Curve = Curve()
     shared_costs: tuple[Cost, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
+    chosen: frozenset[str] | None = None  # keys of the front by objectives other than these two
 
     @property
     def best(self) -> list[Shown]:
-        """The models that no other beats in bytes and measure, by bytes."""
-        return self.front(lambda one: one.packed_bytes)
+        """The models that no other beats, in bytes and measure unless a sweep had other objectives; by bytes."""
+        if self.chosen is None:
+            return self.front(lambda one: one.packed_bytes)
+        found = [one for one in self.shown if one.key in self.chosen]
+        return sorted(found, key=lambda one: (one.packed_bytes or 0, one.label))
 
     def front(self, cost: Costing) -> list[Shown]:
         """The models that no other beats in a cost and the measure, by that cost."""

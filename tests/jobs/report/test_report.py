@@ -6,6 +6,7 @@ import csv
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,11 +19,12 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.report import latency, write
 from jobs.report.figures import paper_marks, speed
+from jobs.report.figures import trade_off as figure_of
 from jobs.report.files import table
 from jobs.report.page import page
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
-from pipeline.records import SweepRecord, Trial
+from pipeline.records import SweepRecord, Trial, read_record
 
 SWEEP = "5" * 32
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><b>{{7*7}}</b>=cmd()"
@@ -114,7 +116,7 @@ def test_the_page_asks_for_nothing_from_anywhere(trade_off):
             assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
     assert "default-src 'none'" in text
     assert len(text) < 2_500_000
-    for shown in ("bitmill pull chat/1 chat-1", "the loss is not finite", "block length 128", "shared by all"):
+    for shown in ("bitmill pull chat/1 chat-1", "the loss is not finite", "block length 128", "shared"):
         assert shown in text
 
 
@@ -301,6 +303,34 @@ def test_the_picture_shows_the_objective_that_the_sweep_minimised(finished, clon
     assert found.measure == "kl_nats"
     assert [one.key for one in found.best] == list(record.front)
     assert "kl_nats" in page(found)
+
+
+def test_the_front_of_a_sweep_is_the_one_that_it_recorded(trade_off):
+    chosen = replace(trade_off, chosen=frozenset({"4", "3"}))
+    assert [one.key for one in chosen.best] == ["3", "4"]
+    assert "bitmill pull chat/4 chat-4" in page(chosen)
+    assert "bitmill pull chat/1 chat-1" not in page(chosen)
+    marked = next(trace for trace in figure_of(chosen)["data"] if trace["name"] == "best for their size")
+    assert list(marked["x"]) == [300_000, 1_000_000]
+
+
+def test_every_teacher_of_a_sweep_is_paid_for(finished, cloned, run_flow, tiny_config):
+    first = sweep_of(finished, cloned / "store").trials[-1]
+    other = run_flow(tiny_config(cloned, finetune={"lr": 1e-3}), until="pack")
+    places = {step.stage: step.place.key for step in other.plan.steps}
+    report, package = other.record("evaluate"), other.record("pack")
+    metrics = {"teacher": report.teacher, "student": report.student, "size": package.size}
+    second = first.model_copy(update={"key": "d" * 32, "places": places, "version": None, **metrics})
+    path = cloned / "store" / "sweep" / SWEEP / "record.json"
+    record = read_record(path.read_bytes(), SweepRecord, SWEEP)
+    path.write_bytes(record.model_copy(update={"trials": (first, second)}).to_json())
+    found = Reader(str(cloned / "store"), str(cloned / "scratch")).content(SWEEP)
+    assert [cost.stage for cost in found.shared_costs] == ["tokenize", "finetune", "finetune", "cache", "cache"]
+    assert (found.measure, found.teacher) == ("gap", {})
+    for one, trial in zip(found.shown, (first, second), strict=True):
+        ratio = trial.student["perplexity"] / trial.teacher["perplexity"]
+        assert one.metrics["gap"] == pytest.approx(math.log(ratio))
+    assert "finetune" in page(found)
 
 
 def test_a_measured_latency_is_kept_and_drawn(finished, cloned, monkeypatch):
