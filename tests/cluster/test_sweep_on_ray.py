@@ -69,6 +69,41 @@ def test_stopped_trials_of_many_workers_free_their_cpus(
     assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
 
 
+class Killing(Recorder):
+    """Kills the worker of the first trial that reports, once."""
+
+    killed = 0
+
+    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
+        if stage == "trials" and "validation" in note and not self.killed:
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "ImplicitFunc" in " ".join(p.info["cmdline"] or [])
+            ]
+            ours = [p for p in workers if os.getpid() in {parent.pid for parent in p.parents()}]
+            self.killed = ours[0].pid
+            ours[0].kill()
+        super().advanced(stage, done, total, note)
+
+
+def test_a_trial_whose_worker_was_killed_is_tried_again(
+    two_cpus: None, tiny_config: Callable[..., Config], finished: Any, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        with_shared_steps(tmp_path, finished),
+        distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
+        resources={"workers": 1, "checkpoint_steps": 10},
+        sweep={"space": {"distill.seed": [1, 2]}},
+    )
+    killing = Killing()
+    found = sweep.run(sweep.plan(config), killing)
+    assert killing.killed
+    assert [trial.status for trial in found.trials] == ["done", "done"]
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
+        time.sleep(0.5)
+    assert ray.available_resources()["CPU"] == 2
+
+
 class Project:
     """The command on a configuration of three trials whose shared steps are done."""
 
