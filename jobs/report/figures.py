@@ -103,7 +103,7 @@ def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure
     others = [one for one in content.shown if content.has(one, cost) and one.key not in keys]
     for group, name, style in (
         (others, "other models", {"color": MUTED, "size": 9}),
-        (best, "best for their size", {"color": FRONT, "size": 12}),
+        (best, "on the front", {"color": FRONT, "size": 12}),
     ):
         if group:
             figure.add_scatter(

@@ -310,7 +310,7 @@ def test_the_front_of_a_sweep_is_the_one_that_it_recorded(trade_off):
     assert [one.key for one in chosen.best] == ["3", "4"]
     assert "bitmill pull chat/4 chat-4" in page(chosen)
     assert "bitmill pull chat/1 chat-1" not in page(chosen)
-    marked = next(trace for trace in figure_of(chosen)["data"] if trace["name"] == "best for their size")
+    marked = next(trace for trace in figure_of(chosen)["data"] if trace["name"] == "on the front")
     assert list(marked["x"]) == [300_000, 1_000_000]
 
 
