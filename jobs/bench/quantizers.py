@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.families.models import family_of, read_config
 from pipeline.locations import scratch_dir
 from pipeline.quant.spec import BitWidths
-from pipeline.records import TeacherCache
+from pipeline.records import Teacher, TeacherCache
 
 RESULTS = "quantizers.json"
 TEACHER_LENGTH = 128
@@ -101,14 +101,14 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
     with Display(console) as display:  # what all trials share
-        flow.run(flow.plan(base, TeacherCache.stage), display)
+        shared = flow.run(flow.plan(base, TeacherCache.stage), display)
         searched = _run(_search(base, extent), base, "search", display)
         rates = best_rates(searched)
         refuse_failures(searched, rates)
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
     refuse_failures(repeated, rates)
     chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
-    return _report(base, extent, chosen, out, console)
+    return _report(base, extent, chosen, shared.done[Teacher.stage].record.family, out, console)
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
@@ -142,11 +142,14 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
     )
 
 
-def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, console: Console) -> dict[str, Any]:
+def _report(
+    base: Config, extent: Extent, scores: Sequence[Score], family: str, out: Path, console: Console
+) -> dict[str, Any]:
     teacher = scores[0].teacher["perplexity"]
     scores = [*_earlier(out / RESULTS, base, extent, scores), *scores]
     tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
     everything = [line for table in tables.values() for line in table]
+    checked = claims(everything, family)
     document = {
         "name": base.name,
         "teacher_perplexity": teacher,
@@ -157,7 +160,7 @@ def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, co
         "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
         "steps_at": {bits: extent.steps_at(bits) for bits in tables},
         "rates": {row.name: {bits: row.rates(bits) for bits in tables} for row in ROWS},
-        "claims": [asdict(claim) for claim in claims(everything)],
+        "claims": [asdict(claim) for claim in checked],
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
@@ -166,14 +169,14 @@ def _report(base: Config, extent: Extent, scores: Sequence[Score], out: Path, co
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"
     text = [f"## {bits}, {extent.steps_at(bits)} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
-    said = "".join(f"- {claim}\n" for claim in claims(everything))
+    said = "".join(f"- {claim}\n" for claim in checked)
     (out / "quantizers.md").write_text("\n".join([f"# {title}\n", *text, said]), encoding="utf-8")
     draw_front(everything, title, out / "front.png")
     draw_cosines(everything, base.name, out / "cosine.png")
     for bits, table in tables.items():
         about = f"{base.name} at {bits}, {extent.steps_at(bits)} steps, teacher's perplexity {teacher:.2f}"
         _print(table, about, console)
-    for claim in claims(everything):
+    for claim in checked:
         console.print(str(claim), highlight=False)
     console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
     return document

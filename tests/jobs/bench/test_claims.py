@@ -26,7 +26,7 @@ def found(**changed):
         for name, values in gaps.items()
         for one in scores(name, values)
     ]
-    return {claim.text: claim for claim in claims(lines(table, "2-2-8"))}
+    return {claim.text: claim for claim in claims(lines(table, "2-2-8"), "gpt2")}
 
 
 def of(claims, word):
@@ -60,5 +60,6 @@ def test_a_claim_that_fails_is_said(changed, word, met):
 
 def test_wide_widths_are_held_to_the_teachers_perplexity():
     table = [score("best", 0.009, bits="4-4-8"), score("best", 0.004, bits="8-8-8"), score("lsq, row", 0.5)]
-    made = claims([line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)])
-    assert [(claim.met, claim.number) for claim in made] == [(True, "+0.90%"), (False, "+0.40%")]
+    wide = [line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)]
+    assert [(c.met, c.number) for c in claims(wide, "gpt2")] == [(True, "+0.90%"), (False, "+0.40%")]
+    assert [(c.met, c.number) for c in claims(wide, "llama")] == [(True, "+0.90%"), (True, "+0.40%")]
