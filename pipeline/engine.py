@@ -247,8 +247,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(place: Place | None) -> Iterator[None]:
-    """Turn what Ray wraps around a worker's error back into the error."""
+def explained(place: Place | None, what: str = "A shard's worker") -> Iterator[None]:
+    """Turn what Ray wraps around a worker's error back into the error; `what` failed, if it is no single step."""
     try:
         yield
     except Exception as error:
@@ -261,7 +261,7 @@ def explained(place: Place | None) -> Iterator[None]:
         cause = _chain(error)[-1]
         lost = type(cause).__module__.partition(".")[0] == "ray" or isinstance(cause, OSError)
         kind = LostError if lost else UnforeseenError
-        where = f"The {place.stage} step {place.key}" if place is not None else "A shard's worker"
+        where = f"The {place.stage} step {place.key}" if place is not None else what
         raise kind(
             f"{where} failed: {type(cause).__name__}: {_first_line(cause)}. What was committed is kept; the same "
             "command goes on from there. --debug shows the traceback."

@@ -133,14 +133,12 @@ def _tried(work: Work, trial: Any, report: Report) -> None:
 
     failure = ""
     try:
-        work(trial, remember)
+        with explained(None, "The trial"):
+            work(trial, remember)
     except PASSING:
         raise
     except BitmillError as error:
         failure = str(error)
-    except Exception as error:  # in the trial's own code, such as too little memory for its batch
-        said = str(error).strip().splitlines()
-        failure = f"{type(error).__name__}: {said[-1] if said else 'nothing said'} (not foreseen)"
     report({**last, ENDED: True, FAILURE: failure})
 
 
