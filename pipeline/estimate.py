@@ -9,11 +9,10 @@ from pipeline import flow
 from pipeline.engine import set_threads
 from pipeline.preflight import flops_per_s
 from pipeline.quant.spec import BitWidths
-from pipeline.records import Student, Teacher, TeacherCache, Tokens
+from pipeline.records import Student, Teacher, TeacherCache
 from pipeline.store import records
 from pipeline.sweep import SweepPlan
 
-SHARED = (Tokens.stage, Teacher.stage, TeacherCache.stage)  # the first steps of the line
 # Operations for each parameter and token.
 FORWARD, TRAINING = 2, 6
 DISTILLING = TRAINING + FORWARD  # the student, and its teacher's head or the teacher
@@ -45,7 +44,7 @@ def estimate(planned: SweepPlan) -> Estimate:
     shared = {
         step.place.key: (step, plan)
         for plan in (plans if count else [])
-        for step in plan.steps[: len(SHARED)]
+        for step in plan.steps[: len(flow.SHARED)]
         if step.record is None
     }
     rows = count * mean(_steps(plan) * plan.config.distill.batch_size for plan in plans)

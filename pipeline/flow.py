@@ -37,6 +37,7 @@ LINE: tuple[tuple[type[Record], ModuleType], ...] = (
 )
 BESIDE: tuple[tuple[type[Record], ModuleType], ...] = ((Sensitivity, sensitivity),)  # run for a budget alone
 STAGES = tuple(kind.stage for kind, _ in LINE)
+SHARED = STAGES[:3]  # by students of one teacher
 REPAIRS = (Tokens.stage, TeacherCache.stage)  # stages that make single damaged shards again
 SHIPS = ("scale_dtype", "rest_dtype", "positions")  # by freeze, so a change leaves training alone
 

@@ -13,6 +13,7 @@ from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.feed import stored_trials
+from pipeline.flow import SHARED
 from pipeline.identity import KEY_DIGITS
 from pipeline.objects import FAULTS
 from pipeline.records import (
@@ -33,7 +34,6 @@ from pipeline.trials import label
 KINDS: dict[str, type[Record]] = {
     kind.stage: kind for kind in (Tokens, Teacher, TeacherCache, Student, Report, Package, ModelVersion)
 }
-SHARED = (Tokens.stage, Teacher.stage, TeacherCache.stage)
 ENDS = (ModelVersion, Package, Report)  # what a run may end with to be reported
 MEASURES = {"summarization": "rougeL", "next_utterance": "accuracy"}
 RECIPE_KNOBS = {
