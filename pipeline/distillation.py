@@ -18,6 +18,7 @@ from pipeline.distill.negatives import (
     draw_partner,
     draw_positions,
     other_positions,
+    other_tokens,
 )
 from pipeline.errors import RunError
 from pipeline.tasks.task import Batch
@@ -64,7 +65,7 @@ class Distillation:
         contrast = states.new_zeros((), dtype=torch.float64)
         if self.recipe.contrast_weight:
             negatives = [
-                self._negatives(step, rows, row, place, batch.group, layer[i], states[i], int(batch.lengths[i]), read)
+                self._negatives(step, rows, row, place, batch, i, layer[i], states[i], read)
                 for i, (row, place) in enumerate((row, place) for row in row_ids for place in range(batch.group))
             ]
             query = self.bank.query(batch.ids, states)
@@ -78,29 +79,31 @@ class Distillation:
         rows: Tensor,
         row: int,
         place: int,
-        group: int,
+        batch: Batch,
+        index: int,
         teacher: Tensor,
         student: Tensor,
-        length: int,
         read: ReadRow,
     ) -> Negatives:
-        """Those of the sequence at `place` of its row, as `negatives_from` says; the student's own states let the
-        gradient through on both sides."""
+        """Those of the sequence at `place` of its row, at `index` of the batch, as `negatives_from` says; the student's
+        own states let the gradient through on both sides."""
         seed, count, chosen = self.recipe.seed, self.recipe.negatives, self.recipe.negatives_from
-        sequence = row * group + place
+        sequence = row * batch.group + place
+        ids = batch.ids[index, : int(batch.lengths[index])]
         if chosen in ("teacher", "student"):
-            offsets = draw_offsets(seed, step, sequence, length, count)
-            return other_positions(teacher if chosen == "teacher" else student, length, offsets)
+            offsets = draw_offsets(seed, step, sequence, len(ids), count)
+            return other_positions(teacher if chosen == "teacher" else student, len(ids), offsets)
         if chosen == "vocabulary":
-            drawn = draw_ids(seed, step, sequence, len(self.bank.seen), count).to(teacher.device)
-            return Negatives(self.bank.states[drawn[self.bank.seen[drawn]]])
+            seen = self.bank.seen.nonzero()[:, 0]
+            drawn = seen[draw_ids(seed, step, sequence, len(seen), count + 1).to(seen.device)]
+            return other_tokens(self.bank.states[drawn], ids, drawn)
         partner = draw_partner(seed, step, row, rows)
         if partner is None:
             return Negatives(teacher[:0])
-        batch, cached = read(partner)
+        others, cached = read(partner)
         with torch.no_grad():
-            _, states = self._teacher_states(batch, cached)
-        return Negatives(states[place, draw_positions(seed, step, sequence, int(batch.lengths[place]), count)])
+            _, states = self._teacher_states(others, cached)
+        return Negatives(states[place, draw_positions(seed, step, sequence, int(others.lengths[place]), count)])
 
     def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:

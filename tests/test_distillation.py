@@ -92,8 +92,10 @@ class Example:
                     offsets = draw_offsets(SEED, STEP, sequence, length, recipe.negatives).tolist()
                     negatives = [pool[(i + offset) % length] for offset in offsets]
                 elif recipe.negatives_from == "vocabulary":
-                    drawn = draw_ids(SEED, STEP, sequence, IDS, recipe.negatives).tolist()
-                    negatives = [bank[other] for other in drawn if self.bank.seen[other]]
+                    seen = [other for other in range(IDS) if self.bank.seen[other]]
+                    drawn = [seen[k] for k in draw_ids(SEED, STEP, sequence, len(seen), recipe.negatives + 1).tolist()]
+                    others = [other for other in drawn if other != word]
+                    negatives = [bank[other] for other in others[: len(drawn) - 1]]
                 else:
                     partner = draw_partner(SEED, STEP, row, torch.tensor(self.rows))
                     assert partner is not None

@@ -17,14 +17,15 @@ WITHOUT_CONTRAST = f"{PAPER} without contrast"
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, whether the table bears it out, and by what number."""
+    """A claim, whether the table bears it out (None: of one seed it cannot say), and by what number."""
 
     text: str
-    met: bool
+    met: bool | None
     number: str
 
     def __str__(self) -> str:
-        return f"{'met' if self.met else 'NOT met'}: {self.text}: {self.number}"
+        verdict = {True: "met", False: "NOT met", None: "open, no interval"}[self.met]
+        return f"{verdict}: {self.text}: {self.number}"
 
 
 def claims(lines: Iterable[Line], family: str) -> list[Claim]:
@@ -51,9 +52,9 @@ def _narrow(rows: dict[str, Line]) -> Iterator[Claim]:
         others = [
             r for name, r in rows.items() if name != preset and (preset == BEST or named(name).ternary_at(r.bits))
         ]
-        least = all(_above(row.less(preset)) for row in others)
         nearest = min(others, key=lambda row: row.gap_nats)
-        number = f"{rows[preset].gap_nats:.4f} nats; next, {nearest.row}, {nearest.gap_nats:.4f}"
+        least = _all(_above(row.less(preset)) for row in others)
+        number = f"{rows[preset].gap_nats:.4f} nats; next of {len(others)}, {nearest.row}, {nearest.gap_nats:.4f}"
         yield Claim(f"2-2-8: {preset} has the smallest gap of each {rivals}, intervals without zero", least, number)
         ratio, most = rows[preset].gap_nats / rows[PAPER].gap_nats, MOST_OF_PAPERS[preset]
         yield Claim(
@@ -67,10 +68,18 @@ def _contrast(rows: dict[str, Line]) -> Iterator[Claim]:
         return
     cosine, gap = (rows[WITHOUT_CONTRAST].less(PAPER, metric) for metric in ("token_cosine", "gap_nats"))
     if cosine is not None and gap is not None:
-        met = _above(cosine) and (gap.mean >= 0 or not gap.excludes_zero)
+        met = _all((_above(cosine), None if gap.low is None else gap.mean >= 0 or not gap.excludes_zero))
         number = f"without it the cosine changes by {cosine.mean:+.4f}, the gap by {gap.mean:+.4f} nats"
         yield Claim("2-2-8: contrast lowers the cosine between tokens, at equal or better perplexity", met, number)
 
 
-def _above(interval: Interval | None) -> bool:
-    return interval is not None and interval.excludes_zero and interval.mean > 0
+def _above(interval: Interval | None) -> bool | None:
+    if interval is None or (interval.low is None and interval.mean > 0):
+        return None
+    return interval.excludes_zero and interval.mean > 0
+
+
+def _all(parts: Iterable[bool | None]) -> bool | None:
+    """Whether all are so; one that is not decides, whatever is open."""
+    found = set(parts)
+    return False if False in found else None if None in found else True

@@ -5,6 +5,7 @@ Every cell of the paper says whether we saw it in a public source or recall it; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +19,12 @@ from pipeline import flow
 from pipeline.config import Config
 from pipeline.errors import RunError
 from pipeline.presets import PRESETS
-from pipeline.records import TeacherCache
+from pipeline.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]
 Scale = Literal["tiny", "full"]
-WIDTHS = ("8-8-8", "4-4-8", "2-2-8")
 FULL = "full precision"
+MIB = "MiB"
 ROUNDING = "rounding, row"  # the floor; the paper's tables have none
 
 
@@ -43,139 +44,215 @@ def _cells(seen: str, *values: float) -> tuple[Cell, ...]:
     return tuple(Cell(value, letter == "s") for value, letter in zip(values, seen, strict=True))
 
 
-# Columns: perplexity on WikiText-2, PTB and WikiText-103, accuracy on Persona-Chat.
-TABLE_1: dict[tuple[str, str], tuple[Cell, ...]] = {
-    (FULL, "32"): _cells("srrs", 14.48, 14.72, 14.19, 77.01),
-    ("quantgpt", "8-8-8"): _cells("sssr", 15.31, 14.90, 14.58, 76.12),
-    ("quantgpt", "4-4-8"): _cells("rrrs", 15.55, 14.95, 15.31, 76.57),
-    ("quantgpt", "2-2-8"): _cells("srss", 17.30, 16.12, 16.98, 74.78),
-    ("pact", "8-8-8"): _cells("srsr", 17.49, 16.11, 16.76, 74.73),
-    ("pact", "4-4-8"): _cells("rrrr", 19.23, 20.17, 20.15, 25.13),
-    ("pact", "2-2-8"): _cells("rrrs", 173.02, 189.13, 171.03, 5.52),
-    ("lsq", "8-8-8"): _cells("rrrr", 16.75, 15.43, 15.24, 75.28),
-    ("lsq", "4-4-8"): _cells("rrrr", 78.99, 79.76, 75.12, 45.10),
-    ("lsq", "2-2-8"): _cells("rrrs", 847.54, 544.98, 1470.86, 5.54),
-    ("laq", "8-8-8"): _cells("ssss", 16.91, 15.87, 15.88, 76.02),
-    ("laq", "4-4-8"): _cells("rrrr", 17.12, 16.55, 16.91, 71.17),
-    ("laq", "2-2-8"): _cells("rrrr", 19.15, 18.25, 18.97, 71.36),
+# Columns: size in MiB, perplexity on WikiText-2, PTB and WikiText-103, accuracy on Persona-Chat. The paper gives the
+# sizes of its own method alone.
+TABLE_1: dict[tuple[str, str], tuple[Cell | None, ...]] = {
+    (FULL, "32"): _cells("rsrrs", 474.9, 14.48, 14.72, 14.19, 77.01),
+    ("quantgpt", "8-8-8"): _cells("rsssr", 121.4, 15.31, 14.90, 14.58, 76.12),
+    ("quantgpt", "4-4-8"): _cells("rrrrs", 62.4, 15.55, 14.95, 15.31, 76.57),
+    ("quantgpt", "2-2-8"): _cells("ssrss", 33.0, 17.30, 16.12, 16.98, 74.78),
+    ("pact", "8-8-8"): (None, *_cells("srsr", 17.49, 16.11, 16.76, 74.73)),
+    ("pact", "4-4-8"): (None, *_cells("rrrr", 19.23, 20.17, 20.15, 25.13)),
+    ("pact", "2-2-8"): (None, *_cells("rrrs", 173.02, 189.13, 171.03, 5.52)),
+    ("lsq", "8-8-8"): (None, *_cells("rrrr", 16.75, 15.43, 15.24, 75.28)),
+    ("lsq", "4-4-8"): (None, *_cells("rrrr", 78.99, 79.76, 75.12, 45.10)),
+    ("lsq", "2-2-8"): (None, *_cells("rrrs", 847.54, 544.98, 1470.86, 5.54)),
+    ("laq", "8-8-8"): (None, *_cells("ssss", 16.91, 15.87, 15.88, 76.02)),
+    ("laq", "4-4-8"): (None, *_cells("rrrr", 17.12, 16.55, 16.91, 71.17)),
+    ("laq", "2-2-8"): (None, *_cells("rrrr", 19.15, 18.25, 18.97, 71.36)),
 }
 
-# Columns: ROUGE-1, ROUGE-2, ROUGE-L of BART base on XSum.
-TABLE_3: dict[tuple[str, str], tuple[Cell, ...]] = {
-    (FULL, "32"): _cells("rrr", 40.75, 18.10, 33.05),
-    ("quantgpt", "8-8-8"): _cells("rrr", 40.25, 17.78, 32.70),
-    ("quantgpt", "4-4-8"): _cells("rrr", 40.24, 17.71, 32.69),
-    ("quantgpt", "2-2-8"): _cells("rrr", 39.15, 16.72, 31.72),
+# Columns: size in MiB, ROUGE-1, ROUGE-2, ROUGE-L of BART base on XSum.
+TABLE_3: dict[tuple[str, str], tuple[Cell | None, ...]] = {
+    (FULL, "32"): _cells("srrr", 532.0, 40.75, 18.10, 33.05),
+    ("quantgpt", "8-8-8"): _cells("srrr", 138.1, 40.25, 17.78, 32.70),
+    ("quantgpt", "4-4-8"): _cells("rrrr", 72.4, 40.24, 17.71, 32.69),
+    ("quantgpt", "2-2-8"): _cells("srrr", 39.6, 39.15, 16.72, 31.72),
 }
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A configuration of minutes that stands for columns of a table, and its metrics, each with what multiplies it."""
+
+    config: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Full:
+    """The paper's setting of some columns. `tokens` are those that all epochs of distillation train on."""
+
+    config: str
+    parameters: float
+    tokens: float
+    gpus: int = 1
+
+    @property
+    def gpu_hours(self) -> float:
+        """By arithmetic: 6 floating-point operations a parameter and token, `SUSTAINED` a second."""
+        return 6 * self.parameters * self.tokens / SUSTAINED / 3600
+
+
+SUSTAINED = 3e13  # operations a second of a data-centre GPU in mixed precision, an assumption
 
 
 @dataclass(frozen=True)
 class PaperTable:
     """A table, its columns, and the configurations that stand for it here."""
 
-    cells: dict[tuple[str, str], tuple[Cell, ...]]
+    cells: dict[tuple[str, str], tuple[Cell | None, ...]]
     columns: tuple[str, ...]
-    metrics: tuple[str, ...]  # ours, for the tiny configuration
-    tiny: str
-    full: tuple[str, ...]
+    tiny: tuple[Tiny, ...]
+    full: tuple[Full, ...]
     needs: str
 
 
 TABLES: dict[TableNumber, PaperTable] = {
     "1": PaperTable(
         TABLE_1,
-        ("WikiText-2", "PTB", "WikiText-103", "Persona-Chat, %"),
-        ("perplexity",),
-        "configs/quickstart.yaml",
+        ("size, MiB", "WikiText-2", "PTB", "WikiText-103", "Persona-Chat, %"),
         (
-            "configs/gpt2-wikitext2.yaml",
-            "configs/gpt2-ptb.yaml",
-            "configs/gpt2-wikitext103.yaml",
-            "configs/gpt2-personachat.yaml",
+            Tiny("configs/quickstart.yaml", {"perplexity": 1}),
+            Tiny("configs/next-utterance-chitchat.yaml", {"accuracy": 100}),
         ),
-        "GPT-2 small (124M parameters), WikiText-2, PTB, WikiText-103 and Persona-Chat from the Hugging Face hub, and "
-        "GPUs: 80, 120 and 8 epochs of 2.4, 1.1 and 118 million tokens. We have not run it",
+        (
+            Full("configs/gpt2-wikitext2.yaml", 124e6, 80 * 2.4e6),
+            Full("configs/gpt2-ptb.yaml", 124e6, 120 * 1.1e6),
+            Full("configs/gpt2-wikitext103.yaml", 124e6, 8 * 118e6, gpus=4),
+            Full("configs/gpt2-personachat.yaml", 124e6, 2 * 131e3 * 4 * 256),
+        ),
+        "GPT-2 small (124M parameters), WikiText-2, PTB, WikiText-103 and Persona-Chat from the Hugging Face hub: 80, "
+        "120, 8 and 2 epochs of 2.4, 1.1 and 118 million tokens and 131,000 examples of 4 replies",
     ),
     "3": PaperTable(
         TABLE_3,
-        ("ROUGE-1", "ROUGE-2", "ROUGE-L"),
-        ("rouge1", "rouge2", "rougeL"),
-        "configs/summarization-aclsum.yaml",
-        ("configs/bart-xsum.yaml",),
-        "BART base (139M parameters) and XSum from the Hugging Face hub, and GPUs: 8 epochs of 204,000 articles. "
-        "We have not run it",
+        ("size, MiB", "ROUGE-1", "ROUGE-2", "ROUGE-L"),
+        (Tiny("configs/summarization-aclsum.yaml", {"rouge1": 1, "rouge2": 1, "rougeL": 1}),),
+        (Full("configs/bart-xsum.yaml", 139e6, 8 * 204e3 * (512 + 64), gpus=4),),
+        "BART base (139M parameters) and XSum from the Hugging Face hub: 8 epochs of 204,000 articles",
     ),
 }
+# What the configuration of a table decides beside `trials.COMMON`: the paper's recipe has a number of negatives a task.
+OWN = frozenset({"distill.lr", "distill.seed", "distill.negatives"})
 
 
-def rows_of(table: PaperTable) -> dict[str, Row]:
+def rows_of(table: PaperTable, negatives: int) -> dict[str, Row]:
     """The paper's methods as recipes: its own preset, and the others per matrix without contrast."""
     methods = dict.fromkeys(method for method, _ in table.cells if method != FULL)
+    own = PRESETS["paper"]
+    rows = {"quantgpt": Row("quantgpt", {**own, "distill": {**own["distill"], "negatives": negatives}})}
     others = {"granularity": "tensor"}
     return {ROUNDING: named(ROUNDING)} | {
-        method: Row(method, PRESETS["paper"])
-        if method == "quantgpt"
-        else Row(method, {"quant": {"quantizer": method, **others}, "distill": {"contrast_weight": 0.0}})
+        method: rows.get(method)
+        or Row(method, {"quant": {"quantizer": method, **others}, "distill": {"contrast_weight": 0.0}})
         for method in methods
     }
 
 
-def beside(number: TableNumber, base: Config, console: Console) -> dict[str, Any]:
-    """Train the table's methods on the configuration and print both; returns the document of `--json`."""
+def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> dict[str, Any]:
+    """Train the table's methods on the configurations, one for each of its `tiny`, and print both.
+
+    Returns the document of `--json`.
+
+    Raises:
+        RunError: every student of a configuration failed.
+    """
     table = TABLES[number]
-    rows = rows_of(table)
     widths = dict.fromkeys(bits for method, bits in table.cells if method != FULL)
-    keys = [(ROUNDING, bits) for bits in widths] + [key for key in table.cells if key[0] != FULL]
-    trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
-    with Display(console) as display:
-        flow.run(flow.plan(base, TeacherCache.stage), display)
-        display.started("table")
-        scores = run_trials(
-            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
-        )
-    sound = [score for score in scores if not score.failure]
-    if not sound:
-        raise RunError(f"Every student of the table failed; the first: {scores[0].failure}")
-    ours = {key: score.student for key, score in zip(keys, scores, strict=True)}  # empty for one that failed
-    ours[FULL, "32"] = sound[0].teacher
     cells = {**table.cells, **{(ROUNDING, bits): () for bits in widths}}
-    shown = Table(
-        "method",
-        "bits",
-        *(f"paper: {c}" for c in table.columns),
-        *(f"ours: {m}" for m in table.metrics),
-        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {base.name}, lr {base.distill.lr:g} "
-        "for all, one seed",
-    )
-    for key, known in cells.items():
-        printed = [*map(str, known), *[""] * (len(table.columns) - len(known))]
-        found = [f"{ours[key][metric]:.2f}" if ours[key] else "failed" for metric in table.metrics]
-        shown.add_row(*key, *printed, *found)
-    console.print(shown)
+    ours = [_scored(table, base, [key for key in cells if key[0] != FULL], console) for base in bases]
+    _print(number, bases, cells, ours, console)
     return {
         "table": number,
-        "configuration": base.name,
+        "configurations": [base.name for base in bases],
         "rows": [
             {
                 "method": method,
                 "bits": bits,
-                "paper": {c: {"value": x.value, "seen": x.seen} for c, x in zip(table.columns, known, strict=False)},
-                "ours": ours[method, bits] or None,
+                "paper": {
+                    column: {"value": cell.value, "seen": cell.seen}
+                    for column, cell in zip(table.columns, known, strict=False)
+                    if cell is not None
+                },
+                "ours": {base.name: found[method, bits] for base, found in zip(bases, ours, strict=True)},
             }
             for (method, bits), known in cells.items()
         ],
     }
 
 
+Found = dict[tuple[str, str], dict[str, float] | None]  # metrics and MiB by method and width; None: it failed
+
+
+def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console) -> Found:
+    rows = rows_of(table, base.distill.negatives)
+    trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
+    with Display(console) as display:
+        shared = flow.run(flow.plan(base, TeacherCache.stage), display)
+        display.started("table")
+        scores = run_trials(
+            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
+        )
+    sound = [score for score in scores if not score.failure]
+    if not sound:
+        raise RunError(f"Every student of {base.name} failed; the first: {scores[0].failure}")
+    teacher = {**sound[0].teacher, MIB: shared.done[Teacher.stage].record.fp32_bytes / 2**20}
+    students = [None if s.failure else {**s.student, MIB: s.packed_bytes / 2**20} for s in scores]
+    return {(FULL, "32"): teacher, **dict(zip(keys, students, strict=True))}
+
+
+def _print(
+    number: TableNumber,
+    bases: Sequence[Config],
+    cells: dict[tuple[str, str], tuple[Cell | None, ...]],
+    ours: Sequence[Found],
+    console: Console,
+) -> None:
+    table = TABLES[number]
+    rates = " and ".join(f"{base.name}, lr {base.distill.lr:g} for all" for base in bases)
+    columns = [{MIB: 1.0, **tiny.metrics} for tiny in table.tiny]
+    shown = Table(
+        "method",
+        "bits",
+        *(f"paper: {column}" for column in table.columns),
+        *(f"ours: {name}{', %' if times == 100 else ''}" for group in columns for name, times in group.items()),
+        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {rates}, one seed",
+    )
+    for key, known in cells.items():
+        printed = ["" if cell is None else str(cell) for cell in known] or [""] * len(table.columns)
+        for group, found in zip(columns, ours, strict=True):
+            values = found[key]
+            printed += ["failed" if values is None else f"{times * values[n]:.2f}" for n, times in group.items()]
+        shown.add_row(*key, *printed)
+    console.print(shown)
+
+
 def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
     """What the full scale takes, and the commands that run it."""
     table = TABLES[number]
     commands = [
-        f"bitmill compress {config} --set preset=paper --bits {bits}" for config in table.full for bits in WIDTHS
+        " ".join(("bitmill compress", full.config, f"--bits {bits}", *_options(method)))
+        for full in table.full
+        for method, bits in table.cells
+        if method != FULL
     ]
+    console.print(f"Table {number} at the paper's scale needs {table.needs}. We have not run it.", highlight=False)
     console.print(
-        f"Table {number} at the paper's scale needs {table.needs}. The commands of its own method, one a cell:"
+        "GPUs of 24 GB and more; hours of one for a cell, by arithmetic (6 operations a parameter and token, "
+        f"{SUSTAINED:.0e} a second, the teacher's own training not counted):"
     )
+    for full in table.full:
+        console.print(f"  {full.config}: {full.gpu_hours:.1f} hours, set up for {full.gpus}", highlight=False)
+    console.print("The commands, one a cell:")
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)
-    return {"table": number, "needs": table.needs, "commands": commands}
+    hours = {full.config: {"gpus": full.gpus, "gpu_hours": round(full.gpu_hours, 1)} for full in table.full}
+    return {"table": number, "needs": table.needs, "gpus": hours, "commands": commands}
+
+
+def _options(method: str) -> tuple[str, ...]:
+    """Of `compress` for a configuration with the paper's preset: another method in place of its own."""
+    if method == "quantgpt":
+        return ("--preset paper",)
+    return (f"--set quant.quantizer={method}", "--set quant.gamma_init=auto", "--set distill.contrast_weight=0")

@@ -29,6 +29,13 @@ from pipeline.quant.spec import BitWidths
 from pipeline.records import Teacher, TeacherCache
 
 RESULTS = "quantizers.json"
+# What the options of the command decide of a configuration.
+OPTIONS = {
+    "distill.steps": "--steps",
+    "distill.epochs": "--steps",
+    "distill.eval_every": "--steps",
+    "distill.batch_size": "--batch-size",
+}
 TEACHER_LENGTH = 128
 DOCUMENTS_A_ROW = 1.15  # generated text is cut into rows and split; a little more than the rows needed
 

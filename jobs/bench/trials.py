@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from jobs.bench.rows import Row, encoding_of
@@ -33,18 +33,21 @@ IN_PROCESS: dict[str, Any] = {"workers": 0}
 
 # Methods are compared, not how the rest is stored: every row ships it in fp32.
 SHIPPED = {"scale_dtype": "float32", "rest_dtype": "float32", "positions": None}
-# Of `distill`, what the options of the command decide.
-OPTIONS = {"steps": "--steps", "epochs": "--steps", "batch_size": "--batch-size", "eval_every": "--steps"}
 
 
-def refuse_decided(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a `--set` that each row decides itself, so that it would have no effect."""
+def refuse_decided(overrides: Sequence[str], options: Mapping[str, str], own: Set[str] = frozenset()) -> None:
+    """Raises ConfigError for a `--set` that each row decides itself, so that it would have no effect.
+
+    Args:
+        options: the paths that an option of the command decides, and which.
+        own: paths that the command takes from the base beside those of `COMMON`.
+    """
+    base = {f"{section}.{knob}" for section, knobs in COMMON.items() for knob in knobs} | own
     for override in overrides:
         path = override.partition("=")[0]
-        section, _, knob = path.partition(".")
-        if section in COMMON and (knob in OPTIONS or knob not in COMMON[section]):
-            valid = ", ".join(f"{s}.{k}" for s, knobs in COMMON.items() for k in knobs if k not in OPTIONS)
-            reason = f"{OPTIONS[knob]} decides it" if knob in OPTIONS else "each row of the bench has its own"
+        if path.partition(".")[0] in (*COMMON, "preset") and (path in options or path not in base):
+            reason = f"{options[path]} decides it" if path in options else "each row of the bench has its own"
+            valid = ", ".join(sorted(base - set(options)))
             raise ConfigError(f"--set {path} has no effect here: {reason}. Of these sections a base decides {valid}.")
 
 

@@ -64,7 +64,7 @@ def quantizers(
 
     def work(console: Console) -> dict[str, Any]:
 
-        from jobs.bench.quantizers import Extent, chosen_rows, compare, teacher_fields, with_generated_text
+        from jobs.bench.quantizers import OPTIONS, Extent, chosen_rows, compare, teacher_fields, with_generated_text
         from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
@@ -78,7 +78,7 @@ def quantizers(
             widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only)
         )
         extent.check()
-        refuse_decided(overrides or [])
+        refuse_decided(overrides or [], OPTIONS)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         if teacher is None:
             if data is not None:
@@ -96,7 +96,7 @@ def quantizers(
 @bench.command()
 def paper(
     table: Annotated[str, typer.Option(help="1: language modelling and next utterance; 3: summarization.")] = "1",
-    scale: Annotated[str, typer.Option(help="tiny: minutes, anywhere; full: what the paper's own takes.")] = "tiny",
+    scale: Annotated[str, typer.Option(help="tiny: small models, anywhere; full: data, GPUs, commands.")] = "tiny",
     workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -105,15 +105,18 @@ def paper(
     """The paper's table beside ours; each of its cells is marked as seen in a public source or recalled."""
 
     def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.paper import TABLES, beside, requirements
+        from jobs.bench.paper import OWN, TABLES, beside, requirements
+        from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config
 
         if table not in TABLES or scale not in ("tiny", "full"):
             raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
         if scale == "full":
             return requirements(table, console)
+        refuse_decided(overrides or [], {}, OWN)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
-        return beside(table, load_config(TABLES[table].tiny, chosen, environment()), console)
+        bases = [load_config(tiny.config, chosen, environment()) for tiny in TABLES[table].tiny]
+        return beside(table, bases, console)
 
     execute(work, as_json, debug)
 

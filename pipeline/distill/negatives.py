@@ -39,9 +39,20 @@ def draw_offsets(seed: int, step: int, row_id: int, length: int, negatives: int)
     return torch.randperm(max(length - 1, 0), generator=generator)[:negatives] + 1
 
 
-def draw_ids(seed: int, step: int, row_id: int, vocabulary: int, negatives: int) -> Tensor:
-    """Distinct vocabulary ids that serve as negatives of all tokens of a row."""
-    return torch.randperm(vocabulary, generator=draw("vocabulary", seed, step, row_id))[:negatives]
+def other_tokens(known: Tensor, ids: Tensor, drawn: Tensor) -> Negatives:
+    """For each token of ids (length,) the states of the drawn vocabulary ids, less its own: one fewer than drawn.
+
+    Args:
+        known: (drawn, hidden), a state for each of them.
+        drawn: (drawn,), distinct.
+    """
+    own = drawn.unsqueeze(0) == ids.unsqueeze(1)
+    return Negatives(known, own.int().argsort(dim=1, stable=True)[:, :-1])
+
+
+def draw_ids(seed: int, step: int, row_id: int, seen: int, count: int) -> Tensor:
+    """Which of the ids seen so far serve as negatives of a row: min(count, seen) distinct numbers below `seen`."""
+    return torch.randperm(seen, generator=draw("vocabulary", seed, step, row_id))[:count]
 
 
 def draw_partner(seed: int, step: int, row_id: int, batch: Tensor) -> int | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.distill.negatives import draw_ids, draw_partner, draw_positions, other_positions
+from pipeline.distill.negatives import draw_ids, draw_partner, draw_positions, other_positions, other_tokens
 
 BATCH = torch.tensor([40, 7, 19, 3, 88])
 
@@ -73,3 +73,16 @@ def test_other_positions_wrap_around_the_valid_tokens():
     negatives = other_positions(states, 4, torch.tensor([1, 3]))
     assert torch.equal(negatives.pool, states[:4])  # padding is never a candidate
     assert negatives.index.tolist() == [[1, 3], [2, 0], [3, 1], [0, 2]]
+
+
+def test_a_token_is_not_its_own_negative_and_all_get_as_many():
+    known = torch.arange(8.0).reshape(4, 2)
+    negatives = other_tokens(known, torch.tensor([30, 5, 99, 5]), torch.tensor([12, 30, 7, 5]))
+    assert torch.equal(negatives.pool, known)
+    assert negatives.index.tolist() == [[0, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("drawn", [[], [5]], ids=["none", "one"])
+def test_of_fewer_than_two_known_ids_there_are_no_negatives(drawn):
+    negatives = other_tokens(torch.ones(len(drawn), 2), torch.tensor([5, 6]), torch.tensor(drawn, dtype=torch.long))
+    assert negatives.index.shape == (2, 0)

@@ -58,6 +58,27 @@ def test_a_claim_that_fails_is_said(changed, word, met):
     assert all(str(claim).startswith("met: " if claim.met else "NOT met: ") for claim in made.values())
 
 
+@pytest.mark.parametrize(
+    ("word", "without", "number"),
+    [
+        ("best has the smallest", None, "0.1200 nats; next of 5, seq, row, 0.2000"),
+        ("smallest has the smallest", None, "0.2000 nats; next of 3, twn, row, 0.2800"),
+        ("contrast lowers", None, "without it the cosine changes by +0.1000, the gap by +0.0300 nats"),
+        ("of best is at most", True, "0.400"),
+    ],
+)
+def test_what_needs_an_interval_is_left_open_with_one_seed(word, without, number):
+    made = found(**{name.replace(" ", "_"): gaps[:1] for name, gaps in GAPS.items()})
+    (claim,) = [claim for text, claim in made.items() if word in text]
+    assert (claim.met, claim.number) == (without, number)
+    assert str(claim).startswith("met: " if without else "open, no interval: ")
+
+
+def test_one_seed_is_enough_to_say_that_a_claim_fails():
+    made = found(**{name.replace(" ", "_"): gaps[:1] for name, gaps in GAPS.items()} | {"best": [0.25]})
+    assert of(made, "best has the smallest") == [False]
+
+
 def test_wide_widths_are_held_to_the_teachers_perplexity():
     table = [score("best", 0.009, bits="4-4-8"), score("best", 0.004, bits="8-8-8"), score("lsq, row", 0.5)]
     wide = [line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)]
