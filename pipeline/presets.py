@@ -8,6 +8,8 @@ from pipeline.quant.spec import TAKES
 
 PresetName = Literal["paper", "best", "smallest"]
 
+RATIO_LR = 2e-2  # of scales that are learned as a ratio to where they start
+
 _MOVED_BY_MUON = {
     "optimizer": "muon",
     "muon_lr": 0.03,
@@ -31,7 +33,7 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
         "distill": {
             **_MOVED_BY_MUON,
             "vector_lr_scale": 8.0,
-            "gamma_lr": 2e-2,
+            "gamma_lr": RATIO_LR,
             "fade_in": 0.3,
             "betas": (0.8, 0.98),
         },
@@ -48,22 +50,31 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
             "rest_dtype": "float16",
             "positions": "int8",
         },
-        "distill": {**_MOVED_BY_MUON, "muon_momentum": 0.9, "gamma_lr": 2e-2, "fade_in": 0.2, "betas": (0.9, 0.98)},
+        "distill": {**_MOVED_BY_MUON, "muon_momentum": 0.9, "gamma_lr": RATIO_LR, "fade_in": 0.2, "betas": (0.9, 0.98)},
         "pack": {"encoding": "base3"},
     },
 }
 
 
-# Above 2 bits levels are fine enough for smaller moves: what the rate search of the bench is around there.
+# Above 2 bits levels are fine enough for smaller moves: what the rate search of the bench is around there, and the
+# paper's rate of the scales.
 WIDE_MUON_LR = 0.004
+WIDE_RATIO_LR = 1e-3
 
 
 def preset_at(preset: PresetName, bits: str) -> dict[str, dict[str, Any]]:
     """The sections of a preset at these widths."""
-    sections = PRESETS[preset]
-    if sections["distill"].get("optimizer") == "muon" and not bits.startswith("2-"):
-        return {**sections, "distill": {**sections["distill"], "muon_lr": WIDE_MUON_LR}}
-    return sections
+    return at_width(PRESETS[preset], bits)
+
+
+def at_width(sections: dict[str, dict[str, Any]], bits: str) -> dict[str, dict[str, Any]]:
+    """A recipe for 2 bits, at these widths: its own rates of Muon and of scales above 2 bits."""
+    wide = {"muon_lr": WIDE_MUON_LR, "gamma_lr": WIDE_RATIO_LR}
+    if bits.startswith("2-"):
+        return sections
+    return {
+        section: {knob: wide.get(knob, value) for knob, value in values.items()} for section, values in sections.items()
+    }
 
 
 def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:

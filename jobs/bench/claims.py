@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jobs.bench.rows import BEST, PAPER, SMALLEST, named
+from jobs.bench.rows import BEST, PAPER, SMALLEST, WITHOUT_CONTRAST, named
 from jobs.bench.summary import Interval, Line
 
 MOST_OF_PAPERS = {BEST: 0.5, SMALLEST: 0.8}
 # Perplexity of `best` over its teacher's, less 1: of the two teachers that the README compares, by family.
 CLOSE = {"gpt2": {"4-4-8": 0.01, "8-8-8": 0.003}, "llama": {"4-4-8": 0.05, "8-8-8": 0.01}}
-WITHOUT_CONTRAST = f"{PAPER} without contrast"
 
 
 @dataclass(frozen=True)

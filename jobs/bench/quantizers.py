@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +113,7 @@ def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[s
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
     refuse_failures(repeated, rates)
     chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
-    return _report(base, extent, chosen, shared.done[Teacher.stage].record.family, out, console)
+    return _report(base, extent, searched, chosen, shared.done[Teacher.stage].record.family, out, console)
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
@@ -150,10 +148,17 @@ def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> 
 
 
 def _report(
-    base: Config, extent: Extent, scores: Sequence[Score], family: str, out: Path, console: Console
+    base: Config,
+    extent: Extent,
+    searched: Sequence[Score],
+    chosen: Sequence[Score],
+    family: str,
+    out: Path,
+    console: Console,
 ) -> dict[str, Any]:
-    teacher = scores[0].teacher["perplexity"]
-    scores = [*_earlier(out / RESULTS, base, extent, scores), *scores]
+    teacher = chosen[0].teacher["perplexity"]
+    scores, search = _earlier(out / RESULTS, base, extent, chosen)
+    scores, search = [*scores, *chosen], [*search, *map(_tried, searched)]
     tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
     everything = [line for table in tables.values() for line in table]
     checked = claims(everything, family)
@@ -163,10 +168,9 @@ def _report(
         "steps": extent.steps,
         "batch_size": extent.batch_size,
         "block_length": base.task.block_length,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {base.resources.workers} workers of {base.resources.cpus_per_worker:g} CPU",
+        "measured": sorted({score.measured for score in scores}),
         "steps_at": {bits: extent.steps_at(bits) for bits in tables},
-        "rates": {row.name: {bits: row.rates(bits) for bits in tables} for row in ROWS},
+        "search": search,
         "claims": [asdict(claim) for claim in checked],
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
@@ -189,17 +193,25 @@ def _report(
     return document
 
 
-def _earlier(path: Path, base: Config, extent: Extent, scores: Sequence[Score]) -> list[Score]:
+def _tried(score: Score) -> dict[str, Any]:
+    """What the search for a rate saw, nats on validation."""
+    return {name: getattr(score, name) for name in ("row", "bits", "rate", "validation_nats")}
+
+
+def _earlier(
+    path: Path, base: Config, extent: Extent, scores: Sequence[Score]
+) -> tuple[list[Score], list[dict[str, Any]]]:
     """Scores of earlier benches in the same folder, of rows and widths not run now, if the same trial would be run
-    today: a table may be made piece by piece."""
+    today, and the searches behind them: a table may be made piece by piece."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = [Score.model_validate(score) for score in document["scores"]]
+        search = {(tried["row"], tried["bits"], tried["rate"]): dict(tried) for tried in document["search"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], []
     now = {(score.row, score.bits) for score in scores}
     rows = {row.name: row for row in ROWS}
-    return [
+    kept = [
         score
         for score in found
         if (score.row, score.bits) not in now
@@ -208,6 +220,8 @@ def _earlier(path: Path, base: Config, extent: Extent, scores: Sequence[Score]) 
         and score.digest
         == trial(extent.laid_over(base, score.bits), rows[score.row], score.bits, score.rate, score.seed).digest
     ]
+    of_kept = {(score.row, score.bits) for score in kept}
+    return kept, [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept]
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:

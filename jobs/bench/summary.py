@@ -26,6 +26,10 @@ class Interval:
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def __str__(self) -> str:
+        between = "" if self.low is None or self.high is None else f" [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f}{between}"
+
 
 METRICS: dict[str, Callable[[Score], float]] = {
     "gap_nats": lambda score: score.gap_nats,
@@ -140,12 +144,7 @@ def _rate(line: Line) -> str:
 
 def _interval(interval: Interval | None) -> str:
     """In bold where it excludes zero."""
-    if interval is None:
-        return ""
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:+.4f}"
-    shown = f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
-    return f"**{shown}**" if interval.excludes_zero else shown
+    return "" if interval is None else f"**{interval}**" if interval.excludes_zero else str(interval)
 
 
 def markdown(lines: Sequence[Line]) -> str:

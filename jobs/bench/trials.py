@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import UTC, datetime
 from typing import Any
 
 from jobs.bench.rows import Row, encoding_of
@@ -18,6 +20,7 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
 from pipeline.identity import canonical_json
 from pipeline.observer import Silent
+from pipeline.presets import at_width
 from pipeline.records import Advance, Closed, Package, Report, Student
 from pipeline.resources import Resources
 from pipeline.step import Done
@@ -80,6 +83,7 @@ class Score(Closed):
     student: dict[str, float]
     packed_bytes: int
     token_cosine: float
+    measured: str  # date and kind of machine
     failure: str = ""
 
     @property
@@ -95,9 +99,10 @@ def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
         "distill": {row.rate_knob: rate, "seed": seed},
         "pack": {"encoding": encoding_of(row, bits)},
     }
+    sections = at_width(row.sections, bits)
     for name, values in own.items():
         common = {key: fields[name][key] for key in COMMON[name]}
-        fields[name] = {**common, **row.sections.get(name, {}), **values}
+        fields[name] = {**common, **sections.get(name, {}), **values}
     fields["resources"] = {**fields["resources"], **IN_PROCESS}
     return Trial(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
 
@@ -137,14 +142,25 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
         student=report.student,
         packed_bytes=package.size.packed_bytes,
         token_cosine=cosines[student.best_step],
+        measured=_now_and_here(),
     )
 
 
 def failed(trial: Trial, message: str) -> Score:
-    place = {name: getattr(trial, name) for name in ("row", "bits", "rate", "seed", "digest")}
     return Score(
-        **place, validation_nats=None, teacher={}, student={}, packed_bytes=0, token_cosine=0.0, failure=message
+        **{name: getattr(trial, name) for name in ("row", "bits", "rate", "seed", "digest")},
+        validation_nats=None,
+        teacher={},
+        student={},
+        packed_bytes=0,
+        token_cosine=0.0,
+        measured=_now_and_here(),
+        failure=message,
     )
+
+
+def _now_and_here() -> str:
+    return f"{datetime.now(UTC).date().isoformat()}, {platform.machine()}"
 
 
 def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:

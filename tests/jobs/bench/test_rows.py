@@ -7,7 +7,7 @@ import pytest
 from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row, encoding_of
 from jobs.bench.trials import SHIPPED, trial
 from pipeline.config import Config
-from pipeline.presets import PRESETS
+from pipeline.presets import PRESETS, at_width
 from pipeline.quant.quantizers import QUANTIZERS
 
 FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]
@@ -39,7 +39,7 @@ def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
     assert (getattr(config.distill, row.rate_knob), config.distill.seed) == (3e-3, 4)
     assert (made.row, made.bits, made.rate, made.seed) == (row.name, bits, 3e-3, 4)
     for section in ("quant", "distill"):
-        for name, value in row.sections.get(section, {}).items():
+        for name, value in at_width(row.sections, bits).get(section, {}).items():
             if name == row.rate_knob or name in SHIPPED:  # the search's, and the same for all
                 continue
             assert getattr(getattr(config, section), name) == value
@@ -125,3 +125,19 @@ def test_the_search_is_around_the_rate_of_the_preset():
     for name in ("best", "smallest"):
         assert NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["muon_lr"]
         assert max(NAMED[name].rates("8-8-8")) < PRESETS[name]["distill"]["muon_lr"]
+
+
+def test_learned_scales_move_alike_in_presets_and_published_rows(base):
+    def rates(bits):
+        offered = [row for row in ROWS if row.offered_at(bits)]
+        return {row.name: trial(base, row, bits, 1e-3, 0).config["distill"].get("gamma_lr", 1e-3) for row in offered}
+
+    learned = {"quantgpt, tensor", "quantgpt, row", "lsq, tensor", "lsq, row", "lsq_symmetric, row", "seq, row"}
+    narrow = rates("2-2-8")
+    assert {name for name, rate in narrow.items() if rate == PRESETS["best"]["distill"]["gamma_lr"]} == {
+        *learned,
+        "best",
+        SMALLEST,
+    }
+    assert narrow[PAPER] == 1e-3  # the paper's own
+    assert set(rates("4-4-8").values()) == set(rates("8-8-8").values()) == {1e-3}

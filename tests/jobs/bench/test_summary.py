@@ -32,6 +32,7 @@ def score(row="paper", gap=0.1, seed=0, bits="2-2-8", rate=1e-3, nats=1.0, size=
         student=student,
         packed_bytes=size,
         token_cosine=cosine,
+        measured="2026-01-02, x86_64",
     )
 
 
