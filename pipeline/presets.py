@@ -68,7 +68,7 @@ def preset_at(preset: PresetName, bits: str) -> dict[str, dict[str, Any]]:
 
 
 def at_width(sections: dict[str, dict[str, Any]], bits: str) -> dict[str, dict[str, Any]]:
-    """A recipe for 2 bits, at these widths: its own rates of Muon and of scales above 2 bits."""
+    """A recipe for layers of 2 bits, at these widths: where layers have more, other rates of Muon and of scales."""
     wide = {"muon_lr": WIDE_MUON_LR, "gamma_lr": WIDE_RATIO_LR}
     if bits.startswith("2-"):
         return sections

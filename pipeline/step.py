@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,9 +61,10 @@ class Step:
 
 
 def provenance() -> dict[str, str]:
-    """Versions of the code and libraries that ran; informative, never part of a key."""
+    """When and on what it ran, versions of the code and libraries; informative, never part of a key."""
+    when = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine()}
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"bitmill": metadata.version("bitmill"), "commit": _commit(), **versions}
+    return {**when, "bitmill": metadata.version("bitmill"), "commit": _commit(), **versions}
 
 
 def _commit() -> str:

@@ -122,9 +122,9 @@ class Loop:
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step over one global batch; means of the terms in nats."""
         if self.distillation is not None and self.distillation.recipe.fade_in > 0:
-            share = min(1.0, step / (self.distillation.recipe.fade_in * self.plan.steps))
+            faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.plan.steps))
             for _, _, quantizer in quantizers(self.model):
-                quantizer.share = share
+                quantizer.share = faded_in
         losses = self.backward(step)
         self._refuse_divergence(losses["loss"], "loss", step)
         if self.recipe.clip_norm is not None:

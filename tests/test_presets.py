@@ -18,12 +18,9 @@ from pipeline.presets import PRESETS, filled
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
-# As method.md says of the paper, and as the other two say of themselves.
-EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "quant": {"quantizer": "quantgpt", "granularity": "tensor", "gamma_init": "one"},
-        "distill": {"gamma_lr": 1e-3, "contrast_weight": 0.1, "temperature": 0.1, "negatives": 64, "momentum": 0.5},
-    },
+THE_PAPERS: dict[str, dict[str, Any]] = {
+    "quant": {"quantizer": "quantgpt", "granularity": "tensor", "gamma_init": "one"},
+    "distill": {"gamma_lr": 1e-3, "contrast_weight": 0.1, "temperature": 0.1, "negatives": 64, "momentum": 0.5},
 }
 every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
 
@@ -40,7 +37,7 @@ def values_of(found: Config, preset: str) -> dict[str, dict[str, Any]]:
 
 
 def test_the_paper_is_the_papers() -> None:
-    assert PRESETS["paper"] == EXPECTED["paper"]
+    assert PRESETS["paper"] == THE_PAPERS
     assert set(PRESETS) == {"paper", "best", "smallest"}
     assert PRESETS["smallest"]["pack"] == {"encoding": "base3"}
 
@@ -53,6 +50,19 @@ def test_a_preset_fills_what_the_file_leaves_open(preset: str) -> None:
     untouched = config()
     for section in ("model", "task", "data", "cache", "evaluate", "resources"):
         assert getattr(found, section) == getattr(untouched, section)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rates"),
+    [("2-2-8", (0.03, 2e-2)), ("2-4-8", (0.03, 2e-2)), ("4-4-8", (0.004, 1e-3)), ("8-8-8", (0.004, 1e-3))],
+)
+def test_above_two_bits_a_preset_moves_less(bits: str, rates: tuple[float, float]) -> None:
+    found = config(preset="best", quant={"bits": bits}).distill
+    assert (found.muon_lr, found.gamma_lr) == rates
+    own = config(preset="best", quant={"bits": bits}, distill={"steps": 3, "gamma_lr": 7e-3}).distill
+    assert (own.muon_lr, own.gamma_lr) == (rates[0], 7e-3)
+    paper = config(preset="paper", quant={"bits": bits}).distill
+    assert paper.gamma_lr == 1e-3
 
 
 @pytest.mark.parametrize("quantizer", ["twn", "statistics", "laq_uniform", "lsq", "pact", "quantgpt"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from jobs.bench.rows import PAPER, WITHOUT_CONTRAST
+from jobs.bench.rows import LIGHT_CONTRAST, PAPER, WITHOUT_CONTRAST
 from jobs.bench.summary import Line, front
 
 SMALLEST_GAP = 1e-4  # nats; below it the scale is linear
@@ -57,22 +57,28 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
 
 
 def draw_cosines(lines: Sequence[Line], title: str, path: Path) -> None:
+    cosine_figure(lines, title).savefig(path, dpi=130)
+
+
+def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
     """What the contrastive loss does at each width: mean cosine between the representations of different tokens, and
-    the gap it costs or saves. Above each pair what leaving it out changes, with the 95 % interval."""
-    shown = {name: {x.bits: x for x in lines if x.row == name} for name in (PAPER, WITHOUT_CONTRAST)}
-    widths = [bits for bits in sorted(shown[PAPER]) if bits in shown[WITHOUT_CONTRAST]]
-    figure = Figure(figsize=(4 + 2.2 * len(widths), 4.5), layout="constrained")
+    the gap it costs or saves. Above a bar its difference from that without contrast, with the 95 % interval."""
+    names = [name for name in (WITHOUT_CONTRAST, LIGHT_CONTRAST, PAPER) if any(line.row == name for line in lines)]
+    shown = {(line.row, line.bits): line for line in lines if line.row in names}
+    widths = sorted({bits for _, bits in shown})
+    figure = Figure(figsize=(4 + 3 * len(widths), 4.5), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), MEASURES_OF_CONTRAST.items(), strict=True):
-        for offset, name in ((-0.2, PAPER), (0.2, WITHOUT_CONTRAST)):
-            values = [getattr(shown[name][bits], metric) for bits in widths]
-            axes.bar([place + offset for place in range(len(widths))], values, width=0.38, label=name)
-        for place, bits in enumerate(widths):
-            top = max(getattr(rows[bits], metric) for rows in shown.values())
-            change = str(shown[WITHOUT_CONTRAST][bits].less(PAPER, metric) or "").replace(" [", "\n[")
-            axes.text(place, max(top, 0), change, ha="center", va="bottom", fontsize=7)
+        for number, name in enumerate(names):
+            own = [(place, shown[name, bits]) for place, bits in enumerate(widths) if (name, bits) in shown]
+            places = [place + 0.28 * (number - (len(names) - 1) / 2) for place, _ in own]
+            axes.bar(places, [getattr(line, metric) for _, line in own], width=0.26, label=name)
+            for place, (_, line) in zip(places, own, strict=True):
+                change = str(line.less(WITHOUT_CONTRAST, metric) or "").replace(" ", "\n")
+                axes.text(place, max(getattr(line, metric), 0), change, ha="center", va="bottom", fontsize=7)
         axes.set_xticks(range(len(widths)), widths)
-        axes.margins(y=0.15)
+        axes.margins(y=0.2)
         axes.set_ylabel(label)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    if names:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    return figure

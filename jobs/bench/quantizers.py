@@ -16,19 +16,21 @@ from jobs.bench.generated import generated_text
 from jobs.bench.pictures import draw_cosines, draw_front
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import HEADER, Line, cells, lines, markdown
-from jobs.bench.trials import Score, Trial, best_rates, refuse_failures, run_trials, trial
+from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import family_of, read_config
 from pipeline.locations import scratch_dir
 from pipeline.quant.spec import BitWidths
-from pipeline.records import Teacher, TeacherCache
+from pipeline.records import TeacherCache
 
 RESULTS = "quantizers.json"
 # What the options of the command decide of a configuration.
 OPTIONS = {
+    "quant.bits": "--bits",
+    "distill.seed": "--seeds",
     "distill.steps": "--steps",
     "distill.epochs": "--steps",
     "distill.eval_every": "--steps",
@@ -47,6 +49,7 @@ class Extent:
     steps: int
     batch_size: int
     rows: tuple[Row, ...] = ROWS
+    search: bool = True  # for each row's rate; without it the one around which it would search
 
     def check(self) -> None:
         """Raises ConfigError for widths that leave nothing to compare."""
@@ -56,6 +59,9 @@ class Extent:
     def steps_at(self, bits: str) -> int:
         """Optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
         return self.steps if BitWidths.parse(bits).weights == 2 else max(1, self.steps // 3)
+
+    def rates(self, row: Row, bits: str) -> tuple[float, ...]:
+        return row.rates(bits) if self.search else (row.rate(bits),)
 
     def laid_over(self, base: Config, bits: str) -> Config:
         """The base configuration with the steps, the rows of a step and three validations of this width."""
@@ -106,14 +112,24 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
     with Display(console) as display:  # what all trials share
-        shared = flow.run(flow.plan(base, TeacherCache.stage), display)
+        flow.run(flow.plan(base, TeacherCache.stage), display)
         searched = _run(_search(base, extent), base, "search", display)
         rates = best_rates(searched)
-        refuse_failures(searched, rates)
         repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
-    refuse_failures(repeated, rates)
-    chosen = [s for s in searched if s.rate == rates[s.row, s.bits]] + repeated
-    return _report(base, extent, searched, chosen, shared.done[Teacher.stage].record.family, out, console)
+    chosen = [s for s in searched if s.rate == rates.get((s.row, s.bits))] + repeated
+    failed = _failed(searched, repeated, rates)
+    sound = [score for score in chosen if (score.row, score.bits) not in failed]
+    if not sound:
+        raise RunError(f"Every row failed; the first: {next(iter(failed.values()))}")
+    return _report(base, extent, searched, sound, failed, out, console)
+
+
+def _failed(
+    searched: Sequence[Score], repeated: Sequence[Score], rates: dict[tuple[str, str], float]
+) -> dict[tuple[str, str], str]:
+    """Rows that have no place in a table, and why: each rate failed, or a seed at the best one."""
+    failures = [s for s in searched if (s.row, s.bits) not in rates] + [s for s in repeated if s.failure]
+    return {(s.row, s.bits): f"rate {s.rate:g}, seed {s.seed}: {s.failure}" for s in reversed(failures)}
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
@@ -123,7 +139,7 @@ def _search(base: Config, extent: Extent) -> list[Trial]:
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits)
-        for rate in row.rates(bits)
+        for rate in extent.rates(row, bits)
     ]
 
 
@@ -133,7 +149,7 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
         trial(extent.laid_over(base, bits), row, bits, rates[row.name, bits], seed)
         for bits in extent.bits
         for row in extent.rows
-        if row.offered_at(bits) and row.trained
+        if row.trained and (row.name, bits) in rates
         for seed in range(1, extent.seeds)
     ]
 
@@ -151,17 +167,17 @@ def _report(
     base: Config,
     extent: Extent,
     searched: Sequence[Score],
-    chosen: Sequence[Score],
-    family: str,
+    sound: Sequence[Score],
+    failed: dict[tuple[str, str], str],
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    teacher = chosen[0].teacher["perplexity"]
-    scores, search = _earlier(out / RESULTS, base, extent, chosen)
-    scores, search = [*scores, *chosen], [*search, *map(_tried, searched)]
+    teacher = sound[0].teacher["perplexity"]
+    scores, search = _earlier(out / RESULTS, base, extent, searched, teacher, console)
+    scores, search = [*scores, *sound], [*search, *map(_tried, searched)]
     tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
     everything = [line for table in tables.values() for line in table]
-    checked = claims(everything, family)
+    checked = claims(everything, base.name)
     document = {
         "name": base.name,
         "teacher_perplexity": teacher,
@@ -171,6 +187,7 @@ def _report(
         "measured": sorted({score.measured for score in scores}),
         "steps_at": {bits: extent.steps_at(bits) for bits in tables},
         "search": search,
+        "failed": [{"row": row, "bits": bits, "failure": failure} for (row, bits), failure in failed.items()],
         "claims": [asdict(claim) for claim in checked],
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
@@ -180,15 +197,16 @@ def _report(
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"
     text = [f"## {bits}, {extent.steps_at(bits)} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
-    said = "".join(f"- {claim}\n" for claim in checked)
+    left_out = [f"left out: {row} at {bits} failed at {failure}" for (row, bits), failure in failed.items()]
+    said = "".join(f"- {line}\n" for line in (*checked, *left_out))
     (out / "quantizers.md").write_text("\n".join([f"# {title}\n", *text, said]), encoding="utf-8")
     draw_front(everything, title, out / "front.png")
     draw_cosines(everything, base.name, out / "cosine.png")
     for bits, table in tables.items():
         about = f"{base.name} at {bits}, {extent.steps_at(bits)} steps, teacher's perplexity {teacher:.2f}"
         _print(table, about, console)
-    for claim in checked:
-        console.print(str(claim), highlight=False)
+    for said_of_it in (*checked, *left_out):
+        console.print(str(said_of_it), highlight=False)
     console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
     return document
 
@@ -199,28 +217,31 @@ def _tried(score: Score) -> dict[str, Any]:
 
 
 def _earlier(
-    path: Path, base: Config, extent: Extent, scores: Sequence[Score]
+    path: Path, base: Config, extent: Extent, searched: Sequence[Score], teacher: float, console: Console
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Scores of earlier benches in the same folder, of rows and widths not run now, if the same trial would be run
-    today, and the searches behind them: a table may be made piece by piece."""
+    today, and the searches behind them: a table may be made piece by piece. Says which are left out."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = [Score.model_validate(score) for score in document["scores"]]
         search = {(tried["row"], tried["bits"], tried["rate"]): dict(tried) for tried in document["search"]}
     except (OSError, ValueError, KeyError, TypeError):
         return [], []
-    now = {(score.row, score.bits) for score in scores}
+    now = {(score.row, score.bits) for score in searched}
     rows = {row.name: row for row in ROWS}
     kept = [
         score
         for score in found
         if (score.row, score.bits) not in now
         and score.row in rows
-        and score.teacher.get("perplexity") == scores[0].teacher["perplexity"]
+        and score.teacher.get("perplexity") == teacher
         and score.digest
         == trial(extent.laid_over(base, score.bits), rows[score.row], score.bits, score.rate, score.seed).digest
     ]
     of_kept = {(score.row, score.bits) for score in kept}
+    for row, bits in dict.fromkeys((score.row, score.bits) for score in found):
+        if (row, bits) not in of_kept | now:
+            console.print(f"left out: {row} at {bits} of {path}, whose teacher, data or recipe was another")
     return kept, [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import stats
 
-from jobs.bench.rows import BEST, PAPER, ROWS, SMALLEST
+from jobs.bench.rows import BEST, PAPER, ROWS, SMALLEST, WITHOUT_CONTRAST
 from jobs.bench.trials import Score
 from pipeline.front import front as non_dominated
 
@@ -31,6 +31,7 @@ class Interval:
         return f"{self.mean:+.4f}{between}"
 
 
+REFERENCES = (PAPER, BEST, SMALLEST, WITHOUT_CONTRAST)
 METRICS: dict[str, Callable[[Score], float]] = {
     "gap_nats": lambda score: score.gap_nats,
     "kl_nats": lambda score: score.student["kl_nats"],
@@ -41,7 +42,7 @@ METRICS: dict[str, Callable[[Score], float]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table at one width: means over seeds, and each metric's paired difference from other rows."""
+    """One row of the table at one width: means over seeds, and each metric's paired difference from reference rows."""
 
     row: str
     bits: str
@@ -52,17 +53,14 @@ class Line:
     top1_agreement: float
     token_cosine: float
     packed_bytes: int
-    from_paper: dict[str, Interval] | None
-    from_best: dict[str, Interval] | None
-    from_smallest: dict[str, Interval] | None
+    differences: dict[str, dict[str, Interval]]  # by row of `REFERENCES`, then by metric
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
 
     def less(self, reference: str, metric: str = "gap_nats") -> Interval | None:
-        """The paired difference of a metric from that of the row paper, best or smallest; None for that row itself."""
-        found: dict[str, Interval] | None = getattr(self, f"from_{reference}")
-        return found[metric] if found else None
+        """The paired difference of a metric from that of a reference row; None for that row itself."""
+        return self.differences.get(reference, {}).get(metric)
 
 
 def paired(left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nats") -> Interval | None:
@@ -92,22 +90,20 @@ def _line(name: str, rows: dict[str, list[Score]]) -> Line:
     of_row = rows[name]
     untrained = len(of_row) == 1 and len(rows.get(PAPER, ())) > 1
 
-    def differences(reference: str) -> dict[str, Interval] | None:
-        if reference == name or reference not in rows:
-            return None
-        ours = [of_row[0].model_copy(update={"seed": s.seed}) for s in rows[reference]] if untrained else of_row
-        found = {metric: paired(ours, rows[reference], metric) for metric in METRICS}
-        return {metric: interval for metric, interval in found.items() if interval is not None} or None
-
+    differences: dict[str, dict[str, Interval]] = {}
+    for reference in REFERENCES:
+        if reference != name and reference in rows:
+            others = rows[reference]
+            ours = [of_row[0].model_copy(update={"seed": s.seed}) for s in others] if untrained else of_row
+            found = {metric: paired(ours, others, metric) for metric in METRICS}
+            differences[reference] = {metric: interval for metric, interval in found.items() if interval is not None}
     return Line(
         row=name,
         bits=of_row[0].bits,
         rate=of_row[0].rate,
         seeds=len(of_row),
         packed_bytes=of_row[0].packed_bytes,
-        from_paper=differences(PAPER),
-        from_best=differences(BEST),
-        from_smallest=differences(SMALLEST),
+        differences=differences,
         **{metric: fmean(map(value, of_row)) for metric, value in METRICS.items()},
     )
 

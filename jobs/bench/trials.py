@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Iterable, Mapping, Sequence, Set
-from datetime import UTC, datetime
 from typing import Any
 
 from jobs.bench.rows import Row, encoding_of
@@ -65,8 +63,10 @@ class Trial(Closed):
 
     @property
     def digest(self) -> str:
-        """Of the configuration, without what does not change the answer: a score belongs to one of them."""
-        recipe = {name: section for name, section in self.config.items() if name != "resources"}
+        """Of the configuration, without what does not change the answer: a score belongs to one of them. A default
+        that is given counts as one left out."""
+        config = Config.model_validate(self.config)
+        recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources"}, exclude_defaults=True)
         return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
@@ -83,7 +83,7 @@ class Score(Closed):
     student: dict[str, float]
     packed_bytes: int
     token_cosine: float
-    measured: str  # date and kind of machine
+    measured: str  # date and kind of machine of the evaluation
     failure: str = ""
 
     @property
@@ -142,7 +142,7 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
         student=report.student,
         packed_bytes=package.size.packed_bytes,
         token_cosine=cosines[student.best_step],
-        measured=_now_and_here(),
+        measured=f"{report.provenance['date']}, {report.provenance['machine']}",
     )
 
 
@@ -154,34 +154,20 @@ def failed(trial: Trial, message: str) -> Score:
         student={},
         packed_bytes=0,
         token_cosine=0.0,
-        measured=_now_and_here(),
+        measured="",
         failure=message,
     )
 
 
-def _now_and_here() -> str:
-    return f"{datetime.now(UTC).date().isoformat()}, {platform.machine()}"
-
-
 def best_rates(scores: Iterable[Score]) -> dict[tuple[str, str], float]:
-    """By row and width, the learning rate that is best on validation."""
+    """By row and width, the learning rate that is best on validation; none of a row that failed at every rate."""
     best: dict[tuple[str, str], Score] = {}
     for found in scores:
         key = (found.row, found.bits)
-        if key not in best or _nats(found) < _nats(best[key]):
+        if not found.failure and (key not in best or _nats(found) < _nats(best[key])):
             best[key] = found
     return {key: found.rate for key, found in best.items()}
 
 
 def _nats(score: Score) -> float:
     return math.inf if score.validation_nats is None else score.validation_nats
-
-
-def refuse_failures(scores: Sequence[Score], rates: dict[tuple[str, str], float]) -> None:
-    """Raises RunError for a trial that failed at its row's best rate; elsewhere it only lost the search."""
-    for score in scores:
-        if score.failure and score.rate == rates[score.row, score.bits]:
-            raise RunError(
-                f"The row {score.row} at {score.bits}, rate {score.rate:g}, seed {score.seed}, failed: {score.failure} "
-                "The other trials are kept."
-            )

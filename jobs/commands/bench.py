@@ -50,6 +50,10 @@ def quantizers(
         list[str] | None,
         typer.Option(metavar="ROW", help="Only this row, such as best; may be repeated."),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(help="Three rates for each recipe; without, the presets as they are and one rate for the rest."),
+    ] = True,
     workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and pictures go.")] = "bench-quantizers",
@@ -63,7 +67,6 @@ def quantizers(
     """
 
     def work(console: Console) -> dict[str, Any]:
-
         from jobs.bench.quantizers import OPTIONS, Extent, chosen_rows, compare, teacher_fields, with_generated_text
         from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config, load_fields
@@ -75,7 +78,7 @@ def quantizers(
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
         extent = Extent(
-            widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only)
+            widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only), search
         )
         extent.check()
         refuse_decided(overrides or [], OPTIONS)
@@ -151,7 +154,6 @@ def inference(
     """Speed, load time and memory of a packed model: our runtime, fp32, dynamic int8 and llama.cpp, on this machine."""
 
     def work(console: Console) -> dict[str, Any]:
-
         from jobs.bench.inference import compare
         from pipeline.locations import scratch_dir
         from pipeline.resources import Resources

@@ -26,7 +26,7 @@ def found(**changed):
         for name, values in gaps.items()
         for one in scores(name, values)
     ]
-    return {claim.text: claim for claim in claims(lines(table, "2-2-8"), "gpt2")}
+    return {claim.text: claim for claim in claims(lines(table, "2-2-8"), "quickstart")}
 
 
 def of(claims, word):
@@ -49,7 +49,9 @@ def test_all_claims_of_a_table_that_bears_them_out():
         ({"smallest": [0.26, 0.27, 0.28]}, "of smallest is at most", [False]),
         ({"smallest": [0.26, 0.275, 0.28]}, "smallest has the smallest", [True]),  # seq is not ternary
         ({"smallest": [0.40, 0.41, 0.42]}, "smallest has the smallest", [False]),
-        ({"paper_without_contrast": [0.21, 0.22, 0.21]}, "contrast lowers", [False]),  # at a cost
+        ({"paper_without_contrast": [0.21, 0.22, 0.21]}, "contrast at weight 0.1", [False]),  # at a cost
+        ({"paper,_contrast_0.03": [0.33, 0.36, 0.34]}, "contrast at weight 0.03", [True]),  # at no cost that shows
+        ({"paper,_contrast_0.03": [0.36, 0.38, 0.37]}, "contrast at weight 0.03", [False]),
     ],
 )
 def test_a_claim_that_fails_is_said(changed, word, met):
@@ -63,7 +65,7 @@ def test_a_claim_that_fails_is_said(changed, word, met):
     [
         ("best has the smallest", None, "0.1200 nats; next of 5, seq, row, 0.2000"),
         ("smallest has the smallest", None, "0.2000 nats; next of 3, twn, row, 0.2800"),
-        ("contrast lowers", None, "without it the cosine changes by +0.1000, the gap by +0.0300 nats"),
+        ("contrast at weight 0.1", None, "the cosine changes by -0.1000, the gap by -0.0300 nats"),
         ("of best is at most", True, "0.400"),
     ],
 )
@@ -82,5 +84,6 @@ def test_one_seed_is_enough_to_say_that_a_claim_fails():
 def test_wide_widths_are_held_to_the_teachers_perplexity():
     table = [score("best", 0.009, bits="4-4-8"), score("best", 0.004, bits="8-8-8"), score("lsq, row", 0.5)]
     wide = [line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)]
-    assert [(c.met, c.number) for c in claims(wide, "gpt2")] == [(True, "+0.90%"), (False, "+0.40%")]
-    assert [(c.met, c.number) for c in claims(wide, "llama")] == [(True, "+0.90%"), (True, "+0.40%")]
+    assert [(c.met, c.number) for c in claims(wide, "quickstart")] == [(True, "+0.90%"), (False, "+0.40%")]
+    assert claims(wide, "my-model") == []
+    assert [(c.met, c.number) for c in claims(wide, "bench-stories260K")] == [(True, "+0.90%"), (True, "+0.40%")]

@@ -154,12 +154,12 @@ def test_the_table_stands_beside_ours(finished, tiny_config, cloned, monkeypatch
         assert all(str(cell) in line for cell in expected.values())
         two, three = (row["ours"][base.name] for base in bases)
         assert f"{two['perplexity']:.2f}" in line
-        assert two["MiB"] == three["MiB"]
+        assert two[paper.MIB] == three[paper.MIB]
         if row["method"] != paper.FULL:
             assert f"{100 * three['bits_per_byte']:.2f}" in line
     whole = finished.record("evaluate").teacher["perplexity"]
     ours = [row["ours"]["of-2-steps"] for row in document["rows"]]
     assert ours[0]["perplexity"] == pytest.approx(whole)
-    assert ours[0]["MiB"] == finished.record("finetune").fp32_bytes / 2**20
+    assert ours[0][paper.MIB] == finished.record("finetune").fp32_bytes / 2**20
     assert len({found["perplexity"] for found in ours}) == 5
-    assert all(found["MiB"] < ours[0]["MiB"] / 3 for found in ours[1:])
+    assert all(found[paper.MIB] < ours[0][paper.MIB] / 3 for found in ours[1:])

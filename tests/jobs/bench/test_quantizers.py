@@ -12,9 +12,10 @@ import ray
 from typer.testing import CliRunner
 
 from jobs.bench import quantizers, trials
-from jobs.bench.rows import ROWS
+from jobs.bench.rows import ROWS, Row
 from jobs.cli import app
 from pipeline.flow import STAGES
+from tests.jobs.bench.test_summary import score
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FEW = [row for row in ROWS if row.name in ("rounding, row", "paper", "best")]
@@ -64,7 +65,7 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
         gaps = [s["student"]["perplexity"] / s["teacher"]["perplexity"] for s in document["scores"] if s["row"] == name]
         assert len(set(gaps)) == 2  # the seed shows
     for metric in ("gap_nats", "kl_nats", "top1_agreement"):
-        less = table["best"]["from_paper"][metric]
+        less = table["best"]["differences"]["paper"][metric]
         assert less["low"] <= less["mean"] <= less["high"]
     for name in ("front.png", "cosine.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(PNG)
@@ -92,6 +93,57 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
     assert not ray.is_initialized()
 
 
+def test_scores_keep_the_day_they_were_measured_on(small, tmp_path):
+    first = small("--out", "out")
+    assert first.exit_code == 0, first.stderr
+    for path in (tmp_path / "bitmill-store" / "evaluate").rglob("record.json"):
+        record = json.loads(path.read_text())
+        record["provenance"] |= {"date": "2020-02-03", "machine": "another"}
+        path.write_text(json.dumps(record))
+    again = small("--out", "out")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["measured"] == ["2020-02-03, another"]
+
+
+def test_without_a_search_presets_are_as_they_are(small, tmp_path):
+    shown = small("--no-search", "--seeds", 1, "--out", "out")
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    rates = {tried["row"]: tried["rate"] for tried in document["search"]}
+    assert rates == {"rounding, row": 4e-3, "paper": 4e-3, "best": 0.03}
+    assert {line["row"]: line["rate"] for line in document["tables"]["2-2-8"]} == rates
+
+
+def test_a_row_that_diverges_is_left_out_and_named(small, tmp_path, monkeypatch):
+    diverging = Row("diverging", {"quant": {}, "distill": {"vector_lr_scale": 1e30}})
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: (FEW[1], diverging))
+    shown = small("--out", "out")
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    assert [line["row"] for line in document["tables"]["2-2-8"]] == [FEW[1].name]
+    (failed,) = document["failed"]
+    assert (failed["row"], failed["bits"]) == ("diverging", "2-2-8")
+    assert "loss is nan" in failed["failure"]
+    for said in (" ".join(shown.stderr.split()), (tmp_path / "out" / "quantizers.md").read_text()):
+        assert "left out: diverging at 2-2-8 failed at rate 0.002, seed 0: " in said
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: (diverging,))
+    shown = small("--out", "none")
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "Every row failed" in shown.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_row_that_fails_with_one_seed_is_left_out():
+    searched = [score("a", rate=rate, nats=nats) for rate, nats in ((1.0, 3.0), (2.0, 2.0))]
+    searched += [score("b"), score("c", rate=1.0).model_copy(update={"failure": "no", "validation_nats": None})]
+    repeated = [score("a", seed=1, rate=2.0), score("a", seed=2, rate=2.0), score("b", seed=1)]
+    repeated[1] = repeated[1].model_copy(update={"failure": "lost"})
+    rates = trials.best_rates(searched)
+    assert rates == {("a", "2-2-8"): 2.0, ("b", "2-2-8"): 1e-3}
+    found = quantizers._failed(searched, repeated, rates)
+    assert found == {("a", "2-2-8"): "rate 2, seed 2: lost", ("c", "2-2-8"): "rate 1, seed 0: no"}
+
+
 def test_a_table_may_be_made_piece_by_piece(small, tmp_path):
     first = small("--out", "out")
     assert first.exit_code == 0, first.stderr
@@ -106,19 +158,21 @@ def test_a_table_may_be_made_piece_by_piece(small, tmp_path):
         for record in map(json.loads, (path.read_text() for path in records(tmp_path) if path.parts[-3] == "distill"))
     }
     assert trained == {("2-2-8", 3), ("2-2-8", 0), ("4-4-8", 1), ("4-4-8", 0)}
-    other = json.loads(small("--out", "out", "--steps", 6, "--seeds", 1).stdout)
+    shorter = small("--out", "out", "--steps", 6, "--seeds", 1)
+    other = json.loads(shorter.stdout)
     kept = [line["row"] for line in other["tables"]["4-4-8"]]
     assert kept == ["rounding, row"]  # whose trial is the same at any length
+    assert "left out: best at 4-4-8 of out/quantizers.json" in " ".join(shorter.stderr.split())
 
 
 def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
-    score, done = trials.score, []
+    scored, done = trials.score, []
 
     def interrupting(trial, outcome):
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(trial)
-        return score(trial, outcome)
+        return scored(trial, outcome)
 
     monkeypatch.setattr(trials, "score", interrupting)
     stopped = small("--out", "out")
@@ -127,7 +181,7 @@ def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     before = records(tmp_path)
     assert sum(path.parts[-3] == "pack" for path in before) == 5
-    monkeypatch.setattr(trials, "score", score)
+    monkeypatch.setattr(trials, "score", scored)
     whole = small("--out", "out")
     assert whole.exit_code == 0, whole.stderr
     after = records(tmp_path)
@@ -163,6 +217,8 @@ def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monk
         (["nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
         (["--set", "distil.steps=3"], ["distil"]),
         (["--set", "distill.lr=3e-3"], ["distill.lr has no effect", "each row", "distill.warmup_steps"]),
+        (["--set", "distill.seed=3"], ["distill.seed has no effect", "--seeds decides it"]),
+        (["--set", "preset=best"], ["preset has no effect", "each row"]),
         (["--set", "distill.steps=3"], ["distill.steps has no effect", "--steps decides it"]),
         (["--set", "quant.quantizer=lsq"], ["quant.quantizer has no effect", "quant.attention"]),
     ],

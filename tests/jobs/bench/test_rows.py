@@ -25,7 +25,7 @@ def test_names_are_distinct_and_every_quantizer_has_a_row():
     assert len(NAMED) == len(ROWS)
     assert {row.quantizer for row in ROWS} == set(QUANTIZERS)
     assert set(PRESETS) <= set(NAMED)
-    assert [row.name for row in ROWS if not row.trained] == ["rounding, row"]
+    assert [row.name for row in ROWS if not row.trained] == ["rounding, row", "rounding, seq, row"]
 
 
 @pytest.mark.parametrize(
@@ -101,20 +101,26 @@ def test_a_trial_lays_its_values_over_the_base_and_leaves_it_alone(base):
     assert config.resources.model_copy(update={"workers": 1}) == base.resources
 
 
-def test_the_paper_without_contrast_differs_in_contrast_alone(base):
-    with_it, without = (
-        Config.model_validate(trial(base, NAMED[name], "2-2-8", 1e-3, 0).config)
-        for name in (PAPER, "paper without contrast")
-    )
-    assert (with_it.distill.contrast_weight, without.distill.contrast_weight) == (0.1, 0.0)
-    distill = with_it.distill.model_copy(update={"contrast_weight": 0.0})
-    assert with_it.model_copy(update={"distill": distill}) == without
+@pytest.mark.parametrize(("name", "weight"), [("paper without contrast", 0.0), ("paper, contrast 0.03", 0.03)])
+def test_the_papers_rows_differ_in_the_weight_of_contrast_alone(base, name, weight):
+    own, other = (Config.model_validate(trial(base, NAMED[row], "2-2-8", 1e-3, 0).config) for row in (PAPER, name))
+    assert (own.distill.contrast_weight, other.distill.contrast_weight) == (0.1, weight)
+    distill = own.distill.model_copy(update={"contrast_weight": weight})
+    assert own.model_copy(update={"distill": distill}) == other
+
+
+def test_a_trial_is_the_same_whether_a_default_is_given_or_left_out(base):
+    rows = [Row("one", {"quant": {}, "distill": distill}) for distill in ({}, {"gamma_lr": 1e-3}, {"gamma_lr": 2e-3})]
+    left_out, given, other = (trial(base, row, "2-2-8", 1e-3, 0).digest for row in rows)
+    assert left_out == given != other
+    elsewhere = base.model_copy(update={"resources": base.resources.model_copy(update={"micro_batch": 3})})
+    assert trial(elsewhere, rows[0], "2-2-8", 1e-3, 0).digest == left_out
 
 
 @pytest.mark.parametrize("bits", FULL_WIDTHS)
 def test_the_search_costs_every_recipe_the_same(bits):
     assert {len(row.rates(bits)) for row in ROWS if row.trained} == {3}
-    assert len(NAMED["rounding, row"].rates(bits)) == 1
+    assert {len(row.rates(bits)) for row in ROWS if not row.trained} == {1}
     for row in ROWS:
         if row.trained:
             low, middle, high = row.rates(bits)
@@ -123,7 +129,7 @@ def test_the_search_costs_every_recipe_the_same(bits):
 
 def test_the_search_is_around_the_rate_of_the_preset():
     for name in ("best", "smallest"):
-        assert NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["muon_lr"]
+        assert NAMED[name].rate("2-2-8") == NAMED[name].rates("2-2-8")[1] == PRESETS[name]["distill"]["muon_lr"]
         assert max(NAMED[name].rates("8-8-8")) < PRESETS[name]["distill"]["muon_lr"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.bench.pictures import draw_cosines, draw_front, front_figure
+from jobs.bench.pictures import cosine_figure, draw_cosines, draw_front, front_figure
 from jobs.bench.summary import HEADER, METRICS, Interval, Line, cells, front, lines, markdown, paired
 from jobs.bench.trials import Score, best_rates
 
@@ -110,7 +110,11 @@ def test_a_table_goes_from_the_largest_gap_to_the_smallest():
     assert paper.gap_nats == pytest.approx(0.31)
     assert paper.kl_nats == pytest.approx(0.155)
     assert (best.packed_bytes, smallest.packed_bytes) == (120, 80)
-    assert (paper.from_paper, best.from_best, smallest.from_smallest) == (None, None, None)
+    assert [list(line.differences) for line in found] == [
+        ["best", "smallest"],
+        ["paper", "best"],
+        ["paper", "smallest"],
+    ]
     assert best.less("paper").mean == pytest.approx(0.12 - 0.31)
     assert best.less("paper", "kl_nats").mean == pytest.approx((0.12 - 0.31) / 2)
     assert best.less("paper", "top1_agreement") == best.less("paper", "token_cosine") == Interval(0.0)
@@ -134,7 +138,7 @@ def test_an_untrained_row_is_compared_with_every_seed():
 
 def test_a_table_without_references_has_no_differences():
     (found,) = lines(scores("lsq, row", [0.1, 0.2]), "2-2-8")
-    assert (found.from_paper, found.from_best, found.from_smallest) == (None, None, None)
+    assert found.differences == {}
 
 
 def test_cells_say_what_the_line_says():
@@ -148,7 +152,7 @@ def test_cells_say_what_the_line_says():
     assert shown["best"]["same top token"] == "0.7500"
     (single,) = lines([score("x")], "2-2-8")
     everything = dict.fromkeys(METRICS, Interval(0.25))
-    found = dict(zip(HEADER, cells(replace(single, from_paper=everything)), strict=True))
+    found = dict(zip(HEADER, cells(replace(single, differences={"paper": everything})), strict=True))
     assert (found["less paper's"], found["rate"]) == ("+0.2500", "")  # not one of the bench's rows: no search
 
 
@@ -160,7 +164,7 @@ def test_markdown_is_a_table():
 
 
 def line(row, size, gap, bits="2-2-8"):
-    return Line(row, bits, 1e-3, 1, gap, 0.1, 0.9, 0.3, size, None, None, None)
+    return Line(row, bits, 1e-3, 1, gap, 0.1, 0.9, 0.3, size, {})
 
 
 points = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4])), max_size=12)
@@ -193,9 +197,14 @@ def test_the_front_is_what_no_other_row_beats(found):
     ids=["several", "one", "no gap", "eight widths"],
 )
 def test_pictures_are_files(table, tmp_path):
-    figure = front_figure(table, "title")
-    drawn = sum(len(points.get_offsets()) for points in figure.axes[0].collections)
+    (axes,) = front_figure(table, "title").axes
+    drawn = sum(len(points.get_offsets()) for points in axes.collections)
     assert drawn == len(table)  # every row at every width, however many
+    best = front(table)
+    assert axes.lines[0].get_xydata().tolist() == [[line.packed_bytes, line.gap_nats] for line in best]
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [
+        (line.row, (line.packed_bytes, line.gap_nats)) for line in best
+    ]
     draw_front(table, "title", tmp_path / "front.png")
     draw_cosines(table, "title", tmp_path / "cosine.png")
     for name in ("front.png", "cosine.png"):
@@ -214,3 +223,29 @@ def test_the_rate_is_chosen_by_validation_for_each_row_and_width():
     expected = {("a", "2-2-8"): 2e-3, ("a", "4-4-8"): 5e-4, ("b", "2-2-8"): 4e-3}
     assert best_rates(found) == best_rates(found[::-1]) == expected
     assert best_rates([]) == {}
+
+
+def test_what_contrast_does_is_drawn_beside_going_without():
+    found = [
+        one.model_copy(update={"token_cosine": cosine + 0.01 * one.seed})
+        for row, gaps, cosine in (
+            ("paper without contrast", [0.30, 0.32], 0.3),
+            ("paper", [0.33, 0.36], 0.1),
+            ("paper, contrast 0.03", [0.31, 0.33], 0.2),
+            ("best", [0.1, 0.1], 0.5),
+        )
+        for one in scores(row, gaps)
+    ]
+    table = [*lines(found, "2-2-8"), *lines([score("paper", 0.05, bits="4-4-8", cosine=0.25)], "4-4-8")]
+    left, right = cosine_figure(table, "title").axes
+    assert [text.get_text() for text in left.get_xticklabels()] == ["2-2-8", "4-4-8"]
+    heights = [[round(bar.get_height(), 6) for bar in bars] for bars in left.containers]
+    assert [bars.get_label() for bars in left.containers] == ["paper without contrast", "paper, contrast 0.03", "paper"]
+    assert heights == [[0.305], [0.205], [0.105, 0.25]]
+    assert [[round(bar.get_height(), 6) for bar in bars] for bars in right.containers] == [
+        [0.31],
+        [0.32],
+        [0.345, 0.05],
+    ]
+    changes = [[text.get_text().split("\n")[0] for text in axes.texts] for axes in (left, right)]
+    assert changes == [["", "-0.1000", "-0.2000", ""], ["", "+0.0100", "+0.0350", ""]]
