@@ -52,7 +52,7 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
     axes.set_ylabel("gap to the teacher: log(perplexity / teacher's), nats")
     axes.margins(0.12)  # room for the names
     axes.grid(visible=True, which="both", linewidth=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     return figure
 
 

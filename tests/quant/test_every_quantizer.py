@@ -207,7 +207,7 @@ def test_a_few_steps_down_the_error_lower_it(name, bits, granularity):
         optimizer.step()
         quantizer.after_step(latent, optimizer.state[latent]["exp_avg_sq"])
         errors.append(error.item())
-    assert min(errors[-5:]) < errors[0]
+    assert min(errors[-5:]) < 0.65 * errors[0]
 
 
 @each_quantizer

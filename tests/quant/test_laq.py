@@ -116,8 +116,9 @@ def test_curvature_needs_moments():
         make("laq", weight, 2, "row").after_step(weight, None)
 
 
-@each_case
-def test_the_published_start_leads_to_a_step_as_good_as_the_searched_one(name, bits, granularity):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_mean_magnitude_as_start_leads_to_a_step_nearly_as_good_as_the_searched_one(bits, granularity):
     weight, _ = example()
     w, d, n = weight.numpy(), np.ones_like(weight.numpy()), 2 ** (bits - 1) - 1
     errors = {}
@@ -126,7 +127,7 @@ def test_the_published_start_leads_to_a_step_as_good_as_the_searched_one(name, b
         for _ in range(20):
             quantizer.after_step(weight, None)
         errors[start] = objective(w, quantizer.size.detach().numpy() * n, d, bits, granularity).sum()
-    assert errors["one"] <= 4 * errors["auto"]
+    assert errors["one"] <= 1.3 * errors["auto"]
 
 
 @pytest.mark.parametrize("seed", range(8))
