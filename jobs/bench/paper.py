@@ -239,8 +239,8 @@ def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
     ]
     console.print(f"Table {number} at the paper's scale needs {table.needs}. We have not run it.", highlight=False)
     console.print(
-        "GPUs of 24 GB and more; hours of one for a cell, by arithmetic (6 operations a parameter and token, "
-        f"{SUSTAINED:.0e} a second, the teacher's own training not counted):"
+        "GPUs of 24 GB by our estimate; hours of one for a cell by arithmetic (6 operations a parameter and token, "
+        f"{SUSTAINED / 1e12:g} trillion a second, the teacher's own training not counted):"
     )
     for full in table.full:
         console.print(f"  {full.config}: {full.gpu_hours:.1f} hours, set up for {full.gpus}", highlight=False)
