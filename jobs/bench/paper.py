@@ -5,8 +5,10 @@ Every cell of the paper says whether we saw it in a public source or recall it; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -36,7 +38,10 @@ class Cell:
     seen: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value:g} ({'s' if self.seen else 'r'})"
+        return "" if math.isnan(self.value) else f"{self.value:g} ({'s' if self.seen else 'r'})"
+
+
+NOT_GIVEN = Cell(math.nan)
 
 
 def _cells(seen: str, *values: float) -> tuple[Cell, ...]:
@@ -46,24 +51,24 @@ def _cells(seen: str, *values: float) -> tuple[Cell, ...]:
 
 # Columns: size in MiB, perplexity on WikiText-2, PTB and WikiText-103, accuracy on Persona-Chat. The paper gives the
 # sizes of its own method alone.
-TABLE_1: dict[tuple[str, str], tuple[Cell | None, ...]] = {
+TABLE_1: dict[tuple[str, str], tuple[Cell, ...]] = {
     (FULL, "32"): _cells("rsrrs", 474.9, 14.48, 14.72, 14.19, 77.01),
     ("quantgpt", "8-8-8"): _cells("rsssr", 121.4, 15.31, 14.90, 14.58, 76.12),
     ("quantgpt", "4-4-8"): _cells("rrrrs", 62.4, 15.55, 14.95, 15.31, 76.57),
     ("quantgpt", "2-2-8"): _cells("ssrss", 33.0, 17.30, 16.12, 16.98, 74.78),
-    ("pact", "8-8-8"): (None, *_cells("srsr", 17.49, 16.11, 16.76, 74.73)),
-    ("pact", "4-4-8"): (None, *_cells("rrrr", 19.23, 20.17, 20.15, 25.13)),
-    ("pact", "2-2-8"): (None, *_cells("rrrs", 173.02, 189.13, 171.03, 5.52)),
-    ("lsq", "8-8-8"): (None, *_cells("rrrr", 16.75, 15.43, 15.24, 75.28)),
-    ("lsq", "4-4-8"): (None, *_cells("rrrr", 78.99, 79.76, 75.12, 45.10)),
-    ("lsq", "2-2-8"): (None, *_cells("rrrs", 847.54, 544.98, 1470.86, 5.54)),
-    ("laq", "8-8-8"): (None, *_cells("ssss", 16.91, 15.87, 15.88, 76.02)),
-    ("laq", "4-4-8"): (None, *_cells("rrrr", 17.12, 16.55, 16.91, 71.17)),
-    ("laq", "2-2-8"): (None, *_cells("rrrr", 19.15, 18.25, 18.97, 71.36)),
+    ("pact", "8-8-8"): (NOT_GIVEN, *_cells("srsr", 17.49, 16.11, 16.76, 74.73)),
+    ("pact", "4-4-8"): (NOT_GIVEN, *_cells("rrrr", 19.23, 20.17, 20.15, 25.13)),
+    ("pact", "2-2-8"): (NOT_GIVEN, *_cells("rrrs", 173.02, 189.13, 171.03, 5.52)),
+    ("lsq", "8-8-8"): (NOT_GIVEN, *_cells("rrrr", 16.75, 15.43, 15.24, 75.28)),
+    ("lsq", "4-4-8"): (NOT_GIVEN, *_cells("rrrr", 78.99, 79.76, 75.12, 45.10)),
+    ("lsq", "2-2-8"): (NOT_GIVEN, *_cells("rrrs", 847.54, 544.98, 1470.86, 5.54)),
+    ("laq", "8-8-8"): (NOT_GIVEN, *_cells("ssss", 16.91, 15.87, 15.88, 76.02)),
+    ("laq", "4-4-8"): (NOT_GIVEN, *_cells("rrrr", 17.12, 16.55, 16.91, 71.17)),
+    ("laq", "2-2-8"): (NOT_GIVEN, *_cells("rrrr", 19.15, 18.25, 18.97, 71.36)),
 }
 
 # Columns: size in MiB, ROUGE-1, ROUGE-2, ROUGE-L of BART base on XSum.
-TABLE_3: dict[tuple[str, str], tuple[Cell | None, ...]] = {
+TABLE_3: dict[tuple[str, str], tuple[Cell, ...]] = {
     (FULL, "32"): _cells("srrr", 532.0, 40.75, 18.10, 33.05),
     ("quantgpt", "8-8-8"): _cells("srrr", 138.1, 40.25, 17.78, 32.70),
     ("quantgpt", "4-4-8"): _cells("rrrr", 72.4, 40.24, 17.71, 32.69),
@@ -87,21 +92,22 @@ class Full:
     parameters: float
     tokens: float
     gpus: int = 1
+    operations: int = 6  # forward and backward; two more where the teacher runs in the step
 
     @property
     def gpu_hours(self) -> float:
-        """By arithmetic: 6 floating-point operations a parameter and token, `SUSTAINED` a second."""
-        return 6 * self.parameters * self.tokens / SUSTAINED / 3600
+        """By arithmetic: `operations` a parameter and token, `SUSTAINED` a second."""
+        return self.operations * self.parameters * self.tokens / SUSTAINED / 3600
 
 
-SUSTAINED = 3e13  # operations a second of a data-centre GPU in mixed precision, an assumption
+SUSTAINED = 1e13  # floating-point operations a second of a data-centre GPU in fp32, an assumption
 
 
 @dataclass(frozen=True)
 class PaperTable:
     """A table, its columns, and the configurations that stand for it here."""
 
-    cells: dict[tuple[str, str], tuple[Cell | None, ...]]
+    cells: dict[tuple[str, str], tuple[Cell, ...]]
     columns: tuple[str, ...]
     tiny: tuple[Tiny, ...]
     full: tuple[Full, ...]
@@ -120,7 +126,7 @@ TABLES: dict[TableNumber, PaperTable] = {
             Full("configs/gpt2-wikitext2.yaml", 124e6, 80 * 2.4e6),
             Full("configs/gpt2-ptb.yaml", 124e6, 120 * 1.1e6),
             Full("configs/gpt2-wikitext103.yaml", 124e6, 8 * 118e6, gpus=4),
-            Full("configs/gpt2-personachat.yaml", 124e6, 2 * 131e3 * 4 * 256),
+            Full("configs/gpt2-personachat.yaml", 124e6, 2 * 131e3 * 4 * 256, operations=8),
         ),
         "GPT-2 small (124M parameters), WikiText-2, PTB, WikiText-103 and Persona-Chat from the Hugging Face hub: 80, "
         "120, 8 and 2 epochs of 2.4, 1.1 and 118 million tokens and 131,000 examples of 4 replies",
@@ -141,13 +147,13 @@ def rows_of(table: PaperTable, negatives: int) -> dict[str, Row]:
     """The paper's methods as recipes: its own preset, and the others per matrix without contrast."""
     methods = dict.fromkeys(method for method, _ in table.cells if method != FULL)
     own = PRESETS["paper"]
-    rows = {"quantgpt": Row("quantgpt", {**own, "distill": {**own["distill"], "negatives": negatives}})}
-    others = {"granularity": "tensor"}
-    return {ROUNDING: named(ROUNDING)} | {
-        method: rows.get(method)
-        or Row(method, {"quant": {"quantizer": method, **others}, "distill": {"contrast_weight": 0.0}})
-        for method in methods
-    }
+    papers = {**own, "distill": {**own["distill"], "negatives": negatives}}
+
+    def of(method: str) -> dict[str, dict[str, Any]]:
+        quant = {"quantizer": method, "granularity": "tensor"}
+        return papers if method == "quantgpt" else {"quant": quant, "distill": {"contrast_weight": 0.0}}
+
+    return {ROUNDING: named(ROUNDING)} | {method: Row(method, of(method)) for method in methods}
 
 
 def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> dict[str, Any]:
@@ -162,10 +168,11 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
     widths = dict.fromkeys(bits for method, bits in table.cells if method != FULL)
     cells = {**table.cells, **{(ROUNDING, bits): () for bits in widths}}
     ours = [_scored(table, base, [key for key in cells if key[0] != FULL], console) for base in bases]
+    stems = [Path(tiny.config).stem for tiny in table.tiny]
     _print(number, bases, cells, ours, console)
     return {
         "table": number,
-        "configurations": [base.name for base in bases],
+        "configurations": list(stems),
         "rows": [
             {
                 "method": method,
@@ -173,9 +180,9 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
                 "paper": {
                     column: {"value": cell.value, "seen": cell.seen}
                     for column, cell in zip(table.columns, known, strict=False)
-                    if cell is not None
+                    if cell is not NOT_GIVEN
                 },
-                "ours": {base.name: found[method, bits] for base, found in zip(bases, ours, strict=True)},
+                "ours": {stem: found[method, bits] for stem, found in zip(stems, ours, strict=True)},
             }
             for (method, bits), known in cells.items()
         ],
@@ -205,7 +212,7 @@ def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], co
 def _print(
     number: TableNumber,
     bases: Sequence[Config],
-    cells: dict[tuple[str, str], tuple[Cell | None, ...]],
+    cells: dict[tuple[str, str], tuple[Cell, ...]],
     ours: Sequence[Found],
     console: Console,
 ) -> None:
@@ -216,11 +223,15 @@ def _print(
         "method",
         "bits",
         *(f"paper: {column}" for column in table.columns),
-        *(f"ours: {name}{', %' if times == 100 else ''}" for group in columns for name, times in group.items()),
+        *(
+            f"{Path(tiny.config).stem}: {name}{', %' if times == 100 else ''}"
+            for tiny, group in zip(table.tiny, columns, strict=True)
+            for name, times in group.items()
+        ),
         title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {rates}, one seed",
     )
     for key, known in cells.items():
-        printed = ["" if cell is None else str(cell) for cell in known] or [""] * len(table.columns)
+        printed = [*map(str, known)] or [""] * len(table.columns)
         for group, found in zip(columns, ours, strict=True):
             values = found[key]
             printed += ["failed" if values is None else f"{times * values[n]:.2f}" for n, times in group.items()]
@@ -240,10 +251,11 @@ def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
     console.print(f"Table {number} at the paper's scale needs {table.needs}. We have not run it.", highlight=False)
     console.print(
         "GPUs of 24 GB by our estimate; hours of one for a cell by arithmetic (6 operations a parameter and token, "
-        f"{SUSTAINED / 1e12:g} trillion a second, the teacher's own training not counted):"
+        f"8 with the teacher in the step; {SUSTAINED / 1e12:g} trillion a second in fp32; the teacher's own training "
+        "not counted):"
     )
     for full in table.full:
-        console.print(f"  {full.config}: {full.gpu_hours:.1f} hours, set up for {full.gpus}", highlight=False)
+        console.print(f"  {full.config}: {full.gpu_hours:.1f} GPU hours, set up for {full.gpus}", highlight=False)
     console.print("The commands, one a cell:")
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -128,8 +128,10 @@ def _failed(
     searched: Sequence[Score], repeated: Sequence[Score], rates: dict[tuple[str, str], float]
 ) -> dict[tuple[str, str], str]:
     """Rows that have no place in a table, and why: each rate failed, or a seed at the best one."""
-    failures = [s for s in searched if (s.row, s.bits) not in rates] + [s for s in repeated if s.failure]
-    return {(s.row, s.bits): f"rate {s.rate:g}, seed {s.seed}: {s.failure}" for s in reversed(failures)}
+    found: dict[tuple[str, str], str] = {}
+    for s in (*(s for s in searched if (s.row, s.bits) not in rates), *(s for s in repeated if s.failure)):
+        found.setdefault((s.row, s.bits), f"rate {s.rate:g}, seed {s.seed}: {s.failure}")
+    return found
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
@@ -173,11 +175,11 @@ def _report(
     console: Console,
 ) -> dict[str, Any]:
     teacher = sound[0].teacher["perplexity"]
-    scores, search = _earlier(out / RESULTS, base, extent, searched, teacher, console)
-    scores, search = [*scores, *sound], [*search, *map(_tried, searched)]
-    tables = {bits: lines(scores, bits) for bits in dict.fromkeys(score.bits for score in scores)}
+    kept, search, failed_before = _earlier(out / RESULTS, base, extent, searched, teacher, console)
+    scores, search, failed = [*kept, *sound], [*search, *map(_tried, searched)], {**failed_before, **failed}
+    tables = {bits: lines(scores, bits, search) for bits in dict.fromkeys(score.bits for score in scores)}
     everything = [line for table in tables.values() for line in table]
-    checked = claims(everything, base.name)
+    checked = claims(everything, base.name, failed)
     document = {
         "name": base.name,
         "teacher_perplexity": teacher,
@@ -218,15 +220,19 @@ def _tried(score: Score) -> dict[str, Any]:
 
 def _earlier(
     path: Path, base: Config, extent: Extent, searched: Sequence[Score], teacher: float, console: Console
-) -> tuple[list[Score], list[dict[str, Any]]]:
+) -> tuple[list[Score], list[dict[str, Any]], dict[tuple[str, str], str]]:
     """Scores of earlier benches in the same folder, of rows and widths not run now, if the same trial would be run
-    today, and the searches behind them: a table may be made piece by piece. Says which are left out."""
+    today, the searches behind them, and what failed: a table may be made piece by piece. Says which are left out."""
+    if not path.exists():
+        return [], [], {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = [Score.model_validate(score) for score in document["scores"]]
         search = {(tried["row"], tried["bits"], tried["rate"]): dict(tried) for tried in document["search"]}
+        failed = {(f["row"], f["bits"]): str(f["failure"]) for f in document["failed"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return [], []
+        console.print(f"left out: all of {path}, which this version does not read")
+        return [], [], {}
     now = {(score.row, score.bits) for score in searched}
     rows = {row.name: row for row in ROWS}
     kept = [
@@ -242,7 +248,11 @@ def _earlier(
     for row, bits in dict.fromkeys((score.row, score.bits) for score in found):
         if (row, bits) not in of_kept | now:
             console.print(f"left out: {row} at {bits} of {path}, whose teacher, data or recipe was another")
-    return kept, [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept]
+    return (
+        kept,
+        [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept],
+        {key: failure for key, failure in failed.items() if key not in now},
+    )
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:

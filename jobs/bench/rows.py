@@ -29,7 +29,7 @@ class Row:
         return "muon_lr" if self.sections.get("distill", {}).get("optimizer") == "muon" else "lr"
 
     def rate(self, bits: str) -> float:
-        """What suits its optimizer and the width; a preset's own.
+        """What suits its optimizer and the width; of best and smallest their own.
 
         Training moves weights by steps that 4 and 8 bits resolve, so those want smaller rates.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -31,6 +31,7 @@ class Interval:
         return f"{self.mean:+.4f}{between}"
 
 
+UNTRAINED = frozenset(row.name for row in ROWS if not row.trained)
 REFERENCES = (PAPER, BEST, SMALLEST, WITHOUT_CONTRAST)
 METRICS: dict[str, Callable[[Score], float]] = {
     "gap_nats": lambda score: score.gap_nats,
@@ -47,6 +48,7 @@ class Line:
     row: str
     bits: str
     rate: float
+    tried: tuple[float, ...]  # by its search, from the lowest
     seeds: int
     gap_nats: float
     kl_nats: float
@@ -76,19 +78,23 @@ def paired(left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nat
     return Interval(fmean(differences), float(low), float(high))
 
 
-def lines(scores: Sequence[Score], bits: str) -> list[Line]:
-    """The table at one width, from the largest gap to the smallest."""
+def lines(scores: Sequence[Score], bits: str, search: Sequence[Mapping[str, Any]] = ()) -> list[Line]:
+    """The table at one width, from the largest gap to the smallest. `search` has row, bits and rate of all tried."""
     rows: dict[str, list[Score]] = {}
     for score in scores:
         if score.bits == bits:
             rows.setdefault(score.row, []).append(score)
-    found = [_line(name, rows) for name in rows]
+    tried: dict[str, set[float]] = {name: set() for name in rows}
+    for one in search:
+        if one["bits"] == bits and one["row"] in rows:
+            tried[one["row"]].add(one["rate"])
+    found = [_line(name, rows, tuple(sorted(tried[name]))) for name in rows]
     return sorted(found, key=lambda line: -line.gap_nats)
 
 
-def _line(name: str, rows: dict[str, list[Score]]) -> Line:
+def _line(name: str, rows: dict[str, list[Score]], tried: tuple[float, ...]) -> Line:
     of_row = rows[name]
-    untrained = len(of_row) == 1 and len(rows.get(PAPER, ())) > 1
+    untrained = name in UNTRAINED
 
     differences: dict[str, dict[str, Interval]] = {}
     for reference in REFERENCES:
@@ -101,6 +107,7 @@ def _line(name: str, rows: dict[str, list[Score]]) -> Line:
         row=name,
         bits=of_row[0].bits,
         rate=of_row[0].rate,
+        tried=tried,
         seeds=len(of_row),
         packed_bytes=of_row[0].packed_bytes,
         differences=differences,
@@ -132,10 +139,11 @@ def cells(line: Line) -> tuple[str, ...]:
 
 
 def _rate(line: Line) -> str:
-    """The rate that validation chose, with a mark where it is the lowest or highest that was tried."""
-    tried = next((row.rates(line.bits) for row in ROWS if row.name == line.row and row.trained), ())
-    mark = {0: " (lowest)", len(tried) - 1: " (highest)"}.get(tried.index(line.rate), "") if line.rate in tried else ""
-    return f"{line.rate:g}{mark}" if tried else ""
+    """The rate that validation chose, of how many, with a mark where it is the lowest or highest of them."""
+    if line.row in UNTRAINED:
+        return ""
+    ends = {line.tried[0]: "the lowest ", line.tried[-1]: "the highest "} if len(line.tried) > 1 else {}
+    return f"{line.rate:g}" + (f" ({ends.get(line.rate, '')}of {len(line.tried)})" if line.tried else "")
 
 
 def _interval(interval: Interval | None) -> str:

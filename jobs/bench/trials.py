@@ -16,7 +16,7 @@ from pipeline import flow
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
-from pipeline.identity import canonical_json
+from pipeline.identity import canonical_json, recipe_of
 from pipeline.observer import Silent
 from pipeline.presets import at_width
 from pipeline.records import Advance, Closed, Package, Report, Student
@@ -63,10 +63,10 @@ class Trial(Closed):
 
     @property
     def digest(self) -> str:
-        """Of the configuration, without what does not change the answer: a score belongs to one of them. A default
-        that is given counts as one left out."""
-        config = Config.model_validate(self.config)
-        recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources"}, exclude_defaults=True)
+        """Of the configuration with its defaults, without what does not change the answer: a score belongs to one of
+        them. Versions of the stages are no part of it, as they are of the steps' keys."""
+        recipe = recipe_of(Config.model_validate(self.config))
+        del recipe["resources"]
         return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
@@ -142,7 +142,7 @@ def score(trial: Trial, done: dict[str, Done]) -> Score:
         student=report.student,
         packed_bytes=package.size.packed_bytes,
         token_cosine=cosines[student.best_step],
-        measured=f"{report.provenance['date']}, {report.provenance['machine']}",
+        measured=", ".join(report.provenance.get(name, "") for name in ("date", "machine")),
     )
 
 

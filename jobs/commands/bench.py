@@ -52,7 +52,7 @@ def quantizers(
     ] = None,
     search: Annotated[
         bool,
-        typer.Option(help="Three rates for each recipe; without, the presets as they are and one rate for the rest."),
+        typer.Option(help="Three rates for each recipe; without it one, of best and smallest their own."),
     ] = True,
     workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
     overrides: Overrides = None,
@@ -114,9 +114,11 @@ def paper(
 
         if table not in TABLES or scale not in ("tiny", "full"):
             raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
-        if scale == "full":
-            return requirements(table, console)
         refuse_decided(overrides or [], {}, OWN)
+        if scale == "full":
+            if overrides:
+                raise ConfigError(f"--set {overrides[0]} has no effect with --scale full, which runs nothing.")
+            return requirements(table, console)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         bases = [load_config(tiny.config, chosen, environment()) for tiny in TABLES[table].tiny]
         return beside(table, bases, console)

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from jobs.bench.paper import TABLE_1, TABLE_3
+from jobs.bench.paper import FULL, TABLE_1, TABLE_3, Cell
 from jobs.report.values import Content, Costing, Mark, Shown
 from pipeline.trials import LARGER_IS_BETTER
 
@@ -17,15 +17,11 @@ INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", 
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 SHORT = 24  # characters of a label beside its point
 WIDE = 4.0  # ratio of the largest to the smallest value, above which the axis is logarithmic
-# Bytes of the paper's models by its own counting, MiB, as it compresses them: (full precision, quantized).
-PAPER_MIB = {"8-8-8": 121.3, "4-4-8": 62.4, "2-2-8": 33.0}
-PAPER_FULL_MIB = 474.7
-BART_MIB = {"8-8-8": 138.1, "4-4-8": 72.4, "2-2-8": 39.6}
-BART_FULL_MIB = 532.0
-PUBLISHED: dict[str, tuple[Any, int, dict[str, float], float, str]] = {
-    "perplexity": (TABLE_1, 0, PAPER_MIB, PAPER_FULL_MIB, "GPT-2, WikiText-2"),
-    "accuracy": (TABLE_1, 3, PAPER_MIB, PAPER_FULL_MIB, "GPT-2, Persona-Chat"),
-    "rougeL": (TABLE_3, 2, BART_MIB, BART_FULL_MIB, "BART, XSum"),
+# By measure: the paper's table, the column there, and what it was measured on. The first column has sizes in MiB.
+PUBLISHED: dict[str, tuple[dict[tuple[str, str], tuple[Cell, ...]], int, str]] = {
+    "perplexity": (TABLE_1, 1, "GPT-2, WikiText-2"),
+    "accuracy": (TABLE_1, 4, "GPT-2, Persona-Chat"),
+    "rougeL": (TABLE_3, 3, "BART, XSum"),
 }
 
 
@@ -33,15 +29,16 @@ def paper_marks(content: Content) -> list[Mark]:
     """Where the paper's students would be if they stood to this teacher as they do to theirs, in bytes and measure."""
     if content.measure not in PUBLISHED or content.measure not in content.teacher:
         return []
-    table, column, sizes, full, data = PUBLISHED[content.measure]
-    own = table["full precision", "32"][column].value
+    table, column, data = PUBLISHED[content.measure]
+    full = table[FULL, "32"]
     return [
         Mark(
             f"paper {bits} ({data})",
-            content.teacher_bytes * mib / full,
-            content.teacher[content.measure] * table["quantgpt", bits][column].value / own,
+            content.teacher_bytes * cells[0].value / full[0].value,
+            content.teacher[content.measure] * cells[column].value / full[column].value,
         )
-        for bits, mib in sizes.items()
+        for (method, bits), cells in table.items()
+        if method == "quantgpt"
     ]
 
 

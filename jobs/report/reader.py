@@ -36,6 +36,7 @@ KINDS: dict[str, type[Record]] = {
 }
 ENDS = (ModelVersion, Package, Report)  # what a run may end with to be reported
 MEASURES = {"summarization": "rougeL", "next_utterance": "accuracy"}
+OF_THE_TEACHER_ALONE = ("date", "machine", "seconds", "workers")
 RECIPE_KNOBS = {
     "quant": ("bits", "quantizer", "granularity", "overrides"),
     "distill": ("steps", "epochs", "batch_size", "optimizer", "lr", "muon_lr", "contrast_weight", "seed"),
@@ -196,7 +197,7 @@ def content(title: str, kind: str, key: str, ones: list[Shown], steps: Steps) ->
         shown=tuple(ones),
         teacher_curve=curve(_json(*steps[Teacher.stage], "history.json")),
         shared_costs=costs(steps[stage][0] for stage in SHARED if stage in steps),
-        provenance={k: v for k, v in teacher.provenance.items() if k not in ("seconds", "workers")},
+        provenance={k: v for k, v in teacher.provenance.items() if k not in OF_THE_TEACHER_ALONE},
     )
 
 

@@ -81,6 +81,17 @@ def test_one_seed_is_enough_to_say_that_a_claim_fails():
     assert of(made, "best has the smallest") == [False]
 
 
+def test_a_preset_that_failed_is_a_claim_that_is_not_met():
+    table = lines([score("paper", 0.3), score("twn, row", 0.2)], "2-2-8")
+    found = claims(table, "my-model", {("best", "2-2-8"): "no", ("lsq, row", "2-2-8"): "no"})
+    assert [str(claim) for claim in found] == ["NOT met: 2-2-8: best trains: it failed"]
+
+
+def test_of_a_student_better_than_its_teacher_no_share_is_met_by_a_worse_one():
+    made = found(paper=[-0.015, -0.014, -0.016])
+    assert of(made, "of best is at most") == [False]
+
+
 def test_wide_widths_are_held_to_the_teachers_perplexity():
     table = [score("best", 0.009, bits="4-4-8"), score("best", 0.004, bits="8-8-8"), score("lsq, row", 0.5)]
     wide = [line for bits in ("4-4-8", "8-8-8", "2-2-8") for line in lines(table, bits)]

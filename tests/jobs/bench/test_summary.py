@@ -126,7 +126,7 @@ def test_a_table_goes_from_the_largest_gap_to_the_smallest():
 
 
 def test_an_untrained_row_is_compared_with_every_seed():
-    found = {line.row: line for line in lines(table(score("rounding", 0.9)), "2-2-8")}["rounding"]
+    found = {line.row: line for line in lines(table(score("rounding, row", 0.9)), "2-2-8")}["rounding, row"]
     differences = 0.9 - np.array([0.30, 0.32, 0.31])
     half = T_975[2] * differences.std(ddof=1) / math.sqrt(3)
     assert found.seeds == 1
@@ -136,16 +136,24 @@ def test_an_untrained_row_is_compared_with_every_seed():
     assert (less.low, less.high) == pytest.approx((differences.mean() - half, differences.mean() + half), rel=1e-3)
 
 
+def test_a_trained_row_of_one_seed_has_no_interval():
+    found = {line.row: line for line in lines(table(score("lsq, row", 0.9)), "2-2-8")}["lsq, row"]
+    assert found.less("paper") == Interval(pytest.approx(0.6))
+
+
 def test_a_table_without_references_has_no_differences():
     (found,) = lines(scores("lsq, row", [0.1, 0.2]), "2-2-8")
     assert found.differences == {}
 
 
 def test_cells_say_what_the_line_says():
-    shown = {line.row: dict(zip(HEADER, cells(line), strict=True)) for line in lines(table(), "2-2-8")}
+    tried = {"paper": (4e-3, 2e-3, 8e-3), "best": (0.03,), "smallest": (5e-4, 1e-3, 2e-3)}
+    search = [{"row": row, "bits": "2-2-8", "rate": rate} for row, rates in tried.items() for rate in rates]
+    search.append({"row": "best", "bits": "4-4-8", "rate": 0.01})
+    shown = {line.row: dict(zip(HEADER, cells(line), strict=True)) for line in lines(table(), "2-2-8", search)}
     assert shown["paper"]["gap, nats"] == "0.3100"
     assert shown["paper"]["less paper's"] == ""
-    assert (shown["paper"]["rate"], shown["best"]["rate"]) == ("0.002 (lowest)", "0.03")
+    assert [shown[row]["rate"] for row in tried] == ["0.002 (the lowest of 3)", "0.03 (of 1)", "0.001 (of 3)"]
     assert (shown["paper"]["seeds"], shown["best"]["less smallest's"][:7]) == ("3", "**-0.10")
     assert shown["best"]["less paper's"].startswith("**-0.1900 [-0.")  # bold: the interval is without zero
     assert shown["best"]["bytes"] == "120"
@@ -153,7 +161,7 @@ def test_cells_say_what_the_line_says():
     (single,) = lines([score("x")], "2-2-8")
     everything = dict.fromkeys(METRICS, Interval(0.25))
     found = dict(zip(HEADER, cells(replace(single, differences={"paper": everything})), strict=True))
-    assert (found["less paper's"], found["rate"]) == ("+0.2500", "")  # not one of the bench's rows: no search
+    assert (found["less paper's"], found["rate"]) == ("+0.2500", "0.001")
 
 
 def test_markdown_is_a_table():
@@ -164,7 +172,7 @@ def test_markdown_is_a_table():
 
 
 def line(row, size, gap, bits="2-2-8"):
-    return Line(row, bits, 1e-3, 1, gap, 0.1, 0.9, 0.3, size, {})
+    return Line(row, bits, 1e-3, (), 1, gap, 0.1, 0.9, 0.3, size, {})
 
 
 points = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4])), max_size=12)
