@@ -120,7 +120,7 @@ def paper(
                 raise ConfigError(f"--set {overrides[0]} has no effect with --scale full, which runs nothing.")
             return requirements(table, console)
         chosen = [*(overrides or []), f"resources.workers={workers}"]
-        bases = [load_config(tiny.config, chosen, environment()) for tiny in TABLES[table].tiny]
+        bases = [load_config(tiny.config, [*tiny.overrides, *chosen], environment()) for tiny in TABLES[table].tiny]
         return beside(table, bases, console)
 
     execute(work, as_json, debug)

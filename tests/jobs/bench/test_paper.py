@@ -72,7 +72,7 @@ def test_every_row_is_a_recipe_at_its_width(number):
     table = TABLES[number]
     assert len(next(iter(table.cells.values()))) == len(table.columns)
     for tiny in table.tiny:
-        base = load_config(ROOT / tiny.config)
+        base = load_config(ROOT / tiny.config, list(tiny.overrides))
         rows = rows_of(table, base.distill.negatives)
         for method, bits in table.cells:
             if method == paper.FULL:
