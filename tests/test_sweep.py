@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
     guess = estimate(planned)
     assert (guess.trials, guess.left) == (3, 2)
     trials = list(cloned.glob("store/sweep/*/trials/*.json"))
-    (first,) = [path.stat().st_mtime_ns for path in trials if json.loads(path.read_text())["status"] == "done"]
+    (first,) = [path.stat().st_mtime_ns for path in trials if json.loads(path.read_text())["trial"]["status"] == "done"]
     found = sweep.run(planned, Recorder())
     assert [trial.status for trial in found.trials] == ["done"] * 3
     assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/trials/*.json")}
