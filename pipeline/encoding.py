@@ -24,6 +24,7 @@ from pipeline.quant.packing import pack, packed_columns, unpack
 from pipeline.quant.spec import Encoding, Levels, QuantSpec, grid
 
 NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
+NO_MEMORY = "can't allocate memory"  # of torch's RuntimeError, which has no type of its own on a CPU
 SHIPPED = (torch.float32, torch.float16, torch.bfloat16)  # types of scales and of what is not quantized
 SPARED = ("final_logits_bias",)  # BART's, zero in every model that did not set it: not stored while it is zero
 
@@ -34,12 +35,15 @@ def damage_of(path: Path) -> Iterator[None]:
 
     Raises:
         DamagedError: in place of it, with the cause.
+        MemoryError: the machine has too little memory for it.
     """
     try:
         yield
     except NOT_DAMAGE:
         raise
     except Exception as error:
+        if NO_MEMORY in str(error):
+            raise MemoryError(f"{path} needs more memory than there is: {error}") from error
         raise DamagedError(f"{path} is damaged: {error}") from error
 
 

@@ -32,9 +32,16 @@ METHOD = "bitmill"
 
 @register_quantization_config(METHOD)
 class BitmillConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The quantization_config of a package, as it stands in config.json."""
+    """The quantization_config of a package, as it stands in config.json.
+
+    Raises:
+        DamagedError: a key that would stand in the place of a method.
+    """
 
     def __init__(self, **fields: Any) -> None:
+        shadowing = [name for name in fields if hasattr(type(self), name)]
+        if shadowing:
+            raise DamagedError(f"quantization_config in {CONFIG} has a key {shadowing[0]!r}, which no package sets.")
         self.__dict__.update(fields)
         self.quant_method = METHOD
 

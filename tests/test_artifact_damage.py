@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
+from pipeline.encoding import damage_of
 from pipeline.errors import BitmillError, DamagedError, RunError
 from pipeline.store import checksum
 from tests.packages import signed
@@ -305,3 +306,10 @@ def test_a_manifest_without_a_digest_is_refused(package):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(BitmillError, match="nowhere"):
         pipeline.load(tmp_path / "nowhere")
+
+
+def test_too_little_memory_is_not_called_damage(tmp_path):
+    with pytest.raises(MemoryError, match="package needs more memory than there is"), damage_of(tmp_path / "package"):
+        torch.empty(1 << 55)
+    with pytest.raises(DamagedError, match="package is damaged"), damage_of(tmp_path / "package"):
+        torch.empty(-1)

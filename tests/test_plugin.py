@@ -216,6 +216,16 @@ def test_both_ways_refuse_what_no_package_sets(tmp_path, name):
             load(package)
 
 
+@pytest.mark.parametrize("name", ["to_dict", "update", "__class__"])
+def test_both_ways_refuse_a_setting_in_the_place_of_a_method(tmp_path, name):
+    package = packed(tmp_path / "package", "gpt2")
+    in_config(**{name: 1})(package)
+    signed(package)
+    for load in (pipeline.load, plain):
+        with pytest.raises(DamagedError, match=f"has a key '{name}', which no package sets"):
+            load(package)
+
+
 def test_a_copy_without_the_manifest_is_for_transformers_only(tmp_path):
     package = packed(tmp_path / "package", "gpt2")
     shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
