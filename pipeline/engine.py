@@ -76,19 +76,42 @@ class Engine:
 
     def task(self, work: Callable[..., T], settings: dict[str, Any], place: Place) -> T:
         """Run `work(**settings)` as one plain task."""
+        return self.tasks(work, [settings], place, lambda *progress, points=(): None, gpus=0)[0]
+
+    def tasks(
+        self,
+        work: Callable[..., T],
+        settings: Sequence[dict[str, Any]],
+        place: Place,
+        advance: Advance,
+        gpus: float,
+    ) -> list[T]:
+        """Run `work(**one)` for each of the settings as plain tasks, side by side; what they give, in order."""
         if self.resources.workers == 0:
-            return work(**settings)
+            found = []
+            for done, one in enumerate(settings, start=1):
+                found.append(work(**one))
+                advance(done, len(settings), "")
+            return found
         import ray
 
         self.start()
         # Outside the placement group of a trial that asks, which holds no CPU.
-        remote = ray.remote(num_cpus=self.resources.cpus_per_worker, scheduling_strategy="DEFAULT")(_task_worker)
+        how = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+        remote = ray.remote(**how)(_task_worker)
         with explained(place):
-            result, failure = ray.get(remote.remote(work, settings, self._threads()))
-            if failure:
-                raise ERRORS[failure](result)
-        found: T = result
-        return found
+            all_of_them = waiting = [remote.remote(work, one, self._threads()) for one in settings]
+            try:
+                while waiting:
+                    ready, waiting = ray.wait(waiting)
+                    result, failure = ray.get(ready[0])
+                    if failure:
+                        raise ERRORS[failure](result)
+                    advance(len(settings) - len(waiting), len(settings), "")
+            finally:
+                for one in waiting:
+                    ray.cancel(one)
+            return [ray.get(one)[0] for one in all_of_them]
 
     def close(self) -> None:
         if self._started:

@@ -74,6 +74,8 @@ class Inputs:
             del recipe[name]
             files = self.text.get(split)
             recipe[split] = [{"content": f.content, "format": f.format} for f in files] if files else None
+        if "candidates_column" in recipe and None in recipe.values():
+            recipe["kept_together"] = "conversations"
         return recipe
 
 

@@ -61,7 +61,8 @@ class Data(Closed):
 
     `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
     `unit: line` takes rows or lines as running text. Without `validation` or `test`, `holdout` of the documents
-    each, chosen by content hash. `sample` takes that share of the documents of `source`, by the same hash.
+    each, chosen by content hash (of a conversation's first turn and persona where `candidates_column` is given, so that
+    its rows stay together). `sample` takes that share of the documents of `source`, by the same hash.
 
     Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
     `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with

@@ -20,11 +20,13 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import build, read_config, restore_frozen
 from pipeline.resources import Resources
+from pipeline.stages.evaluate import SPANS_A_WORKER
 from pipeline.tables import read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 from tests.conftest import ARCHITECTURES, Ran
+from tests.test_evaluate import Evaluation
 
 TRAINING = {"steps": 6, "batch_size": 4, "lr": 2e-3, "eval_every": 3}
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -91,6 +93,17 @@ def test_a_run_ends_in_a_registered_model_with_the_metrics_of_its_task(finished_
     states = finished_task.record("cache")
     rows = finished_task.record("tokenize").splits["train"].rows
     assert states.bytes >= rows * task_of(finished_task.record("tokenize").recipe).states * 32 * 2
+
+
+def test_shards_of_the_test_split_add_up_to_its_scores(finished_task: Ran, tmp_path: Path) -> None:
+    whole = finished_task.record("evaluate")
+    cut = Evaluation(finished_task, tmp_path, rows=2)  # of which the second holds the last row that is generated
+    assert len(cut.shards) >= 4
+    report = cut.run()
+    assert (report.digest, report.protocol) == (whole.digest, whole.protocol)
+    for found, expected in ((report.student, whole.student), (report.teacher, whole.teacher)):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert cut.advanced[-1] == (SPANS_A_WORKER, SPANS_A_WORKER)
 
 
 def test_a_second_run_does_nothing_and_scoring_is_keyed_apart(finished_task: Ran, run_flow: Callable[..., Ran]) -> None:

@@ -1,24 +1,30 @@
-"""Score the frozen student and the teacher on the test split by one protocol."""
+"""Score the frozen student and the teacher on the test split by one protocol, its shards side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.config import Quant
 from pipeline.families.models import FAMILIES, frozen_student, load_model, read_config, restore_frozen
-from pipeline.records import Report, Shard, StoredFile, Student, Teacher, Tokens
+from pipeline.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
 from pipeline.schema import Evaluate
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import Rows
 from pipeline.tasks import task_of
+from pipeline.tasks.scoring import Scores
 from pipeline.tasks.task import Task
 from pipeline.tasks.tokenizers import read_tokenizer
 
 VERSION = 1
+SPANS_A_WORKER = 4  # so that none waits long for another
 
 
 def run(step: Step) -> Report:
@@ -28,7 +34,6 @@ def run(step: Step) -> Report:
     settings = {
         "tokens": tokens_place,
         "tokenizer": tokens.files,
-        "shards": tokens.splits["test"].shards,
         "teacher": teacher_place,
         "teacher_files": teacher.files,
         "student": student_place,
@@ -39,32 +44,88 @@ def run(step: Step) -> Report:
         "task": task_of(tokens.recipe),
         "evaluate": Evaluate.model_validate(step.recipe.get("evaluate", {})),
     }
-    found = step.engine.task(_evaluate, settings, step.place)
+    spans = spans_of(tokens.splits["test"].shards, SPANS_A_WORKER * max(1, step.resources.workers))
+    pieces = [settings | {"place": step.place, "shards": span} for span in spans]
+    found = step.engine.tasks(_evaluate, pieces, step.place, step.advance, step.resources.gpus_per_worker)
+    scored = [Piece.model_validate_json(line) for lines in found for line in lines]
     shape = task_of(tokens.recipe).shape
-    return Report(**step.identity(), protocol=f"{shape}: {step.recipe['protocol']}", **found)
+    return Report(
+        **step.identity(),
+        protocol=f"{shape}: {step.recipe['protocol']}",
+        digest=scored[0].digest,
+        student=sum((Scores(**piece.student) for piece in scored), Scores()).metrics(),
+        teacher=sum((Scores(**piece.teacher) for piece in scored), Scores()).metrics(),
+    )
 
 
-def _evaluate(
-    tokens: Place,
-    tokenizer: dict[str, StoredFile],
-    shards: tuple[Shard, ...],
-    teacher: Place,
-    teacher_files: dict[str, StoredFile],
-    student: Place,
-    weights: StoredFile,
-    family: str,
-    quant: Quant,
-    batch: int,
-    task: Task,
-    evaluate: Evaluate,
-) -> dict[str, Any]:
-    folder = teacher.folder(teacher_files, Teacher.FOLDER)
-    frozen = frozen_student(folder, student.local(Student.WEIGHTS, weights), quant, FAMILIES[family])
-    model = restore_frozen(read_config(folder), quant.spec(), FAMILIES[family], frozen)
-    words = read_tokenizer(tokens.folder(tokenizer, Tokens.FOLDER))
-    rows = batches(Rows(tokens, shards), batch)
-    ours, theirs = task.score(rows, model, load_model(folder).eval(), words, evaluate)
-    return {"digest": frozen.digest(), "student": ours, "teacher": theirs}
+class Piece(Closed):
+    """What one shard of the split gave: of `Scores`, the sums."""
+
+    digest: str
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+Span = tuple[tuple[int, Shard], ...]  # shards in a row, each with the number of rows before it
+
+
+def spans_of(shards: Sequence[Shard], most: int) -> list[Span]:
+    """The shards in at most so many spans of about equal length."""
+    before = accumulate((shard.rows for shard in shards), initial=0)
+    placed = list(zip(before, shards, strict=False))
+    length = -(-len(placed) // most)
+    return [tuple(placed[start : start + length]) for start in range(0, len(placed), length)]
+
+
+def _evaluate(place: Place, shards: Span, **settings: Any) -> list[str]:
+    """A `Piece` of each shard as JSON; those that an earlier attempt left are not made again."""
+    found: dict[str, str] = {}
+    scorer = None
+    for before, shard in shards:
+        name = f"attempt/{Path(shard.name).stem}.json"
+        try:
+            found[name] = place.read(name).decode()
+        except FileNotFoundError:
+            scorer = scorer or Scorer(**settings)
+            found[name] = scorer.score(before, shard).model_dump_json()
+            place.write(name, found[name].encode())
+    return list(found.values())
+
+
+class Scorer:
+    """The frozen student and its teacher in one process, on a GPU if the worker has one."""
+
+    def __init__(
+        self,
+        tokens: Place,
+        tokenizer: dict[str, StoredFile],
+        teacher: Place,
+        teacher_files: dict[str, StoredFile],
+        student: Place,
+        weights: StoredFile,
+        family: str,
+        quant: Quant,
+        batch: int,
+        task: Task,
+        evaluate: Evaluate,
+    ) -> None:
+        self.tokens, self.batch, self.task, self.evaluate = tokens, batch, task, evaluate
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder = teacher.folder(teacher_files, Teacher.FOLDER)
+        frozen = frozen_student(folder, student.local(Student.WEIGHTS, weights), quant, FAMILIES[family])
+        self.digest = frozen.digest()
+        model = restore_frozen(read_config(folder), quant.spec(), FAMILIES[family], frozen)
+        self.student, self.teacher = model.to(device), load_model(folder).to(device).eval()
+        self.words = read_tokenizer(tokens.folder(tokenizer, Tokens.FOLDER))
+
+    def score(self, before: int, shard: Shard) -> Piece:
+        """A shard of the split; `before`: the split's rows before it."""
+        first = self.evaluate.generated_rows  # of the split, those for which the model generates
+        left = None if first is None else max(0, first - before)
+        evaluate = self.evaluate.model_copy(update={"generated_rows": left})
+        rows = batches(Rows(self.tokens, (shard,)), self.batch)
+        ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, evaluate)
+        return Piece(digest=self.digest, student=asdict(ours), teacher=asdict(theirs))
 
 
 def batches(rows: Rows, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -92,13 +92,13 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
 
 def documents_of(part: SplitPart, recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
     """The part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
-    data = recipe["data"]
-    columns = task_of(recipe).columns(data)
+    data, task = recipe["data"], task_of(recipe)
+    columns = task.columns(data)
     found: Iterator[Any] = (
         documents(part, data["unit"], data["text_column"], scratch) if columns is None else rows(part, columns, scratch)
     )
     for document in found:
-        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(document) < part.high:
+        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(task.kept_together(document)) < part.high:
             yield document
 
 

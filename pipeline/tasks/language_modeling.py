@@ -15,7 +15,7 @@ from pipeline import schema
 from pipeline.distill.losses import valid_tokens
 from pipeline.schema import Evaluate
 from pipeline.tasks.scoring import Scores, score_tokens
-from pipeline.tasks.task import Batch, Encoded, Metrics
+from pipeline.tasks.task import Batch, Encoded
 from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
@@ -55,6 +55,9 @@ class LanguageModeling:
 
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         return None
+
+    def kept_together(self, document: Any) -> Any:
+        return document
 
     def strings(self, document: Any) -> Iterable[str]:
         return (document,)
@@ -106,9 +109,9 @@ class LanguageModeling:
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
-    ) -> tuple[Metrics, Metrics]:
+    ) -> tuple[Scores, Scores]:
         scores, reference = score(rows, model, token_bytes(tokenizer), teacher)
-        return scores.metrics(), (reference or Scores()).metrics()
+        return scores, reference or Scores()
 
 
 def encode(

@@ -30,7 +30,7 @@ from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
 from pipeline.schema import Evaluate
 from pipeline.tasks.scoring import Scores, logits_for
-from pipeline.tasks.task import Batch, Encoded, Metrics
+from pipeline.tasks.task import Batch, Encoded
 from pipeline.tasks.terms import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN, candidate_scores
 from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
@@ -79,6 +79,10 @@ class NextUtterance:
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         names = data["text_column"], data.get("persona_column"), data.get("candidates_column")
         return tuple(name for name in names if name is not None)
+
+    def kept_together(self, document: Any) -> Any:
+        """Of a row that is one example, first turn and persona: others of its conversation hold its reply."""
+        return [lines_of(document[0])[:1], *document[1:-1]] if self.given else document
 
     def strings(self, document: Any) -> Iterable[str]:
         return (turn for field in document for turn in turns_of(field))
@@ -195,23 +199,22 @@ class NextUtterance:
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
-    ) -> tuple[Metrics, Metrics]:
-        bytes_of = token_bytes(tokenizer)
-        ours, theirs, found = Scores(), Scores(), {"rows": 0, "model": 0, "teacher": 0}
+    ) -> tuple[Scores, Scores]:
+        bytes_of = token_bytes(tokenizer).to(model.device)
+        ours, theirs = Scores(), Scores()
         for ids, lengths in rows:
             few = max(1, 2 * len(ids) // lengths.shape[1])  # the batch counts sequences here
             for batch in map(self.batch, ids.split(few), lengths.split(few)):
+                batch = batch.to(model.device)
                 first = batch.references()
                 logits, reference = logits_for(model, batch), logits_for(teacher, batch)
-                found["rows"] += len(first.ids)
-                found["model"] += chosen(candidate_scores(logits, batch))
-                found["teacher"] += chosen(candidate_scores(reference, batch))
+                ours.average({"accuracy": chosen(candidate_scores(logits, batch))}, len(first.ids))
+                theirs.average({"accuracy": chosen(candidate_scores(reference, batch))}, len(first.ids))
                 logits, reference = logits[:: batch.group], reference[:: batch.group]
                 ours.add(logits, first, bytes_of)
                 theirs.add(reference, first, bytes_of)
                 ours.compare(logits, reference, first)
-        accuracy = [found[who] / found["rows"] for who in ("model", "teacher")]
-        return {"accuracy": accuracy[0]} | ours.metrics(), {"accuracy": accuracy[1]} | theirs.metrics()
+        return ours, theirs
 
 
 def chosen(scores: Tensor) -> int:

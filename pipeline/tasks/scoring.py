@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pipeline.tasks.task import Batch
 
 @dataclass
 class Scores:
-    """Sums over tokens of a text; divide once, in `metrics`."""
+    """Sums over a text; divide once, in `metrics`."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -25,9 +25,17 @@ class Scores:
     kl_nats: float = 0.0
     agreed: int = 0
     compared: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # over rows, of what is a mean over rows, such as accuracy
+    rows: int = 0  # behind `sums`
+
+    def __add__(self, other: Scores) -> Scores:
+        """Of both texts."""
+        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in {**self.sums, **other.sums}}
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "sums"}
+        return Scores(**counts, sums=sums)
 
     def metrics(self) -> dict[str, float]:
-        """perplexity, bits_per_byte and, against a teacher, kl_nats and top1_agreement per token."""
+        """perplexity, bits_per_byte and, against a teacher, kl_nats and top1_agreement per token; means over rows."""
         nats = self.nats / self.tokens
         found = {"perplexity": math.exp(min(nats, 700.0)), "nats_per_token": nats}
         if self.bytes:
@@ -35,7 +43,13 @@ class Scores:
         if self.compared:
             found["kl_nats"] = self.kl_nats / self.compared
             found["top1_agreement"] = self.agreed / self.compared
-        return found
+        return found | {name: total / self.rows for name, total in self.sums.items()}
+
+    def average(self, sums: dict[str, float], rows: int) -> None:
+        """Add what is a mean over rows, summed over some of them."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.rows += rows
 
     def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor) -> None:
         """Next-token nats of a batch of one sequence a row, and the bytes of what is predicted."""
@@ -60,7 +74,9 @@ def score_tokens(
     """Score a model, and a teacher beside it, on batches of one sequence a row. Sums run in fp64."""
     scores = Scores()
     teacher_scores = Scores() if teacher is not None else None
+    bytes_of = bytes_of.to(model.device)
     for batch in batches:
+        batch = batch.to(model.device)
         logits = logits_for(model, batch)
         scores.add(logits, batch, bytes_of)
         if teacher is not None and teacher_scores is not None:

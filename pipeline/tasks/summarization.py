@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.schema import Evaluate
 from pipeline.tasks.rouge import rouge
 from pipeline.tasks.scoring import Scores, score_tokens
-from pipeline.tasks.task import Batch, Encoded, Metrics
+from pipeline.tasks.task import Batch, Encoded
 from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, token_bytes
 
@@ -71,6 +71,9 @@ class Summarization:
 
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         return data["text_column"], data.get("summary_column", "summary")
+
+    def kept_together(self, document: Any) -> Any:
+        return document
 
     def strings(self, document: Any) -> Iterable[str]:
         return (text_of(field) for field in document)
@@ -151,14 +154,15 @@ class Summarization:
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
-    ) -> tuple[Metrics, Metrics]:
-        batches = [self.batch(ids, lengths) for ids, lengths in rows]
-        scores, reference = score_tokens(batches, model, token_bytes(tokenizer), teacher)
-        found = []
-        for one, sums in ((model, scores), (teacher, reference or Scores())):
+    ) -> tuple[Scores, Scores]:
+        batches = [self.batch(ids, lengths).to(model.device) for ids, lengths in rows]
+        ours, reference = score_tokens(batches, model, token_bytes(tokenizer), teacher)
+        theirs = reference or Scores()
+        for one, scores in ((model, ours), (teacher, theirs)):
             written, expected = self._write(batches, one, tokenizer, evaluate)
-            found.append(sums.metrics() | rouge(written, expected))
-        return found[0], found[1]
+            means = rouge(written, expected)
+            scores.average({name: mean * len(written) for name, mean in means.items()}, len(written))
+        return ours, theirs
 
     def _write(
         self, batches: list[Batch], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
@@ -223,7 +227,9 @@ def summaries(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    found: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    found: list[str] = tokenizer.batch_decode(
+        ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.schema import Evaluate
 
+if TYPE_CHECKING:  # which knows the batch
+    from pipeline.tasks.scoring import Scores
+
 Encoded = tuple[NDArray[np.int32], NDArray[np.int32], int]  # rows of ids, their lengths, UTF-8 bytes of the text
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Task(Protocol):
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         """Columns of a row of data that make a document; None: running text."""
 
+    def kept_together(self, document: Any) -> Any:
+        """What decides which split a document goes to where some are held out: mostly all of it."""
+
     def strings(self, document: Any) -> Iterable[str]:
         """All text of a document, for a tokenizer that is learned."""
 
@@ -133,5 +138,6 @@ class Task(Protocol):
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
-    ) -> tuple[Metrics, Metrics]:
-        """The metrics of a model and of the teacher beside it, over rows of ids and lengths."""
+    ) -> tuple[Scores, Scores]:
+        """A model and the teacher beside it, over rows of ids and lengths, on the device where both are. Scores of
+        several pieces of a text add up."""

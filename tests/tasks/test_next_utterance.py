@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 import random
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline import flow
+from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.schema import Evaluate, Task
+from pipeline.stages.tokenize import documents_of, split_parts
 from pipeline.tasks import next_utterance
 from pipeline.tasks.next_utterance import NextUtterance, chosen, draw_others, identity, turns_of
 from pipeline.tasks.tokenizers import train_bpe
@@ -124,6 +128,43 @@ def test_candidates_that_the_data_brings_are_taken(tokenizer):
         encoded(tokenizer, "test", [(["a"], ["b"], ["c", "d", "e", "f", "g", "  "])], None, task)
 
 
+def test_examples_of_one_conversation_are_held_out_together(tmp_path):
+    others = ["no", "yes", "maybe", "why"]
+    rows = [
+        {"h": [f"{talk} {turn}" for turn in range(turns)], "p": [f"i am {talk}"], "c": [*others, f"{talk} {turns}"]}
+        for talk in range(60)
+        for turns in (1, 3, 5)
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"source": str(path), "text_column": "h", "persona_column": "p", "candidates_column": "c", "holdout": 0.2}
+    config = Config.model_validate(
+        {
+            "name": "talks",
+            "model": {"source": {"architecture": "gpt2", "n_layer": 1}, "tokenizer": {"train_bpe": 300}},
+            "task": {"name": "next_utterance", "block_length": WIDTH, "candidates": 5, "train_candidates": 2},
+            "data": fields,
+            "finetune": {"steps": 1},
+            "distill": {"steps": 1},
+            "resources": {"storage_uri": str(tmp_path / "store"), "workers": 0},
+        }
+    )
+    step = flow.plan(config, "tokenize").steps[0]
+    assert step.recipe["data"]["kept_together"] == "conversations"
+    splits = {}
+    for part in split_parts(step.recipe, step.locations):
+        for history, persona, _ in documents_of(part, step.recipe, str(tmp_path)):
+            splits.setdefault(persona[0], []).append((part.split, len(history)))
+    assert all(len({split for split, _ in found}) == 1 for found in splits.values())
+    assert all(sorted(turns for _, turns in found) == [1, 3, 5] for found in splits.values())
+    assert len(splits) == 60
+    assert {found[0][0] for found in splits.values()} == {"train", "validation", "test"}
+    given = config.model_copy(
+        update={"data": config.data.model_copy(update={"validation": str(path), "test": str(path)})}
+    )
+    assert "kept_together" not in flow.plan(given, "tokenize").steps[0].recipe["data"]
+
+
 def test_a_reply_without_a_context_follows_end_of_text(tokenizer):
     task = NextUtterance(TASK.settings, given=True)
     ids, lengths = encoded(tokenizer, "train", [([], [], ["no", "yes"][:TRAIN] + ["maybe"] * (TRAIN - 2))], None, task)
@@ -202,7 +243,7 @@ def test_metrics_follow_their_definitions(tokenizer):
     (ours, nats), (theirs, _) = scored(model, tokenizer), scored(teacher, tokenizer)
     for size in (4, 17):
         rows = zip(ids.split(size), lengths.split(size), strict=True)
-        found, reference = TASK.score(rows, model, teacher, tokenizer, Evaluate())
+        found, reference = (one.metrics() for one in TASK.score(rows, model, teacher, tokenizer, Evaluate()))
         assert found["accuracy"] == pytest.approx((ours.argmax(1) == 0).mean())
         assert reference["accuracy"] == pytest.approx((theirs.argmax(1) == 0).mean())
         assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)

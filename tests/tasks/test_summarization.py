@@ -147,7 +147,8 @@ def test_metrics_follow_their_definitions(tokenizer, models):
             agreed.append(ours[i].argmax() == theirs[i].argmax())
     for size in (9, 2):
         rows = zip(ids.split(size), lengths.split(size), strict=True)
-        found, reference = TASK.score(rows, model, teacher, tokenizer, Evaluate(beams=2, generated_rows=3))
+        scores = TASK.score(rows, model, teacher, tokenizer, Evaluate(beams=2, generated_rows=3))
+        found, reference = (one.metrics() for one in scores)
         assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
         assert found["kl_nats"] == pytest.approx(np.mean(kl), rel=1e-3)
         assert found["top1_agreement"] == pytest.approx(np.mean(agreed))

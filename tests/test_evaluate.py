@@ -1,0 +1,128 @@
+"""The scores of a split are those of its shards added up, whoever makes them and however often it is interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.engine import Engine
+from pipeline.errors import RunError
+from pipeline.records import Report, Shard, Split, Tokens
+from pipeline.stages import evaluate
+from pipeline.stages.evaluate import Scorer, spans_of
+from pipeline.step import Done, Step
+from pipeline.tables import commit_shard, open_shard, read_tokens, write_tokens
+from pipeline.tasks.scoring import Scores
+from tests.conftest import Ran
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
+def test_spans_hold_every_shard_in_order_behind_the_rows_before_it(sizes: list[int], most: int) -> None:
+    shards = [Shard(name=f"s{i}", rows=size, tokens=1) for i, size in enumerate(sizes)]
+    spans = spans_of(shards, most)
+    assert [shard for span in spans for _, shard in span] == shards
+    assert [before for span in spans for before, _ in span] == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert len(spans) <= most
+    assert all(spans)
+
+
+def test_scores_of_two_texts_are_those_of_both() -> None:
+    first = Scores(nats=3.0, tokens=2, bytes=5, kl_nats=0.5, agreed=1, compared=2, sums={"accuracy": 1.0}, rows=2)
+    second = Scores(nats=1.0, tokens=6, bytes=7, kl_nats=0.1, agreed=5, compared=6, sums={"accuracy": 2.0}, rows=2)
+    both = (first + second).metrics()
+    assert both["nats_per_token"] == 0.5
+    assert both["kl_nats"] == pytest.approx(0.075)
+    assert (both["top1_agreement"], both["accuracy"]) == (0.75, 0.75)
+    assert (Scores() + first).metrics() == first.metrics()
+    assert first.sums == {"accuracy": 1.0}
+    without = first + Scores(nats=1.0, tokens=1)  # no row of the second had anything to average
+    assert without.metrics()["accuracy"] == 0.5
+
+
+class Evaluation:
+    """The evaluation of a finished run, in a store of its own, with the test split cut into shards of few rows."""
+
+    def __init__(self, ran: Ran, folder: Path, rows: int) -> None:
+        self.planned, self.done = ran.plan.step("evaluate"), dict(ran.outcome.done)
+        self.storage_uri, self.engine = str(folder / "store"), Engine(ran.plan.config.resources)
+        tokens: Tokens = self.done["tokenize"].record
+        shutil.copytree(ran.folder("tokenize"), folder / "store" / "tokenize" / tokens.key)
+        place = replace(self.done["tokenize"].place, storage_uri=self.storage_uri)
+        shards = []
+        with place.hold(True, lambda owner: None) as held:
+            for shard in tokens.splits["test"].shards:
+                ids, lengths = read_tokens(open_shard(place, shard.name))
+                for start in range(0, len(ids), rows):
+                    some, valid = ids[start : start + rows], lengths[start : start + rows]
+                    write = partial(write_tokens, ids=some, lengths=valid)
+                    shards.append(commit_shard(held, f"rows/cut-{len(shards):05d}.parquet", len(some), 1, write))
+        splits = tokens.splits | {"test": Split(shards=tuple(shards))}
+        self.done["tokenize"] = Done(tokens.model_copy(update={"splits": splits}), place)
+        self.shards = shards
+        self.advanced: list[tuple[int, int]] = []
+
+    def run(self) -> Report:
+        place = replace(self.planned.place, storage_uri=self.storage_uri)
+        with place.hold(True, lambda owner: None) as held:
+            inputs = {name: self.done[name] for name in self.planned.inputs}
+            step = Step(1, self.planned.recipe, inputs, held, self.engine, self._advance)
+            return evaluate.run(step)
+
+    def _advance(self, done: int, total: int, note: str, points: Any = ()) -> None:
+        self.advanced.append((done, total))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that were scored."""
+    found: list[str] = []
+    whole = Scorer.score
+
+    def score(self: Scorer, before: int, shard: Shard) -> evaluate.Piece:
+        found.append(shard.name)
+        return whole(self, before, shard)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    return found
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    finished: Ran, tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Evaluation(finished, tmp_path / "undisturbed", rows=3).run()
+    evaluation = Evaluation(finished, tmp_path, rows=3)
+    scored.clear()
+    sound = Scorer.score
+
+    def breaking(self: Scorer, before: int, shard: Shard) -> evaluate.Piece:
+        if len(scored) == 3:
+            raise RunError("lost")
+        return sound(self, before, shard)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Scorer, "score", breaking)
+        with pytest.raises(RunError, match="lost"):
+            evaluation.run()
+    assert len(scored) == 3 < len(evaluation.shards)
+    report = evaluation.run()
+    assert scored == [shard.name for shard in evaluation.shards]
+    assert (report.student, report.teacher) == (undisturbed.student, undisturbed.teacher)
+
+
+def test_shards_are_scored_by_tasks_of_ray(finished: Ran, tmp_path: Path) -> None:
+    alone = Evaluation(finished, tmp_path / "alone", rows=3).run()
+    evaluation = Evaluation(finished, tmp_path / "ray", rows=3)
+    evaluation.engine = Engine(finished.plan.config.resources.model_copy(update={"workers": 2}))
+    try:
+        report = evaluation.run()
+    finally:
+        evaluation.engine.close()
+    assert (report.student, report.teacher, report.digest) == (alone.student, alone.teacher, alone.digest)
+    assert evaluation.advanced[-1][0] == evaluation.advanced[-1][1] > 1
