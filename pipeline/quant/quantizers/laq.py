@@ -41,6 +41,9 @@ class LAQ(StepQuantizer):
             if second_moment is None:
                 raise ValueError("LAQ weights its error by Adam's second moment, and Adam does not move this weight")
             importance = second_moment.sqrt() + EPSILON
+        empty = self.size == 0  # of weights that were all zero, from which no round gets away
+        if empty.any():
+            self.size.copy_(torch.where(empty, least_error_step(weight, self.grid, self.granularity), self.size))
         for _ in range(ROUNDS):
             codes = nearest(weight, self.size, self.grid)
             step = self._minimiser(codes, weight, importance)

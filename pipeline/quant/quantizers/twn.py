@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,10 @@ class TWN(StepQuantizer):
 
     def forward(self, weight: Tensor) -> Tensor:
         codes, step = self._codes_and_step(weight)
-        edge = (self.grid.high + self.reach) * step
-        passing = torch.where(weight.detach().abs() < edge, weight, weight.detach())
+        passing = weight
+        if math.isfinite(self.reach):
+            edge = (self.grid.high + self.reach) * step
+            passing = torch.where(weight.detach().abs() < edge, weight, weight.detach())
         return dequantize(codes, step, self.grid) + (passing - passing.detach())
 
     def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
