@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.flow import Outcome, Plan, plan, run, target_of
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.locations import tracking_uri
+from pipeline.presets import set_otherwise
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
 from pipeline.resources import Resources
 from pipeline.tasks import task_of
@@ -34,6 +35,8 @@ def compress(config: Config, path: str, console: Console, *, until: str, only_pl
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
     with console.status("planning") if console.is_terminal else nullcontext():
         planned = plan(config, until)
+    if said := preset_note(config):
+        console.print(said, highlight=False)
     if only_plan:
         print_plan(planned, console)
         return plan_document(planned)
@@ -41,6 +44,15 @@ def compress(config: Config, path: str, console: Console, *, until: str, only_pl
     document = outcome_document(planned, outcome)
     print_outcome(planned, outcome, path, console)
     return document
+
+
+def preset_note(config: Config) -> str:
+    """What the configuration changes of its preset, which then is not what was measured."""
+    if config.preset is None:
+        return ""
+    changed = set_otherwise(config.model_dump(), config.preset)
+    listed = ", ".join(f"{path} {own} (preset: {value})" for path, (own, value) in changed.items())
+    return f"preset {config.preset} with other values: {listed}" if listed else ""
 
 
 def _run(planned: Plan, console: Console, wait: bool) -> Outcome:

@@ -138,6 +138,11 @@ class Distill(Training):
     contrast_layer: Annotated[int, Field(lt=0, json_schema_extra={"added_with": -1})] = -1  # -1: what the head reads
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
+    @property
+    def contrasts_within(self) -> bool:
+        """Whether it compares states of another layer than the last."""
+        return self.contrast_weight > 0 and self.contrast_layer != -1
+
     @model_validator(mode="after")
     def _another_row_to_contrast_with(self) -> Distill:
         if self.negatives_from == "batch" and self.batch_size == 1 and self.contrast_weight:
@@ -208,7 +213,7 @@ class Quant(Closed):
     def _options_of_the_quantizer(self) -> Quant:
         for option, default in (("gamma_init", "auto"), ("gamma_gradient", "both"), ("ste", "auto")):
             value, takers = getattr(self, option), TAKES[option]
-            if value not in (default, "one") and self.quantizer not in takers:
+            if value != default and self.quantizer not in takers:
                 raise ValueError(
                     f"{option} is {value}, which the quantizer {self.quantizer} does not take; leave it out, or use "
                     f"one of {', '.join(takers)}"
@@ -239,6 +244,12 @@ class Quant(Closed):
     def weight_widths(self) -> list[int]:
         bits = BitWidths.parse(self.bits)
         return [bits.weights, bits.embedding, *self.overrides.values()]
+
+    @property
+    def ternary(self) -> bool:
+        """Whether all that is quantized has three levels."""
+        levels = levels_of(self.quantizer)
+        return all(bits == UNQUANTIZED or grid(levels, bits).ternary for bits in self.weight_widths())
 
     def spec(self) -> QuantSpec:
         return QuantSpec(
@@ -297,19 +308,14 @@ class Config(Closed):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        ternary = all(
-            b == UNQUANTIZED or grid(levels_of(self.quant.quantizer), b).ternary for b in self.quant.weight_widths()
-        )
-        if self.pack.encoding == "base3" and not ternary:
+        if self.pack.encoding == "base3" and not self.quant.ternary:
             raise ValueError(
                 f"pack.encoding: base3 holds ternary codes only; quant.bits is {self.quant.bits} and "
                 f"quant.quantizer is {self.quant.quantizer}; use encoding: dense, or a ternary quantizer at 2 bits "
                 "throughout"
             )
         if self.task.name != "language_modeling" and self.data.unit == "line":
-            raise ValueError(
-                f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
-            )
+            raise ValueError(f"data.unit: line is running text, which the task {self.task.name} cannot use")
         if self.quant.quantizer == "laq" and self.distill.optimizer != "adam":
             raise ValueError(
                 f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "
@@ -317,7 +323,7 @@ class Config(Closed):
             )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
-        if self.distill.contrast_layer != -1 and self.cache.mode == "states":
+        if self.distill.contrasts_within and self.cache.mode == "states":
             raise ValueError(
                 f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
                 "layer only (-1); set cache.mode: online"

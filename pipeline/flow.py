@@ -15,7 +15,6 @@ from pipeline import preflight, registry, tracking
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.states import LAST
 from pipeline.identity import differences, recipe_of, step_key
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
@@ -147,7 +146,7 @@ class _Planner:
         if section.mode != "auto":
             self._add(TeacherCache, self._cache_recipe(section.mode), {}, inputs)
             return section.mode, f"{section.mode}: as configured"
-        if self.config.distill.contrast_layer != LAST:
+        if self.config.distill.contrasts_within:
             self._add(TeacherCache, self._cache_recipe("online"), {}, inputs)
             return "online", "online: cached states are those of the last layer, and distill.contrast_layer is another"
         for mode in ("states", "online"):

@@ -42,7 +42,7 @@ def load_fields(
     try:
         return Config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *_explain(error)])) from error
+        raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *explain(error)])) from error
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:
@@ -63,7 +63,8 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError) -> list[str]:
+    """A line for each thing that is wrong."""
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])

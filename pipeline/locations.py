@@ -19,6 +19,12 @@ def storage_uri(resources: Resources) -> str:
     return f"{root}/{resources.namespace}" if resources.namespace else root
 
 
+def anchored(resources: Resources) -> Resources:
+    """With absolute places, for workers, which have working directories of their own."""
+    root = storage_uri(resources.model_copy(update={"namespace": ""}))
+    return resources.model_copy(update={"storage_uri": root, "local_cache_dir": scratch_dir(resources)})
+
+
 def tracking_uri(resources: Resources) -> str:
     """The MLflow server, or a SQLite file beside the store."""
     return resources.tracking_uri or registry_beside(resources.storage_uri)

@@ -62,31 +62,51 @@ WIDE_MUON_LR = 0.004
 WIDE_RATIO_LR = 1e-3
 
 
-def preset_at(preset: PresetName, bits: str) -> dict[str, dict[str, Any]]:
-    """The sections of a preset at these widths."""
-    return at_width(PRESETS[preset], bits)
+LANGUAGE_MODELING = "language_modeling"
+FEW_NEGATIVES = 32  # the paper's, of its other tasks
 
 
-def at_width(sections: dict[str, dict[str, Any]], bits: str) -> dict[str, dict[str, Any]]:
-    """A recipe for layers of 2 bits, at these widths: where layers have more, other rates of Muon and of scales."""
-    wide = {"muon_lr": WIDE_MUON_LR, "gamma_lr": WIDE_RATIO_LR}
-    if bits.startswith("2-"):
-        return sections
+def preset_for(preset: PresetName, bits: str, task: str) -> dict[str, dict[str, Any]]:
+    """The sections of a preset at these widths and for this task."""
+    return suited(PRESETS[preset], bits, task)
+
+
+def suited(sections: dict[str, dict[str, Any]], bits: str, task: str) -> dict[str, dict[str, Any]]:
+    """A recipe for layers of 2 bits and language modelling, for others: layers of more bits want other rates of Muon
+    and of scales, and other tasks have fewer negatives."""
+    other = {} if bits.startswith("2-") else {"muon_lr": WIDE_MUON_LR, "gamma_lr": WIDE_RATIO_LR}
+    other |= {} if task == LANGUAGE_MODELING else {"negatives": FEW_NEGATIVES}
     return {
-        section: {knob: wide.get(knob, value) for knob, value in values.items()} for section, values in sections.items()
+        section: {knob: other.get(knob, value) for knob, value in values.items()}
+        for section, values in sections.items()
     }
 
 
 def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:
     """The fields of a configuration with the preset's values where they set none themselves."""
     result = dict(fields)
-    quant = fields.get("quant")
-    bits = str(quant.get("bits", "2-2-8")) if isinstance(quant, dict) else "2-2-8"
-    for section, values in preset_at(preset, bits).items():
+    bits, task = _value(fields, "quant", "bits", "2-2-8"), _value(fields, "task", "name", LANGUAGE_MODELING)
+    for section, values in preset_for(preset, bits, task).items():
         given = result.get(section)
         if given is None or isinstance(given, dict):
             result[section] = {**_without_effect_dropped(values, given or {}), **(given or {})}
     return result
+
+
+def set_otherwise(fields: dict[str, Any], preset: PresetName) -> dict[str, tuple[Any, Any]]:
+    """By path, what the fields of a filled configuration say where the preset says something else, and what that is."""
+    values = preset_for(preset, fields["quant"]["bits"], fields["task"]["name"])
+    return {
+        f"{section}.{knob}": (fields[section][knob], value)
+        for section, knobs in values.items()
+        for knob, value in _without_effect_dropped(knobs, fields[section]).items()
+        if fields[section][knob] != value
+    }
+
+
+def _value(fields: dict[str, Any], section: str, knob: str, default: str) -> str:
+    given = fields.get(section)
+    return str(given.get(knob, default)) if isinstance(given, dict) else default
 
 
 def _without_effect_dropped(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing,
 from pipeline.front import front
 from pipeline.identity import recipe_of, step_key
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
-from pipeline.locations import scratch_dir, storage_uri
+from pipeline.locations import anchored, scratch_dir, storage_uri
 from pipeline.observer import Observer
 from pipeline.records import SweepRecord, TeacherCache, Trial
 from pipeline.step import provenance
@@ -73,16 +73,11 @@ def plan(config: Config, retry_failed: bool = False) -> SweepPlan:
         ConfigError: what cannot work, by path or by trial.
     """
     sweep = check_sweep(config)
-    # Workers have working directories of their own.
-    root = storage_uri(config.resources.model_copy(update={"namespace": ""}))
-    resources = config.resources.model_copy(
-        update={"storage_uri": root, "local_cache_dir": scratch_dir(config.resources)}
-    )
-    config = config.model_copy(update={"resources": resources})
+    config = config.model_copy(update={"resources": anchored(config.resources)})
     base = flow.plan(config)
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
-    place = Place(storage_uri(resources), SweepRecord.stage, key, scratch_dir(resources))
+    place = Place(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
     trials, record = stored_trials(place), place.record(SweepRecord)
     if retry_failed and any(_failed(trial) for trial in trials.values()):
         trials, record = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}, None

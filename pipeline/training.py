@@ -35,7 +35,7 @@ from pipeline.distill.schedule import DataOrder, draw, share
 from pipeline.distillation import Distillation
 from pipeline.errors import RunError
 from pipeline.families.models import load_parameters
-from pipeline.families.states import WithStates
+from pipeline.families.states import WithStates, last_states, logits_of
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.records import Advance, Shard, StoredFile
@@ -222,14 +222,15 @@ class Loop:
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
         """Mean next-token nats over the first `eval_rows` rows of the validation split, and the mean cosine between
-        the states of different tokens of a row."""
+        the last states of different tokens of a row, whichever layer's are contrasted."""
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
         for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
             if len(micro):
                 batch = self.plan.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
-                states, logits = self.model(*batch.inputs)
+                states = last_states(self.model.model, *batch.inputs)
+                logits = logits_of(self.model.model, states)
                 found = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
                 sums += torch.tensor([value.item() for value in found], dtype=torch.float64)
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,13 @@ def test_states_of_another_layer_are_not_in_the_cache(tiny_config: Make, tmp_pat
         tiny_config(tmp_path, distill={"contrast_layer": -2}, cache={"mode": "states"})
 
 
+def test_where_nothing_is_contrasted_no_layer_is_asked_for(tiny_config: Make, tmp_path: Path) -> None:
+    found = {"contrast_layer": -2, "contrast_weight": 0.0}
+    assert tiny_config(tmp_path, distill=found, cache={"mode": "states"}).distill.contrast_layer == -2
+    plan = flow.plan(tiny_config(tmp_path, distill=found, cache={"mode": "auto"}))
+    assert "distill.contrast_layer" not in plan.cache_reason
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_layers_are_counted_from_the_end(tiny_config: Make, tmp_path: Path, layer: int) -> None:
     with pytest.raises(ValueError, match="contrast_layer"):
@@ -374,3 +382,8 @@ def test_auto_runs_the_teacher_where_another_layer_is_wanted(
     ran = run_flow(config, until="distill")
     assert ran.record("cache").mode == "online"
     assert ran.record("distill").recipe["distill"]["contrast_layer"] == -2
+    # The diagnosis is of the last states, whichever layer is contrasted: students start alike.
+    last = run_flow(tiny_config(cloned, cache={"mode": "auto"}, distill={"steps": 2}), until="distill")
+    starts = [json.loads((one.folder("distill") / "history.json").read_text())[0] for one in (ran, last)]
+    assert starts[0]["step"] == starts[1]["step"] == 0
+    assert starts[0]["token_cosine"] == starts[1]["token_cosine"]

@@ -14,7 +14,7 @@ from pipeline.artifact import load
 from pipeline.config import Config, Distill, Quant
 from pipeline.errors import ConfigError
 from pipeline.loading import load_config
-from pipeline.presets import PRESETS, filled
+from pipeline.presets import PRESETS, filled, set_otherwise
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
@@ -65,6 +65,15 @@ def test_above_two_bits_a_preset_moves_less(bits: str, rates: tuple[float, float
     assert paper.gamma_lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("task", "negatives"),
+    [({}, 64), ({"name": "language_modeling"}, 64), ({"name": "summarization"}, 32), ({"name": "next_utterance"}, 32)],
+)
+def test_the_paper_has_fewer_negatives_for_its_other_tasks(task: dict[str, Any], negatives: int) -> None:
+    assert config(preset="paper", task=task).distill.negatives == negatives
+    assert config(preset="paper", task=task, distill={"steps": 3, "negatives": 7}).distill.negatives == 7
+
+
 @pytest.mark.parametrize("quantizer", ["twn", "statistics", "laq_uniform", "lsq", "pact", "quantgpt"])
 def test_values_that_another_quantizer_does_not_take_are_left_out(quantizer: str) -> None:
     assert config(preset="best", quant={"quantizer": quantizer}).quant.quantizer == quantizer
@@ -84,6 +93,18 @@ def test_what_the_file_sets_wins(preset: str) -> None:
     assert (found.distill.contrast_weight, found.distill.steps) == (0.7, 4)
     assert found.quant.gamma_init == PRESETS[preset]["quant"]["gamma_init"]
     assert config(preset="smallest", pack={"encoding": "dense"}).pack.encoding == "dense"
+
+
+@every_preset
+def test_what_the_file_sets_otherwise_is_told(preset: Any) -> None:
+    assert set_otherwise(config(preset=preset).model_dump(), preset) == {}
+    assert set_otherwise(config(preset=preset, task={"name": "summarization"}).model_dump(), preset) == {}
+    found = config(preset=preset, distill={"steps": 3, "gamma_lr": 0.7}, quant={"quantizer": "twn"}).model_dump()
+    own = PRESETS[preset]
+    assert set_otherwise(found, preset) == {
+        "quant.quantizer": ("twn", own["quant"]["quantizer"]),
+        "distill.gamma_lr": (0.7, own["distill"]["gamma_lr"]),
+    }
 
 
 @every_preset

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.bench.rows import Row, named
-from jobs.bench.trials import run_trials, trial
+from jobs.bench.trials import planned, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
@@ -143,19 +143,16 @@ TABLES: dict[TableNumber, PaperTable] = {
         "BART base (139M parameters) and XSum from the Hugging Face hub: 8 epochs of 204,000 articles",
     ),
 }
-# What the configuration of a table decides beside `trials.COMMON`: the paper's recipe has a number of negatives a task.
-OWN = frozenset({"distill.lr", "distill.seed", "distill.negatives"})
+OWN = frozenset({"distill.lr", "distill.seed"})  # what the configuration of a table decides beside `trials.COMMON`
 
 
-def rows_of(table: PaperTable, negatives: int) -> dict[str, Row]:
+def rows_of(table: PaperTable) -> dict[str, Row]:
     """The paper's methods as recipes: its own preset, and the others per matrix without contrast."""
     methods = dict.fromkeys(method for method, _ in table.cells if method != FULL)
-    own = PRESETS["paper"]
-    papers = {**own, "distill": {**own["distill"], "negatives": negatives}}
 
     def of(method: str) -> dict[str, dict[str, Any]]:
         quant = {"quantizer": method, "granularity": "tensor"}
-        return papers if method == "quantgpt" else {"quant": quant, "distill": {"contrast_weight": 0.0}}
+        return PRESETS["paper"] if method == "quantgpt" else {"quant": quant, "distill": {"contrast_weight": 0.0}}
 
     return {ROUNDING: named(ROUNDING)} | {method: Row(method, of(method)) for method in methods}
 
@@ -197,13 +194,17 @@ Found = dict[tuple[str, str], dict[str, float] | None]  # metrics and MiB by met
 
 
 def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console) -> Found:
-    rows = rows_of(table, base.distill.negatives)
+    rows = rows_of(table)
     trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
+    plans, plan = planned(trials), flow.plan(base, TeacherCache.stage)
     with Display(console) as display:
-        shared = flow.run(flow.plan(base, TeacherCache.stage), display)
+        shared = flow.run(plan, display)
         display.started("table")
         scores = run_trials(
-            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
+            trials,
+            plans,
+            base.resources,
+            lambda done, total, note, points=(): display.advanced("table", done, total, note),
         )
     sound = [score for score in scores if not score.failure]
     if not sound:

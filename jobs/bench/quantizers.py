@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jobs.bench.generated import generated_text
 from jobs.bench.pictures import draw_cosines, draw_front
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import HEADER, Line, cells, lines, markdown
-from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
+from jobs.bench.trials import Score, Trial, best_rates, planned, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
@@ -111,11 +111,15 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
 
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
-    with Display(console) as display:  # what all trials share
-        flow.run(flow.plan(base, TeacherCache.stage), display)
-        searched = _run(_search(base, extent), base, "search", display)
+    shared, search = flow.plan(base, TeacherCache.stage), _search(base, extent)
+    with console.status(f"planning {len(search)} students"):
+        plans = planned(search)
+    with Display(console) as display:
+        flow.run(shared, display)
+        searched = _run(search, plans, base, "search", display)
         rates = best_rates(searched)
-        repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
+        repeat = _repeat(base, extent, rates)
+        repeated = _run(repeat, planned(repeat), base, "repeat", display)
     chosen = [s for s in searched if s.rate == rates.get((s.row, s.bits))] + repeated
     failed = _failed(searched, repeated, rates)
     sound = [score for score in chosen if (score.row, score.bits) not in failed]
@@ -140,7 +144,7 @@ def _search(base: Config, extent: Extent) -> list[Trial]:
         trial(extent.laid_over(base, bits), row, bits, rate, 0)
         for bits in extent.bits
         for row in extent.rows
-        if row.offered_at(bits)
+        if row.offered_at(bits, base.quant.overrides.values())
         for rate in extent.rates(row, bits)
     ]
 
@@ -156,12 +160,14 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
     ]
 
 
-def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> list[Score]:
+def _run(
+    trials: Sequence[Trial], plans: Mapping[str, flow.Plan], base: Config, what: str, display: Display
+) -> list[Score]:
     if not trials:
         return []
     display.started(what)
     return run_trials(
-        trials, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
+        trials, plans, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
     )
 
 
@@ -240,6 +246,7 @@ def _earlier(
         for score in found
         if (score.row, score.bits) not in now
         and score.row in rows
+        and rows[score.row].offered_at(score.bits, base.quant.overrides.values())
         and score.teacher.get("perplexity") == teacher
         and score.digest
         == trial(extent.laid_over(base, score.bits), rows[score.row], score.bits, score.rate, score.seed).digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ BEST: PresetName = "best"
 SMALLEST: PresetName = "smallest"
 WITHOUT_CONTRAST = "paper without contrast"
 LIGHT_CONTRAST = "paper, contrast 0.03"
+MOST_OF_PAPERS = {BEST: 0.5, SMALLEST: 0.8}  # of the paper's gap at 2-2-8, what is claimed of the presets
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Row:
     def quantizer(self) -> Any:
         return self.sections["quant"].get("quantizer", "quantgpt")
 
-    def offered_at(self, bits: str) -> bool:
-        """Whether the recipe exists at these widths: ternary ones only at 2 bits."""
+    def offered_at(self, bits: str, overrides: Iterable[int] = ()) -> bool:
+        """Whether the recipe exists at these widths, and those of `overrides`: ternary ones only at 2 bits."""
         ternary_only = self.quantizer in TERNARY_ONLY or self.name == SMALLEST
         widths = BitWidths.parse(bits)
-        return not ternary_only or (widths.weights == 2 and widths.embedding in (2, UNQUANTIZED))
+        others = {widths.embedding, *overrides}
+        return not ternary_only or (widths.weights == 2 and others <= {2, UNQUANTIZED})
 
     def ternary_at(self, bits: str) -> bool:
         return grid(levels_of(self.quantizer), BitWidths.parse(bits).weights).ternary
@@ -101,9 +104,3 @@ ROWS: tuple[Row, ...] = (
 
 def named(name: str) -> Row:
     return next(row for row in ROWS if row.name == name)
-
-
-def encoding_of(row: Row, bits: str) -> str:
-    """The smallest encoding that holds the row's levels, so that bytes are compared at their best."""
-    widths = BitWidths.parse(bits)
-    return "base3" if (widths.weights, widths.embedding) == (2, 2) and row.ternary_at(bits) else "dense"

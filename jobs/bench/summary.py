@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy import stats
 
-from jobs.bench.rows import BEST, PAPER, ROWS, SMALLEST, WITHOUT_CONTRAST
+from jobs.bench.rows import BEST, MOST_OF_PAPERS, PAPER, ROWS, SMALLEST, WITHOUT_CONTRAST
 from jobs.bench.trials import Score
 from pipeline.front import front as non_dominated
 
@@ -56,6 +56,7 @@ class Line:
     token_cosine: float
     packed_bytes: int
     differences: dict[str, dict[str, Interval]]  # by row of `REFERENCES`, then by metric
+    less_share: Interval | None = None  # the gap less the share of the paper's that `MOST_OF_PAPERS` allows it
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,10 +66,12 @@ class Line:
         return self.differences.get(reference, {}).get(metric)
 
 
-def paired(left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nats") -> Interval | None:
-    """Metric of `left` less that of `right` over the seeds both have."""
+def paired(
+    left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nats", share: float = 1.0
+) -> Interval | None:
+    """Metric of `left` less that share of `right`'s over the seeds both have."""
     value = METRICS[metric]
-    others = {score.seed: value(score) for score in right}
+    others = {score.seed: share * value(score) for score in right}
     differences = [value(score) - others[score.seed] for score in left if score.seed in others]
     if not differences:
         return None
@@ -111,6 +114,7 @@ def _line(name: str, rows: dict[str, list[Score]], tried: tuple[float, ...]) -> 
         seeds=len(of_row),
         packed_bytes=of_row[0].packed_bytes,
         differences=differences,
+        less_share=paired(of_row, rows.get(PAPER, ()), share=MOST_OF_PAPERS[name]) if name in MOST_OF_PAPERS else None,
         **{metric: fmean(map(value, of_row)) for metric, value in METRICS.items()},
     )
 

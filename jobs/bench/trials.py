@@ -11,14 +11,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from jobs.bench.rows import Row, encoding_of
+from pydantic import ValidationError
+
+from jobs.bench.rows import Row
 from pipeline import flow
-from pipeline.config import Config
+from pipeline.config import Config, Quant
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
 from pipeline.identity import canonical_json, recipe_of
+from pipeline.loading import explain
+from pipeline.locations import anchored
 from pipeline.observer import Silent
-from pipeline.presets import at_width
+from pipeline.presets import suited
 from pipeline.records import Advance, Closed, Package, Report, Student
 from pipeline.resources import Resources
 from pipeline.step import Done
@@ -92,26 +96,42 @@ class Score(Closed):
 
 
 def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
-    """The base configuration with the row's values, and the rate it is tried at, laid over it."""
+    """The base configuration with the row's values, and the rate it is tried at, laid over it.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
     fields = base.model_dump(mode="json", by_alias=True, exclude={"preset"})
     own: dict[str, dict[str, Any]] = {
         "quant": {"bits": bits, **SHIPPED},
-        "distill": {row.rate_knob: rate, "seed": seed},
-        "pack": {"encoding": encoding_of(row, bits)},
+        "distill": {row.rate_knob: rate, "seed": seed, **({} if row.trained else {"epochs": None})},
     }
-    sections = at_width(row.sections, bits)
+    sections = suited(row.sections, bits, base.task.name)
     for name, values in own.items():
         common = {key: fields[name][key] for key in COMMON[name]}
         fields[name] = {**common, **sections.get(name, {}), **values}
-    fields["resources"] = {**fields["resources"], **IN_PROCESS}
+    fields["resources"] = {**anchored(base.resources).model_dump(mode="json"), **IN_PROCESS}
+    try:
+        # The smallest encoding that holds the levels, so that bytes are compared at their best.
+        fields["pack"] = {"encoding": "base3" if Quant.model_validate(fields["quant"]).ternary else "dense"}
+        Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"The row {row.name!r} cannot be at {bits}.", *explain(error)])) from error
     return Trial(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
 
 
-def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) -> list[Score]:
+def planned(trials: Iterable[Trial]) -> dict[str, flow.Plan]:
+    """The plan of each trial by its digest. Raises ConfigError for what cannot work."""
+    return {trial.digest: flow.plan(Config.model_validate(trial.config), Package.stage) for trial in trials}
+
+
+def run_trials(
+    trials: Sequence[Trial], plans: Mapping[str, flow.Plan], resources: Resources, advance: Advance
+) -> list[Score]:
     """Run what has not been run, `resources.workers` at a time; shared stages must be there already."""
     engine = Engine(resources)
     try:
-        lines = engine.shards(RunTrial, {}, trials, advance, gpus=resources.gpus_per_worker)
+        lines = engine.shards(RunTrial, {"plans": plans}, trials, advance, gpus=resources.gpus_per_worker)
         found = {(s.row, s.bits, s.rate, s.seed): s for s in map(Score.model_validate_json, lines)}
     finally:
         engine.close()
@@ -121,9 +141,12 @@ def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) 
 class RunTrial:
     """Runs one trial at a time, in this process."""
 
+    def __init__(self, plans: Mapping[str, flow.Plan]) -> None:
+        self.plans = plans
+
     def __call__(self, trial: Trial) -> str:
         try:
-            outcome = flow.run(flow.plan(Config.model_validate(trial.config), Package.stage), Silent())
+            outcome = flow.run(self.plans[trial.digest], Silent())
         except RunError as error:  # such as a rate at which the loss is not finite
             return failed(trial, str(error)).model_dump_json()
         return score(trial, outcome.done).model_dump_json()

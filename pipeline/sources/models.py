@@ -56,7 +56,7 @@ def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ..
             )
         if not paths:
             raise ConfigError(f"{knob}: {source} holds none of {', '.join(patterns)}")
-        return ModelSource(folder, {path.name: memo.sha256(path) for path in paths})
+        return ModelSource(folder.resolve(), {path.name: memo.sha256(path) for path in paths})
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ConfigError(f"{knob} is {source!r}, and there is no such directory.")
     return _hub_model(source, knob, patterns)

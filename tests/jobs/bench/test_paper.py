@@ -73,7 +73,7 @@ def test_every_row_is_a_recipe_at_its_width(number):
     assert len(next(iter(table.cells.values()))) == len(table.columns)
     for tiny in table.tiny:
         base = load_config(ROOT / tiny.config, list(tiny.overrides))
-        rows = rows_of(table, base.distill.negatives)
+        rows = rows_of(table)
         for method, bits in table.cells:
             if method == paper.FULL:
                 continue
@@ -110,7 +110,7 @@ def test_the_full_scale_says_what_it_takes_and_its_commands_are_the_rows(number,
         sets += [f"preset={given['--preset']}"] if "--preset" in given else []
         config = load_config(ROOT / path, [*sets, f"quant.bits={bits}"])
         assert config.distill.negatives == (64 if config.task.name == "language_modeling" else 32)
-        rows = rows_of(table, config.distill.negatives)
+        rows = rows_of(table)
         same = Config.model_validate(trial(config, rows[method], bits, config.distill.lr, 0).config)
         assert config.quant == same.quant
         if method == "quantgpt":
@@ -139,7 +139,7 @@ def test_a_value_that_each_row_decides_is_refused(override):
     assert (shown.exit_code, shown.stdout) == (2, "")
     path = override.partition("=")[0]
     assert f"--set {path} has no effect here" in " ".join(shown.stderr.split())
-    assert all(f"distill.{knob}" in shown.stderr for knob in ("lr", "negatives", "steps"))
+    assert all(f"distill.{knob}" in shown.stderr for knob in ("lr", "steps"))
 
 
 @pytest.mark.parametrize(("option", "value"), [("--table", "2"), ("--table", "one"), ("--scale", "huge")])

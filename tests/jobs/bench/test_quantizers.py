@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -91,6 +92,45 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
     assert more.exit_code == 0, more.stderr
     assert json.loads(more.stdout)["tables"] == document["tables"]  # a width said twice is one width
     assert not ray.is_initialized()
+
+
+@pytest.fixture
+def ray_elsewhere(tmp_path, monkeypatch):
+    """A Ray whose workers start in another directory than the command."""
+    (tmp_path / "elsewhere").mkdir()
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path / "elsewhere")
+        ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield tmp_path / "elsewhere"
+    ray.shutdown()
+
+
+def test_students_side_by_side_on_ray_share_the_store_of_the_command(ray_elsewhere, small, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "teacher")
+    arguments = ("--teacher", "teacher", "--no-search", "--seeds", 1)
+    side_by_side = small(*arguments, "--workers", 2, "--out", "out")
+    assert side_by_side.exit_code == 0, side_by_side.stderr
+    assert list(ray_elsewhere.iterdir()) == []
+    assert sum(path.parts[-3] == "pack" for path in records(tmp_path)) == len(FEW)
+    before = records(tmp_path)
+    one_by_one = small(*arguments, "--out", "alone")  # the same steps: nothing is left to do
+    assert one_by_one.exit_code == 0, one_by_one.stderr
+    assert records(tmp_path) == before
+    assert json.loads(one_by_one.stdout) == json.loads(side_by_side.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needle"),
+    [
+        (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, row' cannot be at 2-2-32."),
+        (("--set", 'quant.overrides={"no.such.layer": 8}'), "'no.such.layer' matches no module"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused_before_anything_runs(small, tmp_path, arguments, needle):
+    shown = small(*arguments, "--out", "out")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert needle in " ".join(shown.stderr.split())
+    assert not (tmp_path / "bitmill-store" / "tokenize").exists()
 
 
 def test_scores_keep_the_day_they_were_measured_on(small, tmp_path):

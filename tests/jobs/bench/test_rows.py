@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row, encoding_of
+from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row
 from jobs.bench.trials import SHIPPED, trial
 from pipeline.config import Config
-from pipeline.presets import PRESETS, at_width
+from pipeline.errors import ConfigError
+from pipeline.locations import anchored
+from pipeline.presets import PRESETS, suited
 from pipeline.quant.quantizers import QUANTIZERS
 
 FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]
@@ -39,7 +41,7 @@ def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
     assert (getattr(config.distill, row.rate_knob), config.distill.seed) == (3e-3, 4)
     assert (made.row, made.bits, made.rate, made.seed) == (row.name, bits, 3e-3, 4)
     for section in ("quant", "distill"):
-        for name, value in at_width(row.sections, bits).get(section, {}).items():
+        for name, value in suited(row.sections, bits, base.task.name).get(section, {}).items():
             if name == row.rate_knob or name in SHIPPED:  # the search's, and the same for all
                 continue
             assert getattr(getattr(config, section), name) == value
@@ -53,12 +55,49 @@ def test_ternary_recipes_are_offered_at_two_bits_only():
     assert set(NAMED) - offered["4-4-8"] == set(NAMED) - offered["8-8-8"] == ternary
 
 
-def test_five_codes_a_byte_are_for_ternary_codes_alone():
-    at_two = {row.name: encoding_of(row, "2-2-8") for row in ROWS}
+def encodings(base, bits):
+    offered = [row for row in ROWS if row.offered_at(bits, base.quant.overrides.values())]
+    return {row.name: trial(base, row, bits, 1e-3, 0).config["pack"]["encoding"] for row in offered}
+
+
+def test_five_codes_a_byte_are_for_ternary_codes_alone(base):
     four_levels = {row.name for row in ROWS if row.quantizer in ("lsq", "seq")}
-    assert {name for name, encoding in at_two.items() if encoding == "dense"} == four_levels
-    for bits in ("4-4-8", "8-8-8", "2-8-8", "32-2-8"):
-        assert {encoding_of(row, bits) for row in ROWS if row.offered_at(bits)} == {"dense"}
+    for bits in ("2-2-8", "2-32-8", "32-2-8"):
+        assert {name for name, encoding in encodings(base, bits).items() if encoding == "dense"} <= four_levels
+    assert set(encodings(base, "2-2-8")) == set(NAMED)
+    for bits in ("4-4-8", "8-8-8", "2-8-8"):
+        assert set(encodings(base, bits).values()) == {"dense"}
+
+
+def test_where_a_module_has_more_bits_no_row_is_ternary():
+    base = Config.model_validate({**MINIMAL, "quant": {"overrides": {".*": 8}}})
+    found = encodings(base, "2-2-8")
+    assert set(found.values()) == {"dense"}
+    assert set(NAMED) - set(found) == {"twn, tensor", "twn, row", "statistics, tensor", "statistics, row", SMALLEST}
+
+
+def test_what_does_not_go_together_is_refused_by_the_rows_name():
+    base = Config.model_validate({**MINIMAL, "quant": {"attention": "qkv"}})
+    said = "The row 'best' cannot be at 2-2-32(?s:.*)attention is qkv and has no effect"
+    with pytest.raises(ConfigError, match=said):
+        trial(base, NAMED["best"], "2-2-32", 1e-3, 0)
+
+
+def test_rounding_has_no_epochs_where_the_others_have(base):
+    epochs = base.model_copy(update={"distill": base.distill.model_copy(update={"steps": None, "epochs": 1.0})})
+    found = {name: trial(epochs, NAMED[name], "2-2-8", 1e-3, 0).config["distill"] for name in ("rounding, row", "best")}
+    assert {name: (d["steps"], d["epochs"]) for name, d in found.items()} == {
+        "rounding, row": (0, None),
+        "best": (None, 1.0),
+    }
+
+
+def test_a_trial_goes_to_workers_with_absolute_places(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = base.model_copy(update={"resources": base.resources.model_copy(update={"storage_uri": "./store"})})
+    resources = trial(here, NAMED["best"], "2-2-8", 1e-3, 0).config["resources"]
+    assert (resources["storage_uri"], resources["workers"]) == (str(tmp_path / "store"), 0)
+    assert resources["local_cache_dir"] == str(tmp_path / "store" / ".scratch")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +137,7 @@ def test_a_trial_lays_its_values_over_the_base_and_leaves_it_alone(base):
     assert config.resources.workers == 0
     for section in ("name", "model", "task", "data", "finetune", "cache", "evaluate", "register_"):
         assert getattr(config, section) == getattr(base, section)
-    assert config.resources.model_copy(update={"workers": 1}) == base.resources
+    assert config.resources == anchored(base.resources).model_copy(update={"workers": 0})
 
 
 @pytest.mark.parametrize(("name", "weight"), [("paper without contrast", 0.0), ("paper, contrast 0.03", 0.03)])
