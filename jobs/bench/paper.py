@@ -257,7 +257,7 @@ def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
     console.print(
         "GPUs of 24 GB by our estimate; hours of one for a cell by arithmetic (6 operations a parameter and token, "
         f"8 with the teacher in the step; {SUSTAINED / 1e12:g} trillion a second in fp32; the teacher's own training "
-        "not counted):"
+        "and the evaluation not counted):"
     )
     for full in table.full:
         console.print(f"  {full.config}: {full.gpu_hours:.1f} GPU hours, set up for {full.gpus}", highlight=False)

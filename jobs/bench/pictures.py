@@ -49,7 +49,7 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
         )
     axes.set_yscale("symlog", linthresh=SMALLEST_GAP)  # a student may be better than its teacher
     axes.set(xscale="log", xlabel="bytes of weights, everything counted", title=title)
-    axes.set_ylabel("gap to the teacher: log(perplexity / teacher's), nats")
+    axes.set_ylabel(f"gap to the teacher: log(perplexity / teacher's), nats; linear below {SMALLEST_GAP:g}")
     axes.margins(0.12)  # room for the names
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(loc="lower left")
@@ -80,5 +80,5 @@ def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
         axes.set_ylabel(label)
     if names:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; above a bar: less that without contrast, with the 95 % interval", fontsize=10)
     return figure

@@ -59,7 +59,7 @@ class Row:
 
 
 # Those whose scale is a learned ratio move it as fast as the presets do: at 2 bits the paper's 1e-3 hardly moves it in
-# some hundred steps, which costs up to 0.07 nats of validation on the Llama that the README compares.
+# some hundred steps, which costs up to 0.1 nats of validation on the Llama that the README compares.
 LEARN_A_RATIO = ("quantgpt", "lsq", "lsq_symmetric", "seq")
 
 
