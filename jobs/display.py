@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from pipeline.records import Point
 from pipeline.store import Owner
 
-UNITS = {"tokenize": "parts", "finetune": "steps", "cache": "shards", "distill": "steps"}
+UNITS = {"tokenize": "parts", "finetune": "steps", "cache": "shards", "distill": "steps", "evaluate": "parts"}
 
 
 class Display:

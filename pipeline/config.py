@@ -139,9 +139,9 @@ class Distill(Training):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
     @property
-    def contrasts_within(self) -> bool:
-        """Whether it compares states of another layer than the last."""
-        return self.contrast_weight > 0 and self.contrast_layer != -1
+    def compared_layer(self) -> int:
+        """Whose states are contrasted; the last where none are."""
+        return self.contrast_layer if self.contrast_weight > 0 else -1
 
     @model_validator(mode="after")
     def _another_row_to_contrast_with(self) -> Distill:
@@ -323,7 +323,7 @@ class Config(Closed):
             )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
-        if self.distill.contrasts_within and self.cache.mode == "states":
+        if self.distill.compared_layer != -1 and self.cache.mode == "states":
             raise ValueError(
                 f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
                 "layer only (-1); set cache.mode: online"

@@ -86,7 +86,8 @@ class Engine:
         advance: Advance,
         gpus: float,
     ) -> list[T]:
-        """Run `work(**one)` for each of the settings as plain tasks, side by side; what they give, in order."""
+        """Run `work(**one)` for each of the settings as plain tasks, `resources.workers` at a time; what they give, in
+        order."""
         if self.resources.workers == 0:
             found = []
             for done, one in enumerate(settings, start=1):
@@ -100,18 +101,24 @@ class Engine:
         how = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
         remote = ray.remote(**how)(_task_worker)
         with explained(place):
-            all_of_them = waiting = [remote.remote(work, one, self._threads()) for one in settings]
+            results: dict[int, T] = {}
+            left = list(enumerate(settings))
+            running: dict[Any, int] = {}
             try:
-                while waiting:
-                    ready, waiting = ray.wait(waiting)
-                    result, failure = ray.get(ready[0])
+                while left or running:
+                    while left and len(running) < self.resources.workers:
+                        index, one = left.pop(0)
+                        running[remote.remote(work, one, self._threads())] = index
+                    ready = ray.wait(list(running))[0][0]
+                    result, failure = ray.get(ready)
                     if failure:
                         raise ERRORS[failure](result)
-                    advance(len(settings) - len(waiting), len(settings), "")
+                    results[running.pop(ready)] = result
+                    advance(len(results), len(settings), "")
             finally:
-                for one in waiting:
-                    ray.cancel(one)
-            return [ray.get(one)[0] for one in all_of_them]
+                for unfinished in running:
+                    ray.cancel(unfinished)
+            return [results[index] for index in range(len(settings))]
 
     def close(self) -> None:
         if self._started:

@@ -15,6 +15,7 @@ from pipeline import preflight, registry, tracking
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.families.states import LAST
 from pipeline.identity import differences, recipe_of, step_key
 from pipeline.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.objects import FAULTS
@@ -146,7 +147,7 @@ class _Planner:
         if section.mode != "auto":
             self._add(TeacherCache, self._cache_recipe(section.mode), {}, inputs)
             return section.mode, f"{section.mode}: as configured"
-        if self.config.distill.contrasts_within:
+        if self.config.distill.compared_layer != LAST:
             self._add(TeacherCache, self._cache_recipe("online"), {}, inputs)
             return "online", "online: cached states are those of the last layer, and distill.contrast_layer is another"
         for mode in ("states", "online"):
@@ -180,7 +181,7 @@ class _Planner:
         self._add(Student, training, {}, (Tokens, Teacher, TeacherCache))
         scoring: dict[str, Any] = {"ship": ship, "protocol": self.task.protocol, **self.task.scoring(config.evaluate)}
         if config.quant.activation_range == "tensor":
-            scoring["batch"] = config.resources.inference_batch
+            scoring |= {"batch": config.resources.inference_batch, "cut": "shards"}
         self._add(Report, scoring, {}, (Tokens, Teacher, Student))
         encoding = {"ship": ship, "encoding": config.pack.encoding, "name": name}
         self._add(Package, encoding, {}, (Tokens, Teacher, Student, Report))

@@ -74,7 +74,8 @@ class Inputs:
             del recipe[name]
             files = self.text.get(split)
             recipe[split] = [{"content": f.content, "format": f.format} for f in files] if files else None
-        if "candidates_column" in recipe and None in recipe.values():
+        held_out = recipe["validation"] is None or recipe["test"] is None or recipe["sample"] < 1
+        if "candidates_column" in recipe and held_out:
             recipe["kept_together"] = "conversations"
         return recipe
 
@@ -124,7 +125,7 @@ def _check_task(wanted: Config, task: Task, inputs: Inputs) -> None:
         if longest is not None and length > longest:
             raise ConfigError(f"{knob} is {length}, and the model has {longest} positions; lower it.")
     layers = int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
-    if wanted.distill.contrast_layer < -layers - 1:
+    if wanted.distill.compared_layer < -layers - 1:
         raise ConfigError(
             f"distill.contrast_layer is {wanted.distill.contrast_layer}, and the model has {layers} decoder layers and "
             f"the embedding; valid: -1 to {-layers - 1}."

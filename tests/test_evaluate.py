@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engine import Engine
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.records import Report, Shard, Split, Tokens
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import Scorer, spans_of
@@ -116,13 +120,60 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert (report.student, report.teacher) == (undisturbed.student, undisturbed.teacher)
 
 
-def test_shards_are_scored_by_tasks_of_ray(finished: Ran, tmp_path: Path) -> None:
+def test_what_another_student_left_is_not_added(finished: Ran, tmp_path: Path, scored: list[str]) -> None:
+    evaluation = Evaluation(finished, tmp_path, rows=3)
+    evaluation.run()
+    made = len(scored)
+    evaluation.run()
+    assert len(scored) == made  # all of it was there
+    student = evaluation.done["distill"]
+    weights = student.record.files["weights.safetensors"].model_copy(update={"sha256": "0" * 64})
+    other = student.record.model_copy(update={"files": student.record.files | {"weights.safetensors": weights}})
+    evaluation.done["distill"] = replace(student, record=other)
+    with pytest.raises(DamagedError, match="does not match its checksum"):
+        evaluation.run()
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+def test_shards_are_scored_by_tasks_of_ray(two_cpus: None, finished: Ran, tmp_path: Path) -> None:
     alone = Evaluation(finished, tmp_path / "alone", rows=3).run()
     evaluation = Evaluation(finished, tmp_path / "ray", rows=3)
     evaluation.engine = Engine(finished.plan.config.resources.model_copy(update={"workers": 2}))
-    try:
-        report = evaluation.run()
-    finally:
-        evaluation.engine.close()
+    report = evaluation.run()
     assert (report.student, report.teacher, report.digest) == (alone.student, alone.teacher, alone.digest)
     assert evaluation.advanced[-1][0] == evaluation.advanced[-1][1] > 1
+
+
+def timed(folder: Path, number: int, wrong: int | None = None) -> tuple[int, float, float]:
+    (folder / str(number)).touch()
+    begun = time.monotonic()
+    time.sleep(0.2)
+    if number == wrong:
+        raise RunError(f"number {number} is lost")
+    return number, begun, time.monotonic()
+
+
+def test_tasks_run_as_many_at_once_as_there_are_workers(two_cpus: None, finished: Ran, tmp_path: Path) -> None:
+    engine = Engine(finished.plan.config.resources.model_copy(update={"workers": 1}))
+    place, advanced = finished.plan.step("evaluate").place, []
+
+    def advance(done: int, total: int, note: str, points: Any = ()) -> None:
+        advanced.append((done, total))
+
+    (tmp_path / "sound").mkdir()
+    found = engine.tasks(timed, [{"folder": tmp_path / "sound", "number": i} for i in range(4)], place, advance, 0)
+    assert [number for number, _, _ in found] == [0, 1, 2, 3]
+    assert all(end <= begun for (_, _, end), (_, begun, _) in pairwise(found))  # Ray would have run two
+    assert advanced == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    broken = [{"folder": tmp_path, "number": i, "wrong": 1} for i in range(10, 10 + 2)]
+    with pytest.raises(RunError, match=r"^number 11 is lost$"):
+        engine.tasks(timed, [*broken[:1], broken[1] | {"wrong": 11}, *broken], place, advance, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "sound"]
+    with pytest.raises(ConfigError, match="GPU"):
+        Engine(engine.resources.model_copy(update={"gpus_per_worker": 1.0})).tasks(timed, [{}], place, advance, 1.0)

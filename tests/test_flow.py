@@ -54,6 +54,7 @@ def test_the_observer_is_told_how_far_each_long_stage_is(finished):
         "finetune": (20, 20),
         "cache": (1, 1),
         "distill": (12, 12),
+        "evaluate": (1, 1),
     }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.bench.rows import Row, named
-from jobs.bench.trials import planned, run_trials, trial
+from jobs.bench.trials import run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
@@ -196,15 +196,12 @@ Found = dict[tuple[str, str], dict[str, float] | None]  # metrics and MiB by met
 def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console) -> Found:
     rows = rows_of(table)
     trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
-    plans, plan = planned(trials), flow.plan(base, TeacherCache.stage)
+    plan = flow.plan(base, TeacherCache.stage)
     with Display(console) as display:
         shared = flow.run(plan, display)
         display.started("table")
         scores = run_trials(
-            trials,
-            plans,
-            base.resources,
-            lambda done, total, note, points=(): display.advanced("table", done, total, note),
+            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
         )
     sound = [score for score in scores if not score.failure]
     if not sound:

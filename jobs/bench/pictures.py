@@ -13,6 +13,7 @@ from jobs.bench.summary import Line, front
 
 SMALLEST_GAP = 1e-4  # nats; below it the scale is linear
 MEASURES_OF_CONTRAST = {"token_cosine": "mean cosine between different tokens", "gap_nats": "gap to the teacher, nats"}
+LABELS_BELOW = (18, 64, 36)  # points; neighbours differ
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -37,12 +38,12 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
         linewidth=1,
         label="front",
     )
-    for number, line in enumerate(best):
+    for below, line in zip(itertools.cycle(LABELS_BELOW), best):
         axes.annotate(
             line.row,
             (line.packed_bytes, line.gap_nats),
             textcoords="offset points",
-            xytext=(-6, -34 if number % 2 else -18),
+            xytext=(-6, -below),
             ha="right",
             fontsize=8,
             arrowprops={"arrowstyle": "-", "linewidth": 0.5},
@@ -50,7 +51,7 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
     axes.set_yscale("symlog", linthresh=SMALLEST_GAP)  # a student may be better than its teacher
     axes.set(xscale="log", xlabel="bytes of weights, everything counted", title=title)
     axes.set_ylabel(f"gap to the teacher: log(perplexity / teacher's), nats; linear below {SMALLEST_GAP:g}")
-    axes.margins(0.12)  # room for the names
+    axes.margins(x=0.22, y=0.12)  # room for the names
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(loc="lower left")
     return figure

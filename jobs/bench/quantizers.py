@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jobs.bench.generated import generated_text
 from jobs.bench.pictures import draw_cosines, draw_front
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import HEADER, Line, cells, lines, markdown
-from jobs.bench.trials import Score, Trial, best_rates, planned, run_trials, trial
+from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
 from pipeline.config import Config
@@ -112,14 +112,11 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
 def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
     shared, search = flow.plan(base, TeacherCache.stage), _search(base, extent)
-    with console.status(f"planning {len(search)} students"):
-        plans = planned(search)
     with Display(console) as display:
         flow.run(shared, display)
-        searched = _run(search, plans, base, "search", display)
+        searched = _run(search, base, "search", display)
         rates = best_rates(searched)
-        repeat = _repeat(base, extent, rates)
-        repeated = _run(repeat, planned(repeat), base, "repeat", display)
+        repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
     chosen = [s for s in searched if s.rate == rates.get((s.row, s.bits))] + repeated
     failed = _failed(searched, repeated, rates)
     sound = [score for score in chosen if (score.row, score.bits) not in failed]
@@ -160,14 +157,12 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
     ]
 
 
-def _run(
-    trials: Sequence[Trial], plans: Mapping[str, flow.Plan], base: Config, what: str, display: Display
-) -> list[Score]:
+def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> list[Score]:
     if not trials:
         return []
     display.started(what)
     return run_trials(
-        trials, plans, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
+        trials, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
     )
 
 
@@ -246,10 +241,8 @@ def _earlier(
         for score in found
         if (score.row, score.bits) not in now
         and score.row in rows
-        and rows[score.row].offered_at(score.bits, base.quant.overrides.values())
         and score.teacher.get("perplexity") == teacher
-        and score.digest
-        == trial(extent.laid_over(base, score.bits), rows[score.row], score.bits, score.rate, score.seed).digest
+        and score.digest == _digest_today(base, extent, rows[score.row], score)
     ]
     of_kept = {(score.row, score.bits) for score in kept}
     for row, bits in dict.fromkeys((score.row, score.bits) for score in found):
@@ -260,6 +253,14 @@ def _earlier(
         [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept],
         {key: failure for key, failure in failed.items() if key not in now},
     )
+
+
+def _digest_today(base: Config, extent: Extent, row: Row, score: Score) -> str | None:
+    """Of the trial behind a score if it were run now; None: it cannot be run."""
+    try:
+        return trial(extent.laid_over(base, score.bits), row, score.bits, score.rate, score.seed).digest
+    except ConfigError:
+        return None
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:

@@ -120,15 +120,10 @@ def trial(base: Config, row: Row, bits: str, rate: float, seed: int) -> Trial:
     return Trial(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
 
 
-def planned(trials: Iterable[Trial]) -> dict[str, flow.Plan]:
-    """The plan of each trial by its digest. Raises ConfigError for what cannot work."""
-    return {trial.digest: flow.plan(Config.model_validate(trial.config), Package.stage) for trial in trials}
-
-
-def run_trials(
-    trials: Sequence[Trial], plans: Mapping[str, flow.Plan], resources: Resources, advance: Advance
-) -> list[Score]:
+def run_trials(trials: Sequence[Trial], resources: Resources, advance: Advance) -> list[Score]:
     """Run what has not been run, `resources.workers` at a time; shared stages must be there already."""
+    # Planned here, because workers have directories of their own, and need nothing but the store.
+    plans = {trial.digest: flow.plan(Config.model_validate(trial.config), Package.stage) for trial in trials}
     engine = Engine(resources)
     try:
         lines = engine.shards(RunTrial, {"plans": plans}, trials, advance, gpus=resources.gpus_per_worker)

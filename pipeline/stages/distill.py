@@ -81,7 +81,7 @@ def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device
     hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
 
     def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return layer_states(teacher, recipe.contrast_layer, *inputs)
+        return layer_states(teacher, recipe.compared_layer, *inputs)
 
     head = head_of(teacher) if run.cache is None else copy.deepcopy(head_of(teacher))
     distillation = Distillation(
@@ -90,4 +90,4 @@ def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device
         teacher=states if run.cache is None else None,
         bank=MemoryBank(vocabulary, hidden, recipe.momentum, device),
     )
-    return WithStates(student, recipe.contrast_layer), distillation
+    return WithStates(student, recipe.compared_layer), distillation

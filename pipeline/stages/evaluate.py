@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate
@@ -45,7 +46,9 @@ def run(step: Step) -> Report:
         "evaluate": Evaluate.model_validate(step.recipe.get("evaluate", {})),
     }
     spans = spans_of(tokens.splits["test"].shards, SPANS_A_WORKER * max(1, step.resources.workers))
-    pieces = [settings | {"place": step.place, "shards": span} for span in spans]
+    scored_by = [student.files[Student.WEIGHTS].sha256, *(teacher.files[name].sha256 for name in sorted(teacher.files))]
+    origin = hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16]
+    pieces = [settings | {"place": step.place, "origin": origin, "shards": span} for span in spans]
     found = step.engine.tasks(_evaluate, pieces, step.place, step.advance, step.resources.gpus_per_worker)
     scored = [Piece.model_validate_json(line) for lines in found for line in lines]
     shape = task_of(tokens.recipe).shape
@@ -77,12 +80,12 @@ def spans_of(shards: Sequence[Shard], most: int) -> list[Span]:
     return [tuple(placed[start : start + length]) for start in range(0, len(placed), length)]
 
 
-def _evaluate(place: Place, shards: Span, **settings: Any) -> list[str]:
-    """A `Piece` of each shard as JSON; those that an earlier attempt left are not made again."""
+def _evaluate(place: Place, origin: str, shards: Span, **settings: Any) -> list[str]:
+    """A `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made again."""
     found: dict[str, str] = {}
     scorer = None
     for before, shard in shards:
-        name = f"attempt/{Path(shard.name).stem}.json"
+        name = f"attempt/{origin}-{Path(shard.name).stem}.json"
         try:
             found[name] = place.read(name).decode()
         except FileNotFoundError:

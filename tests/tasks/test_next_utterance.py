@@ -163,6 +163,8 @@ def test_examples_of_one_conversation_are_held_out_together(tmp_path):
         update={"data": config.data.model_copy(update={"validation": str(path), "test": str(path)})}
     )
     assert "kept_together" not in flow.plan(given, "tokenize").steps[0].recipe["data"]
+    some = given.model_copy(update={"data": given.data.model_copy(update={"sample": 0.5})})
+    assert "kept_together" in flow.plan(some, "tokenize").steps[0].recipe["data"]
 
 
 def test_a_reply_without_a_context_follows_end_of_text(tokenizer):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from jobs.bench import quantizers, trials
 from jobs.bench.rows import ROWS, Row
 from jobs.cli import app
+from pipeline.config import Config
 from pipeline.flow import STAGES
 from tests.jobs.bench.test_summary import score
 
@@ -119,6 +120,14 @@ def test_students_side_by_side_on_ray_share_the_store_of_the_command(ray_elsewhe
     assert json.loads(one_by_one.stdout) == json.loads(side_by_side.stdout)
 
 
+def test_every_student_learns_from_the_cache_that_was_made_for_all(small, tmp_path):
+    shown = small("--set", "cache.mode=auto", "--no-search", "--seeds", 1, "--out", "out")
+    assert shown.exit_code == 0, shown.stderr
+    (cache,) = (json.loads(path.read_text()) for path in (tmp_path / "bitmill-store" / "cache").rglob("record.json"))
+    students = [json.loads(p.read_text()) for p in (tmp_path / "bitmill-store" / "distill").rglob("record.json")]
+    assert [student["inputs"]["cache"] for student in students] == [cache["key"]] * len(FEW)
+
+
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
@@ -210,6 +219,15 @@ def test_a_table_may_be_made_piece_by_piece(small, tmp_path):
     unread = small("--out", "out")
     assert json.loads(unread.stdout)["scores"] == one["scores"]
     assert "left out: all of out/quantizers.json" in " ".join(unread.stderr.split())
+
+
+def test_an_earlier_score_that_could_not_be_made_today_is_of_another_recipe():
+    fields = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}, "distill": {"steps": 3}}
+    base = Config.model_validate({**fields, "quant": {"attention": "qkv"}})
+    extent = quantizers.Extent(("2-2-8",), 1, 3, 4)
+    today = quantizers._digest_today(base, extent, FEW[1], score(rate=1e-3))
+    assert today == trials.trial(extent.laid_over(base, "2-2-8"), FEW[1], "2-2-8", 1e-3, 0).digest
+    assert quantizers._digest_today(base, extent, FEW[1], score(rate=1e-3, bits="2-2-32")) is None
 
 
 def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
