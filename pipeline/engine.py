@@ -104,20 +104,16 @@ class Engine:
             results: dict[int, T] = {}
             left = list(enumerate(settings))
             running: dict[Any, int] = {}
-            try:
-                while left or running:
-                    while left and len(running) < self.resources.workers:
-                        index, one = left.pop(0)
-                        running[remote.remote(work, one, self._threads())] = index
-                    ready = ray.wait(list(running))[0][0]
-                    result, failure = ray.get(ready)
-                    if failure:
-                        raise ERRORS[failure](result)
-                    results[running.pop(ready)] = result
-                    advance(len(results), len(settings), "")
-            finally:
-                for unfinished in running:
-                    ray.cancel(unfinished)
+            while left or running:
+                while left and len(running) < self.resources.workers:
+                    index, one = left.pop(0)
+                    running[remote.remote(work, one, self._threads())] = index
+                ready = ray.wait(list(running))[0][0]
+                result, failure = ray.get(ready)
+                if failure:  # the others end by themselves: Ray 2.60 aborts if one is cancelled that just ends
+                    raise ERRORS[failure](result)
+                results[running.pop(ready)] = result
+                advance(len(results), len(settings), "")
             return [results[index] for index in range(len(settings))]
 
     def close(self) -> None:
