@@ -6,6 +6,7 @@ What changes the answer is a recipe and enters keys; `resources` never does.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -213,7 +214,7 @@ class Quant(Closed):
     def _options_of_the_quantizer(self) -> Quant:
         for option, default in (("gamma_init", "auto"), ("gamma_gradient", "both"), ("ste", "auto")):
             value, takers = getattr(self, option), TAKES[option]
-            if value != default and self.quantizer not in takers:
+            if value not in (default, "one") and self.quantizer not in takers:
                 raise ValueError(
                     f"{option} is {value}, which the quantizer {self.quantizer} does not take; leave it out, or use "
                     f"one of {', '.join(takers)}"
@@ -252,17 +253,8 @@ class Quant(Closed):
         return all(bits == UNQUANTIZED or grid(levels, bits).ternary for bits in self.weight_widths())
 
     def spec(self) -> QuantSpec:
-        return QuantSpec(
-            bits=BitWidths.parse(self.bits),
-            quantizer=self.quantizer,
-            granularity=self.granularity,
-            gamma_init=self.gamma_init,
-            gamma_gradient=self.gamma_gradient,
-            ste=self.ste,
-            activation_range=self.activation_range,
-            attention=self.attention,
-            overrides=tuple(self.overrides.items()),
-        )
+        own = {"bits": BitWidths.parse(self.bits), "overrides": tuple(self.overrides.items())}
+        return QuantSpec(**{field.name: getattr(self, field.name) for field in fields(QuantSpec)} | own)
 
 
 class Pack(Closed):
@@ -315,7 +307,13 @@ class Config(Closed):
                 "throughout"
             )
         if self.task.name != "language_modeling" and self.data.unit == "line":
-            raise ValueError(f"data.unit: line is running text, which the task {self.task.name} cannot use")
+            raise ValueError(
+                f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
+            )
+        if self.quant.gamma_init == "one" and self.quant.quantizer not in TAKES["gamma_init"]:  # packages may say it
+            raise ValueError(
+                f"quant.gamma_init is one, and the quantizer {self.quant.quantizer} has none; leave it out"
+            )
         if self.quant.quantizer == "laq" and self.distill.optimizer != "adam":
             raise ValueError(
                 f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "

@@ -24,6 +24,11 @@ def load_config(
     """
     try:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"The configuration {path} cannot be read: there is no such file, seen from {Path.cwd()}. Give its path, "
+            "or change into the checkout, whose folder configs/ has some."
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
     if not isinstance(fields, dict):

@@ -66,11 +66,6 @@ LANGUAGE_MODELING = "language_modeling"
 FEW_NEGATIVES = 32  # the paper's, of its other tasks
 
 
-def preset_for(preset: PresetName, bits: str, task: str) -> dict[str, dict[str, Any]]:
-    """The sections of a preset at these widths and for this task."""
-    return suited(PRESETS[preset], bits, task)
-
-
 def suited(sections: dict[str, dict[str, Any]], bits: str, task: str) -> dict[str, dict[str, Any]]:
     """A recipe for layers of 2 bits and language modelling, for others: layers of more bits want other rates of Muon
     and of scales, and other tasks have fewer negatives."""
@@ -86,7 +81,7 @@ def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:
     """The fields of a configuration with the preset's values where they set none themselves."""
     result = dict(fields)
     bits, task = _value(fields, "quant", "bits", "2-2-8"), _value(fields, "task", "name", LANGUAGE_MODELING)
-    for section, values in preset_for(preset, bits, task).items():
+    for section, values in suited(PRESETS[preset], bits, task).items():
         given = result.get(section)
         if given is None or isinstance(given, dict):
             result[section] = {**_without_effect_dropped(values, given or {}), **(given or {})}
@@ -95,7 +90,7 @@ def filled(fields: dict[str, Any], preset: PresetName) -> dict[str, Any]:
 
 def set_otherwise(fields: dict[str, Any], preset: PresetName) -> dict[str, tuple[Any, Any]]:
     """By path, what the fields of a filled configuration say where the preset says something else, and what that is."""
-    values = preset_for(preset, fields["quant"]["bits"], fields["task"]["name"])
+    values = suited(PRESETS[preset], fields["quant"]["bits"], fields["task"]["name"])
     return {
         f"{section}.{knob}": (fields[section][knob], value)
         for section, knobs in values.items()

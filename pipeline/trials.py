@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.identity import canonical_json
-from pipeline.presets import preset_for
+from pipeline.presets import PRESETS, suited
 from pipeline.sweep_schema import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
@@ -76,7 +76,8 @@ def trial_config(base: Config, values: dict[str, Any]) -> Config:
 def unfilled(base: Config) -> dict[str, Any]:
     """Fields of a configuration that its preset can fill anew, as suits other widths or another quantizer."""
     fields = base.model_dump(mode="json", by_alias=True, exclude={"sweep"})
-    for name, values in preset_for(base.preset, base.quant.bits, base.task.name).items() if base.preset else ():
+    preset = PRESETS[base.preset] if base.preset else {}
+    for name, values in suited(preset, base.quant.bits, base.task.name).items():
         section = getattr(base, name)
         fields[name] = {k: v for k, v in fields[name].items() if k not in values or getattr(section, k) != values[k]}
     return fields

@@ -239,7 +239,6 @@ def test_only_a_student_may_take_no_steps() -> None:
 STARTS = {"quantgpt", "pact", "lsq", "lsq_symmetric", "seq"}
 TAKEN = {
     ("gamma_init", "mse"): STARTS,
-    ("gamma_init", "one"): STARTS,
     ("gamma_gradient", "outer"): {"quantgpt"},
     ("ste", "clipped"): set(QUANTIZERS) - {"pact"},
     ("ste", "identity"): set(QUANTIZERS) - {"pact"},

@@ -85,6 +85,10 @@ def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
     Raises:
         ConfigError: it is none, or its family is not one that the bench can train on plain text.
     """
+    if not teacher.is_dir():
+        raise ConfigError(
+            f"--teacher {teacher}: there is no such directory; give one with config.json, *.safetensors and tokenizer."
+        )
     config = read_config(teacher)
     if family_of(config).tied_embeddings:
         raise ConfigError(

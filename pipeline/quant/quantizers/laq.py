@@ -41,12 +41,11 @@ class LAQ(StepQuantizer):
             if second_moment is None:
                 raise ValueError("LAQ weights its error by Adam's second moment, and Adam does not move this weight")
             importance = second_moment.sqrt() + EPSILON
-        alive = (self.size == 0) & (
-            mean_abs(weight, self.granularity) > 0
-        )  # no more all zero; no round gets away from it
+        # Of weights that were all zero and no longer are: no round gets away from a step of zero.
+        alive = (self.size == 0) & (mean_abs(weight, self.granularity) > 0)
         if alive.any():
-            some = alive.expand(len(weight), 1)[:, 0]  # the only rows that the search looks at
-            self.size[alive[:, 0]] = least_error_step(weight[some], self.grid, self.granularity)
+            rows = alive[:, 0].expand(len(weight))
+            self.size[alive[:, 0]] = least_error_step(weight[rows], self.grid, self.granularity)
         for _ in range(ROUNDS):
             codes = nearest(weight, self.size, self.grid)
             step = self._minimiser(codes, weight, importance)
