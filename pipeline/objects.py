@@ -22,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pipeline.errors import ConfigError, RunError
 
 CONFLICT_RETRIES = 6
+TEMPORARY = ".tmp"
 FAULTS = (OSError, ClientError, BotoCoreError)  # what a store that cannot be reached raises
 
 
@@ -51,6 +52,9 @@ class Objects(Protocol):
 
     def delete_below(self, prefix: str) -> None:
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
+
+    def delete_unfinished(self, prefix: str) -> None:
+        """Delete what killed writers left of objects whose name starts with `prefix`, which ends in a slash."""
 
     def free_bytes(self) -> int | None:
         """Space left, or None where there is no limit to ask for."""
@@ -128,6 +132,10 @@ class Directory:
     def delete_below(self, prefix: str) -> None:
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
+    def delete_unfinished(self, prefix: str) -> None:
+        for temporary in self._path(prefix).rglob(f".*{TEMPORARY}"):
+            temporary.unlink(missing_ok=True)
+
     def free_bytes(self) -> int | None:
         existing = self.root.resolve()
         while not existing.exists():
@@ -138,7 +146,7 @@ class Directory:
     def _temporary(self, name: str) -> Iterator[tuple[Path, Path]]:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
             yield temporary, path
         finally:
@@ -202,7 +210,7 @@ class Bucket:
         path = scratch / digest / Path(name).name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
             with _missing(name):
                 self.client.download_file(self.bucket, self.prefix + name, str(temporary))
             temporary.replace(path)
@@ -219,6 +227,13 @@ class Bucket:
     def delete_below(self, prefix: str) -> None:
         for name in self.sizes(prefix):
             self.delete(name)
+
+    def delete_unfinished(self, prefix: str) -> None:
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=self.prefix + prefix
+        )
+        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def free_bytes(self) -> int | None:
         return None

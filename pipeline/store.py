@@ -225,7 +225,8 @@ class Place:
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[Place]:
         """Hold the step's lease; yields the place with its fencing token.
 
-        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over.
+        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
+        away what killed writers left half written.
 
         Raises:
             BusyError: a live process holds the lease and `wait` is False.
@@ -241,6 +242,8 @@ class Place:
             beat.join()
             current = self._lease()
             if current is not None and current.fence == lease.fence:
+                with contextlib.suppress(*FAULTS):  # not every role may list uploads; tidiness must not fail a step
+                    self._objects.delete_unfinished(self._prefix)
                 released = Lease(None, lease.fence, time.time())
                 self._objects.swap(self._prefix + LEASE, current.to_json(), released.to_json())
 

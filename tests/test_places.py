@@ -1,5 +1,7 @@
 """The files of one step: its record, what is checked before it is read, what goes and what stays."""
 
+import contextlib
+import json
 import os
 import pickle
 import uuid
@@ -43,6 +45,30 @@ def test_what_a_killed_writer_left_is_neither_listed_nor_read(tmp_path):
     assert place.record(Report) is None
     assert place.sizes() == {}
     assert records(str(tmp_path), Report) == []
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path, ends):
+    killed = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    with contextlib.suppress(ZeroDivisionError), killed.hold(False, print) as place:
+        place.write("rows/a", b"whole")
+        for name in ("rows/.b", ".weights"):
+            (tmp_path / Report.stage / KEY / f"{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+        if ends == "badly":
+            raise ZeroDivisionError
+    assert killed.read("rows/a") == b"whole"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_whoever_was_taken_over_clears_nothing_away(tmp_path):
+    place = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    temporary = tmp_path / Report.stage / KEY / f".weights.{uuid.uuid4().hex}.tmp"
+    with place.hold(False, print):
+        mine = open_objects(str(tmp_path)).read(f"{Report.stage}/{KEY}/lease.json")
+        theirs = json.dumps(json.loads(mine) | {"fence": 2}).encode()
+        open_objects(str(tmp_path)).write(f"{Report.stage}/{KEY}/lease.json", theirs)
+        temporary.write_bytes(b"being written")
+    assert temporary.exists()
 
 
 def test_a_record_is_none_until_it_is_committed_once(place):

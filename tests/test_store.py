@@ -210,6 +210,29 @@ def test_an_unfinished_upload_is_neither_listed_nor_read(s3, tmp_path):
         bucket.local("a/b", tmp_path)
 
 
+def test_what_killed_writers_left_is_deleted_where_it_was_asked_for_alone(tmp_path):
+    objects = open_objects(str(tmp_path / "store"))
+    for name in ("a/b", "a/deep/b", "ab"):
+        objects.write(name, b"x")
+        path = tmp_path / "store" / name
+        path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+    objects.delete_unfinished("a/")
+    objects.delete_unfinished("none/")
+    assert objects.sizes("") == {"a/b": 1, "a/deep/b": 1, "ab": 1}
+    assert [path.name[:4] for path in (tmp_path / "store").rglob("*.tmp")] == [".ab."]
+
+
+def test_unfinished_uploads_are_ended_where_it_was_asked_for_alone(s3):
+    bucket = open_objects(f"{s3}/{uuid.uuid4()}")
+    bucket.write("a/b", b"whole")
+    for name in ("a/b", "a/deep/b", "ab"):
+        bucket.client.create_multipart_upload(Bucket=bucket.bucket, Key=bucket.prefix + name)
+    bucket.delete_unfinished("a/")
+    left = bucket.client.list_multipart_uploads(Bucket=bucket.bucket, Prefix=bucket.prefix)["Uploads"]
+    assert [upload["Key"] for upload in left] == [bucket.prefix + "ab"]
+    assert bucket.read("a/b") == b"whole"
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/hostname", "link/x"])
 def test_names_that_lead_outside_the_store_are_refused(tmp_path, name):
     objects = open_objects(str(tmp_path / "store"))
