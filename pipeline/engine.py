@@ -171,7 +171,7 @@ class Engine:
                     logging_level=logging.ERROR,
                     **local,
                 )
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises just this when a node takes too long to start
                 raise ConfigError(
                     f"Ray cannot be reached at {resources.ray_address or 'this machine'}: {error}. Set RAY_ADDRESS or "
                     "resources.ray_address to a running cluster, or leave both out."

@@ -53,8 +53,9 @@ class Objects(Protocol):
     def delete_below(self, prefix: str) -> None:
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
-    def delete_unfinished(self, prefix: str) -> None:
-        """Delete what killed writers left of objects whose name starts with `prefix`, which ends in a slash."""
+    def delete_unfinished(self, prefix: str, spared: str) -> None:
+        """Delete what killed writers left below `prefix`, which ends in a slash, except of files named `spared`, which
+        others may be writing now."""
 
     def free_bytes(self) -> int | None:
         """Space left, or None where there is no limit to ask for."""
@@ -120,11 +121,13 @@ class Directory:
     def sizes(self, prefix: str) -> dict[str, int]:
         folder = self._path(prefix.rpartition("/")[0])
         found = {}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(self.root.resolve()).as_posix()
-            if name.startswith(prefix) and not path.name.startswith(".") and path.is_file():
-                found[name] = path.stat().st_size
-        return found
+        for parent, _, files in os.walk(folder):  # unlike rglob, at ease with folders that vanish meanwhile
+            for path in (Path(parent, file) for file in files if not file.startswith(".")):
+                name = path.relative_to(self.root.resolve()).as_posix()
+                if name.startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[name] = path.stat().st_size
+        return dict(sorted(found.items()))
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -132,9 +135,11 @@ class Directory:
     def delete_below(self, prefix: str) -> None:
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
-    def delete_unfinished(self, prefix: str) -> None:
-        for temporary in self._path(prefix).rglob(f".*{TEMPORARY}"):
-            temporary.unlink(missing_ok=True)
+    def delete_unfinished(self, prefix: str, spared: str) -> None:
+        for folder, _, names in os.walk(self._path(prefix)):
+            for name in names:
+                if name.endswith(TEMPORARY) and not name.startswith(f".{spared}."):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         existing = self.root.resolve()
@@ -228,11 +233,12 @@ class Bucket:
         for name in self.sizes(prefix):
             self.delete(name)
 
-    def delete_unfinished(self, prefix: str) -> None:
+    def delete_unfinished(self, prefix: str, spared: str) -> None:
         pages = self.client.get_paginator("list_multipart_uploads").paginate(
             Bucket=self.bucket, Prefix=self.prefix + prefix
         )
-        for upload in (upload for page in pages for upload in page.get("Uploads", [])):
+        uploads = (upload for page in pages for upload in page.get("Uploads", []))
+        for upload in uploads:  # an object named `spared` is small, and never uploaded in parts
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def free_bytes(self) -> int | None:

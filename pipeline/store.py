@@ -243,7 +243,7 @@ class Place:
             current = self._lease()
             if current is not None and current.fence == lease.fence:
                 with contextlib.suppress(*FAULTS):  # not every role may list uploads; tidiness must not fail a step
-                    self._objects.delete_unfinished(self._prefix)
+                    self._objects.delete_unfinished(self._prefix, spared=LEASE)
                 released = Lease(None, lease.fence, time.time())
                 self._objects.swap(self._prefix + LEASE, current.to_json(), released.to_json())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import ray
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.engine import Engine
@@ -27,6 +27,7 @@ from pipeline.tasks.scoring import Scores
 from tests.conftest import Ran
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
 def test_spans_hold_every_shard_in_order_behind_the_rows_before_it(sizes: list[int], most: int) -> None:
     shards = [Shard(name=f"s{i}", rows=size, tokens=1) for i, size in enumerate(sizes)]

@@ -101,7 +101,7 @@ def server(uri, tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{address}/health", timeout=5).ok:
                     break
             assert process.poll() is None, (folder / "log").read_text()

@@ -4,12 +4,15 @@ import contextlib
 import json
 import os
 import pickle
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline import objects as objects_module
 from pipeline.errors import DamagedError, FencedOffError
 from pipeline.objects import open_objects
 from pipeline.records import Report, StoredFile
@@ -58,6 +61,33 @@ def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path
             raise ZeroDivisionError
     assert killed.read("rows/a") == b"whole"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_path, monkeypatch):
+    step = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    first = threading.Event()
+    sync = objects_module._sync
+
+    def late(path):
+        sync(path)
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            assert first.wait(30)
+
+    asked = threading.Event()
+    monkeypatch.setattr(objects_module, "_sync", late)
+
+    def second():
+        with step.hold(True, print) as place:
+            return place.fence
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(second)  # has seen no lease, and is writing its own
+        assert asked.wait(30)
+        with step.hold(False, print):
+            pass
+        first.set()
+        assert found.result(30) == 2
 
 
 def test_whoever_was_taken_over_clears_nothing_away(tmp_path):

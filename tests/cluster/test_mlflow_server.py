@@ -72,9 +72,11 @@ class Server:
         raise TimeoutError((self.root / "server.log").read_text()[-2000:])
 
     def kill(self) -> None:
-        with contextlib.suppress(psutil.Error):
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server = psutil.Process(self.process.pid)
+            for process in [*server.children(recursive=True), server]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
 

@@ -80,10 +80,9 @@ class Killing(Recorder):
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
         if stage == "trials" and "validation" in note and not self.killed:
-            workers = [
-                p for p in psutil.process_iter(["cmdline"]) if "ImplicitFunc" in " ".join(p.info["cmdline"] or [])
-            ]
-            ours = [p for p in workers if os.getpid() in {parent.pid for parent in p.parents()}]
+            below = {child.pid for child in psutil.Process().children(recursive=True)}
+            named = ((p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"]))
+            ours = [p for p, name in named if p.pid in below and "ImplicitFunc" in name]
             self.killed = ours[0].pid
             ours[0].kill()
         super().advanced(stage, done, total, note)
