@@ -16,8 +16,8 @@ CLOSE = {"quickstart": {"4-4-8": 0.01, "8-8-8": 0.003}, "bench-stories260K": {"4
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, whether the table bears it out, and by what number. None: it does on average, but of one seed, or with
-    an interval that holds zero, it cannot say."""
+    """A claim, whether the table bears it out, and by what number. None: one seed, or an interval that reaches to both
+    sides, cannot say."""
 
     text: str
     met: bool | None
@@ -42,10 +42,17 @@ def claims(lines: Iterable[Line], name: str, failed: Iterable[tuple[str, str]] =
             found += [*_narrow(rows), *_contrast(rows)]
         most = CLOSE.get(name, {}).get(bits)
         if most is not None and BEST in rows:
-            over = math.exp(rows[BEST].gap_nats) - 1
-            text = f"{bits}: the perplexity of {BEST} within {most:.1%} of the teacher's"
-            found.append(Claim(text, over <= most, f"{over:+.2%}"))
+            found.append(_close(bits, rows[BEST].gap_interval, most))
     return found
+
+
+def _close(bits: str, gap: Interval, most: float) -> Claim:
+    text = f"{bits}: the perplexity of {BEST} within {most:.1%} of the teacher's"
+    over, number = math.expm1(gap.mean), f"{math.expm1(gap.mean):+.2%}"
+    if gap.low is None or gap.high is None:
+        return Claim(text, None if over <= most else False, number)
+    low, high = math.expm1(gap.low), math.expm1(gap.high)
+    return Claim(text, over <= most if over > most or high <= most else None, f"{number} [{low:+.2%}, {high:+.2%}]")
 
 
 def _narrow(rows: dict[str, Line]) -> Iterator[Claim]:
@@ -75,7 +82,7 @@ def _contrast(rows: dict[str, Line]) -> Iterator[Claim]:
         weight = named(name).sections["distill"]["contrast_weight"]
         cosine, gap = (rows[name].less(WITHOUT_CONTRAST, metric) for metric in ("token_cosine", "gap_nats"))
         if cosine is not None and gap is not None:
-            met = _all((_beyond_zero(cosine, -1), None if gap.low is None else gap.mean <= 0 or not gap.excludes_zero))
+            met = _all((_beyond_zero(cosine, -1), _no_cost(gap)))
             text = f"contrast at weight {weight} lowers the cosine between tokens, at equal or better perplexity"
             yield Claim(
                 f"2-2-8: {text}", met, f"the cosine changes by {cosine.mean:+.4f}, the gap by {gap.mean:+.4f} nats"
@@ -87,6 +94,13 @@ def _beyond_zero(interval: Interval | None, sign: int) -> bool | None:
     if interval is not None and interval.mean * sign <= 0:
         return False
     return None if interval is None or interval.low is None else interval.excludes_zero
+
+
+def _no_cost(gap: Interval) -> bool | None:
+    """Whether the gap is equal or smaller; None: it is larger by less than its interval, or of one seed."""
+    if gap.low is None or (gap.mean > 0 and not gap.excludes_zero):
+        return None
+    return gap.mean <= 0
 
 
 def _all(parts: Iterable[bool | None]) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
             f"--teacher {teacher}: a {config.model_type} model has an encoder; the bench compares on text."
         )
     return {
-        "name": f"bench-{teacher.name}",
+        "name": "bench-" + re.sub(r"[^A-Za-z0-9._-]", "-", teacher.resolve().name),
         "model": {"source": str(teacher)},
         "task": {"block_length": min(TEACHER_LENGTH, int(getattr(config, "max_position_embeddings", TEACHER_LENGTH)))},
         "data": {"source": data},
@@ -113,9 +114,25 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
     return base.model_copy(update={"data": base.data.model_copy(update={"source": str(text)})})
 
 
-def compare(base: Config, extent: Extent, out: Path, console: Console) -> dict[str, Any]:
-    """Run the comparison, write tables and pictures under `out`; returns the document of `--json`."""
-    shared, search = flow.plan(base, TeacherCache.stage), _search(base, extent)
+def compare(base: Config, extent: Extent, out: Path, console: Console, generates: Path | None = None) -> dict[str, Any]:
+    """Run the comparison, write tables and pictures under `out`; returns the document of `--json`.
+
+    Args:
+        generates: the teacher that generates the text; None: the configuration has some.
+
+    Raises:
+        ConfigError: a row cannot be, no row is offered at these widths, or nothing can be written to `out`.
+    """
+    search = _search(base, extent)
+    _say_what_is_not_offered(base, extent, console)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}; give a directory that you may write to.") from error
+    if generates is not None:
+        base = with_generated_text(base, generates, extent, console)
+        search = _search(base, extent)
+    shared = flow.plan(base, TeacherCache.stage)
     with Display(console) as display:
         flow.run(shared, display)
         searched = _run(search, base, "search", display)
@@ -140,14 +157,27 @@ def _failed(
 
 
 def _search(base: Config, extent: Extent) -> list[Trial]:
-    """Each row at each rate with the first seed; rounding has no rate."""
-    return [
+    """Each row at each rate with the first seed; rounding has no rate. Raises ConfigError if none is offered."""
+    found = [
         trial(extent.laid_over(base, bits), row, bits, rate, 0)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits, base.quant.overrides.values())
         for rate in extent.rates(row, bits)
     ]
+    if not found:
+        raise ConfigError(
+            f"--only {'; '.join(row.name for row in extent.rows)}: ternary recipes need 2 bits of every matrix, and "
+            f"--bits {', '.join(extent.bits)} with quant.overrides gives them more. Use --bits 2-2-8, or other rows."
+        )
+    return found
+
+
+def _say_what_is_not_offered(base: Config, extent: Extent, console: Console) -> None:
+    for bits in extent.bits:
+        names = [row.name for row in extent.rows if not row.offered_at(bits, base.quant.overrides.values())]
+        if names:
+            console.print(f"not at {bits}, being ternary: {'; '.join(names)}", highlight=False)
 
 
 def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -> list[Trial]:
@@ -199,7 +229,6 @@ def _report(
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"

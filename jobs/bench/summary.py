@@ -16,7 +16,7 @@ from pipeline.front import front as non_dominated
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences in nats and its 95 % interval (Student's t); of one pair there is no interval."""
+    """A mean over seeds, in nats, and its 95 % interval (Student's t); of one seed there is no interval."""
 
     mean: float
     low: float | None = None
@@ -55,6 +55,7 @@ class Line:
     top1_agreement: float
     token_cosine: float
     packed_bytes: int
+    gap_interval: Interval
     differences: dict[str, dict[str, Interval]]  # by row of `REFERENCES`, then by metric
     less_share: Interval | None = None  # the gap less the share of the paper's that `MOST_OF_PAPERS` allows it
 
@@ -73,12 +74,14 @@ def paired(
     value = METRICS[metric]
     others = {score.seed: share * value(score) for score in right}
     differences = [value(score) - others[score.seed] for score in left if score.seed in others]
-    if not differences:
-        return None
-    if len(differences) == 1 or len(set(differences)) == 1:
-        return Interval(differences[0])
-    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-    return Interval(fmean(differences), float(low), float(high))
+    return interval(differences) if differences else None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    if len(set(values)) == 1:
+        return Interval(values[0])
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return Interval(fmean(values), float(low), float(high))
 
 
 def lines(scores: Sequence[Score], bits: str, search: Sequence[Mapping[str, Any]] = ()) -> list[Line]:
@@ -113,6 +116,7 @@ def _line(name: str, rows: dict[str, list[Score]], tried: tuple[float, ...]) -> 
         tried=tried,
         seeds=len(of_row),
         packed_bytes=of_row[0].packed_bytes,
+        gap_interval=interval([score.gap_nats for score in of_row]),
         differences=differences,
         less_share=paired(of_row, rows.get(PAPER, ()), share=MOST_OF_PAPERS[name]) if name in MOST_OF_PAPERS else None,
         **{metric: fmean(map(value, of_row)) for metric, value in METRICS.items()},

@@ -67,7 +67,7 @@ def quantizers(
     """
 
     def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.quantizers import OPTIONS, Extent, chosen_rows, compare, teacher_fields, with_generated_text
+        from jobs.bench.quantizers import OPTIONS, Extent, chosen_rows, compare, teacher_fields
         from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
@@ -89,9 +89,7 @@ def quantizers(
             return compare(load_config(config, chosen, environment()), extent, Path(out), console)
         fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
         base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
-        if data is None:
-            base = with_generated_text(base, Path(teacher), extent, console)
-        return compare(base, extent, Path(out), console)
+        return compare(base, extent, Path(out), console, Path(teacher) if data is None else None)
 
     execute(work, as_json, debug)
 

@@ -133,10 +133,14 @@ def test_every_student_learns_from_the_cache_that_was_made_for_all(small, tmp_pa
     [
         (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, row' cannot be at 2-2-32."),
         (("--set", 'quant.overrides={"no.such.layer": 8}'), "'no.such.layer' matches no module"),
+        (("--out", "corpus/file/out"), "--out corpus/file/out: Not a directory; give a directory"),
+        (("--out", "corpus/file"), "--out corpus/file: File exists; give a directory"),
     ],
 )
 def test_rows_that_cannot_be_are_refused_before_anything_runs(small, tmp_path, arguments, needle):
-    shown = small(*arguments, "--out", "out")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "file").write_text("of the user")
+    shown = small("--out", "out", *arguments)
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert needle in " ".join(shown.stderr.split())
     assert not (tmp_path / "bitmill-store" / "tokenize").exists()
@@ -182,7 +186,7 @@ def test_a_row_that_diverges_is_left_out_and_named(small, tmp_path, monkeypatch)
     shown = small("--out", "none")
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "Every row failed" in shown.stderr
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_a_row_that_fails_with_one_seed_is_left_out():
@@ -243,7 +247,7 @@ def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
     stopped = small("--out", "out")
     assert (stopped.exit_code, stopped.stdout) == (1, "")
     assert "interrupted" in stopped.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     before = records(tmp_path)
     assert sum(path.parts[-3] == "pack" for path in before) == 5
     monkeypatch.setattr(trials, "score", scored)
@@ -306,6 +310,21 @@ def test_what_cannot_work_is_said_before_anything_runs(
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("generated-*"))
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--bits", "4-4-8"), ("--bits", "2-4-8", "--bits", "4-2-8"), ("--set", 'quant.overrides={".*fc": 4}')],
+    ids=str,
+)
+def test_rows_that_no_width_offers_are_refused_before_text_is_generated(checkpoint, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "quantizers", "--teacher", str(checkpoint), "--only", "smallest", "--only", "twn, row"]
+    shown = CliRunner().invoke(app, [*command, *arguments, "--workers", "0"])
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    said = " ".join(shown.stderr.split())
+    assert "--only smallest; twn, row: ternary recipes need 2 bits" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_that_is_not_there(bench, checkpoint, tmp_path):

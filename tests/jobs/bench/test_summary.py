@@ -59,6 +59,15 @@ def test_an_interval_is_students_of_the_paired_differences(seeds):
     assert found.high == pytest.approx(differences.mean() + half, abs=half * 5e-4)
 
 
+def test_the_gap_of_a_row_has_an_interval_over_its_seeds():
+    (line,) = lines(scores("best", [0.1, 0.2, 0.3]), "2-2-8")
+    half = T_975[2] * 0.1 / math.sqrt(3)
+    assert line.gap_nats == line.gap_interval.mean == pytest.approx(0.2)
+    assert (line.gap_interval.low, line.gap_interval.high) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-3)
+    (one,) = lines(scores("best", [0.1]), "2-2-8")
+    assert one.gap_interval == Interval(one.gap_nats)
+
+
 def test_seeds_are_paired_by_number_and_not_by_place():
     left = scores("a", [1.0, 2.0, 3.0], [0, 1, 2])
     right = scores("b", [3.5, 0.9, 1.7, 99.0], [2, 0, 1, 7])
@@ -172,7 +181,7 @@ def test_markdown_is_a_table():
 
 
 def line(row, size, gap, bits="2-2-8"):
-    return Line(row, bits, 1e-3, (), 1, gap, 0.1, 0.9, 0.3, size, {})
+    return Line(row, bits, 1e-3, (), 1, gap, 0.1, 0.9, 0.3, size, Interval(gap), {})
 
 
 points = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.4])), max_size=12)
