@@ -52,9 +52,11 @@ def test_the_gradient_reaches_half_a_step_beyond_the_outermost_levels():
 
 
 @each_case
-def test_the_step_starts_as_that_of_lsq(bits, granularity):
+def test_at_the_start_the_steps_span_all_weights(bits, granularity):
     weight, _ = example()
-    expected = 2 * mean(np.abs(weight.numpy()), granularity) / math.sqrt(2 ** (bits - 1) - 1)
+    magnitude = np.abs(weight.numpy())
+    largest = magnitude.max(axis=1, keepdims=True) if granularity == "row" else magnitude.max().reshape(1, 1)
+    expected = largest / 2 ** (bits - 1)
     np.testing.assert_allclose(make("seq", weight, bits, granularity).start.detach().numpy(), expected, rtol=1e-12)
 
 

@@ -25,13 +25,16 @@ class LSQ(StepQuantizer):
 
     def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:
         super().__init__(weight, bits, granularity, spec)
-        start = 2 * mean_abs(weight, granularity) / math.sqrt(self.grid.high)
+        start = self.published_start(weight)
         if spec.starts_at_least_error(bits):
             start = least_error_step(weight.detach(), self.grid, granularity)
         weights = weight.shape[1] if granularity == "row" else weight.numel()
         self.gradient_scale = 1 / math.sqrt(weights * self.grid.high)
         self.start = nn.Parameter(start, requires_grad=False)
         self.gamma = nn.Parameter(torch.ones_like(start))
+
+    def published_start(self, weight: Tensor) -> Tensor:
+        return 2 * mean_abs(weight, self.granularity) / math.sqrt(self.grid.high)
 
     def step(self, weight: Tensor) -> Tensor:
         return self.gamma * self.start

@@ -53,6 +53,12 @@ def mean_abs(weight: Tensor, granularity: Granularity) -> Tensor:
     return reduce_mean(weight.detach().abs(), granularity)
 
 
+def max_abs(weight: Tensor, granularity: Granularity) -> Tensor:
+    """The largest magnitude of the matrix (1, 1) or of each row (rows, 1), detached."""
+    magnitude = weight.detach().abs()
+    return magnitude.amax(1, keepdim=True) if granularity == "row" else magnitude.max().reshape(1, 1)
+
+
 def reduce_mean(values: Tensor, granularity: Granularity) -> Tensor:
     """The mean of the matrix (1, 1) or of each row (rows, 1)."""
     return values.mean(1, keepdim=True) if granularity == "row" else values.mean().reshape(1, 1)
@@ -66,8 +72,7 @@ def least_error_step(weight: Tensor, grid: Grid, granularity: Granularity) -> Te
     is one more candidate, so that the result is never worse than QuantGPT's gamma = 1.
     """
     mean = mean_abs(weight, granularity)
-    largest = weight.abs().amax(1, keepdim=True) if granularity == "row" else weight.abs().max().reshape(1, 1)
-    lowest, highest = mean / 2 / grid.edge, largest / grid.edge
+    lowest, highest = mean / 2 / grid.edge, max_abs(weight, granularity) / grid.edge
     for points in (24, 64):
         ratio = (highest / torch.where(lowest == 0, 1, lowest)).clamp(min=1) ** (1 / (points - 1))
         candidates = torch.stack([lowest * ratio**i for i in range(points)])
