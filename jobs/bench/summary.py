@@ -16,7 +16,7 @@ from pipeline.front import front as non_dominated
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds, in nats, and its 95 % interval (Student's t); of one seed there is no interval."""
+    """A mean over seeds, in nats, and its 95 % interval (Student's t); of one seed, or equal ones, there is none."""
 
     mean: float
     low: float | None = None

@@ -115,6 +115,7 @@ def test_wide_widths_are_held_to_the_teachers_perplexity():
     ("gaps", "said"),
     [
         ([0.009], "open: 4-4-8: the perplexity of best within 1.0% of the teacher's: +0.90%"),
+        ([0.009, 0.009], "met: 4-4-8: the perplexity of best within 1.0% of the teacher's: +0.90%"),
         ([0.011], "NOT met: 4-4-8: the perplexity of best within 1.0% of the teacher's: +1.11%"),
         (
             [0.002, 0.008, 0.014],
