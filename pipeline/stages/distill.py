@@ -23,7 +23,7 @@ from pipeline.store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 
-VERSION = 4
+VERSION = 5
 
 
 def run(step: Step) -> Student:
