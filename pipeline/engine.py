@@ -153,7 +153,12 @@ class Engine:
         return max(1, int(self.resources.cpus_per_worker))
 
     def start(self) -> None:
-        """Reach or start Ray. Raises ConfigError if that fails, or it has too few CPUs or GPUs."""
+        """Reach or start Ray.
+
+        Raises:
+            ConfigError: it cannot be reached, or has too few CPUs or GPUs.
+            LostError: it did not start in time.
+        """
         import ray
 
         if self._started:
@@ -171,10 +176,16 @@ class Engine:
                     logging_level=logging.ERROR,
                     **local,
                 )
-            except Exception as error:  # Ray raises just this when a node takes too long to start
+            except (OSError, RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"Ray cannot be reached at {resources.ray_address or 'this machine'}: {error}. Set RAY_ADDRESS or "
                     "resources.ray_address to a running cluster, or leave both out."
+                ) from error
+            except Exception as error:
+                if type(error) is not Exception:  # just this is what Ray raises when its node is late
+                    raise
+                raise LostError(
+                    f"Ray did not start in time: {error} What was committed is kept; run the same command again."
                 ) from error
             self._started = True
         available = ray.cluster_resources()
