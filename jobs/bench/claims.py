@@ -49,12 +49,12 @@ def claims(lines: Iterable[Line], name: str, failed: Iterable[tuple[str, str]] =
 def _close(best: Line, most: float) -> Claim:
     text = f"{best.bits}: the perplexity of {BEST} within {most:.1%} of the teacher's"
     gap, over = best.gap_interval, math.expm1(best.gap_nats)
-    number = f"{over:+.2%}"
-    if gap.low is None or gap.high is None:
-        alike = best.seeds > 1  # validation left every seed's student at the start, which is the same
-        return Claim(text, over <= most if alike or over > most else None, number)
-    low, high = math.expm1(gap.low), math.expm1(gap.high)
-    return Claim(text, over <= most if over > most or high <= most else None, f"{number} [{low:+.2%}, {high:+.2%}]")
+    if gap.low is not None and gap.high is not None:
+        low, high = math.expm1(gap.low), math.expm1(gap.high)
+        number = f"{over:+.2%} [{low:+.2%}, {high:+.2%}]"
+    else:  # of one seed, or validation left each seed's student at the start, which is the same
+        high, number = over if best.seeds > 1 else math.inf, f"{over:+.2%}"
+    return Claim(text, False if over > most else True if high <= most else None, number)
 
 
 def _narrow(rows: dict[str, Line]) -> Iterator[Claim]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -125,10 +126,7 @@ def compare(base: Config, extent: Extent, out: Path, console: Console, generates
     """
     search = _search(base, extent)
     _say_what_is_not_offered(base, extent, console)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}; give a directory that you may write to.") from error
+    _refuse_unwritable(out)
     if generates is not None:
         base = with_generated_text(base, generates, extent, console)
         search = _search(base, extent)
@@ -171,6 +169,13 @@ def _search(base: Config, extent: Extent) -> list[Trial]:
             f"--bits {', '.join(extent.bits)} with quant.overrides gives them more. Use --bits 2-2-8, or other rows."
         )
     return found
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Raises ConfigError unless `out` is a directory that can be written to, or can become one. Makes nothing."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {existing} is no directory that you may write to; give another.")
 
 
 def _say_what_is_not_offered(base: Config, extent: Extent, console: Console) -> None:
@@ -229,6 +234,7 @@ def _report(
         "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
+    out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"

@@ -133,8 +133,8 @@ def test_every_student_learns_from_the_cache_that_was_made_for_all(small, tmp_pa
     [
         (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, row' cannot be at 2-2-32."),
         (("--set", 'quant.overrides={"no.such.layer": 8}'), "'no.such.layer' matches no module"),
-        (("--out", "corpus/file/out"), "--out corpus/file/out: Not a directory; give a directory"),
-        (("--out", "corpus/file"), "--out corpus/file: File exists; give a directory"),
+        (("--out", "corpus/file/out"), "corpus/file is no directory that you may write to"),
+        (("--out", "corpus/file"), "--out corpus/file: "),
     ],
 )
 def test_rows_that_cannot_be_are_refused_before_anything_runs(small, tmp_path, arguments, needle):
@@ -186,7 +186,7 @@ def test_a_row_that_diverges_is_left_out_and_named(small, tmp_path, monkeypatch)
     shown = small("--out", "none")
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "Every row failed" in shown.stderr
-    assert not list((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_row_that_fails_with_one_seed_is_left_out():
@@ -247,7 +247,7 @@ def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
     stopped = small("--out", "out")
     assert (stopped.exit_code, stopped.stdout) == (1, "")
     assert "interrupted" in stopped.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     before = records(tmp_path)
     assert sum(path.parts[-3] == "pack" for path in before) == 5
     monkeypatch.setattr(trials, "score", scored)
