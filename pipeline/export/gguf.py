@@ -175,22 +175,18 @@ def read_back(package: Path, out: Path) -> tuple[float, int]:
     return worst, len(frozen.codes)
 
 
-def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:
-    """llama.cpp's log-probabilities (length, vocabulary) of what follows each prefix of a sequence shorter than the
-    model's context.
+def open_server(file: Path, threads: int) -> Any:
+    """llama.cpp's server on a file, with the model's own context, for one sequence at a time.
 
-    Its server has no teacher forcing, so each prefix is asked for one token; the key-value cache keeps the rest. It
-    withholds the probabilities of a token that is not whole text, so a bias, which they do not see, names a letter.
+    It is given out when it has answered once: closed before its loop has begun, it would be waited for without end.
+
+    Raises:
+        RunError: llama.cpp does not take the file.
     """
     import xllamacpp
 
-    reader = gguf.GGUFReader(out / FILE)
-    architecture = str(reader.fields["general.architecture"].contents())
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    letter = next(token for token, text in enumerate(tokens) if len(text) == 1 and text.isascii() and text.isalpha())
     params = xllamacpp.CommonParams()
-    params.model.path = str(out / FILE)
-    params.n_ctx = int(reader.fields[f"{architecture}.context_length"].contents())
+    params.model.path = str(file)
     params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -199,19 +195,39 @@ def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.flo
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"llama.cpp cannot load the file that was written: {error}") from error
-
-    def logits(ids: list[int]) -> NDArray[np.float32]:
-        return np.stack([_after(server, ids[: end + 1], letter, len(tokens)) for end in range(len(ids))])
-
-    return logits
+    _complete(server, [0])
+    return server
 
 
-def _after(server: Any, ids: list[int], letter: int, vocabulary: int) -> NDArray[np.float32]:
-    request = {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": True}
-    answer = server.handle_completions({**request, "n_probs": vocabulary, "logit_bias": [[letter, 1000.0]]})
+def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:
+    """llama.cpp's log-probabilities (length, vocabulary) of what follows each prefix of a sequence shorter than the
+    model's context.
+
+    Its server has no teacher forcing, so each prefix is asked for one token; the key-value cache keeps the rest. It
+    withholds the probabilities of a token that is not whole text, so a bias, which they do not see, names a letter.
+
+    Raises:
+        RunError: llama.cpp does not take the file, or does not answer.
+    """
+    tokens = gguf.GGUFReader(out / FILE).fields["tokenizer.ggml.tokens"].contents()
+    letter = next(token for token, text in enumerate(tokens) if len(text) == 1 and text.isascii() and text.isalpha())
+    server = open_server(out / FILE, threads)
+
+    def after(ids: list[int]) -> NDArray[np.float32]:
+        choice = _complete(server, ids, n_probs=len(tokens), logit_bias=[[letter, 1000.0]])
+        row = np.full(len(tokens), -np.inf, np.float32)
+        for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
+            row[entry["id"]] = entry["logprob"]
+        return row
+
+    return lambda ids: np.stack([after(ids[: end + 1]) for end in range(len(ids))])
+
+
+def _complete(server: Any, ids: list[int], **settings: Any) -> Any:
+    """The likeliest token after a prefix, as llama.cpp tells of it."""
+    answer = server.handle_completions(
+        {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": True, **settings}
+    )
     if "choices" not in answer:
         raise RunError(f"llama.cpp does not answer for the file that was written: {answer}")
-    row = np.full(vocabulary, -np.inf, np.float32)
-    for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-        row[entry["id"]] = entry["logprob"]
-    return row
+    return answer["choices"][0]

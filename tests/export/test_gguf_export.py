@@ -1,13 +1,14 @@
 """GGUF files in llama.cpp: the same text in tokens, the same tensors, the same next tokens."""
 
 import json
+import subprocess
+import sys
 import urllib.request
 
 import gguf
 import numpy as np
 import pytest
 import torch
-import xllamacpp
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from pipeline.export.vocabulary import write_vocabulary
 from pipeline.families.models import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import FrozenTensors, freeze
 from pipeline.resources import Resources
+from tests.conftest import ROOT
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
 FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
@@ -31,15 +33,7 @@ def types_of(out):
 
 
 def tokenize(file, text):
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.warmup, params.fit_params, params.verbosity = (
-        str(file),
-        80,
-        False,
-        False,
-        -1,
-    )
-    server = xllamacpp.Server(params)
+    server = exporter.open_server(file, 1)
     body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
     request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -89,6 +83,14 @@ def test_log_probabilities_are_all_there_whatever_is_likely(trained, tmp_path):
     rows = exporter.open_logits(tmp_path, 1)(list(range(60)))
     assert rows.shape == (60, 300)
     np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(1), 1, atol=1e-4)
+
+
+def test_a_server_that_nothing_was_asked_of_ends(trained, tmp_path):
+    """In a process of its own: one that does not end hangs where no signal is heard."""
+    exporter.write(trained("gpt2"), tmp_path)
+    often = "import sys; from pathlib import Path; from pipeline.export.gguf import open_server\n"
+    often += "for _ in range(100): open_server(Path(sys.argv[1]), 1)"
+    subprocess.run([sys.executable, "-c", often, tmp_path / exporter.FILE], cwd=ROOT, timeout=300, check=True)
 
 
 @pytest.mark.parametrize(
