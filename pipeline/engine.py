@@ -176,16 +176,18 @@ class Engine:
                     logging_level=logging.ERROR,
                     **local,
                 )
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:
+                # What Ray raises when a part of the node that it starts is late; for the node itself just Exception.
+                late = () if resources.ray_address else (RuntimeError, TimeoutError)
+                if type(error) is Exception or isinstance(error, late):
+                    raise LostError(
+                        f"Ray did not start in time: {error} What was committed is kept; run the same command again."
+                    ) from error
+                if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                    raise
                 raise ConfigError(
                     f"Ray cannot be reached at {resources.ray_address or 'this machine'}: {error}. Set RAY_ADDRESS or "
                     "resources.ray_address to a running cluster, or leave both out."
-                ) from error
-            except Exception as error:
-                if type(error) is not Exception:  # just this is what Ray raises when its node is late
-                    raise
-                raise LostError(
-                    f"Ray did not start in time: {error} What was committed is kept; run the same command again."
                 ) from error
             self._started = True
         available = ray.cluster_resources()

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, RunError
 
 CONFLICT_RETRIES = 6
 TEMPORARY = ".tmp"
+SPARED_S = 60.0  # for how long a temporary file may still become one that is spared
 FAULTS = (OSError, ClientError, BotoCoreError)  # what a store that cannot be reached raises
 
 
@@ -54,7 +55,7 @@ class Objects(Protocol):
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
     def delete_unfinished(self, prefix: str, spared: str) -> None:
-        """Delete what killed writers left below `prefix`, which ends in a slash, except of files named `spared`, which
+        """Delete what killed writers left below `prefix`, which ends in a slash, except of files named `spared` that
         others may be writing now."""
 
     def free_bytes(self) -> int | None:
@@ -138,8 +139,9 @@ class Directory:
     def delete_unfinished(self, prefix: str, spared: str) -> None:
         for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
-                if name.endswith(TEMPORARY) and not name.startswith(f".{spared}."):
-                    Path(folder, name).unlink(missing_ok=True)
+                path = Path(folder, name)
+                if name.endswith(TEMPORARY) and not (name.startswith(f".{spared}.") and _is_young(path)):
+                    path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         existing = self.root.resolve()
@@ -156,6 +158,12 @@ class Directory:
             yield temporary, path
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_young(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime < SPARED_S
+    return False
 
 
 class Bucket:

@@ -53,10 +53,6 @@ class Layout:
     def bytes_of(self, name: str, bits: int) -> int:
         return _data_bytes(self.of_module(name, bits))
 
-    def rest_bytes(self) -> int:
-        """Bytes that no choice of widths changes, without the header."""
-        return _data_bytes(self.rest)
-
     def packed_bytes(self, widths: Mapping[str, int]) -> int:
         """The whole file, header included. A bias that turns out to be all zero is not stored and makes it shorter."""
         tensors = dict(self.rest)

@@ -25,7 +25,6 @@ from pipeline.records import Shard, StoredFile
 from pipeline.store import Place
 
 SHARD_TOKENS = 65_536
-STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # Arrow has no bfloat16: raw words
 T = TypeVar("T")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +17,27 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # the default tries a server that is away for minutes
+os.environ.update(  # a busy machine may take its time
+    RAY_gcs_server_port_wait_time_s="120", RAY_DASHBOARD_STARTUP_TIMEOUT_S="180", RAY_agent_register_timeout_ms="120000"
+)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pipeline import flow
 from pipeline.config import Config
 from pipeline.records import Point
 from pipeline.store import Owner
 
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
+
 ROOT = Path(__file__).resolve().parent.parent
+COLOURED = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")  # by which a terminal is assumed where there is none
 CACHES = {".hypothesis", ".import_linter_cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
+TEARDOWN_S = 900.0
 ARCHITECTURES = {
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32},
     "llama": {
@@ -52,6 +64,18 @@ ARCHITECTURES = {
 }
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact() -> None:
+    """What ends a test that hangs stops counting when it fails; its fixtures may hang as well."""
+    faulthandler.dump_traceback_later(TEARDOWN_S, exit=True, file=sys.__stderr__)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """And the interpreter, which joins what still runs."""
+    faulthandler.dump_traceback_later(TEARDOWN_S, exit=True, file=sys.__stderr__)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tidy_session() -> Iterator[None]:
     """One thread for torch; a test that leaves something in the repository's root fails the session."""
@@ -65,7 +89,7 @@ def _tidy_session() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shell's settings nor what MLflow put into the environment during the test before."""
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI"):
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI", *COLOURED):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -9,26 +9,38 @@ from pipeline.engine import Engine
 from pipeline.errors import ConfigError, LostError
 from pipeline.resources import Resources
 
+ELSEWHERE = "127.0.0.1:6379"
 LATE = "The current node timed out during startup."
+LOST = f"did not start in time: {LATE}.*run the same command again"
 
 
 @pytest.mark.parametrize(
-    ("raised", "found", "needle"),
+    ("address", "raised", "found", "needle"),
     [
-        (ConnectionError("nobody listens"), ConfigError, r"at 127\.0\.0\.1:6379: nobody listens.*RAY_ADDRESS"),
-        (Exception(LATE), LostError, f"did not start in time: {LATE}.*run the same command again"),
-        (TypeError("a mistake of ours"), TypeError, "a mistake of ours"),
+        (
+            ELSEWHERE,
+            ConnectionError("nobody listens"),
+            ConfigError,
+            r"at 127\.0\.0\.1:6379: nobody listens.*RAY_ADDRESS",
+        ),
+        (ELSEWHERE, TimeoutError("nobody answers"), ConfigError, r"at 127\.0\.0\.1:6379: nobody answers"),
+        (ELSEWHERE, Exception(LATE), LostError, LOST),
+        (None, Exception(LATE), LostError, LOST),
+        (None, RuntimeError(LATE), LostError, LOST),
+        (None, TimeoutError(LATE), LostError, LOST),
+        (None, PermissionError("/tmp/ray"), ConfigError, "at this machine: /tmp/ray"),
+        (ELSEWHERE, TypeError("a mistake of ours"), TypeError, "a mistake of ours"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_keeps_ray_from_starting_is_told_apart(
-    monkeypatch: pytest.MonkeyPatch, raised: Exception, found: type[Exception], needle: str
+    monkeypatch: pytest.MonkeyPatch, address: str | None, raised: Exception, found: type[Exception], needle: str
 ) -> None:
     def init(**settings: object) -> None:
         raise raised
 
     monkeypatch.setattr(ray, "init", init)
-    engine = Engine(Resources(ray_address="127.0.0.1:6379"))
+    engine = Engine(Resources(ray_address=address))
     with pytest.raises(found, match=needle) as caught:
         engine.start()
     assert caught.type is found

@@ -243,11 +243,12 @@ def test_the_heart_beats_while_the_step_is_held(place, monkeypatch):
 
 
 def test_a_holder_that_was_taken_over_leaves_the_new_lease_alone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(store, "HEARTBEAT_S", 0.2)  # longer than a store takes to swap
     theirs = Lease(Owner("elsewhere", 1, 0.0), 99, time.time())
     objects = open_objects(place.storage_uri)
     with place.hold(False, never) as mine:
         while not objects.swap(NAME, objects.read(NAME), theirs.to_json()):
             pass
+        time.sleep(0.5)  # the heart notices
         assert_fenced_off(mine, tmp_path)
     assert lease_of(place) == theirs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -87,7 +88,7 @@ def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, 
     lines[0]["target"]["uri"] = uri
     path.unlink()
     host = Owner.this_process().host
-    (tmp_path / "outbox" / f"{host}~1~1~a.jsonl").write_text(json.dumps(lines[0]) + '\n{"half a li')
+    (tmp_path / "outbox" / f"{host}~{os.getpid()}~0~a.jsonl").write_text(json.dumps(lines[0]) + '\n{"half a li')
     with Outbox(tmp_path / "outbox") as later:
         pass
     assert later.unsent == {}

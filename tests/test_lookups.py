@@ -87,6 +87,12 @@ def everything(client):
     return matches(client, Wanted(), None, None)
 
 
+def _answers(address):
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(address, timeout=5).ok
+    return False
+
+
 @pytest.fixture(scope="module")
 def server(uri, tmp_path_factory):
     """A real MLflow server over the same registry."""
@@ -100,11 +106,10 @@ def server(uri, tmp_path_factory):
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{address}/health", timeout=5).ok:
-                    break
+        end = time.monotonic() + 300
+        while not _answers(f"{address}/health"):
             assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < end, (folder / "log").read_text()
             time.sleep(0.2)
         yield address
     finally:

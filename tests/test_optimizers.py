@@ -235,7 +235,7 @@ def test_only_a_student_may_take_no_steps() -> None:
         Finetune(steps=0)
 
 
-# What method.md and the papers say each quantizer has: a learned or searched start, the ablation, a choice of gradient.
+# What the papers say each quantizer has: a learned or searched start, the ablation, a choice of gradient.
 STARTS = {"quantgpt", "pact", "lsq", "lsq_symmetric", "seq"}
 TAKEN = {
     ("gamma_init", "mse"): STARTS,

@@ -260,9 +260,9 @@ def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
 
     for kill_at in (17, 30):
         before = len(log.read_text().splitlines())
-        child = get_context("fork").Process(target=train, args=(kill_at,))
+        child = get_context("fork").Process(target=train, args=(kill_at,), daemon=True)
         child.start()
-        child.join()
+        child.join(300)
         assert child.exitcode == -signal.SIGKILL
         entries = [json.loads(line) for line in log.read_text().splitlines()[before:]]
         first = 0 if kill_at == 17 else 10  # the checkpoint before the kill

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
+import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,17 +138,15 @@ def digest(tensor: torch.Tensor) -> str:
 
 def with_workers(world: int, root: Path, work: Callable[[int], Any]) -> list[Any]:
     """Run `work(rank)` on `world` forked processes joined by gloo; what each returned (as JSON), by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_worker, (world, port, str(root), work), nprocs=world, start_method="fork")
+    meeting = f"file://{root}/meeting-{uuid.uuid4().hex}"
+    mp.start_processes(_worker, (world, meeting, str(root), work), nprocs=world, daemon=True, start_method="fork")
     return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
 
-def _worker(rank: int, world: int, port: int, root: str, work: Callable[[int], Any]) -> None:
+def _worker(rank: int, world: int, meeting: str, root: str, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     (Path(root) / f"rank-{rank}.json").write_text(json.dumps(work(rank)))
     dist.destroy_process_group()
 

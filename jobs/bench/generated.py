@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,13 +39,13 @@ def generated_text(
         raise ConfigError(f"--teacher {teacher}: its tokenizer has no token to begin a text with; give --data.")
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for start in range(0, documents, BATCH):
-            for text in _sample(model, tokenizer, first, min(BATCH, documents - start), length):
-                file.write(json.dumps({"text": text}) + "\n")
-            advance(min(start + BATCH, documents), documents)
-    os.replace(unfinished, path)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="generating-") as unfinished:
+        with open(Path(unfinished, path.name), "w", encoding="utf-8") as file:
+            for start in range(0, documents, BATCH):
+                for text in _sample(model, tokenizer, first, min(BATCH, documents - start), length):
+                    file.write(json.dumps({"text": text}) + "\n")
+                advance(min(start + BATCH, documents), documents)
+        os.replace(file.name, path)
     return path
 
 

@@ -40,6 +40,7 @@ MEASURES = {
 }
 GPT2_SMALL: dict[str, Any] = {"architecture": "gpt2", "tie_word_embeddings": True}  # transformers' defaults: 124M
 READY = "ready"
+LONGEST_S = 3600  # of one measurement; what takes longer hangs
 
 
 def compare(
@@ -141,7 +142,10 @@ def run_engine(name: str, folder: Path, threads: int, prompt: int, new: int) -> 
     """One measurement in a process of its own. Raises RunError with what the process said last."""
     command = [sys.executable, "-m", "jobs.bench.engines", name, str(folder), *map(str, (threads, prompt, new))]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"The engine {name} did not end within {LONGEST_S} s; ask for fewer tokens.") from error
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise RunError(f"The engine {name} ended with status {done.returncode}: {said[-1] if said else 'nothing said'}")

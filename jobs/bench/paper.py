@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jobs.bench.rows import Row, named
 from jobs.bench.trials import run_trials, trial
@@ -24,7 +25,6 @@ from pipeline.presets import PRESETS
 from pipeline.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]
-Scale = Literal["tiny", "full"]
 FULL = "full precision"
 MIB = "MiB packed"
 ROUNDING = "rounding, row"  # the floor; the paper's tables have none
@@ -143,6 +143,7 @@ TABLES: dict[TableNumber, PaperTable] = {
         "BART base (139M parameters) and XSum from the Hugging Face hub: 8 epochs of 204,000 articles",
     ),
 }
+OPTIONS = {"resources.workers": "--workers"}
 OWN = frozenset({"distill.lr", "distill.seed"})  # what the configuration of a table decides beside `trials.COMMON`
 
 
@@ -174,6 +175,8 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
     return {
         "table": number,
         "configurations": list(stems),
+        "steps": {stem: base.distill.steps for stem, base in zip(stems, bases, strict=True)},
+        "rate": {stem: base.distill.lr for stem, base in zip(stems, bases, strict=True)},
         "rows": [
             {
                 "method": method,
@@ -221,16 +224,16 @@ def _print(
     table = TABLES[number]
     rates = " and ".join(f"{b.name}, {b.distill.steps or 'all'} steps at lr {b.distill.lr:g}" for b in bases)
     columns = [{MIB: 1.0, **tiny.metrics} for tiny in table.tiny]
+    headers = [
+        *("method", "bits", *(f"paper {column}" for column in table.columns)),
+        *(f"ours {name}{', %' if times == 100 else ''}" for group in columns for name, times in group.items()),
+    ]
     shown = Table(
-        "method",
-        "bits",
-        *(f"paper: {column}" for column in table.columns),
-        *(
-            f"{Path(tiny.config).stem}: {name}{', %' if times == 100 else ''}"
-            for tiny, group in zip(table.tiny, columns, strict=True)
-            for name, times in group.items()
-        ),
-        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours: {rates}, one seed",
+        *(Column(header, overflow="fold") for header in headers),
+        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours, in this order: {rates}, one seed",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for key, known in cells.items():
         printed = [*map(str, known)] or [""] * len(table.columns)

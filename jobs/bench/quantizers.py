@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jobs.bench.claims import claims
 from jobs.bench.generated import generated_text
 from jobs.bench.pictures import draw_cosines, draw_front
 from jobs.bench.rows import ROWS, Row
-from jobs.bench.summary import HEADER, Line, cells, lines, markdown
+from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
 from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
@@ -25,6 +26,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import family_of, read_config
 from pipeline.locations import scratch_dir
+from pipeline.preflight import inspect
+from pipeline.presets import LANGUAGE_MODELING
 from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
 
@@ -37,8 +40,12 @@ OPTIONS = {
     "distill.epochs": "--steps",
     "distill.eval_every": "--steps",
     "distill.batch_size": "--batch-size",
+    "resources.workers": "--workers",
 }
+# And beside them with --teacher.
+TEACHER_OPTIONS = {"model.source": "--teacher", "data.source": "--data"}
 TEACHER_LENGTH = 128
+SOME_TEXT = "python://pydoc"  # stands for text that is not generated yet
 DOCUMENTS_A_ROW = 1.15  # generated text is cut into rows and split; a little more than the rows needed
 
 
@@ -107,7 +114,15 @@ def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
 
 
 def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Console) -> Config:
-    """The configuration on text that the teacher generates: as much as the steps read."""
+    """The configuration on text that the teacher generates: as much as the steps read.
+
+    Raises:
+        ConfigError: the run would fail on any text, or its task is another than plain text.
+    """
+    if base.task.name != LANGUAGE_MODELING:
+        raise ConfigError(f"--teacher {teacher} generates plain text, and task.name is {base.task.name}; give --data.")
+    plain = base.model_copy(update={"data": base.data.model_copy(update={"source": SOME_TEXT})})
+    inspect(plain, scratch_dir(base.resources))
     documents = int(DOCUMENTS_A_ROW * extent.steps * extent.batch_size) + 400
     folder = Path(scratch_dir(base.resources)).expanduser()
     with console.status(f"generating {documents} texts"):
@@ -303,7 +318,10 @@ def _digest_today(base: Config, extent: Extent, row: Row, score: Score) -> str |
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:
-    shown = Table(*HEADER, title=title)
+    rates = "v, ^: the lowest, the highest rate of its search; " if any(len(line.tried) > 1 for line in table) else ""
+    about = f"{rates}quantizers.md has all columns"
+    columns = (Column(header, overflow="fold") for header in SHORT_HEADER)
+    shown = Table(*columns, title=title, caption=about, box=SIMPLE_HEAD, pad_edge=False)
     for line in table:
-        shown.add_row(*cells(line))
+        shown.add_row(*short_cells(line))
     console.print(shown)

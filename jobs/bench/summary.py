@@ -129,6 +129,24 @@ HEADER = (
 )
 
 
+SHORT_HEADER = ("recipe", "rate", "bytes", "gap, nats", "less paper's", "KL, nats", "same top token")
+
+
+def short_cells(line: Line) -> tuple[str, ...]:
+    """What a terminal has room for."""
+    less = line.less(PAPER)
+    ends = {line.tried[0]: " v", line.tried[-1]: " ^"} if len(line.tried) > 1 else {}
+    return (
+        line.row,
+        "" if line.row in UNTRAINED else f"{line.rate:g}{ends.get(line.rate, '')}",
+        f"{line.packed_bytes:,}",
+        f"{line.gap_nats:.4f}",
+        "" if less is None else str(less),
+        f"{line.kl_nats:.4f}",
+        f"{line.top1_agreement:.1%}",
+    )
+
+
 def cells(line: Line) -> tuple[str, ...]:
     return (
         line.row,

@@ -50,10 +50,14 @@ def refuse_decided(overrides: Sequence[str], options: Mapping[str, str], own: Se
     base = {f"{section}.{knob}" for section, knobs in COMMON.items() for knob in knobs} | own
     for override in overrides:
         path = override.partition("=")[0]
-        if path.partition(".")[0] in (*COMMON, "preset") and (path in options or path not in base):
-            reason = f"{options[path]} decides it" if path in options else "each row of the bench has its own"
+        if path in options:
+            raise ConfigError(f"--set {path} has no effect here: {options[path]} decides it.")
+        if path.partition(".")[0] in (*COMMON, "preset") and path not in base:
             valid = ", ".join(sorted(base - set(options)))
-            raise ConfigError(f"--set {path} has no effect here: {reason}. Of these sections a base decides {valid}.")
+            raise ConfigError(
+                f"--set {path} has no effect here: each row of the bench has its own. Of these sections a base decides "
+                f"{valid}."
+            )
 
 
 class Trial(Closed):

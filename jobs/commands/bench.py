@@ -17,14 +17,16 @@ from jobs.commands.options import (
 )
 from pipeline.errors import ConfigError
 
+QUICKSTART = "configs/quickstart.yaml"
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
 
 
 @bench.command()
 def quantizers(
     config: Annotated[
-        str, typer.Argument(metavar="[CONFIG]", help="Teacher, task and data; ignored with --teacher.")
-    ] = "configs/quickstart.yaml",
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help=f"Teacher, task and data, or --teacher.  [default: {QUICKSTART}]"),
+    ] = None,
     teacher: Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face directory as the teacher.")] = None,
     data: Annotated[
         str | None, typer.Option(help="With --teacher: text as data.source; without it the teacher generates some.")
@@ -67,7 +69,7 @@ def quantizers(
     """
 
     def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.quantizers import OPTIONS, Extent, chosen_rows, compare, teacher_fields
+        from jobs.bench.quantizers import OPTIONS, TEACHER_OPTIONS, Extent, chosen_rows, compare, teacher_fields
         from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config, load_fields
         from pipeline.quant.spec import BitWidths
@@ -81,12 +83,15 @@ def quantizers(
             widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only), search
         )
         extent.check()
-        refuse_decided(overrides or [], OPTIONS)
+        refuse_decided(overrides or [], OPTIONS | (TEACHER_OPTIONS if teacher is not None else {}))
         chosen = [*(overrides or []), f"resources.workers={workers}"]
         if teacher is None:
+            path = config or QUICKSTART
             if data is not None:
-                raise ConfigError(f"--data {data} goes with --teacher DIR; without it {config} says what is read.")
-            return compare(load_config(config, chosen, environment()), extent, Path(out), console)
+                raise ConfigError(f"--data {data} goes with --teacher DIR; without it {path} says what is read.")
+            return compare(load_config(path, chosen, environment()), extent, Path(out), console)
+        if config is not None:
+            raise ConfigError(f"{config} and --teacher {teacher} both name a teacher; give one of them.")
         fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
         base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
         return compare(base, extent, Path(out), console, Path(teacher) if data is None else None)
@@ -106,13 +111,13 @@ def paper(
     """The paper's table beside ours; each of its cells is marked as seen in a public source or recalled."""
 
     def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.paper import OWN, TABLES, beside, requirements
+        from jobs.bench.paper import OPTIONS, OWN, TABLES, beside, requirements
         from jobs.bench.trials import refuse_decided
         from pipeline.loading import load_config
 
         if table not in TABLES or scale not in ("tiny", "full"):
             raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
-        refuse_decided(overrides or [], {}, OWN)
+        refuse_decided(overrides or [], OPTIONS, OWN)
         if scale == "full":
             if overrides:
                 raise ConfigError(f"--set {overrides[0]} has no effect with --scale full, which runs nothing.")

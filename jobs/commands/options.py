@@ -37,6 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+WIDTH_OF_LOGS = 120  # a terminal has its own; 80, which rich assumes elsewhere, cuts tables of figures
+
+
 def environment() -> dict[str, str]:
     """Resources as the variables of their ecosystems set them; a configuration's own values win."""
     variables = {
@@ -50,6 +53,8 @@ def environment() -> dict[str, str]:
 def execute(work: Any, as_json: bool, debug: bool) -> Any:
     """Do the work, or say in one paragraph why it could not be done; returns its document."""
     console = Console(stderr=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_LOGS
     try:
         document = work(console)
     except BitmillError as error:

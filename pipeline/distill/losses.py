@@ -14,17 +14,6 @@ from torch import Tensor
 from pipeline.distill.negatives import Negatives
 
 
-def next_token_loss(logits: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each next token, nats; the first token of a row is context only.
-
-    Args:
-        logits: (batch, length, vocabulary).
-        ids: (batch, length).
-        lengths: (batch,), valid tokens of each row.
-    """
-    return target_loss(logits, ids[:, 1:], valid_tokens(lengths, ids.shape[1])[:, 1:])
-
-
 def target_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of targets, nats, where `valid`.
 

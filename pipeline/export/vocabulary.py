@@ -14,7 +14,6 @@ from pipeline.tasks.tokenizers import read_tokenizer
 
 GPT2 = {"type": "ByteLevel", "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPACE = "▁"
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:

@@ -88,9 +88,11 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         made = Server(tmp_path, f"{bucket}/mlflow")
-        made.start()
-        yield made
-        made.kill()
+        try:
+            made.start()
+            yield made
+        finally:
+            made.kill()
 
 
 class Outage(Recorder):

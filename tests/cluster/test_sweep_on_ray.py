@@ -26,6 +26,8 @@ from pipeline.config import Config
 from pipeline.locations import tracking_uri
 from tests.conftest import Recorder
 
+DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
+pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
 BITS = ["2-2-8", "4-4-8", "8-8-8"]
 SHARED = ("tokenize", "finetune", "cache")
 
@@ -46,9 +48,15 @@ def two_cpus() -> Iterator[None]:
 
 def assert_all_cpus_are_freed() -> None:
     end = time.monotonic() + 60  # Ray frees them a little later than it says that a trial ended
-    while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
+    while (held() or ray.available_resources().get("CPU") != 2) and time.monotonic() < end:
         time.sleep(0.5)
-    assert ray.available_resources()["CPU"] == 2
+    assert held() == []
+    assert ray.available_resources().get("CPU") == 2
+
+
+def held() -> list[Any]:
+    """Placement groups that are not removed."""
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
 def test_stopped_trials_of_many_workers_free_their_cpus(
@@ -70,7 +78,6 @@ def test_stopped_trials_of_many_workers_free_their_cpus(
         assert 10 <= stopped.last["step"] < 400
         assert stopped.version is None
     assert_all_cpus_are_freed()
-    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
 
 
 class Killing(Recorder):
@@ -119,7 +126,7 @@ class Project:
 
     def until(self, happened: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
         """Poll until something has happened or the driver has ended, taking note of what it starts."""
-        end = time.monotonic() + 400
+        end = time.monotonic() + DEADLINE_S
         while time.monotonic() < end:
             with contextlib.suppress(psutil.Error):
                 for process in psutil.Process(driver.pid).children(recursive=True):

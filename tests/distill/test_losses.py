@@ -7,7 +7,7 @@ import torch
 from pipeline.distill.losses import (
     contrastive_loss,
     logit_distillation_loss,
-    next_token_loss,
+    target_loss,
     valid_tokens,
 )
 from pipeline.distill.negatives import draw_offsets, other_positions
@@ -37,7 +37,12 @@ def negatives_of(states, lengths, rows, negatives=3):
 
 
 def hard(data, rows):
-    return next_token_loss(data["student"][rows], data["ids"][rows], LENGTHS[rows])
+    return next_tokens(data["student"][rows], data["ids"][rows], LENGTHS[rows])
+
+
+def next_tokens(logits, ids, lengths):
+    """The first token of a row is context only."""
+    return target_loss(logits, ids[:, 1:], valid_tokens(lengths, ids.shape[1])[:, 1:])
 
 
 def soft(data, rows):
@@ -66,7 +71,7 @@ def test_valid_tokens_are_the_first_of_each_row():
     assert valid_tokens(torch.tensor([2, 0, 3]), 3).tolist() == [[True, True, False], [False] * 3, [True] * 3]
 
 
-def test_next_token_loss_matches_the_reference():
+def test_target_loss_matches_the_reference():
     data = example()
     z, ids = data["student"].double().numpy(), data["ids"].numpy()
     nats = [-log_softmax(z[r, t])[ids[r, t + 1]] for r, n in enumerate(LENGTHS) for t in range(n - 1)]
@@ -147,7 +152,7 @@ def test_wider_padding_changes_nothing(loss):
     narrow = {name: tensor[2:, :4] for name, tensor in data.items()}
     rows, lengths = [2, 3], LENGTHS[2:]
     total, count = {
-        hard: lambda: next_token_loss(narrow["student"], narrow["ids"], lengths),
+        hard: lambda: next_tokens(narrow["student"], narrow["ids"], lengths),
         soft: lambda: logit_distillation_loss(narrow["student"], narrow["teacher"], valid_tokens(lengths, 4)),
         contrast: lambda: contrastive_loss(
             narrow["query"], narrow["states"], lengths, negatives_of(narrow["states"], lengths, rows), TAU

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize
-from pipeline.quant.quantizers.step import StepQuantizer, least_error_step, mean_abs
+from pipeline.quant.quantizers.step import SMALLEST_GAMMA, StepQuantizer, least_error_step, mean_abs
 from pipeline.quant.spec import Granularity, QuantSpec
-
-SMALLEST_GAMMA = 1e-3
 
 
 class LSQ(StepQuantizer):
@@ -45,7 +43,7 @@ class LSQ(StepQuantizer):
 
     def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
         with torch.no_grad():
-            self.gamma.clamp_(min=SMALLEST_GAMMA)  # a step stays positive
+            self.gamma.clamp_(min=SMALLEST_GAMMA)
 
 
 class SymmetricLSQ(LSQ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize, quantize, refuse_diverged
-from pipeline.quant.quantizers.step import StepQuantizer, least_error_step, mean_abs
+from pipeline.quant.quantizers.step import StepQuantizer, least_error_step, max_abs, mean_abs
 from pipeline.quant.spec import Granularity, QuantSpec
 
 PUBLISHED_START = 2.5
@@ -34,9 +34,7 @@ class PACT(StepQuantizer):
 
     def step(self, weight: Tensor) -> Tensor:
         """Of a weight that is already clipped."""
-        magnitude = weight.detach().abs()
-        largest = magnitude.amax(1, keepdim=True) if self.granularity == "row" else magnitude.max().reshape(1, 1)
-        return largest / self.grid.high
+        return max_abs(weight, self.granularity) / self.grid.high
 
     def forward(self, weight: Tensor) -> Tensor:
         clipped = self.clip(weight)

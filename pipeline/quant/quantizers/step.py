@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.quant.grid import fake_quantize, quantize
 from pipeline.quant.spec import Granularity, Grid, QuantSpec, Ste, grid, levels_of
 
+SMALLEST_GAMMA = 1e-3  # a learned ratio stays positive, and with it the step
 REACH = {"clipped": 0.0, "wide": 0.5, "identity": math.inf}
 
 

@@ -150,6 +150,22 @@ def test_a_table_or_scale_that_is_none_is_refused(option, value):
     assert all(part in shown.stderr for part in ("--table", "--scale", "1 or 3", "tiny or full"))
 
 
+@pytest.mark.parametrize("number", TABLES)
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_is_printed_is_whole(number, width, tiny_config, tmp_path):
+    """Where there is little room, figures are folded."""
+    table, console = TABLES[number], Console(file=StringIO(), width=width)
+    ours = [
+        {key: {paper.MIB: 147.61} | dict.fromkeys(tiny.metrics, 128.13) for key in table.cells} for tiny in table.tiny
+    ]
+    paper._print(number, [tiny_config(tmp_path)] * len(ours), table.cells, ours, console)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    for cells in table.cells.values() if width == 120 else ():
+        assert all(f" {cell.value:g} " in shown for cell in cells if not math.isnan(cell.value))
+
+
 def test_the_table_stands_beside_ours(finished, tiny_config, cloned, monkeypatch):
     few = {key: cells for key, cells in TABLES["1"].cells.items() if key[1] in ("32", "2-2-8") and key[0] != "laq"}
     stands_for = (Tiny("one", {"perplexity": 1}), Tiny("other", {"bits_per_byte": 100}))
@@ -158,6 +174,8 @@ def test_the_table_stands_beside_ours(finished, tiny_config, cloned, monkeypatch
     bases = [tiny_config(cloned, distill={"steps": steps}, name=f"of-{steps}-steps") for steps in (2, 3)]
     document = beside("1", bases, console)
     assert document["configurations"] == ["one", "other"]
+    assert document["steps"] == {"one": 2, "other": 3}
+    assert document["rate"] == {"one": 2e-3, "other": 2e-3}
     assert [(row["method"], row["bits"]) for row in document["rows"]] == [*few, (paper.ROUNDING, "2-2-8")]
     shown = console.file.getvalue()
     for row in document["rows"]:

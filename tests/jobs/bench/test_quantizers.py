@@ -7,16 +7,20 @@ import platform
 import re
 import shutil
 from functools import partial
+from io import StringIO
 
 import pytest
 import ray
+from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs.bench import quantizers, trials
+from jobs.bench import generated, quantizers, trials
 from jobs.bench.rows import ROWS, Row
+from jobs.bench.summary import lines
 from jobs.cli import app
 from pipeline.config import Config
 from pipeline.flow import STAGES
+from tests.conftest import ROOT
 from tests.jobs.bench.test_summary import score
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -133,17 +137,24 @@ def test_every_student_learns_from_the_cache_that_was_made_for_all(small, tmp_pa
     [
         (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, row' cannot be at 2-2-32."),
         (("--set", 'quant.overrides={"no.such.layer": 8}'), "'no.such.layer' matches no module"),
+        (("--set", "task.block_length=64"), "block_length"),
         (("--out", "corpus/file/out"), "corpus/file is no directory that you may write to"),
         (("--out", "corpus/file"), "--out corpus/file: "),
     ],
 )
-def test_rows_that_cannot_be_are_refused_before_anything_runs(small, tmp_path, arguments, needle):
+@pytest.mark.parametrize("generated", [False, True])
+def test_rows_that_cannot_be_are_refused_before_anything_runs(
+    bench, checkpoint, corpus, tmp_path, arguments, needle, generated
+):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "file").write_text("of the user")
-    shown = small("--out", "out", *arguments)
+    shown = bench(
+        "--teacher", checkpoint, *([] if generated else ["--data", corpus]), *SMALL, "--out", "out", *arguments
+    )
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert needle in " ".join(shown.stderr.split())
     assert not (tmp_path / "bitmill-store" / "tokenize").exists()
+    assert not list(tmp_path.rglob("generat*"))
 
 
 def test_scores_keep_the_day_they_were_measured_on(small, tmp_path):
@@ -258,6 +269,39 @@ def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
     assert sum(path.parts[-3] == "pack" for path in after) == 9
 
 
+def test_a_teacher_generates_plain_text_alone(bench, checkpoint, tmp_path):
+    shown = bench("--teacher", checkpoint, *SMALL, "--set", "task.name=next_utterance", "--set", "cache.mode=auto")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert "generates plain text, and task.name is next_utterance; give --data" in " ".join(shown.stderr.split())
+    assert not list(tmp_path.rglob("generat*"))
+
+
+def test_an_interrupted_generation_leaves_nothing(bench, checkpoint, tmp_path, monkeypatch):
+    def interrupting(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generated, "_sample", interrupting)
+    assert bench("--teacher", checkpoint, *SMALL).exit_code == 1
+    assert not list(tmp_path.rglob("generat*"))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_is_printed_is_whole(width):
+    """Where there is little room, names and intervals are folded."""
+    document = json.loads((ROOT / "jobs" / "bench" / "results" / "stories260K" / "quantizers.json").read_text())
+    table = lines([trials.Score.model_validate(s) for s in document["scores"]], "2-2-8", document["search"])
+    console = Console(file=StringIO(), width=width)
+    quantizers._print(table, "title", console)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    for line in table if width == 120 else ():
+        less = line.less("paper")
+        (row,) = [row for row in shown.splitlines() if row.strip().startswith(f"{line.row}  ")]
+        cells = [f"{line.packed_bytes:,}", f"{line.gap_nats:.4f}", "" if less is None else str(less)]
+        assert all(cell in row for cell in [*cells, f"{line.kl_nats:.4f}", f"{line.top1_agreement:.1%}"]), row
+
+
 def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(quantizers, "chosen_rows", lambda names: tuple(FEW[:1]))
     shown = bench("--teacher", checkpoint, *SMALL[:2], "--batch-size", 4, "--workers", 0, "--out", "out")
@@ -289,6 +333,10 @@ def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monk
         (["--set", "distill.seed=3"], ["distill.seed has no effect", "--seeds decides it"]),
         (["--set", "preset=best"], ["preset has no effect", "each row"]),
         (["--set", "distill.steps=3"], ["distill.steps has no effect", "--steps decides it"]),
+        (["--set", "resources.workers=3"], ["resources.workers has no effect", "--workers decides it"]),
+        (["--set", "data.source=own.jsonl"], ["data.source has no effect", "--data decides it"]),
+        (["--set", "model.source=gpt2"], ["model.source has no effect", "--teacher decides it"]),
+        (["configs/quickstart.yaml"], ["configs/quickstart.yaml and --teacher", "give one"]),
         (["--set", "quant.quantizer=lsq"], ["quant.quantizer has no effect", "quant.attention"]),
     ],
     ids=str,

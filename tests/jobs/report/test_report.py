@@ -79,7 +79,14 @@ def in_browser(path: Path, folder: Path, width: int = 1200, script: str = "") ->
     probe = folder / "probe.html"
     probe.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"),
+        *(
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={folder / 'profile'}",
+        ),
         *(f"--window-size={width},900", "--virtual-time-budget=30000", "--dump-dom", probe.as_uri()),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
