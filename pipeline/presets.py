@@ -29,7 +29,7 @@ PRESETS: dict[PresetName, dict[str, dict[str, Any]]] = {
     # Four levels at 2 bits around zero, a learned step a row, faded in; matrices moved by Muon in proportion to their
     # size, little momentum
     "best": {
-        "quant": {"quantizer": "seq", "granularity": "row", "gamma_init": "mse", "ste": "clipped"},
+        "quant": {"quantizer": "seq", "granularity": "row", "gamma_init": "mse"},
         "distill": {
             **_MOVED_BY_MUON,
             "vector_lr_scale": 8.0,

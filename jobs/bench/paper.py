@@ -169,12 +169,14 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
     table = TABLES[number]
     widths = dict.fromkeys(bits for method, bits in table.cells if method != FULL)
     cells = {**table.cells, **{(ROUNDING, bits): () for bits in widths}}
-    ours = [_scored(table, base, [key for key in cells if key[0] != FULL], console) for base in bases]
+    scored = [_scored(table, base, [key for key in cells if key[0] != FULL], console) for base in bases]
+    ours = [found for found, _ in scored]
     stems = [Path(tiny.config).stem for tiny in table.tiny]
     _print(number, bases, cells, ours, console)
     return {
         "table": number,
         "configurations": list(stems),
+        "measured": sorted({day for _, days in scored for day in days}),
         "steps": {stem: base.distill.steps for stem, base in zip(stems, bases, strict=True)},
         "rate": {stem: base.distill.lr for stem, base in zip(stems, bases, strict=True)},
         "rows": [
@@ -196,7 +198,10 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
 Found = dict[tuple[str, str], dict[str, float] | None]  # metrics and MiB by method and width; None: it failed
 
 
-def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console) -> Found:
+def _scored(
+    table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console
+) -> tuple[Found, set[str]]:
+    """What each method gave, and the days and kinds of machine it was measured on."""
     rows = rows_of(table)
     trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
     plan = flow.plan(base, TeacherCache.stage)
@@ -211,7 +216,8 @@ def _scored(table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], co
         raise RunError(f"Every student of {base.name} failed; the first: {scores[0].failure}")
     teacher = {**sound[0].teacher, MIB: shared.done[Teacher.stage].record.fp32_bytes / 2**20}
     students = [None if s.failure else {**s.student, MIB: s.packed_bytes / 2**20} for s in scores]
-    return {(FULL, "32"): teacher, **dict(zip(keys, students, strict=True))}
+    found: Found = {(FULL, "32"): teacher, **dict(zip(keys, students, strict=True))}
+    return found, {score.measured for score in sound}
 
 
 def _print(
