@@ -181,7 +181,7 @@ class Engine:
                 late = () if resources.ray_address else (RuntimeError, TimeoutError)
                 if type(error) is Exception or isinstance(error, late):
                     raise LostError(
-                        f"Ray did not start in time: {error} What was committed is kept; run the same command again."
+                        f"Ray did not start: {error} What was committed is kept; run the same command again."
                     ) from error
                 if not isinstance(error, (OSError, RuntimeError, ValueError)):
                     raise

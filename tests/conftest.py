@@ -24,6 +24,7 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
 
 from pipeline import flow
@@ -65,9 +66,10 @@ ARCHITECTURES = {
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_exception_interact() -> None:
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
     """What ends a test that hangs stops counting when it fails; its fixtures may hang as well."""
-    faulthandler.dump_traceback_later(TEARDOWN_S, exit=True, file=sys.__stderr__)
+    stderr = node.config.stash[fault_handler_stderr_fd_key]  # the real one: what a test writes is captured
+    faulthandler.dump_traceback_later(TEARDOWN_S, exit=True, file=stderr)
 
 
 @pytest.hookimpl(trylast=True)

@@ -11,7 +11,7 @@ from pipeline.resources import Resources
 
 ELSEWHERE = "127.0.0.1:6379"
 LATE = "The current node timed out during startup."
-LOST = f"did not start in time: {LATE}.*run the same command again"
+LOST = f"did not start: {LATE}.*run the same command again"
 
 
 @pytest.mark.parametrize(

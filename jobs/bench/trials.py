@@ -50,8 +50,9 @@ def refuse_decided(overrides: Sequence[str], options: Mapping[str, str], own: Se
     base = {f"{section}.{knob}" for section, knobs in COMMON.items() for knob in knobs} | own
     for override in overrides:
         path = override.partition("=")[0]
-        if path in options:
-            raise ConfigError(f"--set {path} has no effect here: {options[path]} decides it.")
+        decided = next((name for name in options if name == path or name.startswith(f"{path}.")), None)
+        if decided is not None:
+            raise ConfigError(f"--set {path} has no effect here: {options[decided]} decides {decided}.")
         if path.partition(".")[0] in (*COMMON, "preset") and path not in base:
             valid = ", ".join(sorted(base - set(options)))
             raise ConfigError(

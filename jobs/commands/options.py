@@ -25,7 +25,7 @@ class Exit(IntEnum):
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/ for ones to start from.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.steps=200."),
+    typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.eval_rows=64."),
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for what another process runs.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")]

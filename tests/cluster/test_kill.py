@@ -76,9 +76,10 @@ class Project:
             with contextlib.suppress(psutil.Error):
                 for process in psutil.Process(driver.pid).children(recursive=True):
                     self.started[process.pid] = process.create_time()
+            ended = driver.poll() is not None
             if value := happened():
                 return value
-            assert driver.poll() is None, (self.root / "stderr").read_text()[-3000:]
+            assert not ended, (self.root / "stderr").read_text()[-3000:]
             time.sleep(0.05)
         raise TimeoutError((self.root / "stderr").read_text()[-3000:])
 
