@@ -25,7 +25,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; 
 def quantizers(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help=f"Teacher, task and data, or --teacher.  [default: {QUICKSTART}]"),
+        typer.Argument(metavar="CONFIG", help=f"Teacher, task and data, or --teacher.  [default: {QUICKSTART}]"),
     ] = None,
     teacher: Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face directory as the teacher.")] = None,
     data: Annotated[
