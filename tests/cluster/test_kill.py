@@ -52,7 +52,7 @@ class Project:
                 "storage_uri": str(self.store),
                 "checkpoint_steps": 10,
                 "micro_batch": 4,
-                "inference_batch": 2,  # so that a cache takes long enough to be met half made
+                "inference_batch": 4,  # so that a cache takes long enough to be met half made
             },
         }
         self.config.write_text(yaml.safe_dump(config))

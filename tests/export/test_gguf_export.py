@@ -89,7 +89,7 @@ def test_a_server_that_nothing_was_asked_of_ends(trained, tmp_path):
     """In a process of its own: one that does not end hangs where no signal is heard."""
     exporter.write(trained("gpt2"), tmp_path)
     often = "import sys; from pathlib import Path; from pipeline.export.gguf import open_server\n"
-    often += "for _ in range(100): open_server(Path(sys.argv[1]), 1)"
+    often += "for _ in range(50): open_server(Path(sys.argv[1]), 1)"
     subprocess.run([sys.executable, "-c", often, tmp_path / exporter.FILE], cwd=ROOT, timeout=300, check=True)
 
 
