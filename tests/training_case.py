@@ -160,7 +160,7 @@ def steps_of(loop: Loop, steps: int) -> dict[str, Any]:
         rows.extend(int(row) for row in row_ids)
         return get(row_ids)
 
-    loop.rows.get = recording  # type: ignore[method-assign]
+    loop.rows.get = recording
     losses, read = [], []
     for step in range(loop.progress.step, loop.progress.step + steps):
         rows.clear()

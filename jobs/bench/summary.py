@@ -135,10 +135,9 @@ SHORT_HEADER = ("recipe", "rate", "bytes", "gap, nats", "less paper's", "KL, nat
 def short_cells(line: Line) -> tuple[str, ...]:
     """What a terminal has room for."""
     less = line.less(PAPER)
-    ends = {line.tried[0]: " v", line.tried[-1]: " ^"} if len(line.tried) > 1 else {}
     return (
         line.row,
-        "" if line.row in UNTRAINED else f"{line.rate:g}{ends.get(line.rate, '')}",
+        "" if line.row in UNTRAINED else f"{line.rate:g}{_end(line, ' v', ' ^')}",
         f"{line.packed_bytes:,}",
         f"{line.gap_nats:.4f}",
         "" if less is None else str(less),
@@ -168,8 +167,14 @@ def _rate(line: Line) -> str:
     """The rate that validation chose, of how many, with a mark where it is the lowest or highest of them."""
     if line.row in UNTRAINED:
         return ""
-    ends = {line.tried[0]: "the lowest ", line.tried[-1]: "the highest "} if len(line.tried) > 1 else {}
-    return f"{line.rate:g}" + (f" ({ends.get(line.rate, '')}of {len(line.tried)})" if line.tried else "")
+    end = _end(line, "the lowest ", "the highest ")
+    return f"{line.rate:g}" + (f" ({end}of {len(line.tried)})" if line.tried else "")
+
+
+def _end(line: Line, lowest: str, highest: str) -> str:
+    """Which end of what its search tried the rate is; nothing between them, or where only one was tried."""
+    ends = {line.tried[0]: lowest, line.tried[-1]: highest} if len(line.tried) > 1 else {}
+    return ends.get(line.rate, "")
 
 
 def _interval(interval: Interval | None) -> str:
