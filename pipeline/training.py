@@ -31,7 +31,8 @@ from pipeline.checkpoints import (
 from pipeline.config import Distill, Finetune
 from pipeline.diagnostics import Watch, token_cosine
 from pipeline.distill.memory_bank import alone
-from pipeline.distill.schedule import DataOrder, draw, share
+from pipeline.distill.random import draw
+from pipeline.distill.schedule import DataOrder, share
 from pipeline.distillation import Distillation
 from pipeline.errors import RunError
 from pipeline.families.models import load_parameters

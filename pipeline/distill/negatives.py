@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.distill.schedule import draw
+from pipeline.distill.random import draw
 
 NegativesFrom = Literal["teacher", "student", "vocabulary", "batch"]
 

@@ -1,13 +1,14 @@
-"""Learning-rate schedule, order of the data and random draws: pure functions of the step."""
+"""Learning-rate schedule and order of the data: pure functions of the step."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pipeline.distill.random import draw
 
 FINAL_LR = 1e-6  # Tao et al. 2022, appendix: linear decay to 1e-6
 
@@ -23,12 +24,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int = 0, sch
     if schedule == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return peak + (min(FINAL_LR, peak) - peak) * done
-
-
-def draw(*parts: int | str) -> torch.Generator:
-    """A random generator that depends on `parts` alone, such as (seed, step, row)."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 class DataOrder:

@@ -3,7 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.distill.schedule import DataOrder, draw, learning_rate, share
+from pipeline.distill.random import draw
+from pipeline.distill.schedule import DataOrder, learning_rate, share
 
 SHARDS = [7, 3, 0, 12, 5, 5, 1, 9]
 
