@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.display import Display
-from pipeline.config import Config
+from pipeline.config.presets import set_otherwise
+from pipeline.config.resources import Resources
+from pipeline.config.run import Config
 from pipeline.flow import Outcome, Plan, plan, run, target_of
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.locations import tracking_uri
-from pipeline.presets import set_otherwise
 from pipeline.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
-from pipeline.resources import Resources
 from pipeline.tasks import task_of
 from pipeline.tracking import sqlite_file
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from jobs.located import locate, open_model
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.resources import Resources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.tasks.language_modeling import PROTOCOL, encode, score

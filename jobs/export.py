@@ -14,13 +14,13 @@ from torch import Tensor
 
 from jobs.located import is_registered, locate, pinned
 from pipeline import artifact, registry, tracking
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
 from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
 from pipeline.locations import tracking_uri
 from pipeline.manifest import MANIFEST, check
-from pipeline.resources import Resources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.tasks.language_modeling import encode

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from jobs.located import locate, open_model
 from pipeline.artifact import configuration
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import read_config
 from pipeline.manifest import MANIFEST, check
-from pipeline.resources import Resources
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import check as check_graph
 from pipeline.runtime.build import longest

@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pipeline import artifact, registry, tracking
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
 from pipeline.locations import tracking_uri
 from pipeline.manifest import MANIFEST
-from pipeline.resources import Resources
 from pipeline.transfer import Fetch, from_store, pull
 
 

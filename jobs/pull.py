@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.located import files_of
-from pipeline.resources import Resources
+from pipeline.config.resources import Resources
 from pipeline.transfer import pull as bring
 
 

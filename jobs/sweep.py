@@ -14,7 +14,7 @@ from jobs.display import Display
 from jobs.report import rendered
 from jobs.report.reader import Reader
 from pipeline import tracking
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.estimate import Estimate, estimate
 from pipeline.locations import scratch_dir, storage_uri
 from pipeline.objects import open_objects

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.card import model_card
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.encoding import damage_of, decode, encode, spec_of
 from pipeline.errors import DamagedError
 from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen

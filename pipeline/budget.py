@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import flow, preflight
 from pipeline.allocation import Option, Options, allocations
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import FAMILIES, skeleton
 from pipeline.flow import Plan, Planned

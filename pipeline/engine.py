@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.mailbox import Sender, delivered, mailbox_for_workers
 from pipeline.records import Advance, Closed
-from pipeline.resources import Resources
 from pipeline.store import Place
 
 T = TypeVar("T")

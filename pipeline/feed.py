@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline import flow, tracking
-from pipeline.config import Config
+from pipeline.config.run import Config
+from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.identity import canonical_json, step_key
@@ -22,7 +23,6 @@ from pipeline.observer import Silent
 from pipeline.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store import Place
 from pipeline.suggest import suggestion
-from pipeline.sweep_schema import Sweep
 from pipeline.trials import label, scores, trial_config
 from pipeline.tuning import GROUPS, LOSS, STEP
 

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline import preflight, registry, tracking
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.families.states import LAST

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
+from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError
 from pipeline.locations import scratch_dir
 from pipeline.observer import Observer
 from pipeline.records import Point
-from pipeline.resources import Resources
 from pipeline.store import Owner
 from pipeline.tracking import Target, prefixed
 

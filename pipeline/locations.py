@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.objects import open_objects
 
 if TYPE_CHECKING:  # the schema imports torch, which takes longer than a lookup
-    from pipeline.resources import Resources
+    from pipeline.config.resources import Resources
 
 
 def storage_uri(resources: Resources) -> str:

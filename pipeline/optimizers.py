@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Distill, Finetune
+from pipeline.config.run import Distill, Finetune
 from pipeline.distill.schedule import learning_rate
 from pipeline.families.states import WithStates
 from pipeline.quant.layers import quantizers

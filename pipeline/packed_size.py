@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.families.family import Family
 from pipeline.families.models import make_student, sites
 from pipeline.quant.layers import TIED

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from pipeline.config import Cache, Config, Distill, TrainBpe
+from pipeline.config.run import Cache, Config, Distill, TrainBpe
 from pipeline.errors import ConfigError
 from pipeline.families.models import check_spec, family_of, parameters, read_config, sites, skeleton
 from pipeline.identity import recipe_of

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.config.resources import Resources
 from pipeline.engine import Engine
 from pipeline.records import Advance, Record
-from pipeline.resources import Resources
 from pipeline.store import Place
 
 R = TypeVar("R", bound=Record)

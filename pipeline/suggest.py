@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from pipeline.config.sweep import Between, Sweep
 from pipeline.identity import canonical_json
-from pipeline.sweep_schema import Between, Sweep
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
 

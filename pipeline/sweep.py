@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from pipeline import budget, flow, registry, store, tracking, tuning
-from pipeline.config import Config
+from pipeline.config.run import Config
+from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
@@ -26,7 +27,6 @@ from pipeline.observer import Observer
 from pipeline.records import SweepRecord, TeacherCache, Trial
 from pipeline.step import provenance
 from pipeline.store import Place
-from pipeline.sweep_schema import Sweep
 from pipeline.tracking import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
 from pipeline.tuning import PASSING

@@ -28,7 +28,8 @@ from pipeline.checkpoints import (
     weights,
     write_checkpoint,
 )
-from pipeline.config import Distill, Finetune
+from pipeline.config.resources import Resources
+from pipeline.config.run import Distill, Finetune
 from pipeline.diagnostics import Watch, token_cosine
 from pipeline.distill.memory_bank import alone
 from pipeline.distill.random import draw
@@ -40,7 +41,6 @@ from pipeline.families.states import WithStates, last_states, logits_of
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.records import Advance, Shard, StoredFile
-from pipeline.resources import Resources
 from pipeline.store import Place
 from pipeline.tables import Rows
 from pipeline.tasks.language_modeling import LanguageModeling

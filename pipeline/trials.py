@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config
+from pipeline.config.presets import PRESETS, suited
+from pipeline.config.run import Config
+from pipeline.config.sweep import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
 from pipeline.errors import ConfigError
 from pipeline.identity import canonical_json
-from pipeline.presets import PRESETS, suited
-from pipeline.sweep_schema import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
 LARGER_IS_BETTER = ("top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL")

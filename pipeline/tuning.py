@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from pipeline.config.resources import Resources
+from pipeline.config.sweep import Asha
 from pipeline.engine import Engine, explained, quiet, set_threads
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
-from pipeline.resources import Resources
 from pipeline.store import Place
-from pipeline.sweep_schema import Asha
 
 STEP, LOSS = "step", "validation_nats"
 Report = Callable[[dict[str, Any]], None]

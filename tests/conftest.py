@@ -28,7 +28,7 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
 
 from pipeline import flow
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.records import Point
 from pipeline.store import Owner
 

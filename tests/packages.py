@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import InputQuantizer, freeze
 from pipeline.store import checksum

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import pipeline.plugin  # noqa: F401 - which teaches transformers the format
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import BitmillError, DamagedError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.runtime import Runtime

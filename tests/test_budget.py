@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pipeline import budget, flow
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import Sensitivity
 from pipeline.tables import states_name

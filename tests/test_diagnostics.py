@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config import Distill, Quant
+from pipeline.config.run import Distill, Quant
 from pipeline.diagnostics import Watch, token_cosine, weight_histograms
 from pipeline.families.models import FAMILIES, load_model, load_parameters, make_student
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear

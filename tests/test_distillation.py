@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import flow
-from pipeline.config import Config, Distill, Quant
+from pipeline.config.run import Config, Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
 from pipeline.distillation import Distillation

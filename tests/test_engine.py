@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import ray
 
+from pipeline.config.resources import Resources
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, LostError
-from pipeline.resources import Resources
 
 ELSEWHERE = "127.0.0.1:6379"
 LATE = "The current node timed out during startup."

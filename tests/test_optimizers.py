@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Distill, Finetune, Quant
+from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.identity import recipe_of
 from pipeline.quant.layers import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config, skeleton
 from pipeline.packed_size import layout
 from tests.conftest import ARCHITECTURES

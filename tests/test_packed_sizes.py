@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from pipeline import artifact, manifest
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.encoding import encode
 from pipeline.families.models import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
 from pipeline.strict import read_tensors

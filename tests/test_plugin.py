@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import pipeline
 import pipeline.plugin
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.manifest import REFUSED

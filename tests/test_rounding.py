@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.artifact import load
-from pipeline.config import Config, Quant
+from pipeline.config.run import Config, Quant
 from pipeline.families.models import load_model
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS

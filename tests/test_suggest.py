@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pipeline.config.sweep import Sweep
 from pipeline.suggest import suggestion
-from pipeline.sweep_schema import Sweep
 
 SWEEP = Sweep(
     space={

@@ -13,11 +13,11 @@ from rich.console import Console
 
 import jobs.sweep
 from pipeline import budget, flow, sweep, tracking
+from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
 from pipeline.estimate import estimate
 from pipeline.feed import worker_plan
 from pipeline.locations import tracking_uri
-from pipeline.sweep_schema import Sweep
 from pipeline.trials import trial_config
 from tests.conftest import Recorder
 

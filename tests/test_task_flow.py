@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 import pipeline
 from jobs.evaluate import evaluate
 from pipeline import artifact, flow
-from pipeline.config import Config
+from pipeline.config.resources import Resources
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import build, read_config, restore_frozen
-from pipeline.resources import Resources
 from pipeline.stages.evaluate import SPANS_A_WORKER
 from pipeline.tables import read_tokens
 from pipeline.tasks import task_of

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Distill, Finetune, Quant
-from pipeline.schema import Task
+from pipeline.config.data import Task
+from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.tables import map_states, open_shard, states_name
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import Distill, Finetune, Quant
+from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.errors import RunError
 from pipeline.training import Run, fit
 from tests.training_case import VOCABULARY, Case, gradients, steps_of, with_workers

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.config import Distill, Finetune, Quant
+from pipeline.config.resources import Resources
+from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.distillation import Distillation
 from pipeline.families.models import build, load_model, read_config, set_dropout
 from pipeline.families.states import WithStates
 from pipeline.records import Shard
-from pipeline.resources import Resources
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.store import Owner, Place

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jobs.bench.rows import BEST, LIGHT_CONTRAST, MOST_OF_PAPERS, PAPER, SMALLEST, WITHOUT_CONTRAST, named
 from jobs.bench.summary import Interval, Line
-from pipeline.presets import PRESETS
+from pipeline.config.presets import PRESETS
 
 # Perplexity of `best` over its teacher's, less 1: of the two teachers that the README compares, by name.
 CLOSE = {"quickstart": {"4-4-8": 0.01, "8-8-8": 0.003}, "bench-stories260K": {"4-4-8": 0.05, "8-8-8": 0.01}}

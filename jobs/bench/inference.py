@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
 from pipeline import artifact, manifest
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config

@@ -19,9 +19,9 @@ from jobs.bench.rows import Row, named
 from jobs.bench.trials import run_trials, trial
 from jobs.display import Display
 from pipeline import flow
-from pipeline.config import Config
+from pipeline.config.presets import PRESETS
+from pipeline.config.run import Config
 from pipeline.errors import RunError
-from pipeline.presets import PRESETS
 from pipeline.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]

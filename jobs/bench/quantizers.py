@@ -22,12 +22,12 @@ from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
 from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
 from pipeline import flow
-from pipeline.config import Config
+from pipeline.config.presets import LANGUAGE_MODELING
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import family_of, read_config
 from pipeline.locations import scratch_dir
 from pipeline.preflight import inspect
-from pipeline.presets import LANGUAGE_MODELING
 from pipeline.quant.spec import BitWidths
 from pipeline.records import TeacherCache
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.presets import PRESETS, RATIO_LR, WIDE_MUON_LR, PresetName
+from pipeline.config.presets import PRESETS, RATIO_LR, WIDE_MUON_LR, PresetName
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, levels_of
 
 PAPER: PresetName = "paper"

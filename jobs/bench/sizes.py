@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, fp32_bytes, freeze_student, make_student, read_config
 from pipeline.quant.spec import Encoding
 

@@ -15,16 +15,16 @@ from pydantic import ValidationError
 
 from jobs.bench.rows import Row
 from pipeline import flow
-from pipeline.config import Config, Quant
+from pipeline.config.load import explain
+from pipeline.config.presets import suited
+from pipeline.config.resources import Resources
+from pipeline.config.run import Config, Quant
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
 from pipeline.identity import canonical_json, recipe_of
-from pipeline.loading import explain
 from pipeline.locations import anchored
 from pipeline.observer import Silent
-from pipeline.presets import suited
 from pipeline.records import Advance, Closed, Package, Report, Student
-from pipeline.resources import Resources
 from pipeline.step import Done
 
 # What the base decides for all rows; the rest is each row's own, or the default.

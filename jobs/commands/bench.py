@@ -71,7 +71,7 @@ def quantizers(
     def work(console: Console) -> dict[str, Any]:
         from jobs.bench.quantizers import OPTIONS, TEACHER_OPTIONS, Extent, chosen_rows, compare, teacher_fields
         from jobs.bench.trials import refuse_decided
-        from pipeline.loading import load_config, load_fields
+        from pipeline.config.load import load_config, load_fields
         from pipeline.quant.spec import BitWidths
 
         try:
@@ -113,7 +113,7 @@ def paper(
     def work(console: Console) -> dict[str, Any]:
         from jobs.bench.paper import OPTIONS, OWN, TABLES, beside, requirements
         from jobs.bench.trials import refuse_decided
-        from pipeline.loading import load_config
+        from pipeline.config.load import load_config
 
         if table not in TABLES or scale not in ("tiny", "full"):
             raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
@@ -160,8 +160,8 @@ def inference(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.bench.inference import compare
+        from pipeline.config.resources import Resources
         from pipeline.locations import scratch_dir
-        from pipeline.resources import Resources
 
         if quantizer not in ("quantgpt", "lsq", "seq"):
             raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")

@@ -81,7 +81,7 @@ def report(
         from pathlib import Path
 
         from jobs.report import report as run
-        from pipeline.resources import Resources
+        from pipeline.config.resources import Resources
 
         resources = Resources(storage_uri=storage_uri, namespace=namespace)
         return run(key, Path(out), resources, console, latency)
@@ -107,7 +107,7 @@ def pull(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.pull import pull as run
-        from pipeline.resources import Resources
+        from pipeline.config.resources import Resources
 
         return run(model, destination, Resources(storage_uri=storage_uri, tracking_uri=tracking_uri), console)
 
@@ -132,7 +132,7 @@ def generate(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.generate import generate as run
-        from pipeline.resources import Resources
+        from pipeline.config.resources import Resources
 
         text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
         say = (lambda piece: None) if as_json else _say
@@ -168,7 +168,7 @@ def export(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.export import export as run
-        from pipeline.resources import Resources
+        from pipeline.config.resources import Resources
 
         resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
         return run(model, format_name, out, data, threads, resources, console)

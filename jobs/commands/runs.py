@@ -46,7 +46,7 @@ def compress(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.compress import compress as run
-        from pipeline.loading import load_config
+        from pipeline.config.load import load_config
 
         named = {"quant.bits": bits, "preset": preset}
         chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
@@ -78,7 +78,7 @@ def sweep(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.sweep import sweep as run
-        from pipeline.loading import load_config
+        from pipeline.config.load import load_config
 
         loaded = load_config(config, overrides, environment())
         return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
@@ -105,7 +105,7 @@ def evaluate(
 
     def work(console: Console) -> dict[str, Any]:
         from jobs.evaluate import evaluate as run
-        from pipeline.resources import Resources
+        from pipeline.config.resources import Resources
 
         if unit not in ("document", "line"):
             raise ConfigError(f"--unit is {unit!r}; valid: document, line")

@@ -15,9 +15,9 @@ from jobs.report.latency import measure
 from jobs.report.page import page
 from jobs.report.reader import Reader
 from jobs.report.values import Content
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.locations import scratch_dir, storage_uri
-from pipeline.resources import Resources
 
 
 def report(key: str, out: Path, resources: Resources, console: Console, timed: bool = False) -> dict[str, Any]:

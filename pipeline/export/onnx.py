@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.export.companions import copy_companions
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.families import bart, gpt2, llama
 from pipeline.families.attention import use_quantized_attention

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints import finish, store_tensors, weights
-from pipeline.config import Distill, Quant
+from pipeline.config.run import Distill, Quant
 from pipeline.diagnostics import weight_histograms
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distillation import Distillation

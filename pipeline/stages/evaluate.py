@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import Quant
+from pipeline.config.data import Evaluate
+from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, frozen_student, load_model, read_config, restore_frozen
 from pipeline.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
-from pipeline.schema import Evaluate
 from pipeline.step import Step
 from pipeline.store import Place
 from pipeline.tables import Rows

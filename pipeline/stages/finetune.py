@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.checkpoints import finish
-from pipeline.config import Finetune
+from pipeline.config.run import Finetune
 from pipeline.families.models import (
     build,
     fp32_bytes,

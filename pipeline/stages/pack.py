@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import RunError
 from pipeline.families.models import FAMILIES, frozen_student, read_config
 from pipeline.quant.spec import Encoding

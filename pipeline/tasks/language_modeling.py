@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import schema
+from pipeline.config import data
+from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
-from pipeline.schema import Evaluate
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Batch, Encoded
 from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
@@ -28,14 +28,14 @@ BYTES_A_TOKEN = 4  # a guess, for corpora not yet tokenized
 class LanguageModeling:
     """A row is a block of text; only the last row of a part may be padded."""
 
-    settings: schema.Task = field(default_factory=schema.Task)
+    settings: data.Task = field(default_factory=data.Task)
     special_tokens = (END_OF_TEXT,)
     encoder_decoder = False
     collects = False
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> LanguageModeling:
-        return cls(schema.Task.model_validate(recipe["task"]))
+        return cls(data.Task.model_validate(recipe["task"]))
 
     @property
     def positions(self) -> dict[str, int]:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import schema
+from pipeline.config import data
+from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
-from pipeline.schema import Evaluate
 from pipeline.tasks.scoring import Scores, logits_for
 from pipeline.tasks.task import Batch, Encoded
 from pipeline.tasks.terms import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN, candidate_scores
@@ -47,14 +47,14 @@ BYTES_A_TURN = 60  # a guess, for corpora not yet read
 class NextUtterance:
     """Rows of the test split hold `candidates` sequences, those of the others `train_candidates`."""
 
-    settings: schema.Task
+    settings: data.Task
     given: bool = False  # whether the data brings candidates
     special_tokens = (END_OF_TEXT,)
     encoder_decoder = False
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> NextUtterance:
-        return cls(schema.Task.model_validate(recipe["task"]), recipe["data"].get("candidates_column") is not None)
+        return cls(data.Task.model_validate(recipe["task"]), recipe["data"].get("candidates_column") is not None)
 
     @property
     def collects(self) -> bool:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import schema
+from pipeline.config import data
+from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
-from pipeline.schema import Evaluate
 from pipeline.tasks.rouge import rouge
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Batch, Encoded
@@ -40,7 +40,7 @@ BYTES_A_DOCUMENT = 2000  # a guess, for corpora not yet read
 class Summarization:
     """`start` is what the decoder reads first; None: the tokenizer's end-of-text, as in BART."""
 
-    settings: schema.Task
+    settings: data.Task
     start: int | None = None
     special_tokens = (END_OF_TEXT, PADDING)
     encoder_decoder = True
@@ -48,7 +48,7 @@ class Summarization:
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Summarization:
-        return cls(schema.Task.model_validate(recipe["task"]), recipe.get("decoder_start"))
+        return cls(data.Task.model_validate(recipe["task"]), recipe.get("decoder_start"))
 
     @property
     def positions(self) -> dict[str, int]:

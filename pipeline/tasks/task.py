@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.schema import Evaluate
+from pipeline.config.data import Evaluate
 
 if TYPE_CHECKING:  # which knows the batch
     from pipeline.tasks.scoring import Scores

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from pipeline import flow, live, sweep, tracking
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.live import LiveRun, Outbox
 from tests.conftest import Recorder

@@ -22,7 +22,7 @@ import yaml
 from ray.util import placement_group_table
 
 from pipeline import sweep, tracking
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.locations import tracking_uri
 from tests.conftest import Recorder
 

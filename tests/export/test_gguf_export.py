@@ -15,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.export import export
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.resources import Resources
+from pipeline.config.run import Quant
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.families.models import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import FrozenTensors, freeze
-from pipeline.resources import Resources
 from tests.conftest import ROOT
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from jobs.export import export
 from pipeline import artifact, manifest
+from pipeline.config.resources import Resources
 from pipeline.export import onnx
-from pipeline.resources import Resources
 from pipeline.runtime import Runtime
 from tests.packages import WIDE, package, packed_logits, rms
 

@@ -12,13 +12,13 @@ from safetensors import safe_open
 
 from jobs.export import export
 from pipeline import artifact
-from pipeline.config import Quant
+from pipeline.config.resources import Resources
+from pipeline.config.run import Quant
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
 from pipeline.families.models import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import freeze
-from pipeline.resources import Resources
 from tests.conftest import ARCHITECTURES
 
 FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Quant
+from pipeline.config.run import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.families.models import (
     FAMILIES,

@@ -229,7 +229,7 @@ def test_an_error_that_nobody_foresaw_is_one_paragraph_and_debug_shows_it(tmp_pa
     def broken(*_):
         raise LookupError("a [bracketed] surprise")
 
-    monkeypatch.setattr("pipeline.loading.load_config", broken)
+    monkeypatch.setattr("pipeline.config.load.load_config", broken)
     holds(said("compress", tmp_path / "any.yaml", status=1), "LookupError", "a [bracketed] surprise", "--debug")
     shown = CliRunner().invoke(app, ["compress", str(tmp_path / "any.yaml"), "--debug"])
     assert isinstance(shown.exception, LookupError)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline import artifact
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint
-from pipeline.config import Distill, Quant
+from pipeline.config.presets import PRESETS
+from pipeline.config.run import Distill, Quant
 from pipeline.families.models import FAMILIES, build, load_parameters, make_student, read_config
-from pipeline.presets import PRESETS
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.step import REACH

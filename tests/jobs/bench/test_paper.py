@@ -19,8 +19,8 @@ from jobs.bench import paper
 from jobs.bench.paper import TABLES, Cell, Tiny, beside, rows_of
 from jobs.bench.trials import trial
 from jobs.cli import app
-from pipeline.config import Config
-from pipeline.loading import load_config
+from pipeline.config.load import load_config
+from pipeline.config.run import Config
 
 ROOT = Path(jobs.__file__).parents[1]
 # Mark by mark: s, seen in a public source; what has no mark is recalled; -: the paper has none.

@@ -18,7 +18,7 @@ from jobs.bench import generated, quantizers, trials
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import lines
 from jobs.cli import app
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.flow import STAGES
 from tests.conftest import ROOT
 from tests.jobs.bench.test_summary import score

@@ -6,10 +6,10 @@ import pytest
 
 from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row
 from jobs.bench.trials import SHIPPED, trial
-from pipeline.config import Config
+from pipeline.config.presets import PRESETS, suited
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.locations import anchored
-from pipeline.presets import PRESETS, suited
 from pipeline.quant.quantizers import QUANTIZERS
 
 FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]

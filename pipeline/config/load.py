@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from pipeline.config.data import NotNegative, Positive, Rate
 from pipeline.records import Closed
-from pipeline.schema import NotNegative, Positive, Rate
 
 
 class Resources(Closed):

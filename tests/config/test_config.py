@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config
+from pipeline.config.load import load_config
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.loading import load_config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.y*ml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.y*ml"))
 MINIMAL = {"name": "tiny", "model": {"source": "org/name"}, "data": {"source": "*.txt"}, "distill": {"steps": 10}}
 
 

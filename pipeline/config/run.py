@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from pipeline.config.data import Data, Evaluate, NotNegative, Positive, Rate, Task
+from pipeline.config.presets import PRESETS, PresetName, filled
+from pipeline.config.resources import Resources
+from pipeline.config.sweep import Sweep
 from pipeline.distill.negatives import NegativesFrom
 from pipeline.distill.schedule import Schedule
-from pipeline.presets import PRESETS, PresetName, filled
 from pipeline.quant.spec import (
     TAKES,
     TERNARY_ONLY,
@@ -34,9 +37,6 @@ from pipeline.quant.spec import (
     levels_of,
 )
 from pipeline.records import Closed
-from pipeline.resources import Resources
-from pipeline.schema import Data, Evaluate, NotNegative, Positive, Rate, Task
-from pipeline.sweep_schema import Sweep
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FadeIn = Annotated[float, Field(ge=0, le=1)]
