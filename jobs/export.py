@@ -19,10 +19,10 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
 from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
-from pipeline.locations import tracking_uri
 from pipeline.manifest import MANIFEST, check
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
+from pipeline.store.locations import tracking_uri
 from pipeline.tasks.language_modeling import encode
 from pipeline.tasks.tokenizers import read_tokenizer
 

@@ -11,8 +11,8 @@ from pipeline import artifact, registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
-from pipeline.locations import tracking_uri
 from pipeline.manifest import MANIFEST
+from pipeline.store.locations import tracking_uri
 from pipeline.transfer import Fetch, from_store, pull
 
 

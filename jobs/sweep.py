@@ -16,9 +16,9 @@ from jobs.report.reader import Reader
 from pipeline import tracking
 from pipeline.config.run import Config
 from pipeline.estimate import Estimate, estimate
-from pipeline.locations import scratch_dir, storage_uri
-from pipeline.objects import open_objects
-from pipeline.records import Trial
+from pipeline.store.locations import scratch_dir, storage_uri
+from pipeline.store.objects import open_objects
+from pipeline.store.records import Trial
 from pipeline.sweep import PAGE, Found, SweepPlan, parent_of, plan, run
 from pipeline.trials import label
 

@@ -24,8 +24,8 @@ from pipeline.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS
 from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import Encoding
-from pipeline.records import Size
-from pipeline.store import checksum
+from pipeline.store.records import Size
+from pipeline.store.step_store import checksum
 from pipeline.strict import read_tensors
 from pipeline.transfer import from_store, pull
 

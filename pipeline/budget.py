@@ -21,14 +21,14 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import FAMILIES, skeleton
 from pipeline.flow import Plan, Planned
-from pipeline.identity import step_key
-from pipeline.locations import scratch_dir, storage_uri
 from pipeline.observer import Observer
 from pipeline.packed_size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths
-from pipeline.records import Sensitivity, Teacher, TeacherCache, Tokens
 from pipeline.stages import sensitivity
-from pipeline.store import Place
+from pipeline.store.keys import step_key
+from pipeline.store.locations import scratch_dir, storage_uri
+from pipeline.store.records import Sensitivity, Teacher, TeacherCache, Tokens
+from pipeline.store.step_store import Place
 
 MIB = 2**20
 WIDTHS = (2, 4, 8)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pipeline.errors import DamagedError
 from pipeline.families.states import WithStates
-from pipeline.records import StoredFile
-from pipeline.store import Place
+from pipeline.store.records import StoredFile
+from pipeline.store.step_store import Place
 
 
 @dataclass

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.mailbox import Sender, delivered, mailbox_for_workers
-from pipeline.records import Advance, Closed
-from pipeline.store import Place
+from pipeline.store.records import Advance, Closed
+from pipeline.store.step_store import Place
 
 T = TypeVar("T")
 

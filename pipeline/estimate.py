@@ -9,8 +9,8 @@ from pipeline import flow
 from pipeline.engine import set_threads
 from pipeline.preflight import flops_per_s
 from pipeline.quant.spec import BitWidths
-from pipeline.records import Student, Teacher, TeacherCache
-from pipeline.store import records
+from pipeline.store.records import Student, Teacher, TeacherCache
+from pipeline.store.step_store import records
 from pipeline.sweep import SweepPlan
 
 # Operations for each parameter and token.

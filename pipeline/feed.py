@@ -17,11 +17,11 @@ from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
-from pipeline.identity import canonical_json, step_key
 from pipeline.live import LiveRun, Outbox
 from pipeline.observer import Silent
-from pipeline.records import ModelVersion, Package, Point, Report, Student, Trial
-from pipeline.store import Place
+from pipeline.store.keys import canonical_json, step_key
+from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
+from pipeline.store.step_store import Place
 from pipeline.suggest import suggestion
 from pipeline.trials import label, scores, trial_config
 from pipeline.tuning import GROUPS, LOSS, STEP

@@ -16,14 +16,24 @@ from pipeline.config.run import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.families.states import LAST
-from pipeline.identity import differences, recipe_of, step_key
-from pipeline.locations import scratch_dir, storage_uri, tracking_uri
-from pipeline.objects import FAULTS
 from pipeline.observer import Observer, tell
-from pipeline.records import ModelVersion, Package, Record, Report, Sensitivity, Student, Teacher, TeacherCache, Tokens
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
-from pipeline.store import Place, check_writable, records
+from pipeline.store.keys import differences, recipe_of, step_key
+from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
+from pipeline.store.objects import FAULTS
+from pipeline.store.records import (
+    ModelVersion,
+    Package,
+    Record,
+    Report,
+    Sensitivity,
+    Student,
+    Teacher,
+    TeacherCache,
+    Tokens,
+)
+from pipeline.store.step_store import Place, check_writable, records
 from pipeline.tracking import Target
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (

@@ -18,10 +18,10 @@ from typing import Any
 from pipeline import tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError
-from pipeline.locations import scratch_dir
 from pipeline.observer import Observer
-from pipeline.records import Point
-from pipeline.store import Owner
+from pipeline.store.locations import scratch_dir
+from pipeline.store.records import Point
+from pipeline.store.step_store import Owner
 from pipeline.tracking import Target, prefixed
 
 SEND_EVERY_S, LOAD_EVERY_S = 2.0, 10.0

@@ -24,9 +24,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.constraints import MIB, Found, Miss, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
-from pipeline.locations import registry_beside
 from pipeline.quant.spec import BitWidths
 from pipeline.registry import FORMATS_TAG, OWN_FORMAT, PAGE, pages
+from pipeline.store.locations import registry_beside
 from pipeline.tracking import KEY_TAG, connect, sqlite_file
 
 EXPERIMENTS_A_CALL = 100

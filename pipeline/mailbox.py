@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.errors import BitmillError
-from pipeline.records import Advance, Point
+from pipeline.store.records import Advance, Point
 
 POLL_S = 0.5
 

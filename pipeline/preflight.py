@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig
 from pipeline.config.run import Cache, Config, Distill, TrainBpe
 from pipeline.errors import ConfigError
 from pipeline.families.models import check_spec, family_of, parameters, read_config, sites, skeleton
-from pipeline.identity import recipe_of
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.fields import rows
 from pipeline.sources.models import TOKENIZER_FILES, ModelSource, pin_model
 from pipeline.sources.text import SourceFile, pin_text
 from pipeline.stages.cache import cache_bytes
 from pipeline.stages.tokenize import SPLITS, SplitPart, documents_of, split_parts
+from pipeline.store.keys import recipe_of
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Task
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe

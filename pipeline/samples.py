@@ -8,9 +8,9 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.artifact import load
-from pipeline.records import Tokens
-from pipeline.store import Place
-from pipeline.tables import Rows
+from pipeline.store.records import Tokens
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch
 from pipeline.tasks.tokenizers import read_tokenizer

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from pipeline.config.resources import Resources
 from pipeline.engine import Engine
-from pipeline.records import Advance, Record
-from pipeline.store import Place
+from pipeline.store.records import Advance, Record
+from pipeline.store.step_store import Place
 
 R = TypeVar("R", bound=Record)
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")

@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pipeline.config.sweep import Between, Sweep
-from pipeline.identity import canonical_json
+from pipeline.store.keys import canonical_json
 
 logging.getLogger("optuna").setLevel(logging.ERROR)
 

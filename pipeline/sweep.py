@@ -13,20 +13,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline import budget, flow, registry, store, tracking, tuning
+from pipeline import budget, flow, registry, tracking, tuning
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
-from pipeline.identity import recipe_of, step_key
 from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
-from pipeline.locations import anchored, scratch_dir, storage_uri
 from pipeline.observer import Observer
-from pipeline.records import SweepRecord, TeacherCache, Trial
 from pipeline.step import provenance
-from pipeline.store import Place
+from pipeline.store import step_store
+from pipeline.store.keys import recipe_of, step_key
+from pipeline.store.locations import anchored, scratch_dir, storage_uri
+from pipeline.store.records import SweepRecord, TeacherCache, Trial
+from pipeline.store.step_store import Place
 from pipeline.tracking import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
 from pipeline.tuning import PASSING
@@ -133,7 +134,7 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     if record is not None:
         spent = _hours(record.trials, stored_sharing(planned.place))
         return Found(record.trials, record.front, True, spent, untold=send_waiting(planned.config.resources))
-    store.check_writable(storage_uri(planned.config.resources))
+    step_store.check_writable(storage_uri(planned.config.resources))
     parent = parent_of(planned)
     tracking.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))

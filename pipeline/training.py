@@ -40,9 +40,9 @@ from pipeline.families.models import load_parameters
 from pipeline.families.states import WithStates, last_states, logits_of
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
-from pipeline.records import Advance, Shard, StoredFile
-from pipeline.store import Place
-from pipeline.tables import Rows
+from pipeline.store.records import Advance, Shard, StoredFile
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import Place
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Batch, Task
 from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms

@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.manifest import MANIFEST, check, read_manifest
-from pipeline.objects import FAULTS, open_objects
-from pipeline.store import checksum
+from pipeline.store.objects import FAULTS, open_objects
+from pipeline.store.step_store import checksum
 
 Fetch = Callable[[str, Path], Path]  # a file's name, and a scratch folder it may be put into: where it is now
 

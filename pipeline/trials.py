@@ -13,7 +13,7 @@ from pipeline.config.presets import PRESETS, suited
 from pipeline.config.run import Config
 from pipeline.config.sweep import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
 from pipeline.errors import ConfigError
-from pipeline.identity import canonical_json
+from pipeline.store.keys import canonical_json
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
 LARGER_IS_BETTER = ("top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL")

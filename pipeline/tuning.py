@@ -15,7 +15,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.sweep import Asha
 from pipeline.engine import Engine, explained, quiet, set_threads
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
-from pipeline.store import Place
+from pipeline.store.step_store import Place
 
 STEP, LOSS = "step", "validation_nats"
 Report = Callable[[dict[str, Any]], None]

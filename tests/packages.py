@@ -13,7 +13,7 @@ from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import InputQuantizer, freeze
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 
 WIDE = {  # head sizes that kernels take, widths that are whole blocks
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128, "vocab_size": 300},

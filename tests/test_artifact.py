@@ -19,10 +19,10 @@ from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
 from pipeline.quant.layers import freeze
 from pipeline.quant.packing import unpack
-from pipeline.records import Student
 from pipeline.stages.evaluate import batches
-from pipeline.store import checksum
-from pipeline.tables import Rows
+from pipeline.store.records import Student
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import checksum
 from pipeline.tasks.language_modeling import score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import pipeline
 from pipeline.encoding import damage_of
 from pipeline.errors import BitmillError, DamagedError, RunError
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 from tests.packages import signed
 
 

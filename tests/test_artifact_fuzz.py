@@ -25,7 +25,7 @@ from pipeline.errors import BitmillError, DamagedError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.runtime import Runtime
 from pipeline.runtime.weights import read_weights
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
 from tests.test_artifact import FACTS
 

@@ -10,8 +10,8 @@ import pytest
 from pipeline import budget, flow
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.records import Sensitivity
-from pipeline.tables import states_name
+from pipeline.store.records import Sensitivity
+from pipeline.store.shards import states_name
 from tests.conftest import Recorder
 
 WIDTHS = (2, 4, 8)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError, RunError
-from pipeline.records import Report, Shard, Split, Tokens
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import Scorer, spans_of
 from pipeline.step import Done, Step
-from pipeline.tables import commit_shard, open_shard, read_tokens, write_tokens
+from pipeline.store.records import Report, Shard, Split, Tokens
+from pipeline.store.shards import commit_shard, open_shard, read_tokens, write_tokens
 from pipeline.tasks.scoring import Scores
 from tests.conftest import Ran
 

@@ -16,8 +16,8 @@ from pipeline.errors import BusyError, DamagedError
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.records import Report, read_record
-from pipeline.store import Place
+from pipeline.store.records import Report, read_record
+from pipeline.store.step_store import Place
 
 storage, stage, key, scratch, release, record = sys.argv[1:]
 with Place(storage, stage, key, scratch).hold(True, print) as place:
@@ -51,7 +51,7 @@ def contents(folder):
 def sharded(tiny_config, run_flow, tmp_path_factory):
     """A run up to its cache, in shards of 32 rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.tables.SHARD_TOKENS", 1024)
+        patch.setattr("pipeline.store.shards.SHARD_TOKENS", 1024)
         ran = run_flow(tiny_config(tmp_path_factory.mktemp("sharded")), until="cache")
         assert len(ran.record("cache").shards) > 10
         yield ran

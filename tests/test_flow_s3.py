@@ -4,7 +4,7 @@ import torch
 
 import pipeline
 from pipeline.flow import STAGES
-from tests.test_store import serve_s3
+from tests.store.test_step_store import serve_s3
 
 
 def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, finished):

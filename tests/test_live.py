@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import live, tracking
 from pipeline.live import LiveRun, Outbox
-from pipeline.store import Owner
+from pipeline.store.step_store import Owner
 from pipeline.tracking import Target
 from tests.conftest import Recorder
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline.config.run import Distill, Finetune, Quant
-from pipeline.identity import recipe_of
 from pipeline.quant.layers import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName
+from pipeline.store.keys import recipe_of
 from pipeline.training import Loop
 from tests.training_case import WIDTH, Case
 

@@ -16,7 +16,7 @@ from pipeline.config.run import Quant
 from pipeline.errors import DamagedError, RunError
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.manifest import REFUSED
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
 from tests.packages import signed
 from tests.test_artifact import FACTS

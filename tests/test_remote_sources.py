@@ -12,7 +12,7 @@ from pipeline.errors import BitmillError, ConfigError
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.models import pin_model
 from pipeline.sources.text import documents, parts, pin_text
-from tests.test_store import serve_s3
+from tests.store.test_step_store import serve_s3
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline import tracking
-from pipeline.locations import tracking_uri
 from pipeline.samples import PROMPTS, samples
+from pipeline.store.locations import tracking_uri
 
 
 def test_a_registered_run_has_samples_that_anyone_can_make_again(finished):

@@ -14,7 +14,7 @@ from pipeline.sources import text as sources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.models import TOKENIZER_FILES, pin_model
 from pipeline.sources.text import SourceFile, documents, parts, pin_text
-from tests.test_store import at_once
+from tests.store.test_step_store import at_once
 
 PIECES = ["a", "bc", "ü", "日本", "\n", "\n\n", " \n", "\t\n", "\u00a0\n", "\r\n", "\u2028", "\x1c\n", "."]
 each_example = settings(

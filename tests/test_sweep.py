@@ -17,7 +17,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
 from pipeline.estimate import estimate
 from pipeline.feed import worker_plan
-from pipeline.locations import tracking_uri
+from pipeline.store.locations import tracking_uri
 from pipeline.trials import trial_config
 from tests.conftest import Recorder
 

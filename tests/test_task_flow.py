@@ -21,7 +21,7 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.families.models import build, read_config, restore_frozen
 from pipeline.stages.evaluate import SPANS_A_WORKER
-from pipeline.tables import read_tokens
+from pipeline.store.shards import read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config.data import Task
 from pipeline.config.run import Distill, Finetune, Quant
-from pipeline.tables import map_states, open_shard, states_name
+from pipeline.store.shards import map_states, open_shard, states_name
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from tests.conftest import ARCHITECTURES

@@ -12,11 +12,11 @@ from mlflow.exceptions import MlflowException
 import pipeline
 from pipeline import manifest, registry, tracking
 from pipeline.errors import BitmillError, ConfigError, DamagedError
-from pipeline.locations import tracking_uri
-from pipeline.objects import open_objects
-from pipeline.store import checksum
+from pipeline.store.locations import tracking_uri
+from pipeline.store.objects import open_objects
+from pipeline.store.step_store import checksum
 from pipeline.transfer import from_store, pull
-from tests.test_store import serve_s3
+from tests.store.test_step_store import serve_s3
 
 
 @pytest.fixture(scope="module")

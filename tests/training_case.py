@@ -22,11 +22,11 @@ from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.distillation import Distillation
 from pipeline.families.models import build, load_model, read_config, set_dropout
 from pipeline.families.states import WithStates
-from pipeline.records import Shard
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
-from pipeline.store import Owner, Place
-from pipeline.tables import commit_shard, write_tokens
+from pipeline.store.records import Shard
+from pipeline.store.shards import commit_shard, write_tokens
+from pipeline.store.step_store import Owner, Place
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
 from pipeline.training import Loop, Run

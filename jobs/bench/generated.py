@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.families.models import load_model
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 from pipeline.tasks.tokenizers import read_tokenizer
 
 BATCH = 64

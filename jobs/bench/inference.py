@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
 from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import freeze
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 
 MEASURES = {
     "decode_tokens_per_s": ("decode, tokens/s", ".0f"),

@@ -22,7 +22,7 @@ from pipeline import flow
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Config
 from pipeline.errors import RunError
-from pipeline.records import Teacher, TeacherCache
+from pipeline.store.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]
 FULL = "full precision"

@@ -26,10 +26,10 @@ from pipeline.config.presets import LANGUAGE_MODELING
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import family_of, read_config
-from pipeline.locations import scratch_dir
 from pipeline.preflight import inspect
 from pipeline.quant.spec import BitWidths
-from pipeline.records import TeacherCache
+from pipeline.store.locations import scratch_dir
+from pipeline.store.records import TeacherCache
 
 RESULTS = "quantizers.json"
 # What the options of the command decide of a configuration.

@@ -161,7 +161,7 @@ def inference(
     def work(console: Console) -> dict[str, Any]:
         from jobs.bench.inference import compare
         from pipeline.config.resources import Resources
-        from pipeline.locations import scratch_dir
+        from pipeline.store.locations import scratch_dir
 
         if quantizer not in ("quantgpt", "lsq", "seq"):
             raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")

@@ -50,7 +50,7 @@ def lookup(
     def work(console: Console) -> list[dict[str, Any]]:
         from jobs.lookup import lookup as run
         from pipeline.constraints import Wanted
-        from pipeline.locations import registry_beside
+        from pipeline.store.locations import registry_beside
 
         wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
         return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)

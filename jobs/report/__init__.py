@@ -17,7 +17,7 @@ from jobs.report.reader import Reader
 from jobs.report.values import Content
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.locations import scratch_dir, storage_uri
+from pipeline.store.locations import scratch_dir, storage_uri
 
 
 def report(key: str, out: Path, resources: Resources, console: Console, timed: bool = False) -> dict[str, Any]:

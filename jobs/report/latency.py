@@ -17,9 +17,9 @@ from rich.console import Console
 from jobs.bench.inference import run_engine
 from pipeline.errors import RunError
 from pipeline.families.models import read_config
-from pipeline.objects import open_objects
-from pipeline.records import Closed, Package
-from pipeline.store import Place
+from pipeline.store.objects import open_objects
+from pipeline.store.records import Closed, Package
+from pipeline.store.step_store import Place
 
 FILE = "latency.json"
 PROMPT, NEW, ROUNDS, THREADS = 32, 64, 5, 1

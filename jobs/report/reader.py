@@ -14,9 +14,9 @@ from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.feed import stored_trials
 from pipeline.flow import SHARED
-from pipeline.identity import KEY_DIGITS
-from pipeline.objects import FAULTS
-from pipeline.records import (
+from pipeline.store.keys import KEY_DIGITS
+from pipeline.store.objects import FAULTS
+from pipeline.store.records import (
     ModelVersion,
     Package,
     Record,
@@ -28,7 +28,7 @@ from pipeline.records import (
     Tokens,
     Trial,
 )
-from pipeline.store import Place, records
+from pipeline.store.step_store import Place, records
 from pipeline.trials import label
 
 KINDS: dict[str, type[Record]] = {

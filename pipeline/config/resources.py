@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from pipeline.config.data import NotNegative, Positive, Rate
-from pipeline.records import Closed
+from pipeline.store.records import Closed
 
 
 class Resources(Closed):

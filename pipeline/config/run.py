@@ -36,7 +36,7 @@ from pipeline.quant.spec import (
     grid,
     levels_of,
 )
-from pipeline.records import Closed
+from pipeline.store.records import Closed
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FadeIn = Annotated[float, Field(ge=0, le=1)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.export.probes import Probes
-from pipeline.records import Closed
+from pipeline.store.records import Closed
 
 MAX_PERPLEXITY_CHANGE = 0.005
 LEAST_COVERED = 0.5

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.store import checksum
+from pipeline.store.step_store import checksum
 
 
 class ContentMemo:

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, RunError
-from pipeline.objects import FAULTS, Bucket
-from pipeline.records import Closed
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.packaged import PACKAGED_TEXT, packaged_count, packaged_files, packaged_texts
+from pipeline.store.objects import FAULTS, Bucket
+from pipeline.store.records import Closed
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20

@@ -18,10 +18,18 @@ from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
 from pipeline.families.models import load_model
 from pipeline.families.states import head_of, last_states
-from pipeline.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.step import Step
-from pipeline.store import Place
-from pipeline.tables import Rows, commit_shard, committed_shard, open_shard, read_tokens, states_name, write_states
+from pipeline.store.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
+from pipeline.store.shards import (
+    Rows,
+    commit_shard,
+    committed_shard,
+    open_shard,
+    read_tokens,
+    states_name,
+    write_states,
+)
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch, Task
 

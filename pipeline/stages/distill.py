@@ -17,9 +17,9 @@ from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distillation import Distillation
 from pipeline.families.models import FAMILIES, load_model, make_student, set_dropout
 from pipeline.families.states import WithStates, head_of, layer_states
-from pipeline.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.step import Step
-from pipeline.store import Place
+from pipeline.store.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from pipeline.config.data import Evaluate
 from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, frozen_student, load_model, read_config, restore_frozen
-from pipeline.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
 from pipeline.step import Step
-from pipeline.store import Place
-from pipeline.tables import Rows
+from pipeline.store.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.tasks.scoring import Scores
 from pipeline.tasks.task import Task

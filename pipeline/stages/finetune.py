@@ -22,10 +22,10 @@ from pipeline.families.models import (
     set_dropout,
 )
 from pipeline.families.states import WithStates
-from pipeline.records import Advance, StoredFile, Teacher, Tokens
 from pipeline.sources.models import model_folder
 from pipeline.step import Step
-from pipeline.store import Place
+from pipeline.store.records import Advance, StoredFile, Teacher, Tokens
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.training import Run, fit
 

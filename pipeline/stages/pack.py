@@ -12,9 +12,9 @@ from pipeline.config.run import Quant
 from pipeline.errors import RunError
 from pipeline.families.models import FAMILIES, frozen_student, read_config
 from pipeline.quant.spec import Encoding
-from pipeline.records import Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.step import Step
-from pipeline.store import Place
+from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens
+from pipeline.store.step_store import Place
 
 VERSION = 1
 

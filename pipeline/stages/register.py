@@ -13,10 +13,10 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import pictures, registry, tracking
 from pipeline.errors import NotRegisteredError, RunError
-from pipeline.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.samples import samples
 from pipeline.step import Done, Step
-from pipeline.store import Place
+from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
+from pipeline.store.step_store import Place
 
 VERSION = 1
 

@@ -17,10 +17,10 @@ from pipeline.families.models import FAMILIES, load_model, make_student
 from pipeline.families.states import head_of, last_states, logits_of
 from pipeline.quant.layers import quantizers
 from pipeline.quant.spec import TAKES, UNQUANTIZED, BitWidths, QuantSpec
-from pipeline.records import Sensitivity, Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.step import Step
-from pipeline.store import Place
-from pipeline.tables import Rows
+from pipeline.store.records import Sensitivity, Shard, StoredFile, Teacher, TeacherCache, Tokens
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch, Task
 

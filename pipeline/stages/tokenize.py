@@ -13,13 +13,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
-from pipeline.records import Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.sources.fields import rows
 from pipeline.sources.models import model_folder
 from pipeline.sources.text import Part, SourceFile, documents, parts
 from pipeline.step import Step
-from pipeline.store import Place
-from pipeline.tables import commit_shard, committed_shard, rows_per_shard, write_tokens
+from pipeline.store.records import Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
+from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 

@@ -21,7 +21,7 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.live import LiveRun, Outbox
 from tests.conftest import Recorder
-from tests.test_store import serve_s3
+from tests.store.test_step_store import serve_s3
 
 PASSWORD = "correct-horse-battery"
 

@@ -23,7 +23,7 @@ from ray.util import placement_group_table
 
 from pipeline import sweep, tracking
 from pipeline.config.run import Config
-from pipeline.locations import tracking_uri
+from pipeline.store.locations import tracking_uri
 from tests.conftest import Recorder
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time

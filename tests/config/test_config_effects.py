@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.run import Config, Quant
-from pipeline.identity import canonical_json, recipe_of
+from pipeline.store.keys import canonical_json, recipe_of
 
 ONE, TWO = (".*c_fc", 8), ("transformer.*", 4)
 

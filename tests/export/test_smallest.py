@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.records import Package, Report
+from pipeline.store.records import Package, Report
 from tests.conftest import Ran
 
 SHORT = {"scale_dtype": "float16", "rest_dtype": "float16"}

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import FORMATS, dequantized, format_named, gguf
 from pipeline.export.probes import Probes, lengths, make_probes
 from pipeline.export.verify import measure, reasons_against
-from pipeline.locations import tracking_uri
+from pipeline.store.locations import tracking_uri
 
 GOOD = {
     "delta_max": 0.02,

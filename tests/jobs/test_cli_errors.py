@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.store import Place
+from pipeline.store.step_store import Place
 from pipeline.tasks.tokenizers import train_bpe
 
 Usage = namedtuple("Usage", "total used free")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import pipeline
 from jobs.cli import app
-from pipeline.locations import tracking_uri
+from pipeline.store.locations import tracking_uri
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import PADDING, read_tokenizer, train_bpe
 from tests.packages import WIDE, package, signed

@@ -20,8 +20,8 @@ from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.step import REACH
 from pipeline.quant.spec import QuantizerName, levels_of
-from pipeline.records import Student
-from pipeline.tables import Rows
+from pipeline.store.records import Student
+from pipeline.store.shards import Rows
 from tests.quant.cases import GRANULARITIES, example, make, passed, trained
 from tests.test_training import DISTILL, weights_after
 from tests.training_case import Case

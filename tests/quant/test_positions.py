@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config.run import Quant
 from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config, restore_frozen
-from pipeline.identity import recipe_of
+from pipeline.store.keys import recipe_of
 from tests.conftest import ARCHITECTURES
 
 WPE = "transformer.wpe"

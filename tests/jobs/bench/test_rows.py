@@ -9,8 +9,8 @@ from jobs.bench.trials import SHIPPED, trial
 from pipeline.config.presets import PRESETS, suited
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.locations import anchored
 from pipeline.quant.quantizers import QUANTIZERS
+from pipeline.store.locations import anchored
 
 FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]
 WIDTHS = [*FULL_WIDTHS, "2-2-32", "2-8-8", "2-4-8", "4-2-8", "2-32-8", "32-2-8", "8-8-32"]

@@ -24,7 +24,7 @@ from jobs.report.files import table
 from jobs.report.page import page
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
-from pipeline.records import SweepRecord, Trial, read_record
+from pipeline.store.records import SweepRecord, Trial, read_record
 
 SWEEP = "5" * 32
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><b>{{7*7}}</b>=cmd()"

@@ -12,11 +12,11 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from pipeline import objects as objects_module
 from pipeline.errors import ConfigError, RunError
-from pipeline.objects import Directory, open_objects
-from pipeline.records import Report
-from pipeline.store import check_writable
+from pipeline.store import objects as objects_module
+from pipeline.store.objects import Directory, open_objects
+from pipeline.store.records import Report
+from pipeline.store.step_store import check_writable
 
 KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]

@@ -25,8 +25,8 @@ from typing import TypeVar
 import pyarrow.fs
 
 from pipeline.errors import BusyError, ConfigError, DamagedError, FencedOffError, RunError
-from pipeline.objects import FAULTS, Bucket, Directory, open_objects
-from pipeline.records import Record, StoredFile, read_record
+from pipeline.store.objects import FAULTS, Bucket, Directory, open_objects
+from pipeline.store.records import Record, StoredFile, read_record
 
 RECORD, LEASE = "record.json", "lease.json"
 HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import RunError
-from pipeline.records import (
+from pipeline.store.records import (
     SCHEMA_VERSION,
     ModelVersion,
     Package,

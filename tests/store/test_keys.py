@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from pipeline.identity import canonical_json, differences, recipe_of, step_key
+from pipeline.store.keys import canonical_json, differences, recipe_of, step_key
 
 RECIPE = {"bits": "2-2-8", "lr": 5e-4, "text": "é", "layers": [1, 2], "none": None, "on": True}
 VALUES = st.recursive(

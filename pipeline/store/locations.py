@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.objects import open_objects
+from pipeline.store.objects import open_objects
 
 if TYPE_CHECKING:  # the schema imports torch, which takes longer than a lookup
     from pipeline.config.resources import Resources

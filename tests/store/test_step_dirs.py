@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import objects as objects_module
 from pipeline.errors import DamagedError, FencedOffError
-from pipeline.objects import open_objects
-from pipeline.records import Report, StoredFile
-from pipeline.store import Place, checksum, records
-from tests.test_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
+from pipeline.store import objects as objects_module
+from pipeline.store.objects import open_objects
+from pipeline.store.records import Report, StoredFile
+from pipeline.store.step_store import Place, checksum, records
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
 
 
 @pytest.fixture(scope="module")

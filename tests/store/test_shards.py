@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from pipeline.errors import DamagedError
-from pipeline.records import StoredFile
-from pipeline.store import Place
-from pipeline.tables import (
+from pipeline.store.records import StoredFile
+from pipeline.store.shards import (
     SHARD_TOKENS,
     Rows,
     commit_shard,
@@ -23,6 +22,7 @@ from pipeline.tables import (
     write_states,
     write_tokens,
 )
+from pipeline.store.step_store import Place
 
 BLOCK, HIDDEN = 6, 4
 SIZES = (3, 1, 4, 2, 5)

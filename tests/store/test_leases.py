@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import store
 from pipeline.errors import BusyError, FencedOffError
-from pipeline.objects import open_objects
-from pipeline.records import Report
-from pipeline.store import DEAD_AFTER_S, Lease, Owner, Place
-from tests.test_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
+from pipeline.store import step_store
+from pipeline.store.objects import open_objects
+from pipeline.store.records import Report
+from pipeline.store.step_store import DEAD_AFTER_S, Lease, Owner, Place
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
 
 NAME = f"{Report.stage}/{KEY}/lease.json"
 DRIVER = """
 import sys
-from pipeline.store import Place
+from pipeline.store.step_store import Place
 with Place(*sys.argv[1:]).hold(False, print) as place:
     print(place.fence, flush=True)
     sys.stdin.read()
@@ -57,7 +57,7 @@ def started_ticks(pid):
 
 
 def this_host(pid, started):
-    return Owner(store._this_host(), pid, started)
+    return Owner(step_store._this_host(), pid, started)
 
 
 def lease_of(place):
@@ -229,7 +229,7 @@ def test_of_many_that_take_over_one_gets_the_step(place):
 
 
 def test_the_heart_beats_while_the_step_is_held(place, monkeypatch):
-    monkeypatch.setattr(store, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(step_store, "HEARTBEAT_S", 0.01)
     with place.hold(False, never) as mine:
         first = lease_of(place)
         deadline = time.monotonic() + 30
@@ -243,7 +243,7 @@ def test_the_heart_beats_while_the_step_is_held(place, monkeypatch):
 
 
 def test_a_holder_that_was_taken_over_leaves_the_new_lease_alone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "HEARTBEAT_S", 0.2)  # longer than a store takes to swap
+    monkeypatch.setattr(step_store, "HEARTBEAT_S", 0.2)  # longer than a store takes to swap
     theirs = Lease(Owner("elsewhere", 1, 0.0), 99, time.time())
     objects = open_objects(place.storage_uri)
     with place.hold(False, never) as mine:

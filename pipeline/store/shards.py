@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DamagedError
-from pipeline.records import Shard, StoredFile
-from pipeline.store import Place
+from pipeline.store.records import Shard, StoredFile
+from pipeline.store.step_store import Place
 
 SHARD_TOKENS = 65_536
 T = TypeVar("T")

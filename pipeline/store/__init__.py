@@ -1,0 +1,1 @@
+"""Where steps keep their files, and what they hand on."""
