@@ -16,8 +16,8 @@ from jobs.located import locate, open_model
 from pipeline.artifact import configuration
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.families.models import read_config
 from pipeline.manifest import MANIFEST, check
+from pipeline.models.build import read_config
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import check as check_graph
 from pipeline.runtime.build import longest

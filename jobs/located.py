@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from pipeline import artifact, registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.families.models import load_model
 from pipeline.manifest import MANIFEST
+from pipeline.models.build import load_model
 from pipeline.store.locations import tracking_uri
 from pipeline.transfer import Fetch, from_store, pull
 

@@ -19,8 +19,8 @@ from pipeline.card import model_card
 from pipeline.config.run import Quant
 from pipeline.encoding import damage_of, decode, encode, spec_of
 from pipeline.errors import DamagedError
-from pipeline.families.models import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
+from pipeline.models.build import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import Encoding

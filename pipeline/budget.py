@@ -19,8 +19,8 @@ from pipeline import flow, preflight
 from pipeline.allocation import Option, Options, allocations
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.families.models import FAMILIES, skeleton
 from pipeline.flow import Plan, Planned
+from pipeline.models.build import FAMILIES, skeleton
 from pipeline.observer import Observer
 from pipeline.packed_size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths

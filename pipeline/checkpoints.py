@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import DamagedError
-from pipeline.families.states import WithStates
+from pipeline.models.hidden_states import WithStates
 from pipeline.store.records import StoredFile
 from pipeline.store.step_store import Place
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.config.run import Quant
 from pipeline.errors import DamagedError
-from pipeline.families.models import check_tensors, family_of
+from pipeline.models.build import check_tensors, family_of
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.packing import pack, packed_columns, unpack
 from pipeline.quant.spec import Encoding, Levels, QuantSpec, grid

@@ -15,7 +15,7 @@ from pipeline import preflight, registry, tracking
 from pipeline.config.run import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.states import LAST
+from pipeline.models.hidden_states import LAST
 from pipeline.observer import Observer, tell
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.config.run import Quant
-from pipeline.families.family import Family
-from pipeline.families.models import make_student, sites
+from pipeline.models.build import make_student, sites
+from pipeline.models.family import Family
 from pipeline.quant.layers import TIED
 from pipeline.quant.packing import packed_columns
 from pipeline.quant.spec import UNQUANTIZED, BitWidths, Granularity, QuantSpec

@@ -22,8 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pipeline.config.run import Quant
 from pipeline.encoding import decode, spec_of
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.families.models import family_of, thaw_into
 from pipeline.manifest import CONFIG, MANIFEST, read_settings
+from pipeline.models.build import family_of, thaw_into
 from pipeline.quant.layers import FrozenTensors
 from pipeline.strict import read_json_file, read_tensors
 

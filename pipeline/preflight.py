@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.config.run import Cache, Config, Distill, TrainBpe
 from pipeline.errors import ConfigError
-from pipeline.families.models import check_spec, family_of, parameters, read_config, sites, skeleton
+from pipeline.models.build import check_spec, family_of, parameters, read_config, sites, skeleton
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.fields import rows
 from pipeline.sources.models import TOKENIZER_FILES, ModelSource, pin_model

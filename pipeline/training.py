@@ -36,8 +36,8 @@ from pipeline.distill.random import draw
 from pipeline.distill.schedule import DataOrder, share
 from pipeline.distillation import Distillation
 from pipeline.errors import RunError
-from pipeline.families.models import load_parameters
-from pipeline.families.states import WithStates, last_states, logits_of
+from pipeline.models.build import load_parameters
+from pipeline.models.hidden_states import WithStates, last_states, logits_of
 from pipeline.optimizers import Optimizers
 from pipeline.quant.layers import quantizers
 from pipeline.store.records import Advance, Shard, StoredFile

@@ -11,7 +11,7 @@ import torch
 
 from pipeline import artifact
 from pipeline.config.run import Quant
-from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import InputQuantizer, freeze
 from pipeline.store.step_store import checksum
 

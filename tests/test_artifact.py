@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import pipeline
 from pipeline import artifact
 from pipeline.config.run import Quant
-from pipeline.families.models import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
+from pipeline.models.build import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
 from pipeline.quant.layers import freeze
 from pipeline.quant.packing import unpack
 from pipeline.stages.evaluate import batches

@@ -22,7 +22,7 @@ import pipeline.plugin  # noqa: F401 - which teaches transformers the format
 from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import BitmillError, DamagedError
-from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
+from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.runtime import Runtime
 from pipeline.runtime.weights import read_weights
 from pipeline.store.step_store import checksum

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.config.run import Distill, Quant
 from pipeline.diagnostics import Watch, token_cosine, weight_histograms
-from pipeline.families.models import FAMILIES, load_model, load_parameters, make_student
+from pipeline.models.build import FAMILIES, load_model, load_parameters, make_student
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
 from pipeline.training import fit
 from tests.conftest import Ran

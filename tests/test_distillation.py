@@ -18,8 +18,8 @@ from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
 from pipeline.distillation import Distillation
 from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import build, load_model, read_config
-from pipeline.families.states import WithStates, layer_states
+from pipeline.models.build import build, load_model, read_config
+from pipeline.models.hidden_states import WithStates, layer_states
 from pipeline.tasks.task import Batch
 from pipeline.training import Loop
 from tests.conftest import ARCHITECTURES

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import artifact
 from pipeline.config.run import Quant
-from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config, skeleton
+from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, skeleton
 from pipeline.packed_size import layout
 from tests.conftest import ARCHITECTURES
 

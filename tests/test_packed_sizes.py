@@ -13,7 +13,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 from pipeline import artifact, manifest
 from pipeline.config.run import Quant
 from pipeline.encoding import encode
-from pipeline.families.models import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
+from pipeline.models.build import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
 from pipeline.strict import read_tensors
 
 MIB = 2**20

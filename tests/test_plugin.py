@@ -14,8 +14,8 @@ import pipeline.plugin
 from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import DamagedError, RunError
-from pipeline.families.models import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.manifest import REFUSED
+from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
 from tests.packages import signed

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.artifact import load
 from pipeline.config.run import Config, Quant
-from pipeline.families.models import load_model
+from pipeline.models.build import load_model
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import grid, levels_of

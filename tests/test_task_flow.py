@@ -19,7 +19,7 @@ from pipeline import artifact, flow
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.families.models import build, read_config, restore_frozen
+from pipeline.models.build import build, read_config, restore_frozen
 from pipeline.stages.evaluate import SPANS_A_WORKER
 from pipeline.store.shards import read_tokens
 from pipeline.tasks import task_of

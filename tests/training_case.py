@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from pipeline.config.resources import Resources
 from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.distillation import Distillation
-from pipeline.families.models import build, load_model, read_config, set_dropout
-from pipeline.families.states import WithStates
+from pipeline.models.build import build, load_model, read_config, set_dropout
+from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.store.records import Shard

@@ -32,7 +32,7 @@ def packed(folder: Path, threads: int) -> Callable[[], Run]:
 
 def transformers_fp32(folder: Path, threads: int) -> Callable[[], Run]:
     """transformers on the same weights in fp32."""
-    from pipeline.families.models import load_model
+    from pipeline.models.build import load_model
 
     return lambda: _by_torch(load_model(folder / "fp32").eval(), threads)
 
@@ -42,7 +42,7 @@ def torch_int8(folder: Path, threads: int) -> Callable[[], Run]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    from pipeline.families.models import load_model
+    from pipeline.models.build import load_model
 
     def load() -> Run:
         model = load_model(folder / "fp32").eval()

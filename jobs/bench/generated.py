@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
-from pipeline.families.models import load_model
+from pipeline.models.build import load_model
 from pipeline.store.step_store import checksum
 from pipeline.tasks.tokenizers import read_tokenizer
 

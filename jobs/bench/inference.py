@@ -28,7 +28,7 @@ from pipeline import artifact, manifest
 from pipeline.config.run import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
-from pipeline.families.models import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.quant.layers import freeze
 from pipeline.store.step_store import checksum
 

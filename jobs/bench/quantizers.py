@@ -25,7 +25,7 @@ from pipeline import flow
 from pipeline.config.presets import LANGUAGE_MODELING
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import family_of, read_config
+from pipeline.models.build import family_of, read_config
 from pipeline.preflight import inspect
 from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import scratch_dir

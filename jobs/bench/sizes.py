@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline import artifact
 from pipeline.config.run import Quant
-from pipeline.families.models import FAMILIES, build, fp32_bytes, freeze_student, make_student, read_config
+from pipeline.models.build import FAMILIES, build, fp32_bytes, freeze_student, make_student, read_config
 from pipeline.quant.spec import Encoding
 
 MIB = 2**20

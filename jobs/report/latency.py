@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jobs.bench.inference import run_engine
 from pipeline.errors import RunError
-from pipeline.families.models import read_config
+from pipeline.models.build import read_config
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Closed, Package
 from pipeline.store.step_store import Place

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from pipeline import artifact
 from pipeline.errors import RunError
 from pipeline.export.companions import copy_companions
-from pipeline.families.models import build, family_of, sites
+from pipeline.models.build import build, family_of, sites
 from pipeline.quant.layers import FrozenTensors
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from pipeline import manifest
 from pipeline.errors import ConfigError
-from pipeline.families.models import read_config
+from pipeline.models.build import read_config
 from pipeline.runtime.build import DECODER, ENCODER, MODEL, build, cache_of, longest
 from pipeline.runtime.decoder import FIRST_LOGIT
 from pipeline.runtime.graph import with_activations

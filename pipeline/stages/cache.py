@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from pipeline.config.run import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
-from pipeline.families.models import load_model
-from pipeline.families.states import head_of, last_states
+from pipeline.models.build import load_model
+from pipeline.models.hidden_states import head_of, last_states
 from pipeline.step import Step
 from pipeline.store.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoints import finish
 from pipeline.config.run import Finetune
-from pipeline.families.models import (
+from pipeline.models.build import (
     build,
     fp32_bytes,
     keep_all_layers,
@@ -21,7 +21,7 @@ from pipeline.families.models import (
     read_config,
     set_dropout,
 )
-from pipeline.families.states import WithStates
+from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
 from pipeline.step import Step
 from pipeline.store.records import Advance, StoredFile, Teacher, Tokens

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import RunError
-from pipeline.families.models import FAMILIES, frozen_student, read_config
+from pipeline.models.build import FAMILIES, frozen_student, read_config
 from pipeline.quant.spec import Encoding
 from pipeline.step import Step
 from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens

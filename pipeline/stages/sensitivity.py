@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.distill.losses import logit_distillation_loss
-from pipeline.families.models import FAMILIES, load_model, make_student
-from pipeline.families.states import head_of, last_states, logits_of
+from pipeline.models.build import FAMILIES, load_model, make_student
+from pipeline.models.hidden_states import head_of, last_states, logits_of
 from pipeline.quant.layers import quantizers
 from pipeline.quant.spec import TAKES, UNQUANTIZED, BitWidths, QuantSpec
 from pipeline.step import Step

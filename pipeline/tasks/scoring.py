@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.distill.losses import logit_distillation_loss, target_loss
-from pipeline.families.states import last_states, logits_of
+from pipeline.models.hidden_states import last_states, logits_of
 from pipeline.tasks.task import Batch
 
 

@@ -20,7 +20,7 @@ from pipeline.config.run import Quant
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary
-from pipeline.families.models import FAMILIES, build, make_student, read_config
+from pipeline.models.build import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import FrozenTensors, freeze
 from tests.conftest import ROOT
 

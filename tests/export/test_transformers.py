@@ -17,7 +17,7 @@ from pipeline.config.run import Quant
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
-from pipeline.families.models import FAMILIES, build, make_student, read_config
+from pipeline.models.build import FAMILIES, build, make_student, read_config
 from pipeline.quant.layers import freeze
 from tests.conftest import ARCHITECTURES
 

@@ -15,7 +15,7 @@ from pipeline import artifact
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Distill, Quant
-from pipeline.families.models import FAMILIES, build, load_parameters, make_student, read_config
+from pipeline.models.build import FAMILIES, build, load_parameters, make_student, read_config
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.step import REACH

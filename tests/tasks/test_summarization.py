@@ -9,7 +9,7 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from pipeline.config.data import Evaluate, Task
 from pipeline.errors import ConfigError
-from pipeline.families.models import build, read_config
+from pipeline.models.build import build, read_config
 from pipeline.tasks import task_of
 from pipeline.tasks.rouge import rouge
 from pipeline.tasks.summarization import Summarization, ended, summaries

@@ -11,7 +11,7 @@ from jobs.bench import inference
 from jobs.cli import app
 from pipeline import artifact
 from pipeline.errors import RunError
-from pipeline.families.models import load_model
+from pipeline.models.build import load_model
 from tests.packages import WIDE, package
 
 SMALL = {"architecture": "gpt2", "n_layer": 1, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 300}

@@ -21,9 +21,9 @@ from transformers.utils import logging
 
 from pipeline.config.run import Quant
 from pipeline.errors import ConfigError, RunError
-from pipeline.families import bart, gpt2, llama
-from pipeline.families.attention import use_quantized_attention
-from pipeline.families.family import Family
+from pipeline.models.attention import use_quantized_attention
+from pipeline.models.families import bart, gpt2, llama
+from pipeline.models.family import Family
 from pipeline.quant.layers import TIED, FrozenTensors, Site, fit, freeze, prepare, thaw
 from pipeline.quant.spec import QuantSpec
 

@@ -1,6 +1,6 @@
 """GPT-2: linears are Conv1D; the input of the MLP's second one follows GELU and is not symmetric."""
 
-from pipeline.families.family import Family
+from pipeline.models.family import Family
 
 FAMILY = Family(
     name="gpt2",

@@ -1,6 +1,6 @@
 """Llama: every linear is symmetric, down_proj included, since SiLU times up has both signs."""
 
-from pipeline.families.family import Family
+from pipeline.models.family import Family
 
 FAMILY = Family(
     name="llama",

@@ -3,7 +3,7 @@
 Siblings with the same module names are taken with `model.family: bart`: mBART, and M2M100, which computes positions.
 """
 
-from pipeline.families.family import Family
+from pipeline.models.family import Family
 
 FAMILY = Family(
     name="bart",

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from pipeline.config.run import Quant
 from pipeline.errors import ConfigError
-from pipeline.families.models import (
+from pipeline.models.build import (
     FAMILIES,
     build,
     family_of,
@@ -21,7 +21,7 @@ from pipeline.families.models import (
     sites,
     skeleton,
 )
-from pipeline.families.states import WithStates, last_states
+from pipeline.models.hidden_states import WithStates, last_states
 from pipeline.quant.layers import QuantizedEmbedding, freeze
 from tests.conftest import ARCHITECTURES
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from pipeline.families.attention import use_quantized_attention
-from pipeline.families.models import build, family_of, make_student, read_config
+from pipeline.models.attention import use_quantized_attention
+from pipeline.models.build import build, family_of, make_student, read_config
 from pipeline.quant.spec import BitWidths, QuantSpec
 
 ARCHITECTURES = {

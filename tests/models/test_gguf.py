@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.families.models import load_model
+from pipeline.models.build import load_model
 
 HIDDEN, INNER, HEADS, VOCABULARY = 32, 64, 4, 40
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.run import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
-from pipeline.families.models import (
+from pipeline.models.build import (
     FAMILIES,
     build,
     check_spec,
@@ -23,7 +23,7 @@ from pipeline.families.models import (
     sites,
     skeleton,
 )
-from pipeline.families.states import WithStates, last_states
+from pipeline.models.hidden_states import WithStates, last_states
 from pipeline.quant.layers import freeze
 from pipeline.quant.spec import BitWidths, QuantSpec
 

@@ -1,0 +1,1 @@
+"""Models: built, checked against their family, made into students."""

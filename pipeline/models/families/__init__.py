@@ -1,0 +1,1 @@
+"""Model families, one file each: all that is a family's own."""
