@@ -13,13 +13,14 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.located import is_registered, locate, pinned
-from pipeline import artifact, registry, tracking
+from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
 from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
-from pipeline.manifest import MANIFEST, check
+from pipeline.package import package as artifact
+from pipeline.package.manifest import MANIFEST, check
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.store.locations import tracking_uri

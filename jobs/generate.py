@@ -13,11 +13,11 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from jobs.located import locate, open_model
-from pipeline.artifact import configuration
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.manifest import MANIFEST, check
 from pipeline.models.build import read_config
+from pipeline.package.manifest import MANIFEST, check
+from pipeline.package.package import configuration
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import check as check_graph
 from pipeline.runtime.build import longest

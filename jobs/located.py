@@ -7,13 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline import artifact, registry, tracking
+from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.manifest import MANIFEST
 from pipeline.models.build import load_model
+from pipeline.package import package as artifact
+from pipeline.package.manifest import MANIFEST
+from pipeline.package.pull import Fetch, from_store, pull
 from pipeline.store.locations import tracking_uri
-from pipeline.transfer import Fetch, from_store, pull
 
 
 def is_registered(model: str) -> bool:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.located import files_of
 from pipeline.config.resources import Resources
-from pipeline.transfer import pull as bring
+from pipeline.package.pull import pull as bring
 
 
 def pull(model: str, destination: str, resources: Resources, console: Console) -> dict[str, Any]:

@@ -42,7 +42,7 @@ __all__ = ["load", "lookup"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":  # on first use, because transformers takes seconds to import
-        from pipeline.artifact import load
+        from pipeline.package.package import load
 
         return load
     if name == "lookup":

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.flow import Plan, Planned
 from pipeline.models.build import FAMILIES, skeleton
 from pipeline.observer import Observer
-from pipeline.packed_size import Layout, layout
+from pipeline.package.size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths
 from pipeline.stages import sensitivity
 from pipeline.store.keys import step_key

@@ -20,12 +20,12 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.config.run import Quant
-from pipeline.encoding import decode, spec_of
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.manifest import CONFIG, MANIFEST, read_settings
 from pipeline.models.build import family_of, thaw_into
+from pipeline.package.codec import decode, spec_of
+from pipeline.package.manifest import CONFIG, MANIFEST, read_settings
+from pipeline.package.safe_read import read_json_file, read_tensors
 from pipeline.quant.layers import FrozenTensors
-from pipeline.strict import read_json_file, read_tensors
 
 METHOD = "bitmill"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from pipeline.artifact import load
+from pipeline.package.package import load
 from pipeline.store.records import Tokens
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import Place

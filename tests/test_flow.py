@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from pipeline import flow, registry, tracking
-from pipeline.artifact import load
 from pipeline.errors import ConfigError, RunError
 from pipeline.flow import STAGES
+from pipeline.package.package import load
 
 FROM_DISTILL = ["distill", "evaluate", "pack", "register"]
 ALL = list(STAGES)

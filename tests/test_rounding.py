@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.artifact import load
 from pipeline.config.run import Config, Quant
 from pipeline.models.build import load_model
+from pipeline.package.package import load
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import grid, levels_of

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 import pipeline
 from jobs.evaluate import evaluate
-from pipeline import artifact, flow
+from pipeline import flow
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.models.build import build, read_config, restore_frozen
+from pipeline.package import package as artifact
 from pipeline.stages.evaluate import SPANS_A_WORKER
 from pipeline.store.shards import read_tokens
 from pipeline.tasks import task_of

@@ -24,11 +24,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
-from pipeline import artifact, manifest
 from pipeline.config.run import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
 from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.package import manifest
+from pipeline.package import package as artifact
 from pipeline.quant.layers import freeze
 from pipeline.store.step_store import checksum
 

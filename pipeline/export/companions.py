@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pipeline.manifest import CONFIG, WEIGHTS, check
+from pipeline.package.manifest import CONFIG, WEIGHTS, check
 
 OWN = {WEIGHTS, CONFIG, "README.md"}  # of the package itself
 

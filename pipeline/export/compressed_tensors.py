@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline import artifact, manifest
 from pipeline.errors import ConfigError
 from pipeline.export.companions import copy_companions
 from pipeline.export.dequantized import transformers_logits
+from pipeline.package import manifest
+from pipeline.package import package as artifact
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import grid
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline import artifact
 from pipeline.errors import RunError
 from pipeline.export.companions import copy_companions
 from pipeline.models.build import build, family_of, sites
+from pipeline.package import package as artifact
 from pipeline.quant.layers import FrozenTensors
 
 

@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline import artifact
 from pipeline.errors import ConfigError, RunError
 from pipeline.export.blocks import NoBlockError, pack_blocks
 from pipeline.export.vocabulary import write_vocabulary
+from pipeline.package import package as artifact
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import grid
 

@@ -15,9 +15,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.export.companions import copy_companions
+from pipeline.package import package as artifact
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import build, check, longest

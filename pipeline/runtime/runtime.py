@@ -12,9 +12,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline import manifest
 from pipeline.errors import ConfigError
 from pipeline.models.build import read_config
+from pipeline.package import manifest
 from pipeline.runtime.build import DECODER, ENCODER, MODEL, build, cache_of, longest
 from pipeline.runtime.decoder import FIRST_LOGIT
 from pipeline.runtime.graph import with_activations

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline import artifact, manifest
-from pipeline.encoding import Packed, levels_in, packed_of, spec_of
 from pipeline.errors import DamagedError
+from pipeline.package import manifest
+from pipeline.package import package as artifact
+from pipeline.package.codec import Packed, levels_in, packed_of, spec_of
+from pipeline.package.safe_read import read_tensors
 from pipeline.quant.packing import codes_per_byte, unpack
 from pipeline.quant.spec import Levels, QuantSpec, grid
-from pipeline.strict import read_tensors
 
 BLOCKS = (128, 64, 32)  # what the 8-bit dot products of MatMulNBits offer; fewer blocks, fewer scales
 ROWS_AT_ONCE = 2048

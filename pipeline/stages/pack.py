@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import RunError
 from pipeline.models.build import FAMILIES, frozen_student, read_config
+from pipeline.package import package as artifact
 from pipeline.quant.spec import Encoding
 from pipeline.step import Step
 from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from pipeline import flow
-from pipeline.artifact import load
 from pipeline.config.load import load_config
 from pipeline.config.presets import PRESETS, filled, set_otherwise
 from pipeline.config.run import Config, Distill, Quant
 from pipeline.errors import ConfigError
+from pipeline.package.package import load
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.export import export
-from pipeline import artifact
 from pipeline.config.resources import Resources
 from pipeline.config.run import Quant
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.models.build import FAMILIES, build, make_student, read_config
+from pipeline.package import package as artifact
 from pipeline.quant.layers import FrozenTensors, freeze
 from tests.conftest import ROOT
 

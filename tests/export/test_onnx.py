@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from jobs.export import export
-from pipeline import artifact, manifest
 from pipeline.config.resources import Resources
 from pipeline.export import onnx
+from pipeline.package import manifest
+from pipeline.package import package as artifact
 from pipeline.runtime import Runtime
 from tests.packages import WIDE, package, packed_logits, rms
 

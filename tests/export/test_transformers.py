@@ -11,13 +11,13 @@ from rich.console import Console
 from safetensors import safe_open
 
 from jobs.export import export
-from pipeline import artifact
 from pipeline.config.resources import Resources
 from pipeline.config.run import Quant
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
 from pipeline.models.build import FAMILIES, build, make_student, read_config
+from pipeline.package import package as artifact
 from pipeline.quant.layers import freeze
 from tests.conftest import ARCHITECTURES
 

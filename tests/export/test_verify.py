@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.export import export
-from pipeline import artifact, registry, tracking
+from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import FORMATS, dequantized, format_named, gguf
 from pipeline.export.probes import Probes, lengths, make_probes
 from pipeline.export.verify import measure, reasons_against
+from pipeline.package import package as artifact
 from pipeline.store.locations import tracking_uri
 
 GOOD = {

@@ -14,8 +14,8 @@ from jobs.cli import app
 from pipeline.store.locations import tracking_uri
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import PADDING, read_tokenizer, train_bpe
+from tests.package.test_hf_plugin import packed
 from tests.packages import WIDE, package, signed
-from tests.test_plugin import packed
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import artifact
 from pipeline.checkpoints import latest_checkpoint, load_checkpoint
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Distill, Quant
 from pipeline.models.build import FAMILIES, build, load_parameters, make_student, read_config
+from pipeline.package import package as artifact
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.step import REACH

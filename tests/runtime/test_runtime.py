@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from pipeline import artifact, manifest
 from pipeline.errors import BitmillError, ConfigError, DamagedError
+from pipeline.package import manifest
+from pipeline.package import package as artifact
 from pipeline.quant.layers import InputQuantizer
 from pipeline.runtime import Runtime
 from tests.conftest import ARCHITECTURES

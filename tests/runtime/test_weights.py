@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoding import Packed
+from pipeline.package.codec import Packed
 from pipeline.quant.grid import dequantize
 from pipeline.quant.packing import pack
 from pipeline.quant.spec import grid

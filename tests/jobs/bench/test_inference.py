@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from jobs.bench import inference
 from jobs.cli import app
-from pipeline import artifact
 from pipeline.errors import RunError
 from pipeline.models.build import load_model
+from pipeline.package import package as artifact
 from tests.packages import WIDE, package
 
 SMALL = {"architecture": "gpt2", "n_layer": 1, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 300}

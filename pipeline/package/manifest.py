@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamagedError, RunError
+from pipeline.package.safe_read import read_json_file
 from pipeline.store.step_store import checksum
-from pipeline.strict import read_json_file
 
 FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, skeleton
-from pipeline.packed_size import layout
+from pipeline.package import package as artifact
+from pipeline.package.size import layout
 from tests.conftest import ARCHITECTURES
 
 NOTHING = {"teacher": {}, "student": {}, "protocol": ""}

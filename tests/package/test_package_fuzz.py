@@ -19,15 +19,15 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import pipeline.plugin  # noqa: F401 - which teaches transformers the format
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import BitmillError, DamagedError
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
+from pipeline.package import package as artifact
 from pipeline.runtime import Runtime
 from pipeline.runtime.weights import read_weights
 from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
-from tests.test_artifact import FACTS
+from tests.package.test_package import FACTS
 
 MUTATIONS = {"gpt2": 1400, "bart": 700}
 RUNTIME_MUTATIONS, PLUGIN_MUTATIONS = 150, 100

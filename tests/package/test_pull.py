@@ -10,12 +10,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 import pipeline
-from pipeline import manifest, registry, tracking
+from pipeline import registry, tracking
 from pipeline.errors import BitmillError, ConfigError, DamagedError
+from pipeline.package import manifest
+from pipeline.package.pull import from_store, pull
 from pipeline.store.locations import tracking_uri
 from pipeline.store.objects import open_objects
 from pipeline.store.step_store import checksum
-from pipeline.transfer import from_store, pull
 from tests.store.test_step_store import serve_s3
 
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-from pipeline import artifact, manifest
 from pipeline.config.run import Quant
-from pipeline.encoding import encode
 from pipeline.models.build import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
-from pipeline.strict import read_tensors
+from pipeline.package import manifest
+from pipeline.package import package as artifact
+from pipeline.package.codec import encode
+from pipeline.package.safe_read import read_tensors
 
 MIB = 2**20
 TEACHER_BYTES = 124_439_808 * 4

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.manifest import MANIFEST, check, read_manifest
+from pipeline.package.manifest import MANIFEST, check, read_manifest
 from pipeline.store.objects import FAULTS, open_objects
 from pipeline.store.step_store import checksum
 

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import pipeline
 import pipeline.plugin
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.errors import DamagedError, RunError
-from pipeline.manifest import REFUSED
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
+from pipeline.package import package as artifact
+from pipeline.package.manifest import REFUSED
 from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
+from tests.package.test_package import FACTS
 from tests.packages import signed
-from tests.test_artifact import FACTS
 
 IDS = torch.arange(5, 13)[None]
 HOSTILE = {

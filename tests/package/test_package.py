@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline import artifact
 from pipeline.config.run import Quant
 from pipeline.models.build import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
+from pipeline.package import package as artifact
 from pipeline.quant.layers import freeze
 from pipeline.quant.packing import unpack
 from pipeline.stages.evaluate import batches

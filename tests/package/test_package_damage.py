@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pipeline
-from pipeline.encoding import damage_of
 from pipeline.errors import BitmillError, DamagedError, RunError
+from pipeline.package.codec import damage_of
 from pipeline.store.step_store import checksum
 from tests.packages import signed
 
