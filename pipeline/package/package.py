@@ -19,11 +19,11 @@ from pipeline.config.run import Quant
 from pipeline.errors import DamagedError
 from pipeline.models.build import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.package.codec import damage_of, decode, encode, spec_of
+from pipeline.package.hf_plugin import keep_packed
 from pipeline.package.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
 from pipeline.package.model_card import model_card
 from pipeline.package.pull import from_store, pull
 from pipeline.package.safe_read import read_tensors
-from pipeline.plugin import keep_packed
 from pipeline.quant.layers import FrozenTensors
 from pipeline.quant.spec import Encoding
 from pipeline.store.records import Size
