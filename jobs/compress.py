@@ -14,11 +14,11 @@ from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.flow import Outcome, Plan, plan, run, target_of
-from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
 from pipeline.tasks import task_of
-from pipeline.tracking import sqlite_file
+from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
+from pipeline.tracking.runs import sqlite_file
 
 MIB = 2**20
 FORMS = {

@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.located import is_registered, locate, pinned
-from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
@@ -26,6 +25,7 @@ from pipeline.sources.text import documents, parts, pin_text
 from pipeline.store.locations import tracking_uri
 from pipeline.tasks.language_modeling import encode
 from pipeline.tasks.tokenizers import read_tokenizer
+from pipeline.tracking import registry, runs
 
 VERDICT = "verdict.json"
 
@@ -112,7 +112,7 @@ def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
 def _log(model: str, verdict: Verdict, resources: Resources) -> None:
     """Verdicts of registered models are kept with them."""
     if is_registered(model):
-        client = tracking.connect(tracking_uri(resources))
+        client = runs.connect(tracking_uri(resources))
         registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
 
 

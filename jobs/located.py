@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.models.build import load_model
@@ -15,6 +14,7 @@ from pipeline.package import package as artifact
 from pipeline.package.manifest import MANIFEST
 from pipeline.package.pull import Fetch, from_store, pull
 from pipeline.store.locations import tracking_uri
+from pipeline.tracking import registry, runs
 
 
 def is_registered(model: str) -> bool:
@@ -29,7 +29,7 @@ def files_of(model: str, resources: Resources) -> Fetch:
     if not is_registered(model):
         return from_store(model)
     uri = tracking_uri(resources)
-    return registry.files(tracking.connect(uri), model, uri)
+    return registry.files(runs.connect(uri), model, uri)
 
 
 def locate(model: str, resources: Resources, folder: Path) -> Path:
@@ -52,7 +52,7 @@ def pinned(model: str, resources: Resources) -> str:
     """
     if not is_registered(model):
         return model
-    found = registry.resolve(tracking.connect(tracking_uri(resources)), model)
+    found = registry.resolve(runs.connect(tracking_uri(resources)), model)
     return f"{found.name}/{found.version}"
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.constraints import Found, Miss, Wanted
-from pipeline.lookups import matches, nearest, reach
+from pipeline.tracking.lookup import matches, nearest, reach
+from pipeline.tracking.query import Found, Miss, Wanted
 
 SHARES = ("accuracy", "top1_agreement")
 

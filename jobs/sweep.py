@@ -13,13 +13,13 @@ from jobs.compress import MIB, store_options
 from jobs.display import Display
 from jobs.report import rendered
 from jobs.report.reader import Reader
-from pipeline import tracking
 from pipeline.config.run import Config
 from pipeline.estimate import Estimate, estimate
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Trial
 from pipeline.sweep import PAGE, Found, SweepPlan, parent_of, plan, run
+from pipeline.tracking import runs
 from pipeline.trials import label
 
 
@@ -51,7 +51,7 @@ def show(planned: SweepPlan) -> str:
     if PAGE not in objects.sizes(""):
         resources = planned.config.resources
         files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
-        tracking.log_page(parent_of(planned), PAGE, files[".html"].decode())
+        runs.log_page(parent_of(planned), PAGE, files[".html"].decode())
         for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
             objects.write(f"report{suffix}", files[suffix])
     return planned.place.uri_of(PAGE)

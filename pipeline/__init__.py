@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "lookup":
-        from pipeline.lookups import lookup
+        from pipeline.tracking.lookup import lookup
 
         return lookup
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

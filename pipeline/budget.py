@@ -21,7 +21,6 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow import Plan, Planned
 from pipeline.models.build import FAMILIES, skeleton
-from pipeline.observer import Observer
 from pipeline.package.size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths
 from pipeline.stages import sensitivity
@@ -29,6 +28,7 @@ from pipeline.store.keys import step_key
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.records import Sensitivity, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import Place
+from pipeline.tracking.listener import Observer
 
 MIB = 2**20
 WIDTHS = (2, 4, 8)

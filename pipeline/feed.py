@@ -12,17 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import flow, tracking
+from pipeline import flow
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
-from pipeline.live import LiveRun, Outbox
-from pipeline.observer import Silent
 from pipeline.store.keys import canonical_json, step_key
 from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store.step_store import Place
 from pipeline.suggest import suggestion
+from pipeline.tracking import runs
+from pipeline.tracking.listener import Silent
+from pipeline.tracking.outbox import LiveRun, Outbox
 from pipeline.trials import label, scores, trial_config
 from pipeline.tuning import GROUPS, LOSS, STEP
 
@@ -187,7 +188,7 @@ class Feed:
     def reported(self, key: str, result: dict[str, Any]) -> None:
         one, _ = self._running[key]
         for stage, points in result.get(POINTS, ()):
-            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), tracking.prefixed(stage, points))
+            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), runs.prefixed(stage, points))
         if math.isfinite(result[LOSS]):
             trial = self.trials[key]
             last = {STEP: float(result[STEP]), LOSS: float(result[LOSS])}
@@ -232,13 +233,13 @@ class Feed:
             version = plan.steps[-1].record
             if version is None:
                 self.outbox.flush()
-                tracking.find_run(target)
+                runs.find_run(target)
             else:  # made by `compress`, or by another sweep, whose it remains
-                tracking.nest(target, tracking.client_of(target.uri).get_run(version.run_id))
+                runs.nest(target, runs.client_of(target.uri).get_run(version.run_id))
             flow.run(plan, LiveRun(Silent(), self.outbox, target))
         except NotRegisteredError as error:
             failure = str(error)
-        except (BitmillError, *tracking.FAULTS) as error:
+        except (BitmillError, *runs.FAULTS) as error:
             self.failures[one.key] = str(error)
             self._keep(trial)
             return

@@ -11,12 +11,11 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from pipeline import preflight, registry, tracking
+from pipeline import preflight
 from pipeline.config.run import Config
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.models.hidden_states import LAST
-from pipeline.observer import Observer, tell
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step
 from pipeline.store.keys import differences, recipe_of, step_key
@@ -34,7 +33,9 @@ from pipeline.store.records import (
     Tokens,
 )
 from pipeline.store.step_store import Place, check_writable, records
-from pipeline.tracking import Target
+from pipeline.tracking import registry, runs
+from pipeline.tracking.listener import Observer, tell
+from pipeline.tracking.runs import Target
 
 LINE: tuple[tuple[type[Record], ModuleType], ...] = (
     (Tokens, tokenize),
@@ -217,7 +218,7 @@ class _Planner:
         }
         recipe = config.model_dump(mode="json", by_alias=True, exclude={"resources", "sweep"})
         uri = tracking_uri(config.resources)
-        database = tracking.sqlite_file(uri)
+        database = runs.sqlite_file(uri)
         return {
             "uri": uri,
             "artifacts": (database.parent / "mlflow-artifacts").as_uri() if database else None,
@@ -294,7 +295,7 @@ def run(plan: Plan, observer: Observer, wait: bool = True, engine: Engine | None
         return outcome
     check_writable(storage_uri(plan.config.resources))
     if plan.steps[-1].stage == ModelVersion.stage:
-        tracking.connect(tracking_uri(plan.config.resources))
+        runs.connect(tracking_uri(plan.config.resources))
     used = engine or Engine(plan.config.resources)
     try:
         for step in plan.steps:

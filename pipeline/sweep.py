@@ -13,22 +13,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline import budget, flow, registry, tracking, tuning
+from pipeline import budget, flow, tuning
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
-from pipeline.live import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
-from pipeline.observer import Observer
 from pipeline.step import provenance
 from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import anchored, scratch_dir, storage_uri
 from pipeline.store.records import SweepRecord, TeacherCache, Trial
 from pipeline.store.step_store import Place
-from pipeline.tracking import Target
+from pipeline.tracking import registry, runs
+from pipeline.tracking.listener import Observer
+from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
+from pipeline.tracking.runs import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
 from pipeline.tuning import PASSING
 
@@ -136,7 +137,7 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
         return Found(record.trials, record.front, True, spent, untold=send_waiting(planned.config.resources))
     step_store.check_writable(storage_uri(planned.config.resources))
     parent = parent_of(planned)
-    tracking.connect(parent.uri)
+    runs.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))
     engine = Engine(planned.config.resources)
     workers = max(1, planned.config.resources.workers)
@@ -273,13 +274,13 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
     }
     feed.outbox.flush()
     try:
-        tracking.log_sweep(
+        runs.log_sweep(
             parent,
             {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
             {"trials": len(trials), "front": len(best), "worker_hours": feed.spent_s / 3600},
             {name: json.dumps(document, indent=1) for name, document in documents.items()},
         )
-    except tracking.FAULTS as error:
+    except runs.FAULTS as error:
         raise RunError(
             f"What is done is kept, and MLflow at {parent.uri} refused the sweep's own run: "
             f"{str(error).splitlines()[0]}. The same command sends it."

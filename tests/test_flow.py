@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import flow, registry, tracking
+from pipeline import flow
 from pipeline.errors import ConfigError, RunError
 from pipeline.flow import STAGES
 from pipeline.package.package import load
+from pipeline.tracking import registry, runs
 
 FROM_DISTILL = ["distill", "evaluate", "pack", "register"]
 ALL = list(STAGES)
@@ -35,7 +36,7 @@ def tree(folder):
 
 
 def versions(config):
-    return tracking.connect(flow.tracking_uri(config.resources)).search_model_versions("name = 'tiny'")
+    return runs.connect(flow.tracking_uri(config.resources)).search_model_versions("name = 'tiny'")
 
 
 def test_all_seven_stages_are_done_in_order(finished):
@@ -61,7 +62,7 @@ def test_the_observer_is_told_how_far_each_long_stage_is(finished):
 def test_the_first_version_is_champion(finished):
     version = finished.record("register")
     assert (version.name, version.version, version.aliases) == ("tiny", 1, ("champion",))
-    client = tracking.connect(flow.tracking_uri(finished.plan.config.resources))
+    client = runs.connect(flow.tracking_uri(finished.plan.config.resources))
     assert registry.find_version(client, "tiny", version.key).version == 1
     run = client.get_run(version.run_id)
     assert run.data.metrics["perplexity"] == pytest.approx(finished.record("evaluate").student["perplexity"])
@@ -157,7 +158,7 @@ def test_a_lost_registry_is_filled_again_and_only_the_first_version_gets_an_alia
 def test_a_version_deleted_from_the_registry_is_registered_again(tiny_config, run_flow, cloned):
     config = tiny_config(cloned)
     run_flow(config)
-    client = tracking.connect(flow.tracking_uri(config.resources))
+    client = runs.connect(flow.tracking_uri(config.resources))
     client.delete_registered_model_alias("tiny", registry.CHAMPION)
     client.delete_model_version("tiny", "1")
     assert statuses(run_flow(config)) == ["reused"] * 6 + ["done"]

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from torch import nn
 
-from pipeline import flow, pictures, tracking
+from pipeline import flow, pictures
 from pipeline.diagnostics import Watch, weight_histograms
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
+from pipeline.tracking import runs
 from tests.conftest import Ran
 from tests.quant.cases import make
 
@@ -77,7 +78,7 @@ def test_the_cosine_is_drawn_where_it_was_measured(steps: list[int], tmp_path: P
 
 
 def client_of(ran: Ran) -> MlflowClient:
-    return tracking.connect(flow.tracking_uri(ran.plan.config.resources))
+    return runs.connect(flow.tracking_uri(ran.plan.config.resources))
 
 
 def test_a_registered_run_has_its_pictures_and_the_curve_of_every_module(finished: Ran) -> None:

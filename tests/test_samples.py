@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline import tracking
 from pipeline.samples import PROMPTS, samples
 from pipeline.store.locations import tracking_uri
+from pipeline.tracking import runs
 
 
 def test_a_registered_run_has_samples_that_anyone_can_make_again(finished):
-    client = tracking.connect(tracking_uri(finished.plan.config.resources))
+    client = runs.connect(tracking_uri(finished.plan.config.resources))
     run_id = finished.record("register").run_id
     assert "samples.txt" in {file.path for file in client.list_artifacts(run_id)}
     place = finished.plan.step("tokenize").place

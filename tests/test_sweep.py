@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import jobs.sweep
-from pipeline import budget, flow, sweep, tracking
+from pipeline import budget, flow, sweep
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
 from pipeline.estimate import estimate
 from pipeline.feed import worker_plan
 from pipeline.store.locations import tracking_uri
+from pipeline.tracking import runs
 from pipeline.trials import trial_config
 from tests.conftest import Recorder
 
@@ -38,7 +39,7 @@ def steps_in(folder, stage):
 
 
 def runs_of(config):
-    client = tracking.connect(tracking_uri(config.resources))
+    client = runs.connect(tracking_uri(config.resources))
     return client, client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
 
 
@@ -75,14 +76,14 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
 def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
     _, config, found, _ = swept
     client, runs = runs_of(config)
-    by_key = {run.data.tags[tracking.KEY_TAG]: run for run in runs}
+    by_key = {run.data.tags[runs.KEY_TAG]: run for run in runs}
     parent = by_key.pop(sweep.plan(config).key)
     assert set(by_key) == {trial.key for trial in found.trials}
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["trials"] == 3
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"trials.json", "recipe.json"}
     for run in by_key.values():
-        assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+        assert run.data.tags[runs.PARENT_TAG] == parent.info.run_id
         assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/validation_nats")] == [0, 5, 10, 12]
         assert [m.step for m in client.get_metric_history(run.info.run_id, "distill/loss")] == list(range(1, 13))
 
@@ -96,7 +97,7 @@ def test_a_finished_sweep_has_a_page_beside_its_record_and_in_its_run(swept):
     assert all(text in page.read_text() for text in (planned.key, *BITS))
     assert all(page.with_suffix(suffix).stat().st_size > 100 for suffix in (".png", ".csv"))
     client, runs = runs_of(config)
-    parent = next(run for run in runs if run.data.tags[tracking.KEY_TAG] == planned.key)
+    parent = next(run for run in runs if run.data.tags[runs.KEY_TAG] == planned.key)
     assert page.name in {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert jobs.sweep.show(planned) == str(page)
     assert page.stat().st_mtime_ns == made
@@ -187,9 +188,9 @@ def test_what_the_cap_left_undone_is_said_with_its_reason(tiny_config, cloned, m
     config = grid(tiny_config, cloned, resources={"max_worker_hours": 1e-9})
 
     def away(*arguments, **named):
-        raise tracking.MlflowException("gone")
+        raise runs.MlflowException("gone")
 
-    monkeypatch.setattr(tracking, "log_run", away)
+    monkeypatch.setattr(runs, "log_run", away)
     planned = sweep.plan(config)
     found = sweep.run(planned, Recorder())
     assert [name for name, _ in found.unfinished] == ["bits=2-2-8", "bits=4-4-8"]
@@ -285,7 +286,7 @@ def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cl
     assert "Lower the learning rate" in found.trials[1].failure
     assert found.front == (found.trials[0].key,)
     _, runs = runs_of(config)
-    status = {run.data.tags[tracking.KEY_TAG]: run.info.status for run in runs}
+    status = {run.data.tags[runs.KEY_TAG]: run.info.status for run in runs}
     assert status[found.trials[1].key] == "FAILED"
 
 
@@ -459,7 +460,7 @@ def test_a_lost_registry_is_filled_without_training(swept, tiny_config, tmp_path
     again, observer = run(moved)
     assert observer.events == []
     assert [trial.student for trial in again.trials] == [trial.student for trial in found.trials]
-    client = tracking.connect(f"sqlite:///{tmp_path}/other.db")
+    client = runs.connect(f"sqlite:///{tmp_path}/other.db")
     assert len(client.search_model_versions("name = 'tiny'")) == 3
 
 
@@ -477,9 +478,9 @@ def test_a_registry_that_goes_away_leaves_the_trials_kept(tiny_config, cloned, m
     config = grid(tiny_config, cloned, sweep={"space": {"quant.bits": ["2-2-8"]}})
 
     def away(*arguments, **named):
-        raise tracking.MlflowException("gone")
+        raise runs.MlflowException("gone")
 
-    monkeypatch.setattr(tracking, "log_run", away)
+    monkeypatch.setattr(runs, "log_run", away)
     with pytest.raises(RunError, match=r"1 of 1 trials are not finished.*the same command goes on"):
         run(config)
     monkeypatch.undo()

@@ -21,11 +21,11 @@ from pipeline.config.resources import Resources
 from pipeline.config.run import Config, Quant
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
-from pipeline.observer import Silent
 from pipeline.step import Done
 from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored
 from pipeline.store.records import Advance, Closed, Package, Report, Student
+from pipeline.tracking.listener import Silent
 
 # What the base decides for all rows; the rest is each row's own, or the default.
 COMMON = {

@@ -49,8 +49,8 @@ def lookup(
 
     def work(console: Console) -> list[dict[str, Any]]:
         from jobs.lookup import lookup as run
-        from pipeline.constraints import Wanted
         from pipeline.store.locations import registry_beside
+        from pipeline.tracking.query import Wanted
 
         wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
         return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)

@@ -11,12 +11,13 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
-from pipeline import pictures, registry, tracking
+from pipeline import pictures
 from pipeline.errors import NotRegisteredError, RunError
 from pipeline.samples import samples
 from pipeline.step import Done, Step
 from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.store.step_store import Place
+from pipeline.tracking import registry, runs
 
 VERSION = 1
 
@@ -29,13 +30,13 @@ def run(step: Step) -> ModelVersion:
         raise RunError("What was scored is not what was packed: the digests differ. Nothing was registered.")
     _pass(recipe["gate"]["max_perplexity_ratio"], report, package_place.uri)
     settings = step.locations["tracking"]
-    client = tracking.connect(settings["uri"])
+    client = runs.connect(settings["uri"])
     try:
-        experiment_id = tracking.experiment_id(client, settings["experiment"], settings["artifacts"])
-        run = tracking.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
+        experiment_id = runs.experiment_id(client, settings["experiment"], settings["artifacts"])
+        run = runs.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
         metrics = _metrics(report, package)
-        tracking.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
-        tracking.log_figures(client, run.info.run_id, _figures(step))
+        runs.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
+        runs.log_figures(client, run.info.run_id, _figures(step))
         client.log_text(run.info.run_id, _samples(step), "samples.txt")
         version = registry.find_version(client, name, step.place.key)
         model_id = str(version.model_id) if version is not None else ""

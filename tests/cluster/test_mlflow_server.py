@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import flow, live, sweep, tracking
+from pipeline import flow, sweep
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.live import LiveRun, Outbox
+from pipeline.tracking import outbox, runs
+from pipeline.tracking.outbox import LiveRun, Outbox
 from tests.conftest import Recorder
 from tests.store.test_step_store import serve_s3
 
@@ -120,13 +121,13 @@ def test_training_outlives_the_server_and_nothing_is_lost(
 ) -> None:
     config = tiny_config(cloned, distill={"seed": 5}, resources={"tracking_uri": server.uri})
     plan = flow.plan(config)
-    with Outbox(live.outbox_folder(config.resources)) as outbox:
+    with Outbox(outbox.outbox_folder(config.resources)) as outbox:
         outage = Outage(server, outbox)
         outcome = flow.run(plan, LiveRun(outage, outbox, flow.target_of(plan, "2-2-8", None)))
     assert outage.while_away >= 10
     assert outbox.unsent == {}
     version = outcome.done["register"].record
-    client = tracking.connect(server.uri)
+    client = runs.connect(server.uri)
     history = client.get_metric_history(version.run_id, "distill/loss")
     assert [metric.step for metric in history] == list(range(1, 13))
     assert {file.path for file in client.list_artifacts(version.run_id)} >= {"recipe.json", "pictures"}
@@ -139,12 +140,12 @@ def test_training_outlives_the_server_and_nothing_is_lost(
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert found.untold == ""
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    parents = {run.data.tags.get(tracking.PARENT_TAG) for run in runs}
+    parents = {run.data.tags.get(runs.PARENT_TAG) for run in runs}
     (parent,) = (run.info.run_id for run in runs if run.info.run_id in parents)
-    nested = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent]
-    assert {run.data.tags[tracking.KEY_TAG] for run in nested} == {trial.key for trial in found.trials}
+    nested = [run for run in runs if run.data.tags.get(runs.PARENT_TAG) == parent]
+    assert {run.data.tags[runs.KEY_TAG] for run in nested} == {trial.key for trial in found.trials}
     assert len(client.search_model_versions("name = 'tiny'")) == 2
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(ConfigError, match="cannot be reached"):
-        tracking.connect(server.uri)
+        runs.connect(server.uri)

@@ -21,9 +21,10 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
-from pipeline import sweep, tracking
+from pipeline import sweep
 from pipeline.config.run import Config
 from pipeline.store.locations import tracking_uri
+from pipeline.tracking import runs
 from tests.conftest import Recorder
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
@@ -188,13 +189,13 @@ def check(project: Project, document: dict[str, Any], undisturbed: sweep.Found) 
     assert set(document["front"]) == set(undisturbed.front)
     assert len(project.trials()) == len(BITS)
     config = Config.model_validate(yaml.safe_load(project.path.read_text()))
-    client = tracking.connect(tracking_uri(config.resources))
+    client = runs.connect(tracking_uri(config.resources))
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    assert sorted(run.data.tags[tracking.KEY_TAG] for run in runs) == sorted([*expected, document["sweep_key"]])
-    (parent,) = (run for run in runs if run.data.tags[tracking.KEY_TAG] == document["sweep_key"])
+    assert sorted(run.data.tags[runs.KEY_TAG] for run in runs) == sorted([*expected, document["sweep_key"]])
+    (parent,) = (run for run in runs if run.data.tags[runs.KEY_TAG] == document["sweep_key"])
     for run in runs:
         if run is not parent:
-            assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+            assert run.data.tags[runs.PARENT_TAG] == parent.info.run_id
             points = client.get_metric_history(run.info.run_id, "distill/validation_nats")  # in order of arrival
             assert sorted(point.step for point in points) == [0, 10, 20, 30, 40, 50, 60]
     assert len(client.search_model_versions("name = 'tiny'")) == len(BITS)

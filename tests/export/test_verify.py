@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.export import export
-from pipeline import registry, tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import FORMATS, dequantized, format_named, gguf
@@ -21,6 +20,7 @@ from pipeline.export.probes import Probes, lengths, make_probes
 from pipeline.export.verify import measure, reasons_against
 from pipeline.package import package as artifact
 from pipeline.store.locations import tracking_uri
+from pipeline.tracking import registry, runs
 
 GOOD = {
     "delta_max": 0.02,
@@ -131,9 +131,9 @@ def test_verdicts_of_a_registered_model_are_kept_with_it(tiny_config, trained, r
     root = trained("gpt2").parents[3]
     shutil.copytree(root / "store", tmp_path / "store")
     resources = Resources(storage_uri=str(tmp_path / "store"))
-    client = tracking.connect(tracking_uri(resources))
-    experiment = tracking.experiment_id(client, "x", (tmp_path / "artifacts").as_uri())
-    run = tracking.find_or_create_run(client, experiment, "k", "x")
+    client = runs.connect(tracking_uri(resources))
+    experiment = runs.experiment_id(client, "x", (tmp_path / "artifacts").as_uri())
+    run = runs.find_or_create_run(client, experiment, "k", "x")
     version, model_id = registry.register_package(
         client, run.info.run_id, experiment, "x", "k", trained("gpt2"), {}, {}
     )

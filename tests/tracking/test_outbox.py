@@ -10,10 +10,10 @@ from dataclasses import replace
 import mlflow
 import pytest
 
-from pipeline import live, tracking
-from pipeline.live import LiveRun, Outbox
 from pipeline.store.step_store import Owner
-from pipeline.tracking import Target
+from pipeline.tracking import outbox, runs
+from pipeline.tracking.outbox import LiveRun, Outbox
+from pipeline.tracking.runs import Target
 from tests.conftest import Recorder
 
 AWAY = "http://127.0.0.1:9"
@@ -21,7 +21,7 @@ AWAY = "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(live, "GIVE_UP_AFTER_S", 0.0)
+    monkeypatch.setattr(outbox, "GIVE_UP_AFTER_S", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
@@ -34,11 +34,11 @@ def at(step, nats):
 
 
 def history(uri, name="distill/loss", key="k" * 32):
-    client = tracking.connect(uri)
+    client = runs.connect(uri)
     (run,) = [
         run
         for run in client.search_runs([client.get_experiment_by_name("project").experiment_id])
-        if run.data.tags[tracking.KEY_TAG] == key
+        if run.data.tags[runs.KEY_TAG] == key
     ]
     return run, [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
 
@@ -60,7 +60,7 @@ def test_points_arrive_with_their_steps_and_the_run_is_nested(uri, tmp_path):
     run, losses = history(uri)
     assert losses == [(1, 3.0), (2, 2.0)]
     parent, _ = history(uri, key="p" * 32)
-    assert run.data.tags[tracking.PARENT_TAG] == parent.info.run_id
+    assert run.data.tags[runs.PARENT_TAG] == parent.info.run_id
     assert history(uri, "system/cpu_utilization_percentage")[1] == [(0, 50.0)]
     assert recorder.progress == {"distill": (2, 9)}
     assert [stage for stage, _ in recorder.points] == ["distill"] * 2
@@ -107,19 +107,19 @@ def test_what_another_machine_or_a_living_command_left_is_let_be(uri, tmp_path):
 
 
 def test_points_that_were_lost_on_their_way_are_sent_by_the_registration(uri, tmp_path):
-    tracking.connect(uri)
+    runs.connect(uri)
     there = replace(target(uri), artifacts=f"file://{tmp_path}/artifacts")
     for points in ([at(0, 4.0), at(20, 2.0)], [at(30, 1.0)]):
-        tracking.open_curves(there).log(points, 0, None)
-    client, run = tracking.connect(uri), tracking.find_run(there)
+        runs.open_curves(there).log(points, 0, None)
+    client, run = runs.connect(uri), runs.find_run(there)
     whole = [{"step": step, "loss": nats} for step, nats in ((0, 4.0), (10, 3.0), (20, 2.0), (30, 1.0))]
-    tracking.log_run(client, run, {}, {}, {"perplexity": 9.0}, {"distill": whole})
+    runs.log_run(client, run, {}, {}, {"perplexity": 9.0}, {"distill": whole})
     assert sorted(history(uri)[1]) == [(0, 4.0), (10, 3.0), (20, 2.0), (30, 1.0)]
 
 
 def test_a_server_that_is_away_keeps_back_its_own_lines_alone(uri, tmp_path):
     own = f"sqlite:///{tmp_path}/own.db"
-    tracking.connect(own)
+    runs.connect(own)
     with Outbox(tmp_path / "outbox") as outbox:
         outbox.put(target(AWAY, key="a" * 32), [at(1, 9.0)])
         outbox.put(target(uri), [at(1, 3.0)])
@@ -132,10 +132,10 @@ def test_a_server_that_is_away_keeps_back_its_own_lines_alone(uri, tmp_path):
 
 
 def test_many_threads_make_one_run(uri):
-    client = tracking.connect(uri)
-    where = tracking.experiment_id(client, "project", None)
+    client = runs.connect(uri)
+    where = runs.experiment_id(client, "project", None)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: tracking.find_or_create_run(client, where, "k" * 32, "x"), range(8)))
+        made = list(pool.map(lambda _: runs.find_or_create_run(client, where, "k" * 32, "x"), range(8)))
     assert len({run.info.run_id for run in made}) == 1
     assert len(client.search_runs([where])) == 1
 
@@ -148,5 +148,5 @@ def test_an_ended_run_is_marked(uri, tmp_path):
 
 
 def test_the_load_of_the_machine_has_mlflows_names():
-    load = tracking.system_load()()
+    load = runs.system_load()()
     assert {"cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"} <= load.keys()

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from mlflow.entities import LoggedModelStatus, Metric
 
 import pipeline
-from pipeline import lookups, tracking
-from pipeline.constraints import MIB, Found, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
-from pipeline.lookups import matches, nearest, reach
+from pipeline.tracking import lookup as lookups
+from pipeline.tracking import runs
+from pipeline.tracking.lookup import matches, nearest, reach
+from pipeline.tracking.query import MIB, Found, Wanted, ordered, shortcomings
 
 # name, bits, task, MiB, perplexity, accuracy, formats
 MODELS = [
@@ -61,7 +62,7 @@ def add(client, number, name, bits, task, mib, perplexity, accuracy, formats):
 def uri(tmp_path_factory):
     """A SQLite registry with the models above, one of somebody else, and one whose registration was interrupted."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
-    client = tracking.connect(uri)
+    client = runs.connect(uri)
     for name in ("chat", "reply", "o'brien", "theirs"):
         client.create_registered_model(name)
     for number, fields in enumerate(MODELS):

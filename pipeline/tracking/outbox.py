@@ -15,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import tracking
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError
-from pipeline.observer import Observer
 from pipeline.store.locations import scratch_dir
 from pipeline.store.records import Point
 from pipeline.store.step_store import Owner
-from pipeline.tracking import Target, prefixed
+from pipeline.tracking import runs
+from pipeline.tracking.listener import Observer
+from pipeline.tracking.runs import Target, prefixed
 
 SEND_EVERY_S, LOAD_EVERY_S = 2.0, 10.0
 GIVE_UP_AFTER_S = 20.0  # at the end
@@ -38,7 +38,7 @@ class Outbox:
         self._adopted = _claimed(folder)
         self._waiting: list[dict[str, Any]] = [line for path in self._adopted for line in _lines(path)]
         self._lock, self._sending, self._stop = threading.Lock(), threading.Lock(), threading.Event()
-        self._runs: dict[str, tracking.Curves] = {}
+        self._runs: dict[str, runs.Curves] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         if self._waiting:
             self._keep()
@@ -104,7 +104,7 @@ class Outbox:
             return False
         try:
             self._send(line)
-        except (BitmillError, *tracking.FAULTS):
+        except (BitmillError, *runs.FAULTS):
             away.add(uri)
             self._runs.pop(key, None)  # what the server holds is asked anew
             return False
@@ -113,7 +113,7 @@ class Outbox:
     def _send(self, line: dict[str, Any]) -> None:
         target = Target(**line["target"])
         if target.key not in self._runs:
-            self._runs[target.key] = tracking.open_curves(target)
+            self._runs[target.key] = runs.open_curves(target)
         self._runs[target.key].log(line["points"], line["time_ms"], line["status"])
 
     def _keep(self) -> None:
@@ -200,7 +200,7 @@ def load_watched(outbox: Outbox, target: Target) -> Iterator[None]:
     stop = threading.Event()
 
     def watch() -> None:
-        sample = tracking.system_load()
+        sample = runs.system_load()
         while not stop.wait(LOAD_EVERY_S):
             outbox.put(target, [{SYSTEM + name: value for name, value in sample().items()}])
 

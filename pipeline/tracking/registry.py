@@ -13,9 +13,9 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline import tracking
 from pipeline.errors import ConfigError, RunError
-from pipeline.tracking import KEY_TAG
+from pipeline.tracking import runs
+from pipeline.tracking.runs import KEY_TAG
 
 PAGE = 1000  # entities that one request asks for
 CHAMPION, FIRST = "champion", "1"
@@ -31,10 +31,10 @@ def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion
 
 def registered(uri: str, name: str, key: str) -> bool:
     """Whether the registry at `uri` holds the version of a key. Raises ConfigError if it cannot be reached."""
-    database = tracking.sqlite_file(uri)
+    database = runs.sqlite_file(uri)
     if database is not None and not database.exists():
         return False
-    return find_version(tracking.connect(uri), name, key) is not None
+    return find_version(runs.connect(uri), name, key) is not None
 
 
 def pages(call: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -50,10 +50,10 @@ def pages(call: Callable[[str | None], Any]) -> Iterator[Any]:
 
 def held_keys(uri: str, name: str) -> set[str]:
     """Keys of all versions of `name` in the registry at `uri`. Raises ConfigError if it cannot be reached."""
-    database = tracking.sqlite_file(uri)
+    database = runs.sqlite_file(uri)
     if database is not None and not database.exists():
         return set()
-    client, condition = tracking.connect(uri), f"name = '{name}'"
+    client, condition = runs.connect(uri), f"name = '{name}'"
     found = pages(lambda token: client.search_model_versions(condition, PAGE, page_token=token))
     return {version.tags[KEY_TAG] for version in found if KEY_TAG in version.tags}
 

@@ -22,12 +22,12 @@ from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.constraints import MIB, Found, Miss, Wanted, ordered, shortcomings
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import BitWidths
-from pipeline.registry import FORMATS_TAG, OWN_FORMAT, PAGE, pages
 from pipeline.store.locations import registry_beside
-from pipeline.tracking import KEY_TAG, connect, sqlite_file
+from pipeline.tracking.query import MIB, Found, Miss, Wanted, ordered, shortcomings
+from pipeline.tracking.registry import FORMATS_TAG, OWN_FORMAT, PAGE, pages
+from pipeline.tracking.runs import KEY_TAG, connect, sqlite_file
 
 EXPERIMENTS_A_CALL = 100
 RUNS_A_CALL = 100
