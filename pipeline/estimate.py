@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from pipeline import flow
-from pipeline.engine import set_threads
+from pipeline.execution.engine import set_threads
 from pipeline.preflight import flops_per_s
 from pipeline.quant.spec import BitWidths
 from pipeline.store.records import Student, Teacher, TeacherCache

@@ -15,8 +15,9 @@ from typing import Any
 from pipeline import flow
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
-from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
+from pipeline.execution.engine import Engine
+from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
 from pipeline.store.keys import canonical_json, step_key
 from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store.step_store import Place
@@ -25,7 +26,6 @@ from pipeline.tracking import runs
 from pipeline.tracking.listener import Silent
 from pipeline.tracking.outbox import LiveRun, Outbox
 from pipeline.trials import label, scores, trial_config
-from pipeline.tuning import GROUPS, LOSS, STEP
 
 POINTS = "points"
 SHARING = "sharing.json"

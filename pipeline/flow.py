@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline import preflight
 from pipeline.config.run import Config
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError
+from pipeline.execution.engine import Engine
 from pipeline.models.hidden_states import LAST
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.step import Done, Step

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config.resources import Resources
-from pipeline.engine import Engine
+from pipeline.execution.engine import Engine
 from pipeline.store.records import Advance, Record
 from pipeline.store.step_store import Place
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline import budget, flow, tuning
+from pipeline import budget, flow
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
-from pipeline.engine import Engine
 from pipeline.errors import BitmillError, ConfigError, RunError
+from pipeline.execution import ray_tune
+from pipeline.execution.engine import Engine
+from pipeline.execution.ray_tune import PASSING
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
 from pipeline.step import provenance
@@ -31,7 +33,6 @@ from pipeline.tracking.listener import Observer
 from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.tracking.runs import Target
 from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
-from pipeline.tuning import PASSING
 
 VERSION = 1
 NOT_IN_KEY = ("max_concurrent",)
@@ -230,7 +231,7 @@ def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: Liv
             feed.charge(made.done[TeacherCache.stage].place.key, made.worker_seconds)
     live.started(TRIALS)
     if feed.left:
-        tuning.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
+        ray_tune.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
 
 
 def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:

@@ -16,8 +16,8 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import Scorer, spans_of
 from pipeline.step import Done, Step

@@ -19,8 +19,8 @@ from pipeline.config.load import explain
 from pipeline.config.presets import suited
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config, Quant
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RunError
+from pipeline.execution.engine import Engine
 from pipeline.step import Done
 from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored

@@ -6,8 +6,8 @@ import pytest
 import ray
 
 from pipeline.config.resources import Resources
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError, LostError
+from pipeline.execution.engine import Engine
 
 ELSEWHERE = "127.0.0.1:6379"
 LATE = "The current node timed out during startup."

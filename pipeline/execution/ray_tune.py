@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from pipeline.config.resources import Resources
 from pipeline.config.sweep import Asha
-from pipeline.engine import Engine, explained, quiet, set_threads
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
+from pipeline.execution.engine import Engine, explained, quiet, set_threads
 from pipeline.store.step_store import Place
 
 STEP, LOSS = "step", "validation_nats"

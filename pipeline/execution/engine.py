@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
-from pipeline.mailbox import Sender, delivered, mailbox_for_workers
+from pipeline.execution.progress_actor import Sender, delivered, mailbox_for_workers
 from pipeline.store.records import Advance, Closed
 from pipeline.store.step_store import Place
 
