@@ -16,7 +16,6 @@ from pipeline.config.presets import PRESETS, PresetName, filled
 from pipeline.config.resources import Resources
 from pipeline.config.sweep import Sweep
 from pipeline.distill.negatives import NegativesFrom
-from pipeline.distill.schedule import Schedule
 from pipeline.quant.spec import (
     TAKES,
     TERNARY_ONLY,
@@ -37,6 +36,7 @@ from pipeline.quant.spec import (
     levels_of,
 )
 from pipeline.store.records import Closed
+from pipeline.training.schedule import Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FadeIn = Annotated[float, Field(ge=0, le=1)]

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import finish, store_tensors, weights
 from pipeline.config.run import Distill, Quant
-from pipeline.diagnostics import weight_histograms
 from pipeline.distill.memory_bank import MemoryBank
-from pipeline.distillation import Distillation
 from pipeline.models.build import FAMILIES, load_model, make_student, set_dropout
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.step import Step
 from pipeline.store.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
-from pipeline.training import Run, fit
+from pipeline.training.checkpoints import finish, store_tensors, weights
+from pipeline.training.diagnostics import weight_histograms
+from pipeline.training.distillation import Distillation
+from pipeline.training.trainer import Run, fit
 
 VERSION = 5
 

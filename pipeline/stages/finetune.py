@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.checkpoints import finish
 from pipeline.config.run import Finetune
 from pipeline.models.build import (
     build,
@@ -27,7 +26,8 @@ from pipeline.step import Step
 from pipeline.store.records import Advance, StoredFile, Teacher, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tasks import task_of
-from pipeline.training import Run, fit
+from pipeline.training.checkpoints import finish
+from pipeline.training.trainer import Run, fit
 
 VERSION = 2
 

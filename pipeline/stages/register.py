@@ -11,13 +11,13 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
-from pipeline import pictures
 from pipeline.errors import NotRegisteredError, RunError
 from pipeline.samples import samples
 from pipeline.step import Done, Step
 from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tracking import registry, runs
+from pipeline.training import figures
 
 VERSION = 1
 
@@ -120,10 +120,10 @@ def _figures(step: Step) -> dict[str, Any]:
     looks, histograms = (_json(step, Student.stage, name) for name in ("modules.json", "histograms.json"))
     figures = {}
     if looks:
-        figures["modules.png"] = pictures.module_curves(looks)
-        figures["token_cosine.png"] = pictures.cosine_curve(_json(step, Student.stage, "history.json"))
+        figures["modules.png"] = figures.module_curves(looks)
+        figures["token_cosine.png"] = figures.cosine_curve(_json(step, Student.stage, "history.json"))
     if histograms:
-        figures["weights.png"] = pictures.weight_histograms(histograms)
+        figures["weights.png"] = figures.weight_histograms(histograms)
     return figures
 
 

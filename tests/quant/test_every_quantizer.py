@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.checkpoints import latest_checkpoint, load_checkpoint
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Distill, Quant
 from pipeline.models.build import FAMILIES, build, load_parameters, make_student, read_config
@@ -22,9 +21,10 @@ from pipeline.quant.quantizers.step import REACH
 from pipeline.quant.spec import QuantizerName, levels_of
 from pipeline.store.records import Student
 from pipeline.store.shards import Rows
+from pipeline.training.checkpoints import latest_checkpoint, load_checkpoint
 from tests.quant.cases import GRANULARITIES, example, make, passed, trained
-from tests.test_training import DISTILL, weights_after
-from tests.training_case import Case
+from tests.training.cases import Case
+from tests.training.test_trainer import DISTILL, weights_after
 
 TERNARY = ("twn", "statistics")
 CASES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.distill.random import draw
-from pipeline.distill.schedule import DataOrder, learning_rate, share
+from pipeline.training.schedule import DataOrder, learning_rate, share
 
 SHARDS = [7, 3, 0, 12, 5, 5, 1, 9]
 

@@ -19,7 +19,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoints import (
+from pipeline.config.resources import Resources
+from pipeline.config.run import Distill, Finetune
+from pipeline.distill.memory_bank import alone
+from pipeline.distill.random import draw
+from pipeline.errors import RunError
+from pipeline.models.build import load_parameters
+from pipeline.models.hidden_states import WithStates, last_states, logits_of
+from pipeline.quant.layers import quantizers
+from pipeline.store.records import Advance, Shard, StoredFile
+from pipeline.store.shards import Rows
+from pipeline.store.step_store import Place
+from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.task import Batch, Task
+from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
+from pipeline.training.checkpoints import (
     Progress,
     latest_checkpoint,
     load_checkpoint,
@@ -28,24 +42,10 @@ from pipeline.checkpoints import (
     weights,
     write_checkpoint,
 )
-from pipeline.config.resources import Resources
-from pipeline.config.run import Distill, Finetune
-from pipeline.diagnostics import Watch, token_cosine
-from pipeline.distill.memory_bank import alone
-from pipeline.distill.random import draw
-from pipeline.distill.schedule import DataOrder, share
-from pipeline.distillation import Distillation
-from pipeline.errors import RunError
-from pipeline.models.build import load_parameters
-from pipeline.models.hidden_states import WithStates, last_states, logits_of
-from pipeline.optimizers import Optimizers
-from pipeline.quant.layers import quantizers
-from pipeline.store.records import Advance, Shard, StoredFile
-from pipeline.store.shards import Rows
-from pipeline.store.step_store import Place
-from pipeline.tasks.language_modeling import LanguageModeling
-from pipeline.tasks.task import Batch, Task
-from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
+from pipeline.training.diagnostics import Watch, token_cosine
+from pipeline.training.distillation import Distillation
+from pipeline.training.optimizers import Optimizers
+from pipeline.training.schedule import DataOrder, share
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a run, about

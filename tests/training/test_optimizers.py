@@ -14,8 +14,8 @@ from pipeline.quant.layers import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName
 from pipeline.store.keys import recipe_of
-from pipeline.training import Loop
-from tests.training_case import WIDTH, Case
+from pipeline.training.trainer import Loop
+from tests.training.cases import WIDTH, Case
 
 LR, GAMMA_LR = 1e-3, 3e-3
 BASE: dict[str, Any] = {"steps": 10, "batch_size": 4, "lr": LR, "clip_norm": None, "eval_every": 10}

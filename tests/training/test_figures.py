@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from torch import nn
 
-from pipeline import flow, pictures
-from pipeline.diagnostics import Watch, weight_histograms
+from pipeline import flow
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
 from pipeline.tracking import runs
+from pipeline.training import figures
+from pipeline.training.diagnostics import Watch, weight_histograms
 from tests.conftest import Ran
 from tests.quant.cases import make
 
@@ -42,7 +43,7 @@ def seen(quantizer: str, modules: int) -> tuple[list[dict[str, Any]], dict[str, 
 @pytest.mark.parametrize(("quantizer", "modules"), [("quantgpt", 1), ("twn", 1), ("statistics", 7), ("seq", 2)])
 def test_curves_and_histograms_draw(quantizer: str, modules: int, tmp_path: Path) -> None:
     looks, histograms = seen(quantizer, modules)
-    curves = pictures.module_curves(looks)
+    curves = figures.module_curves(looks)
     gamma, zeros, changed = curves.axes
     assert [len(axes.lines) for axes in curves.axes] == [modules] * 3
     for number, look in enumerate(looks):
@@ -51,27 +52,27 @@ def test_curves_and_histograms_draw(quantizer: str, modules: int, tmp_path: Path
     assert [list(line.get_xdata()) for line in zeros.lines] == [[0, 10]] * modules
     assert all(line.get_ydata()[0] != line.get_ydata()[0] for line in changed.lines)  # NaN at the first look
     drawn(curves, tmp_path / "curves.png")
-    shown = pictures.weight_histograms(histograms)
+    shown = figures.weight_histograms(histograms)
     assert [axes.get_title() for axes in shown.axes] == list(histograms)
     drawn(shown, tmp_path / "weights.png")
 
 
 def test_more_modules_than_fit_are_left_out() -> None:
     looks, histograms = seen("quantgpt", 50)
-    assert len(pictures.weight_histograms(histograms).axes) == pictures.MOST_HISTOGRAMS == 48
-    curves = pictures.module_curves(looks)
+    assert len(figures.weight_histograms(histograms).axes) == figures.MOST_HISTOGRAMS == 48
+    curves = figures.module_curves(looks)
     assert [len(axes.lines) for axes in curves.axes] == [50] * 3
 
 
 def test_one_look_draws(tmp_path: Path) -> None:
     looks, _ = seen("quantgpt", 3)
-    drawn(pictures.module_curves(looks[:1]), tmp_path / "curves.png")
+    drawn(figures.module_curves(looks[:1]), tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("steps", [[0], [0, 5, 10]])
 def test_the_cosine_is_drawn_where_it_was_measured(steps: list[int], tmp_path: Path) -> None:
     history: list[dict[str, float]] = [{"step": step, "token_cosine": step / 10} for step in steps]
-    figure = pictures.cosine_curve([{"step": 3, "loss": 1.0}, *history])
+    figure = figures.cosine_curve([{"step": 3, "loss": 1.0}, *history])
     (line,) = figure.axes[0].lines
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(step, step / 10) for step in steps]
     drawn(figure, tmp_path / "cosine.png")

@@ -16,14 +16,14 @@ from pipeline import flow
 from pipeline.config.run import Config, Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
-from pipeline.distillation import Distillation
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.build import build, load_model, read_config
 from pipeline.models.hidden_states import WithStates, layer_states
 from pipeline.tasks.task import Batch
-from pipeline.training import Loop
+from pipeline.training.distillation import Distillation
+from pipeline.training.trainer import Loop
 from tests.conftest import ARCHITECTURES
-from tests.training_case import VOCABULARY, Case, gradients, steps_of, with_workers
+from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers
 
 FROM = ("teacher", "student", "vocabulary", "batch")
 every_source = pytest.mark.parametrize("source", FROM)
@@ -119,7 +119,9 @@ def test_the_contrast_and_its_gradient_match_the_definition(
     source: str, group: int, momentum: float, negatives: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if group > 1:
-        monkeypatch.setattr("pipeline.distillation.distilling_terms", lambda *_: {})  # candidates: tested elsewhere
+        monkeypatch.setattr(
+            "pipeline.training.distillation.distilling_terms", lambda *_: {}
+        )  # candidates: tested elsewhere
     example = Example(group, source, momentum, negatives)
     given = torch.cat([example.student[row] for row in example.rows])
     student, exact = given.clone().requires_grad_(), given.double().requires_grad_()

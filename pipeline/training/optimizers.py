@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.run import Distill, Finetune
-from pipeline.distill.schedule import learning_rate
 from pipeline.models.hidden_states import WithStates
 from pipeline.quant.layers import quantizers
+from pipeline.training.schedule import learning_rate
 
 MUON_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
 

@@ -19,7 +19,6 @@ import torch.multiprocessing as mp
 
 from pipeline.config.resources import Resources
 from pipeline.config.run import Distill, Finetune, Quant
-from pipeline.distillation import Distillation
 from pipeline.models.build import build, load_model, read_config, set_dropout
 from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
@@ -29,7 +28,8 @@ from pipeline.store.shards import commit_shard, write_tokens
 from pipeline.store.step_store import Owner, Place
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
-from pipeline.training import Loop, Run
+from pipeline.training.distillation import Distillation
+from pipeline.training.trainer import Loop, Run
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
 ARCHITECTURE = {

@@ -15,7 +15,7 @@ from pipeline.store.shards import map_states, open_shard, states_name
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from tests.conftest import ARCHITECTURES
-from tests.training_case import ARCHITECTURE, VOCABULARY, Case, gradients, steps_of, with_workers
+from tests.training.cases import ARCHITECTURE, VOCABULARY, Case, gradients, steps_of, with_workers
 
 FULL, LOW = Quant(bits="32-32-32"), Quant(bits="2-2-8")
 DISTILL: dict[str, Any] = {"steps": 20, "batch_size": 12, "lr": 2e-3, "negatives": 6, "eval_every": 20}

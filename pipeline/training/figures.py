@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipeline.diagnostics import WIDEST
+from pipeline.training.diagnostics import WIDEST
 
 FACTS = {
     "gamma": "outermost level / mean |w|",

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from pipeline.config.run import Distill, Finetune, Quant
 from pipeline.errors import RunError
-from pipeline.training import Run, fit
-from tests.training_case import VOCABULARY, Case, gradients, steps_of, with_workers
+from pipeline.training.trainer import Run, fit
+from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers
 
 FULL = Quant(bits="32-32-32")
 LOW = Quant(bits="2-2-8")

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config.run import Distill, Quant
-from pipeline.diagnostics import Watch, token_cosine, weight_histograms
 from pipeline.models.build import FAMILIES, load_model, load_parameters, make_student
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
-from pipeline.training import fit
+from pipeline.training.diagnostics import Watch, token_cosine, weight_histograms
+from pipeline.training.trainer import fit
 from tests.conftest import Ran
 from tests.quant.cases import make
-from tests.training_case import Case
+from tests.training.cases import Case
 
 # A quantizer with its grid's codes low..high and shift at 2 bits, and at 4.
 GRIDS = {"quantgpt": (-1, 1, 0.0), "twn": (-1, 1, 0.0), "lsq": (-2, 1, 0.0), "seq": (-2, 1, 0.5)}
