@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DamagedError
 from pipeline.execution.engine import Engine
 from pipeline.models.hidden_states import LAST
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
-from pipeline.step import Done, Step
+from pipeline.stages.stage import Done, Step
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.store.objects import FAULTS

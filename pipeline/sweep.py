@@ -22,7 +22,7 @@ from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.front import front
-from pipeline.step import provenance
+from pipeline.stages.stage import provenance
 from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import anchored, scratch_dir, storage_uri

@@ -27,7 +27,7 @@ from pipeline.tasks import task_of
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 from tests.conftest import ARCHITECTURES, Ran
-from tests.test_evaluate import Evaluation
+from tests.stages.test_evaluate import Evaluation
 
 TRAINING = {"steps": 6, "batch_size": 4, "lr": 2e-3, "eval_every": 3}
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.run import Config, Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.execution.engine import Engine
-from pipeline.step import Done
+from pipeline.stages.stage import Done
 from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored
 from pipeline.store.records import Advance, Closed, Package, Report, Student

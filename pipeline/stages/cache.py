@@ -18,7 +18,7 @@ from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.build import load_model
 from pipeline.models.hidden_states import head_of, last_states
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,

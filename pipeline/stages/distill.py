@@ -14,7 +14,7 @@ from pipeline.config.run import Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.models.build import FAMILIES, load_model, make_student, set_dropout
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tasks import task_of

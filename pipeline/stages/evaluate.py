@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.config.data import Evaluate
 from pipeline.config.run import Quant
 from pipeline.models.build import FAMILIES, frozen_student, load_model, read_config, restore_frozen
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import Place

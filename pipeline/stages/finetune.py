@@ -22,7 +22,7 @@ from pipeline.models.build import (
 )
 from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Advance, StoredFile, Teacher, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tasks import task_of

@@ -12,7 +12,7 @@ from pipeline.errors import RunError
 from pipeline.models.build import FAMILIES, frozen_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.spec import Encoding
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.store.step_store import Place
 

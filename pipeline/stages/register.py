@@ -12,8 +12,8 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import NotRegisteredError, RunError
-from pipeline.samples import samples
-from pipeline.step import Done, Step
+from pipeline.stages.samples import samples
+from pipeline.stages.stage import Done, Step
 from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
 from pipeline.store.step_store import Place
 from pipeline.tracking import registry, runs

@@ -17,7 +17,7 @@ from pipeline.models.build import FAMILIES, load_model, make_student
 from pipeline.models.hidden_states import head_of, last_states, logits_of
 from pipeline.quant.layers import quantizers
 from pipeline.quant.spec import TAKES, UNQUANTIZED, BitWidths, QuantSpec
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Sensitivity, Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import Place

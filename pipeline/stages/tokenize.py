@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
 from pipeline.sources.models import model_folder
 from pipeline.sources.text import Part, SourceFile, documents, parts
-from pipeline.step import Step
+from pipeline.stages.stage import Step
 from pipeline.store.records import Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
 from pipeline.store.step_store import Place

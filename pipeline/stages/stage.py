@@ -69,7 +69,7 @@ def provenance() -> dict[str, str]:
 
 def _commit() -> str:
     """The checked-out commit if the code runs from a checkout."""
-    git = Path(__file__).resolve().parent.parent / ".git"
+    git = Path(__file__).resolve().parents[2] / ".git"
     try:
         head = (git / "HEAD").read_text().strip()
         return (git / head.removeprefix("ref: ")).read_text().strip() if head.startswith("ref: ") else head

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import Scorer, spans_of
-from pipeline.step import Done, Step
+from pipeline.stages.stage import Done, Step
 from pipeline.store.records import Report, Shard, Split, Tokens
 from pipeline.store.shards import commit_shard, open_shard, read_tokens, write_tokens
 from pipeline.tasks.scoring import Scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.samples import PROMPTS, samples
+from pipeline.stages.samples import PROMPTS, samples
 from pipeline.store.locations import tracking_uri
 from pipeline.tracking import runs
 
