@@ -13,7 +13,7 @@ from jobs.display import Display
 from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
-from pipeline.flow import Outcome, Plan, plan, run, target_of
+from pipeline.flow.run import Outcome, Plan, plan, run, target_of
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
 from pipeline.tasks import task_of

@@ -15,11 +15,12 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from pipeline import flow, preflight
 from pipeline.allocation import Option, Options, allocations
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import Plan, Planned
+from pipeline.flow import preflight
+from pipeline.flow import run as flow
+from pipeline.flow.run import Plan, Planned
 from pipeline.models.build import FAMILIES, skeleton
 from pipeline.package.size import Layout, layout
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from pipeline import flow
 from pipeline.execution.engine import set_threads
-from pipeline.preflight import flops_per_s
+from pipeline.flow import run as flow
+from pipeline.flow.preflight import flops_per_s
 from pipeline.quant.spec import BitWidths
 from pipeline.store.records import Student, Teacher, TeacherCache
 from pipeline.store.step_store import records

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import flow
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
+from pipeline.flow import run as flow
 from pipeline.store.keys import canonical_json, step_key
 from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store.step_store import Place

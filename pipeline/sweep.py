@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline import budget, flow
+from pipeline import budget
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, RunError
@@ -21,6 +21,7 @@ from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
 from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
+from pipeline.flow import run as flow
 from pipeline.front import front
 from pipeline.stages.stage import provenance
 from pipeline.store import step_store

@@ -27,8 +27,8 @@ import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
 
-from pipeline import flow
 from pipeline.config.run import Config
+from pipeline.flow import run as flow
 from pipeline.store.records import Point
 from pipeline.store.step_store import Owner
 

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from pipeline import budget, flow
+from pipeline import budget
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.flow import run as flow
 from pipeline.store.records import Sensitivity
 from pipeline.store.shards import states_name
 from tests.conftest import Recorder

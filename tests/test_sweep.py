@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import jobs.sweep
-from pipeline import budget, flow, sweep
+from pipeline import budget, sweep
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
 from pipeline.estimate import estimate
 from pipeline.feed import worker_plan
+from pipeline.flow import run as flow
 from pipeline.store.locations import tracking_uri
 from pipeline.tracking import runs
 from pipeline.trials import trial_config

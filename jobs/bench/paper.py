@@ -18,10 +18,10 @@ from rich.table import Column, Table
 from jobs.bench.rows import Row, named
 from jobs.bench.trials import run_trials, trial
 from jobs.display import Display
-from pipeline import flow
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Config
 from pipeline.errors import RunError
+from pipeline.flow import run as flow
 from pipeline.store.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]

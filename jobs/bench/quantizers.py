@@ -21,12 +21,12 @@ from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
 from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
 from jobs.display import Display
-from pipeline import flow
 from pipeline.config.presets import LANGUAGE_MODELING
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
+from pipeline.flow import run as flow
+from pipeline.flow.preflight import inspect
 from pipeline.models.build import family_of, read_config
-from pipeline.preflight import inspect
 from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import scratch_dir
 from pipeline.store.records import TeacherCache

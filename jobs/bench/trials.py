@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.bench.rows import Row
-from pipeline import flow
 from pipeline.config.load import explain
 from pipeline.config.presets import suited
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config, Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.execution.engine import Engine
+from pipeline.flow import run as flow
 from pipeline.stages.stage import Done
 from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored

@@ -13,7 +13,7 @@ from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.feed import stored_trials
-from pipeline.flow import SHARED
+from pipeline.flow.run import SHARED
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.objects import FAULTS
 from pipeline.store.records import (

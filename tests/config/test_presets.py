@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import flow
 from pipeline.config.load import load_config
 from pipeline.config.presets import PRESETS, filled, set_otherwise
 from pipeline.config.run import Config, Distill, Quant
 from pipeline.errors import ConfigError
+from pipeline.flow import run as flow
 from pipeline.package.package import load
 from tests.conftest import Ran
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import jobs
 from jobs.cli import app
-from pipeline import flow
-from pipeline.flow import STAGES
+from pipeline.flow import run as flow
+from pipeline.flow.run import STAGES
 from pipeline.stages.tokenize import documents_of, split_parts
 
 ROOT = Path(jobs.__file__).parents[1]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline import flow
 from pipeline.config.data import Evaluate, Task
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.flow import run as flow
 from pipeline.stages.tokenize import documents_of, split_parts
 from pipeline.tasks import next_utterance
 from pipeline.tasks.next_utterance import NextUtterance, chosen, draw_others, identity, turns_of

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import flow
 from pipeline.config.run import Config, Distill, Quant
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
 from pipeline.errors import ConfigError, RunError
+from pipeline.flow import run as flow
 from pipeline.models.build import build, load_model, read_config
 from pipeline.models.hidden_states import WithStates, layer_states
 from pipeline.tasks.task import Batch

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from torch import nn
 
-from pipeline import flow
+from pipeline.flow import run as flow
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
 from pipeline.tracking import runs
 from pipeline.training import figures

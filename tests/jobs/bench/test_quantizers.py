@@ -19,7 +19,7 @@ from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import lines
 from jobs.cli import app
 from pipeline.config.run import Config
-from pipeline.flow import STAGES
+from pipeline.flow.run import STAGES
 from tests.conftest import ROOT
 from tests.jobs.bench.test_summary import score
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import flow
 from pipeline.errors import BusyError, DamagedError
+from pipeline.flow import run as flow
 
 HOLD = """
 import sys, time
@@ -158,7 +158,7 @@ def held(evaluation, cloned):
         place = evaluation.step("evaluate").place
         names = [place.storage_uri, place.stage, place.key, place.scratch, str(cloned / "release"), str(record)]
         command = [sys.executable, "-c", HOLD, *names]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(flow.__file__).parents[1])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(flow.__file__).parents[2])
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import flow
 from pipeline.errors import ConfigError, RunError
-from pipeline.flow import STAGES
+from pipeline.flow import run as flow
+from pipeline.flow.run import STAGES
 from pipeline.package.package import load
 from pipeline.tracking import registry, runs
 

@@ -11,10 +11,10 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from pipeline import preflight
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.execution.engine import Engine
+from pipeline.flow import preflight
 from pipeline.models.hidden_states import LAST
 from pipeline.stages import cache, distill, evaluate, finetune, pack, register, sensitivity, tokenize
 from pipeline.stages.stage import Done, Step

@@ -3,7 +3,7 @@
 import torch
 
 import pipeline
-from pipeline.flow import STAGES
+from pipeline.flow.run import STAGES
 from tests.store.test_step_store import serve_s3
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 import pipeline
 from jobs.evaluate import evaluate
-from pipeline import flow
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.flow import run as flow
 from pipeline.models.build import build, read_config, restore_frozen
 from pipeline.package import package as artifact
 from pipeline.stages.evaluate import SPANS_A_WORKER

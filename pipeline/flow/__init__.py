@@ -1,0 +1,1 @@
+"""The straight line of stages: planned, checked before it starts, run."""
