@@ -14,13 +14,13 @@ from jobs.display import Display
 from jobs.report import rendered
 from jobs.report.reader import Reader
 from pipeline.config.run import Config
-from pipeline.estimate import Estimate, estimate
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Trial
-from pipeline.sweep import PAGE, Found, SweepPlan, parent_of, plan, run
+from pipeline.sweep.cost import Estimate, estimate
+from pipeline.sweep.run import PAGE, Found, SweepPlan, parent_of, plan, run
+from pipeline.sweep.trials import label
 from pipeline.tracking import runs
-from pipeline.trials import label
 
 
 def sweep(

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jobs.bench.rows import BEST, MOST_OF_PAPERS, PAPER, ROWS, SMALLEST, WITHOUT_CONTRAST
 from jobs.bench.trials import Score
-from pipeline.front import front as non_dominated
+from pipeline.sweep.pareto import front as non_dominated
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from jobs.bench.paper import FULL, TABLE_1, TABLE_3, Cell
 from jobs.report.values import Content, Costing, Mark, Shown
-from pipeline.trials import LARGER_IS_BETTER
+from pipeline.sweep.trials import LARGER_IS_BETTER
 
 INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")

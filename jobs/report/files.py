@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, paper_marks, power
 from jobs.report.values import Content, worker_hours
-from pipeline.trials import LARGER_IS_BETTER
+from pipeline.sweep.trials import LARGER_IS_BETTER
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 

@@ -12,7 +12,6 @@ from typing import Any
 from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.feed import stored_trials
 from pipeline.flow.run import SHARED
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.objects import FAULTS
@@ -29,7 +28,8 @@ from pipeline.store.records import (
     Trial,
 )
 from pipeline.store.step_store import Place, records
-from pipeline.trials import label
+from pipeline.sweep.queue import stored_trials
+from pipeline.sweep.trials import label
 
 KINDS: dict[str, type[Record]] = {
     kind.stage: kind for kind in (Tokens, Teacher, TeacherCache, Student, Report, Package, ModelVersion)

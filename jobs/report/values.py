@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.report.latency import Latency
-from pipeline.front import front
-from pipeline.trials import LARGER_IS_BETTER
+from pipeline.sweep.pareto import front
+from pipeline.sweep.trials import LARGER_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import sweep
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow import run as flow
+from pipeline.sweep import run as sweep
 from pipeline.tracking import outbox, runs
 from pipeline.tracking.outbox import LiveRun, Outbox
 from tests.conftest import Recorder

@@ -21,9 +21,9 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
-from pipeline import sweep
 from pipeline.config.run import Config
 from pipeline.store.locations import tracking_uri
+from pipeline.sweep import run as sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
 

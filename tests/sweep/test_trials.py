@@ -11,7 +11,7 @@ from pipeline.config.run import Config
 from pipeline.config.sweep import Between, Sweep
 from pipeline.errors import ConfigError
 from pipeline.store.keys import step_key
-from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
+from pipeline.sweep.trials import check_sweep, drawn, label, listed, scores, trial_config
 
 SPACE = {"quant.bits": ["2-2-8", "4-4-8"]}
 

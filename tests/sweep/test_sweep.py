@@ -12,15 +12,16 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import jobs.sweep
-from pipeline import budget, sweep
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
-from pipeline.estimate import estimate
-from pipeline.feed import worker_plan
 from pipeline.flow import run as flow
 from pipeline.store.locations import tracking_uri
+from pipeline.sweep import bit_budget
+from pipeline.sweep import run as sweep
+from pipeline.sweep.cost import estimate
+from pipeline.sweep.queue import worker_plan
+from pipeline.sweep.trials import trial_config
 from pipeline.tracking import runs
-from pipeline.trials import trial_config
 from tests.conftest import Recorder
 
 BITS = ["2-2-8", "4-4-8", "8-8-8"]
@@ -226,7 +227,7 @@ GRANULARITIES = {"quant.granularity": ["tensor", "row"]}
 
 def bytes_at(config, granularity, bits):
     """Of the weights file with every module at one width."""
-    shape = budget.layout_of(trial_config(config, {"quant.granularity": granularity}))
+    shape = bit_budget.layout_of(trial_config(config, {"quant.granularity": granularity}))
     return shape.packed_bytes(dict.fromkeys(shape.modules, bits))
 
 

@@ -21,11 +21,11 @@ from pipeline.flow import run as flow
 from pipeline.store.keys import canonical_json, step_key
 from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
 from pipeline.store.step_store import Place
-from pipeline.suggest import suggestion
+from pipeline.sweep.sampler import suggestion
+from pipeline.sweep.trials import label, scores, trial_config
 from pipeline.tracking import runs
 from pipeline.tracking.listener import Silent
 from pipeline.tracking.outbox import LiveRun, Outbox
-from pipeline.trials import label, scores, trial_config
 
 POINTS = "points"
 SHARING = "sharing.json"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.allocation import Option, allocations, smallest
+from pipeline.sweep.knapsack import Option, allocations, smallest
 
 WIDTHS = (2, 4, 8)
 losses = st.one_of(st.just(0.0), st.floats(1e-6, 2.0), st.sampled_from([0.25, 0.5]))

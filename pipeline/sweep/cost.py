@@ -11,7 +11,7 @@ from pipeline.flow.preflight import flops_per_s
 from pipeline.quant.spec import BitWidths
 from pipeline.store.records import Student, Teacher, TeacherCache
 from pipeline.store.step_store import records
-from pipeline.sweep import SweepPlan
+from pipeline.sweep.run import SweepPlan
 
 # Operations for each parameter and token.
 FORWARD, TRAINING = 2, 6

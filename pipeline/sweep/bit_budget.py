@@ -15,7 +15,6 @@ from functools import partial
 from itertools import islice, product
 from typing import Any
 
-from pipeline.allocation import Option, Options, allocations
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow import preflight
@@ -29,6 +28,7 @@ from pipeline.store.keys import step_key
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.records import Sensitivity, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import Place
+from pipeline.sweep.knapsack import Option, Options, allocations
 from pipeline.tracking.listener import Observer
 
 MIB = 2**20

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.front import front
+from pipeline.sweep.pareto import front
 
 few = st.sampled_from([0.0, -0.0, 1.0, 2.0, 3.0, -1.5, math.inf, None, math.nan])
 anything = st.one_of(st.none(), st.floats(), st.integers(-3, 3))

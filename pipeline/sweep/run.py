@@ -13,27 +13,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from pipeline import budget
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
-from pipeline.feed import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
 from pipeline.flow import run as flow
-from pipeline.front import front
 from pipeline.stages.stage import provenance
 from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import anchored, scratch_dir, storage_uri
 from pipeline.store.records import SweepRecord, TeacherCache, Trial
 from pipeline.store.step_store import Place
+from pipeline.sweep import bit_budget
+from pipeline.sweep.pareto import front
+from pipeline.sweep.queue import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
+from pipeline.sweep.trials import check_sweep, drawn, label, listed, scores, trial_config
 from pipeline.tracking import registry, runs
 from pipeline.tracking.listener import Observer
 from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
 from pipeline.tracking.runs import Target
-from pipeline.trials import check_sweep, drawn, label, listed, scores, trial_config
 
 VERSION = 1
 NOT_IN_KEY = ("max_concurrent",)
@@ -95,7 +95,7 @@ def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
     """The trials that can be named before anything runs; two that come to the same are one."""
     if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
         for combined in map(partial(trial_config, config), _combinations(sweep)):
-            budget.check_budget(combined, budget.layout_of(combined), sweep.budget_mib)
+            bit_budget.check_budget(combined, bit_budget.layout_of(combined), sweep.budget_mib)
         return ()
     if sweep.search == "optuna":  # a few examples, so that a space that cannot work at all is found out
         _one_that_works(config, sweep)
@@ -198,7 +198,7 @@ def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> Sweep
     known = {}
     for values in _combinations(sweep):
         config = trial_config(planned.config, values)
-        for bits in budget.proposals(config, sweep.budget_mib, sweep.proposals, observer, wait):
+        for bits in bit_budget.proposals(config, sweep.budget_mib, sweep.proposals, observer, wait):
             one = candidate(planned.config, {**values, **bits})
             known[one.key] = one
     return replace(planned, known=tuple(known.values()))

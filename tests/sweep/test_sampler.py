@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.config.sweep import Sweep
-from pipeline.suggest import suggestion
+from pipeline.sweep.sampler import suggestion
 
 SWEEP = Sweep(
     space={

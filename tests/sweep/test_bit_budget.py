@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from pipeline import budget
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow import run as flow
 from pipeline.store.records import Sensitivity
 from pipeline.store.shards import states_name
+from pipeline.sweep import bit_budget
 from tests.conftest import Recorder
 
 WIDTHS = (2, 4, 8)
@@ -28,13 +28,13 @@ def laid_over(config, dotted):
 
 
 def bytes_at(config, bits):
-    shape = budget.layout_of(config)
+    shape = bit_budget.layout_of(config)
     return shape.packed_bytes(dict.fromkeys(shape.modules, bits))
 
 
 def run(config):
     observer = Recorder()
-    planned = budget.plan(config)
+    planned = bit_budget.plan(config)
     return planned, flow.run(planned, observer), observer
 
 
@@ -54,8 +54,8 @@ def test_a_sensitivity_is_measured_beside_the_line_for_each_module_and_width(mea
     config, outcome = measured
     found = outcome.done["sensitivity"].record
     assert outcome.status == {"tokenize": "reused", "finetune": "reused", "cache": "reused", "sensitivity": "done"}
-    assert found.kl_nats.keys() == budget.layout_of(config).modules.keys()
-    assert 0 < found.tokens <= budget.ROWS * 32
+    assert found.kl_nats.keys() == bit_budget.layout_of(config).modules.keys()
+    assert 0 < found.tokens <= bit_budget.ROWS * 32
     sums = [sum(of[bits] for of in found.kl_nats.values()) for bits in WIDTHS]
     assert sums[0] > 4 * sums[1] > 16 * sums[2] >= 0
     for of in found.kl_nats.values():
@@ -86,7 +86,7 @@ def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_p
     shutil.copytree(config.resources.storage_uri, tmp_path / "store", ignore=shutil.ignore_patterns("sensitivity"))
     other = tiny_config(tmp_path)
     shards = outcome.done["tokenize"].record.splits["train"].shards
-    cache = budget.plan(other).step("cache").place
+    cache = bit_budget.plan(other).step("cache").place
     path = tmp_path / "store" / "cache" / cache.key / states_name(shards[0].name)
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
     _, made, _ = run(other)
@@ -96,14 +96,17 @@ def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_p
 def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
     config, _ = measured
     limit = (bytes_at(config, 2) + bytes_at(config, 4)) // 2
-    found = budget.proposals(config, limit / 2**20, 3, Recorder())
+    found = bit_budget.proposals(config, limit / 2**20, 3, Recorder())
     assert len(found) == 3
-    assert found == budget.proposals(config, limit / 2**20, 3, Recorder())
+    assert found == bit_budget.proposals(config, limit / 2**20, 3, Recorder())
     trials = [laid_over(config, dotted) for dotted in found]
     keys = {flow.plan(trial, "pack").run_key for trial in trials}
     assert len(keys) == 3
-    shape, record = budget.layout_of(config), flow.run(budget.plan(config), Recorder()).done["sensitivity"].record
-    expected = budget.best(config, shape, record, limit, 3)
+    shape, record = (
+        bit_budget.layout_of(config),
+        flow.run(bit_budget.plan(config), Recorder()).done["sensitivity"].record,
+    )
+    expected = bit_budget.best(config, shape, record, limit, 3)
     assert [e.dotted() for e in expected] == found
     assert all(e.packed_bytes <= limit for e in expected)
     assert [e.kl_nats for e in expected] == sorted(e.kl_nats for e in expected)
@@ -115,16 +118,18 @@ def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
 
 def test_with_all_the_room_there_is_everything_is_8_bits(measured):
     config, _ = measured
-    assert budget.proposals(config, 100, 1, Recorder()) == [{"quant.bits": "8-8-8", "quant.overrides": {}}]
+    assert bit_budget.proposals(config, 100, 1, Recorder()) == [{"quant.bits": "8-8-8", "quant.overrides": {}}]
     exact = bytes_at(config, 2)
-    assert budget.proposals(config, exact / 2**20, 5, Recorder()) == [{"quant.bits": "2-2-8", "quant.overrides": {}}]
+    assert bit_budget.proposals(config, exact / 2**20, 5, Recorder()) == [
+        {"quant.bits": "2-2-8", "quant.overrides": {}}
+    ]
 
 
 def test_a_width_set_by_name_is_kept(measured):
     config, _ = measured
     fixed = laid_over(config, {"quant.overrides": {r".*\.wte": 32, r".*attn\.c_proj": 8}})
-    for dotted in budget.proposals(fixed, 100, 2, Recorder()):
-        spec, shape = laid_over(config, dotted).quant.spec(), budget.layout_of(config)
+    for dotted in bit_budget.proposals(fixed, 100, 2, Recorder()):
+        spec, shape = laid_over(config, dotted).quant.spec(), bit_budget.layout_of(config)
         assert spec.weight_bits(EMBEDDING, "embedding") == 32
         assert {spec.weight_bits(n, "linear") for n in shape.modules if n.endswith("attn.c_proj")} == {8}
 
@@ -133,9 +138,9 @@ def test_a_budget_below_the_smallest_model_names_it_before_anything_runs(tiny_co
     config = tiny_config(tmp_path)
     least = bytes_at(config, 2)
     with pytest.raises(ConfigError, match=f"smallest possible model is {least:,} bytes") as caught:
-        budget.proposals(config, (least - 1) / 2**20, 1, Recorder())
+        bit_budget.proposals(config, (least - 1) / 2**20, 1, Recorder())
     enough = float(str(caught.value).partition("Set sweep.budget_mib to ")[2].split()[0])
-    budget.check_budget(config, budget.layout_of(config), enough)
+    bit_budget.check_budget(config, bit_budget.layout_of(config), enough)
     assert math.floor(enough * 2**20) - least < 110
     assert not list((tmp_path / "store").rglob("record.json"))
 
@@ -149,7 +154,7 @@ def test_a_budget_below_the_smallest_model_names_it_before_anything_runs(tiny_co
 )
 def test_what_leaves_no_choice_of_widths_is_refused(tiny_config, tmp_path, overrides, said):
     with pytest.raises(ConfigError, match=said):
-        budget.proposals(tiny_config(tmp_path, **overrides), 1, 1, Recorder())
+        bit_budget.proposals(tiny_config(tmp_path, **overrides), 1, 1, Recorder())
 
 
 def test_a_sensitivity_is_read_back_as_it_was(measured):

@@ -1,0 +1,1 @@
+"""Many runs of the flow that share what they can."""
