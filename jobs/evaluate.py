@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from jobs.located import locate, open_model
+from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from jobs.located import locate, open_model
+from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.models.build import read_config

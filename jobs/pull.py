@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.located import files_of
+from jobs.model_argument import files_of
 from pipeline.config.resources import Resources
 from pipeline.package.pull import pull as bring
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, RunError
-from pipeline.export.blocks import NoBlockError, pack_blocks
+from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.package import package as artifact
 from pipeline.quant.layers import FrozenTensors

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config import data
 from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
+from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Batch, Encoded
-from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
 PROTOCOL = "blocks without overlap, stride = block length, no BOS; the first token of a block is context only"

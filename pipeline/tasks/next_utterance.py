@@ -29,9 +29,9 @@ from pipeline.config import data
 from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
+from pipeline.tasks.losses import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN, candidate_scores
 from pipeline.tasks.scoring import Scores, logits_for
 from pipeline.tasks.task import Batch, Encoded
-from pipeline.tasks.terms import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN, candidate_scores
 from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
 PROTOCOL = (

@@ -22,10 +22,10 @@ from pipeline.config import data
 from pipeline.config.data import Evaluate
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
+from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.rouge import rouge
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Batch, Encoded
-from pipeline.tasks.terms import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, token_bytes
 
 PROTOCOL = (

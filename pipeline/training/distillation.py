@@ -21,8 +21,8 @@ from pipeline.distill.negatives import (
     other_tokens,
 )
 from pipeline.errors import RunError
+from pipeline.tasks.losses import CONTRAST, distilling_terms
 from pipeline.tasks.task import Batch
-from pipeline.tasks.terms import CONTRAST, distilling_terms
 
 ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
 

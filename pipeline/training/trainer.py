@@ -31,8 +31,8 @@ from pipeline.store.records import Advance, Shard, StoredFile
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import Place
 from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
 from pipeline.tasks.task import Batch, Task
-from pipeline.tasks.terms import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
 from pipeline.training.checkpoints import (
     Progress,
     latest_checkpoint,

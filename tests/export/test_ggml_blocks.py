@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pipeline.export.blocks import NoBlockError, pack_blocks
+from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.quant.spec import grid
 
 CASES = [

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from pipeline.tasks.losses import candidate_scores, distilling_terms, reference_nats, teaching_terms
 from pipeline.tasks.task import Batch
-from pipeline.tasks.terms import candidate_scores, distilling_terms, reference_nats, teaching_terms
 
 VOCABULARY, LENGTH, ROWS, GROUP = 11, 6, 3, 4
 DRAW = torch.Generator().manual_seed(1)
