@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.store.lease import Owner
 from pipeline.store.records import Point
-from pipeline.store.step_store import Owner
 
 UNITS = {"tokenize": "parts", "finetune": "steps", "cache": "shards", "distill": "steps", "evaluate": "parts"}
 

@@ -29,8 +29,8 @@ from hypothesis import settings
 
 from pipeline.config.run import Config
 from pipeline.flow import run as flow
+from pipeline.store.lease import Owner
 from pipeline.store.records import Point
-from pipeline.store.step_store import Owner
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")

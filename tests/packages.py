@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.layers import InputQuantizer, freeze

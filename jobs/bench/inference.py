@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
 from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config

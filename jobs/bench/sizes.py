@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, build, fp32_bytes, freeze_student, make_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.spec import Encoding

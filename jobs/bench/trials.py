@@ -14,17 +14,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.bench.rows import Row
+from pipeline.config.base import Closed
 from pipeline.config.load import explain
 from pipeline.config.presets import suited
+from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
-from pipeline.config.run import Config, Quant
+from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.flow import run as flow
 from pipeline.stages.stage import Done
 from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored
-from pipeline.store.records import Advance, Closed, Package, Report, Student
+from pipeline.store.records import Advance, Package, Report, Student
 from pipeline.tracking.listener import Silent
 
 # What the base decides for all rows; the rest is each row's own, or the default.

@@ -15,11 +15,12 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 
 from jobs.bench.inference import run_engine
+from pipeline.config.base import Closed
 from pipeline.errors import RunError
 from pipeline.models.build import read_config
 from pipeline.store.objects import open_objects
-from pipeline.store.records import Closed, Package
-from pipeline.store.step_store import Place
+from pipeline.store.records import Package
+from pipeline.store.step_store import StepDir
 
 FILE = "latency.json"
 PROMPT, NEW, ROUNDS, THREADS = 32, 64, 5, 1
@@ -37,7 +38,7 @@ class Latency(Closed):
     machine: str
 
 
-def measure(packages: Sequence[tuple[str, Package, Place]], console: Console) -> None:
+def measure(packages: Sequence[tuple[str, Package, StepDir]], console: Console) -> None:
     """Decode with each package in turns, each with its label; what the runtime does not run is said and left out."""
     found: dict[int, list[float]] = {index: [] for index in range(len(packages))}
     with ExitStack() as stack:
@@ -66,7 +67,7 @@ def measure(packages: Sequence[tuple[str, Package, Place]], console: Console) ->
 
 
 @contextmanager
-def _fetched(package: Package, place: Place) -> Iterator[Path]:
+def _fetched(package: Package, place: StepDir) -> Iterator[Path]:
     """A folder that holds the package, each file checked."""
     with TemporaryDirectory(dir=place.scratch_dir()) as name:
         shutil.copytree(place.folder(package.files, Package.FOLDER), Path(name) / Package.FOLDER)
@@ -80,7 +81,7 @@ def _lengths(folder: Path) -> tuple[int, int]:
     return prompt, min(NEW, positions - prompt)
 
 
-def measured(place: Place) -> Latency | None:
+def measured(place: StepDir) -> Latency | None:
     """What was measured last of a package, if anything was."""
     try:
         return Latency.model_validate_json(place.read(FILE))

@@ -14,7 +14,6 @@ from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.flow.run import SHARED
 from pipeline.store.keys import KEY_DIGITS
-from pipeline.store.objects import FAULTS
 from pipeline.store.records import (
     ModelVersion,
     Package,
@@ -27,7 +26,7 @@ from pipeline.store.records import (
     Tokens,
     Trial,
 )
-from pipeline.store.step_store import Place, records
+from pipeline.store.step_store import StepDir, records
 from pipeline.sweep.queue import stored_trials
 from pipeline.sweep.trials import label
 
@@ -43,7 +42,7 @@ RECIPE_KNOBS = {
 }
 KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 MOST_POINTS = 400  # of a curve
-Steps = dict[str, tuple[Any, Place]]  # records and where their files lie, by stage
+Steps = dict[str, tuple[Any, StepDir]]  # records and where their files lie, by stage
 
 
 class Reader:
@@ -70,14 +69,14 @@ class Reader:
             for kind in ENDS:
                 if sound and self._place(kind.stage, key).record(kind) is not None:
                     return self._run(key, kind.stage)
-        except FAULTS as error:
+        except OSError as error:
             raise ConfigError(f"The store {self.storage_uri!r} cannot be read: {error}") from error
         raise ConfigError(
             f"KEY is {key!r}, and the store {self.storage_uri} has no sweep or finished run of that key. It has: "
             f"{'; '.join(self._known()) or 'none'}. Set --storage-uri to another store."
         )
 
-    def packages(self, content: Content) -> list[tuple[str, Package, Place]]:
+    def packages(self, content: Content) -> list[tuple[str, Package, StepDir]]:
         """The packages of the models that a report shows, after their labels."""
         places = {one.package_key: (one.label, self._place(Package.stage, one.package_key)) for one in content.shown}
         found = [(label, place.record(Package), place) for key, (label, place) in places.items() if key]
@@ -88,8 +87,8 @@ class Reader:
         runs = [f"{r.key} ({r.name} version {r.version})" for r in records(self.storage_uri, ModelVersion)]
         return [*sweeps[-5:], *runs[-5:]]
 
-    def _place(self, stage: str, key: str) -> Place:
-        return Place(self.storage_uri, stage, key, self.scratch)
+    def _place(self, stage: str, key: str) -> StepDir:
+        return StepDir(self.storage_uri, stage, key, self.scratch)
 
     def steps(self, keys: dict[str, str]) -> Steps:
         """Finished steps by stage, from the keys of some of them; each record names its inputs."""
@@ -250,7 +249,7 @@ def modules(steps: Steps) -> tuple[Module, ...]:
     )
 
 
-def _json(record: Record, place: Place, name: str) -> Any:
+def _json(record: Record, place: StepDir, name: str) -> Any:
     """A JSON file of a step, or None if it has none or it is damaged: a report shows what there is."""
     stored = record.files.get(name)
     if stored is None:

@@ -1,16 +1,44 @@
-"""The sections of a configuration that say what the text is, what the model is for, and how it is scored."""
+"""What the text is, what the model is and is for, and how it is scored."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.store.records import Closed
+from pipeline.config.base import Closed, Positive
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+class TrainBpe(Closed):
+    """A byte-level BPE of this many tokens, learned from the training split."""
+
+    train_bpe: Annotated[int, Field(ge=257, le=1_000_000)]
+
+
+class Model(Closed):
+    """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
+    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given."""
+
+    source: str | dict[str, Any]
+    tokenizer: str | TrainBpe | None = None
+    family: Literal["auto", "gpt2", "llama", "bart"] = "auto"
+
+    @model_validator(mode="after")
+    def _an_architecture_needs_more(self) -> Model:
+        if isinstance(self.source, dict):
+            if "architecture" not in self.source:
+                raise ValueError("model.source as a mapping needs the key `architecture`, such as gpt2 or llama")
+            if self.tokenizer is None:
+                raise ValueError(
+                    "model.source is an architecture and brings no tokenizer; set model.tokenizer to a directory, "
+                    "a hub id or {train_bpe: 4096}"
+                )
+        elif isinstance(self.tokenizer, TrainBpe):
+            raise ValueError(
+                "model.tokenizer: {train_bpe} gives a new vocabulary, which the weights of model.source do not know; "
+                "use it with {architecture: ...} only"
+            )
+        return self
 
 
 class Task(Closed):

@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from pipeline.config.data import NotNegative, Positive, Rate
-from pipeline.store.records import Closed
+from pipeline.config.base import Closed, NotNegative, Positive, Rate
 
 
 class Resources(Closed):

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.data import Positive
-from pipeline.store.records import Closed
+from pipeline.config.base import Closed, Positive
 
 Search = Literal["grid", "random", "optuna"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

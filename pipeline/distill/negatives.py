@@ -6,14 +6,11 @@ All draws are a function of (seed, step, row), never of the worker or the place 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.distill.random import draw
-
-NegativesFrom = Literal["teacher", "student", "vocabulary", "batch"]
 
 
 @dataclass(frozen=True)

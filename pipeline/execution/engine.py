@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.execution.progress_actor import Sender, delivered, mailbox_for_workers
-from pipeline.store.records import Advance, Closed
-from pipeline.store.step_store import Place
+from pipeline.store.records import Advance
+from pipeline.store.step_store import StepDir
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Engine:
             advance(done, len(items), "")
             yield result
 
-    def train(self, worker: Callable[..., None], settings: dict[str, Any], place: Place, advance: Advance) -> None:
+    def train(self, worker: Callable[..., None], settings: dict[str, Any], place: StepDir, advance: Advance) -> None:
         """Run `worker(**settings, device=..., report=...)` on every rank of a training group."""
         from ray import cloudpickle
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -74,7 +75,7 @@ class Engine:
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
             _raise_failure(mailbox)
 
-    def task(self, work: Callable[..., T], settings: dict[str, Any], place: Place) -> T:
+    def task(self, work: Callable[..., T], settings: dict[str, Any], place: StepDir) -> T:
         """Run `work(**settings)` as one plain task."""
         return self.tasks(work, [settings], place, lambda *progress, points=(): None, gpus=0)[0]
 
@@ -82,7 +83,7 @@ class Engine:
         self,
         work: Callable[..., T],
         settings: Sequence[dict[str, Any]],
-        place: Place,
+        place: StepDir,
         advance: Advance,
         gpus: float,
     ) -> list[T]:
@@ -286,7 +287,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(place: Place | None, what: str = "A shard's worker") -> Iterator[None]:
+def explained(place: StepDir | None, what: str = "A shard's worker") -> Iterator[None]:
     """Turn what Ray wraps around a worker's error back into the error; `what` failed, if it is no single step."""
     try:
         yield

@@ -15,7 +15,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.sweep import Asha
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.execution.engine import Engine, explained, quiet, set_threads
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 STEP, LOSS = "step", "validation_nats"
 Report = Callable[[dict[str, Any]], None]
@@ -37,7 +37,7 @@ class Feed(Protocol):
         """`status`: done, stopped, failed (for a reason of its own), or lost (its workers were)."""
 
 
-def run_trials(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | None, at_once: int | None) -> None:
+def run_trials(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | None, at_once: int | None) -> None:
     """Run what the feed gives until it gives no more, at most `at_once` side by side.
 
     Raises:
@@ -64,7 +64,7 @@ def _heard(feed: Feed, key: str, result: dict[str, Any], fresh: dict[str, Any]) 
     feed.reported(key, fresh)
 
 
-def _tune(work: Work, feed: Feed, engine: Engine, place: Place, asha: Asha | None, at_once: int | None) -> None:
+def _tune(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | None, at_once: int | None) -> None:
     from ray import tune
 
     resources = engine.resources

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.export.companions import copy_companions
 from pipeline.package import package as artifact
 from pipeline.quant.spec import grid

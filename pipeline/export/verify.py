@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.config.base import Closed
 from pipeline.export.probes import Probes
-from pipeline.store.records import Closed
 
 MAX_PERPLEXITY_CHANGE = 0.005
 LEAST_COVERED = 0.5

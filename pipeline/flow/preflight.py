@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from pipeline.config.run import Cache, Config, Distill, TrainBpe
+from pipeline.config.data import TrainBpe
+from pipeline.config.run import Config
+from pipeline.config.training import Cache, Distill
 from pipeline.errors import ConfigError
 from pipeline.models.build import check_spec, family_of, parameters, read_config, sites, skeleton
 from pipeline.sources.content import ContentMemo

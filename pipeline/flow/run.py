@@ -20,7 +20,6 @@ from pipeline.stages import cache, distill, evaluate, finetune, pack, register, 
 from pipeline.stages.stage import Done, Step
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
-from pipeline.store.objects import FAULTS
 from pipeline.store.records import (
     ModelVersion,
     Package,
@@ -32,7 +31,7 @@ from pipeline.store.records import (
     TeacherCache,
     Tokens,
 )
-from pipeline.store.step_store import Place, check_writable, records
+from pipeline.store.step_store import StepDir, check_writable, records
 from pipeline.tracking import registry, runs
 from pipeline.tracking.listener import Observer, tell
 from pipeline.tracking.runs import Target
@@ -60,7 +59,7 @@ class Planned:
     stage: str
     recipe: dict[str, Any]
     inputs: dict[str, str]
-    place: Place
+    place: StepDir
     record: Any
     reason: str
     locations: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +96,7 @@ def plan(config: Config, until: str = STAGES[-1]) -> Plan:
         raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(STAGES)}")
     try:
         return _Planner(config).plan(STAGES[: STAGES.index(until) + 1])
-    except FAULTS as error:
+    except OSError as error:
         raise ConfigError(
             f"resources.storage_uri {config.resources.storage_uri!r} cannot be read: {error}. Set it to a directory, "
             "or to s3://bucket/prefix with credentials that allow it."
@@ -238,7 +237,7 @@ class _Planner:
         inputs = {earlier.stage: self.steps[earlier.stage].place.key for earlier in after}
         module = dict(LINE)[kind]
         key = step_key(kind.stage, module.VERSION, recipe, inputs)
-        place = Place(self.storage_uri, kind.stage, key, self.scratch)
+        place = StepDir(self.storage_uri, kind.stage, key, self.scratch)
         record = place.record(kind)
         reason = "done before"
         if isinstance(record, ModelVersion) and not registry.registered(

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.attention import use_quantized_attention
 from pipeline.models.families import bart, gpt2, llama

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError
 from pipeline.models.build import check_tensors, family_of
 from pipeline.quant.layers import FrozenTensors

@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.models.build import family_of, thaw_into
 from pipeline.package.codec import decode, spec_of

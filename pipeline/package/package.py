@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError
 from pipeline.models.build import FAMILIES, family_of, read_config, restore_frozen
 from pipeline.package.codec import damage_of, decode, encode, spec_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.package.manifest import MANIFEST, check, read_manifest
-from pipeline.store.objects import FAULTS, open_objects
+from pipeline.store.objects import open_objects
 from pipeline.store.step_store import checksum
 
 Fetch = Callable[[str, Path], Path]  # a file's name, and a scratch folder it may be put into: where it is now
@@ -120,7 +120,7 @@ def _fetch(fetch: Fetch, name: str, folder: Path, model: str, entry: dict[str, A
             found.replace(folder / name)
         except FileNotFoundError:
             raise ConfigError(f"MODEL is {model!r}, and no packed model lies there: it has no {name}.") from None
-        except FAULTS as error:
+        except OSError as error:
             raise ConfigError(f"MODEL is {model!r}, whose {name} cannot be brought to {folder}: {error}") from error
 
 

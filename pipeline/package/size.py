@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import make_student, sites
 from pipeline.models.family import Family
 from pipeline.quant.layers import TIED

@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.base import Closed
 from pipeline.errors import ConfigError, RunError
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.packaged import PACKAGED_TEXT, packaged_count, packaged_files, packaged_texts
-from pipeline.store.objects import FAULTS, Bucket
-from pipeline.store.records import Closed
+from pipeline.store.s3 import Bucket
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20
@@ -105,7 +105,7 @@ def _s3_text(source: str, knob: str) -> list[SourceFile]:
     try:
         objects = Bucket(bucket, "")
         sizes, etags = objects.sizes(fixed), objects.versions(fixed)
-    except FAULTS as error:
+    except OSError as error:
         raise ConfigError(f"{knob}: {source!r} cannot be listed: {error}") from error
     return [
         SourceFile(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.run import Cache
+from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.build import load_model
@@ -29,7 +29,7 @@ from pipeline.store.shards import (
     states_name,
     write_states,
 )
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch, Task
 
@@ -80,7 +80,7 @@ def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
     return rows * positions * hidden * BYTES_OF[dtype]
 
 
-def check_space(place: Place, needed: int, tokens: int) -> None:
+def check_space(place: StepDir, needed: int, tokens: int) -> None:
     """Raises ConfigError if the states would not fit into what the store has left."""
     free = place.free_bytes()
     present = sum(place.sizes("rows/").values())
@@ -96,9 +96,9 @@ class CacheShard:
 
     def __init__(
         self,
-        place: Place,
-        tokens: Place,
-        teacher: Place,
+        place: StepDir,
+        tokens: StepDir,
+        teacher: StepDir,
         files: dict[str, StoredFile],
         task: Task,
         dtype: str,
@@ -135,7 +135,7 @@ def storable(states: Tensor, dtype: str) -> str:
 
 @torch.no_grad()
 def _probe(
-    teacher: Place, files: dict[str, StoredFile], task: Task, tokens: Place, shards: tuple[Shard, ...], dtype: str
+    teacher: StepDir, files: dict[str, StoredFile], task: Task, tokens: StepDir, shards: tuple[Shard, ...], dtype: str
 ) -> tuple[str, float]:
     """The dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
     model = load_model(teacher.folder(files, Teacher.FOLDER)).eval()

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.run import Distill, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.models.build import FAMILIES, load_model, make_student, set_dropout
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.stages.stage import Step
 from pipeline.store.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.training.checkpoints import finish, store_tensors, weights
 from pipeline.training.diagnostics import weight_histograms
@@ -54,7 +55,7 @@ def settings_of(step: Step) -> dict[str, Any]:
 
 def _train(
     run: Run,
-    teacher: Place,
+    teacher: StepDir,
     files: dict[str, StoredFile],
     family: str,
     quant: Quant,

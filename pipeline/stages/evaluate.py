@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.config.base import Closed
 from pipeline.config.data import Evaluate
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, frozen_student, load_model, read_config, restore_frozen
 from pipeline.stages.stage import Step
-from pipeline.store.records import Closed, Report, Shard, StoredFile, Student, Teacher, Tokens
+from pipeline.store.records import Report, Shard, StoredFile, Student, Teacher, Tokens
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.scoring import Scores
 from pipeline.tasks.task import Task
@@ -80,7 +81,7 @@ def spans_of(shards: Sequence[Shard], most: int) -> list[Span]:
     return [tuple(placed[start : start + length]) for start in range(0, len(placed), length)]
 
 
-def _evaluate(place: Place, origin: str, shards: Span, **settings: Any) -> list[str]:
+def _evaluate(place: StepDir, origin: str, shards: Span, **settings: Any) -> list[str]:
     """A `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made again."""
     found: dict[str, str] = {}
     scorer = None
@@ -100,11 +101,11 @@ class Scorer:
 
     def __init__(
         self,
-        tokens: Place,
+        tokens: StepDir,
         tokenizer: dict[str, StoredFile],
-        teacher: Place,
+        teacher: StepDir,
         teacher_files: dict[str, StoredFile],
-        student: Place,
+        student: StepDir,
         weights: StoredFile,
         family: str,
         quant: Quant,

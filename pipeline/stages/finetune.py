@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.config.run import Finetune
+from pipeline.config.training import Finetune
 from pipeline.models.build import (
     build,
     fp32_bytes,
@@ -24,7 +24,7 @@ from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
 from pipeline.stages.stage import Step
 from pipeline.store.records import Advance, StoredFile, Teacher, Tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.training.checkpoints import finish
 from pipeline.training.trainer import Run, fit
@@ -83,12 +83,12 @@ def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, r
         finish(run.place, progress, run.steps, _save(model, run.place, family))
 
 
-def _import(place: Place, model: dict[str, Any], family: str) -> None:
+def _import(place: StepDir, model: dict[str, Any], family: str) -> None:
     files = _save(load_model(model_folder(model), model["gguf_file"]), place, family)
     place.write("attempt/files.json", json.dumps({name: f.model_dump() for name, f in files.items()}).encode())
 
 
-def _save(model: PreTrainedModel, place: Place, family: str) -> dict[str, StoredFile]:
+def _save(model: PreTrainedModel, place: StepDir, family: str) -> dict[str, StoredFile]:
     """Store the teacher as a Hugging Face folder of its own."""
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
         model.save_pretrained(folder)

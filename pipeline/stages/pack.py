@@ -7,14 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import RunError
 from pipeline.models.build import FAMILIES, frozen_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.spec import Encoding
 from pipeline.stages.stage import Step
 from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 VERSION = 1
 
@@ -48,12 +48,12 @@ def run(step: Step) -> Package:
 
 
 def _pack(
-    place: Place,
-    tokens: Place,
+    place: StepDir,
+    tokens: StepDir,
     tokenizer: dict[str, StoredFile],
-    teacher: Place,
+    teacher: StepDir,
     teacher_files: dict[str, StoredFile],
-    student: Place,
+    student: StepDir,
     weights: StoredFile,
     family: str,
     quant: Quant,

@@ -15,7 +15,7 @@ from pipeline.errors import NotRegisteredError, RunError
 from pipeline.stages.samples import samples
 from pipeline.stages.stage import Done, Step
 from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tracking import registry, runs
 from pipeline.training import figures
 
@@ -107,7 +107,7 @@ def _samples(step: Step) -> str:
     return step.engine.task(_write_samples, settings, step.place)
 
 
-def _write_samples(package: Place, files: dict[str, StoredFile], tokens: Place) -> str:
+def _write_samples(package: StepDir, files: dict[str, StoredFile], tokens: StepDir) -> str:
     record = tokens.record(Tokens)
     if record is None:
         return "The tokens that the student was trained on are gone.\n"
@@ -118,13 +118,13 @@ def _write_samples(package: Place, files: dict[str, StoredFile], tokens: Place) 
 
 def _figures(step: Step) -> dict[str, Any]:
     looks, histograms = (_json(step, Student.stage, name) for name in ("modules.json", "histograms.json"))
-    figures = {}
+    drawn = {}
     if looks:
-        figures["modules.png"] = figures.module_curves(looks)
-        figures["token_cosine.png"] = figures.cosine_curve(_json(step, Student.stage, "history.json"))
+        drawn["modules.png"] = figures.module_curves(looks)
+        drawn["token_cosine.png"] = figures.cosine_curve(_json(step, Student.stage, "history.json"))
     if histograms:
-        figures["weights.png"] = figures.weight_histograms(histograms)
-    return figures
+        drawn["weights.png"] = figures.weight_histograms(histograms)
+    return drawn
 
 
 def _json(step: Step, stage: str, name: str) -> Any:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from pipeline.package.package import load
 from pipeline.store.records import Tokens
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch
 from pipeline.tasks.tokenizers import read_tokenizer
@@ -19,7 +19,7 @@ PROMPTS, LONGEST = 3, 64  # rows; tokens of a prompt and what follows
 
 
 @torch.no_grad()
-def samples(folder: Path, tokens: Place, record: Tokens) -> str:
+def samples(folder: Path, tokens: StepDir, record: Tokens) -> str:
     """Prompt and greedy continuation of a few validation rows, by the packed model in `folder`."""
     model, tokenizer = load(str(folder)), read_tokenizer(folder)
     rows = Rows(tokens, record.splits["validation"].shards)

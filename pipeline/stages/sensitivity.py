@@ -20,7 +20,7 @@ from pipeline.quant.spec import TAKES, UNQUANTIZED, BitWidths, QuantSpec
 from pipeline.stages.stage import Step
 from pipeline.store.records import Sensitivity, Shard, StoredFile, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Batch, Task
 
@@ -51,11 +51,11 @@ def run(step: Step) -> Sensitivity:
 
 @torch.no_grad()
 def _measure(
-    tokens: Place,
+    tokens: StepDir,
     shards: tuple[Shard, ...],
-    cache: Place | None,
+    cache: StepDir | None,
     task: Task,
-    teacher: Place,
+    teacher: StepDir,
     files: dict[str, StoredFile],
     family: str,
     specs: dict[int, QuantSpec],
@@ -96,9 +96,9 @@ def alone(recipe: dict[str, Any], width: int) -> QuantSpec:
 
 
 def _batches(
-    tokens: Place,
+    tokens: StepDir,
     shards: tuple[Shard, ...],
-    cache: Place | None,
+    cache: StepDir | None,
     task: Task,
     rows: int,
     batch: int,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pipeline.config.resources import Resources
 from pipeline.execution.engine import Engine
 from pipeline.store.records import Advance, Record
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 R = TypeVar("R", bound=Record)
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
@@ -23,7 +23,7 @@ class Done:
     """A finished step: its record and where its files lie."""
 
     record: Any
-    place: Place
+    place: StepDir
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Step:
     version: int
     recipe: dict[str, Any]
     inputs: dict[str, Done]
-    place: Place
+    place: StepDir
     engine: Engine
     advance: Advance
     locations: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Step:
     def resources(self) -> Resources:
         return self.engine.resources
 
-    def input(self, kind: type[R]) -> tuple[R, Place]:
+    def input(self, kind: type[R]) -> tuple[R, StepDir]:
         """The record of an earlier stage, and its place."""
         done = self.inputs[kind.stage]
         if not isinstance(done.record, kind):

@@ -19,7 +19,7 @@ from pipeline.sources.text import Part, SourceFile, documents, parts
 from pipeline.stages.stage import Step
 from pipeline.store.records import Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
@@ -117,7 +117,7 @@ def _tokenizer(step: Step, training: Sequence[SplitPart]) -> dict[str, StoredFil
 
 
 def _make_tokenizer(
-    place: Place, recipe: dict[str, Any], training: Sequence[SplitPart], location: dict[str, Any] | None
+    place: StepDir, recipe: dict[str, Any], training: Sequence[SplitPart], location: dict[str, Any] | None
 ) -> dict[str, StoredFile]:
     """Read from its folder, or learned from the training split."""
     if location is None:
@@ -134,7 +134,7 @@ def _make_tokenizer(
         }
 
 
-def _collect(place: Place, recipe: dict[str, Any], work: Sequence[SplitPart]) -> dict[str, StoredFile]:
+def _collect(place: StepDir, recipe: dict[str, Any], work: Sequence[SplitPart]) -> dict[str, StoredFile]:
     """What the task must know of each split before its rows are made, one JSON file a split."""
     task, scratch = task_of(recipe), str(place.scratch_dir())
     files: dict[str, StoredFile] = {}
@@ -150,7 +150,7 @@ class TokenizePart:
     """Tokenizes parts on one worker; a part whose shards are all committed is not done again."""
 
     def __init__(
-        self, place: Place, files: dict[str, StoredFile], recipe: dict[str, Any], shared: dict[str, StoredFile]
+        self, place: StepDir, files: dict[str, StoredFile], recipe: dict[str, Any], shared: dict[str, StoredFile]
     ) -> None:
         self.place, self.recipe, self.shared, self.task = place, recipe, shared, task_of(recipe)
         self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(place.folder(files, Tokens.FOLDER))

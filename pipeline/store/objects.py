@@ -1,10 +1,9 @@
-"""Named objects behind one small interface: files below a directory, or a bucket in S3. The only boto3 import."""
+"""Named objects behind one small interface: files below a directory, or a bucket in S3 (`s3`)."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -14,21 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import boto3
-import pyarrow.fs
-from botocore.config import Config as BotoConfig
-from botocore.exceptions import BotoCoreError, ClientError
-
 from pipeline.errors import ConfigError, RunError
 
-CONFLICT_RETRIES = 6
 TEMPORARY = ".tmp"
 SPARED_S = 60.0  # for how long a temporary file may still become one that is spared
-FAULTS = (OSError, ClientError, BotoCoreError)  # what a store that cannot be reached raises
 
 
 class Objects(Protocol):
-    """Named objects under one root. Every write is atomic: a reader sees the old object, the new one, or none."""
+    """Named objects under one root. Every write is atomic: a reader sees the old object, the new one, or none.
+
+    A store that cannot be reached raises OSError.
+    """
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -59,7 +54,10 @@ class Objects(Protocol):
         others may be writing now."""
 
     def free_bytes(self) -> int | None:
-        """Space left, or None where there is no limit to ask for."""
+        """Return the space left, or None where there is no limit to ask for."""
+
+    def arrow(self, name: str) -> tuple[str, Any]:
+        """Return the same place for libraries that read through Arrow: a path, and its file system, None for ours."""
 
 
 class Directory:
@@ -149,6 +147,9 @@ class Directory:
             existing = existing.parent
         return shutil.disk_usage(existing).free
 
+    def arrow(self, name: str) -> tuple[str, None]:
+        return str(self.root / name), None
+
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[tuple[Path, Path]]:
         path = self._path(name)
@@ -166,109 +167,12 @@ def _is_young(path: Path) -> bool:
     return False
 
 
-class Bucket:
-    """Objects in S3 or a store that speaks its protocol; endpoint and credentials as boto3 finds them."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
-        settings = BotoConfig(
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "adaptive", "max_attempts": 10},
-        )
-        self.client: Any = boto3.client("s3", config=settings)
-
-    def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self.bucket, "Key": self.prefix + name}
-
-    def read(self, name: str) -> bytes:
-        with _missing(name):
-            body: bytes = self.client.get_object(**self._at(name))["Body"].read()
-        return body
-
-    def write(self, name: str, data: bytes) -> None:
-        self.client.put_object(**self._at(name), Body=data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        return self._conditional(name, data, IfNoneMatch="*")
-
-    def swap(self, name: str, expected: bytes, data: bytes) -> bool:
-        try:
-            with _missing(name):
-                current = self.client.get_object(**self._at(name))
-        except FileNotFoundError:
-            return False
-        if current["Body"].read() != expected:
-            return False
-        return self._conditional(name, data, IfMatch=current["ETag"])
-
-    def _conditional(self, name: str, data: bytes, **condition: str) -> bool:
-        for attempt in range(CONFLICT_RETRIES):
-            try:
-                self.client.put_object(**self._at(name), Body=data, **condition)
-                return True
-            except ClientError as error:
-                if _status(error) == 412:
-                    return False
-                if _status(error) != 409 or attempt == CONFLICT_RETRIES - 1:  # 409: another write is under way
-                    raise
-            time.sleep(0.2 * 2**attempt)
-        return False
-
-    def upload(self, name: str, path: Path) -> None:
-        self.client.upload_file(str(path), **self._at(name))
-
-    def local(self, name: str, scratch: Path) -> Path:
-        digest = hashlib.sha256(f"{self.bucket}/{self.prefix}{name}".encode()).hexdigest()[:16]
-        path = scratch / digest / Path(name).name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-            with _missing(name):
-                self.client.download_file(self.bucket, self.prefix + name, str(temporary))
-            temporary.replace(path)
-        return path
-
-    def sizes(self, prefix: str) -> dict[str, int]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        objects = (item for page in pages for item in page.get("Contents", []))
-        return {item["Key"][len(self.prefix) :]: item["Size"] for item in objects}
-
-    def delete(self, name: str) -> None:
-        self.client.delete_object(**self._at(name))
-
-    def delete_below(self, prefix: str) -> None:
-        for name in self.sizes(prefix):
-            self.delete(name)
-
-    def delete_unfinished(self, prefix: str, spared: str) -> None:
-        pages = self.client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=self.bucket, Prefix=self.prefix + prefix
-        )
-        uploads = (upload for page in pages for upload in page.get("Uploads", []))
-        for upload in uploads:  # an object named `spared` is small, and never uploaded in parts
-            self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def arrow(self, name: str) -> tuple[str, pyarrow.fs.FileSystem]:
-        """The same place for libraries that read through Arrow; each process finds the credentials by itself."""
-        filesystem = pyarrow.fs.S3FileSystem(
-            region=self.client.meta.region_name, endpoint_override=self.client.meta.endpoint_url
-        )
-        return f"{self.bucket}/{self.prefix}{name}", filesystem
-
-    def versions(self, prefix: str) -> dict[str, str]:
-        """ETag of every object whose name starts with `prefix`."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        return {i["Key"][len(self.prefix) :]: i["ETag"] for page in pages for i in page.get("Contents", [])}
-
-
 @lru_cache(maxsize=16)
-def open_objects(uri: str) -> Directory | Bucket:
-    """The objects under a directory path, `file://` or `s3://bucket/prefix`."""
+def open_objects(uri: str) -> Objects:
+    """Return the objects under a directory path, `file://` or `s3://bucket/prefix`."""
     if uri.startswith("s3://"):
+        from pipeline.store.s3 import Bucket  # boto3 takes as long to import as a local plan takes in all
+
         bucket, _, prefix = uri[5:].partition("/")
         return Bucket(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
     if "://" in uri and not uri.startswith("file://"):
@@ -279,17 +183,3 @@ def open_objects(uri: str) -> Directory | Bucket:
 def _sync(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _missing(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ClientError as error:
-        if _status(error) == 404:
-            raise FileNotFoundError(name) from error
-        raise
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -9,8 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
+from pipeline.config.base import Closed
 from pipeline.errors import RunError
 
 SCHEMA_VERSION = 1
@@ -22,10 +21,6 @@ class Advance(Protocol):
     """Told how far a long stage is: done of how many, a word on how it goes, points of curves since the last call."""
 
     def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None: ...
-
-
-class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StoredFile(Closed):

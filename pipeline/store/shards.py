@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.errors import DamagedError
 from pipeline.store.records import Shard, StoredFile
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 SHARD_TOKENS = 65_536
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
     return (words.view(torch.bfloat16) if dtype == "bfloat16" else words).float()
 
 
-def commit_shard(place: Place, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
+def commit_shard(place: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
     """Write a shard to a temporary file, store it, then commit it by the JSON beside it."""
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
         path = Path(folder) / name.replace("/", "-")
@@ -100,7 +100,7 @@ def commit_shard(place: Place, name: str, rows: int, tokens: int, write: Callabl
     return shard
 
 
-def committed_shard(place: Place, name: str) -> Shard | None:
+def committed_shard(place: StepDir, name: str) -> Shard | None:
     """The shard if it is committed and sound; a damaged one counts as absent."""
     try:
         shard, stored = _entry(place, name)
@@ -110,12 +110,12 @@ def committed_shard(place: Place, name: str) -> Shard | None:
     return shard
 
 
-def open_shard(place: Place, name: str) -> Path:
+def open_shard(place: StepDir, name: str) -> Path:
     """A local, checked file. Raises DamagedError."""
     return place.local(name, _entry(place, name)[1])
 
 
-def _entry(place: Place, name: str) -> tuple[Shard, StoredFile]:
+def _entry(place: StepDir, name: str) -> tuple[Shard, StoredFile]:
     try:
         entry = json.loads(place.read(f"{name}.json"))
         return Shard.model_validate(entry["shard"]), StoredFile.model_validate(entry["file"])
@@ -131,7 +131,7 @@ class Rows:
     """
 
     def __init__(
-        self, tokens: Place, shards: Sequence[Shard], cache: Place | None = None, open_shards: int = 32
+        self, tokens: StepDir, shards: Sequence[Shard], cache: StepDir | None = None, open_shards: int = 32
     ) -> None:
         self.shards = list(shards)
         self.rows = sum(shard.rows for shard in shards)

@@ -27,7 +27,7 @@ from pipeline.stages import sensitivity
 from pipeline.store.keys import step_key
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.records import Sensitivity, Teacher, TeacherCache, Tokens
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.sweep.knapsack import Option, Options, allocations
 from pipeline.tracking.listener import Observer
 
@@ -89,7 +89,7 @@ def plan(config: Config) -> Plan:
     }
     inputs = {stage: line.step(stage).place.key for stage in (Tokens.stage, Teacher.stage, TeacherCache.stage)}
     key = step_key(Sensitivity.stage, sensitivity.VERSION, recipe, inputs)
-    place = Place(storage_uri(config.resources), Sensitivity.stage, key, scratch_dir(config.resources))
+    place = StepDir(storage_uri(config.resources), Sensitivity.stage, key, scratch_dir(config.resources))
     record = place.record(Sensitivity)
     step = Planned(Sensitivity.stage, recipe, inputs, place, record, "done before" if record else "never run before")
     return replace(line, steps=(*line.steps, step))

@@ -20,7 +20,7 @@ from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
 from pipeline.flow import run as flow
 from pipeline.store.keys import canonical_json, step_key
 from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.sweep.sampler import suggestion
 from pipeline.sweep.trials import label, scores, trial_config
 from pipeline.tracking import runs
@@ -54,13 +54,13 @@ def candidate(base: Config, values: dict[str, Any]) -> Candidate:
         raise ConfigError(f"The trial {label(values)} cannot run: {error}") from error
 
 
-def stored_trials(place: Place) -> dict[str, Trial]:
+def stored_trials(place: StepDir) -> dict[str, Trial]:
     """What is known of a sweep's trials, in the order in which they were started."""
     found = [json.loads(place.read(name)) for name in place.sizes("trials/") if name.endswith(".json")]
     return {entry["trial"]["key"]: Trial(**entry["trial"]) for entry in sorted(found, key=lambda entry: entry["index"])}
 
 
-def stored_sharing(place: Place) -> dict[str, float]:
+def stored_sharing(place: StepDir) -> dict[str, float]:
     """Worker-seconds that a sweep has spent on what its trials share."""
     try:
         return dict(json.loads(place.read(SHARING)))
@@ -79,7 +79,7 @@ class Feed:
     base: Config
     sweep: Sweep
     key: str
-    place: Place
+    place: StepDir
     listed: Sequence[Candidate]
     outbox: Outbox
     advance: Advance

@@ -25,7 +25,7 @@ from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import anchored, scratch_dir, storage_uri
 from pipeline.store.records import SweepRecord, TeacherCache, Trial
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.sweep import bit_budget
 from pipeline.sweep.pareto import front
 from pipeline.sweep.queue import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
@@ -49,7 +49,7 @@ class SweepPlan:
     config: Config
     sweep: Sweep
     base: flow.Plan
-    place: Place
+    place: StepDir
     recipe: dict[str, Any]
     known: tuple[Candidate, ...]
     trials: dict[str, Trial]
@@ -81,7 +81,7 @@ def plan(config: Config, retry_failed: bool = False) -> SweepPlan:
     base = flow.plan(config)
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
-    place = Place(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
+    place = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
     trials, record = stored_trials(place), place.record(SweepRecord)
     if retry_failed and any(_failed(trial) for trial in trials.values()):
         trials, record = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}, None
@@ -163,7 +163,7 @@ def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
     return replace(found, untold=outbox.told())
 
 
-def _feed(planned: SweepPlan, place: Place, outbox: Outbox, observer: Observer) -> Feed:
+def _feed(planned: SweepPlan, place: StepDir, outbox: Outbox, observer: Observer) -> Feed:
     """What is known of the trials, under the lease; one whose version the registry lost is to be registered again."""
 
     def advance(done: int, total: int, note: str) -> None:
@@ -209,7 +209,7 @@ def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
     return listed(sweep) or [{}]
 
 
-def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: LiveRun, wait: bool) -> None:
+def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: StepDir, live: LiveRun, wait: bool) -> None:
     """The steps that trials share, once each; then the trials. Where some trials share what cannot be made, the others
     go on."""
     workers = max(1, planned.config.resources.workers)
@@ -235,7 +235,7 @@ def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: Place, live: Liv
         ray_tune.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
 
 
-def _conclude(planned: SweepPlan, feed: Feed, place: Place) -> Found:
+def _conclude(planned: SweepPlan, feed: Feed, place: StepDir) -> Found:
     """Register what could not be registered before, find the front, and commit the record if nothing is left."""
     lost = feed.failures
     feed.failures = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from pipeline.store.lease import Owner
 from pipeline.store.records import Point
-from pipeline.store.step_store import Owner
 
 
 class Observer(Protocol):

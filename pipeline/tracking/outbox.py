@@ -17,9 +17,9 @@ from typing import Any
 
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError
+from pipeline.store.lease import Owner
 from pipeline.store.locations import scratch_dir
 from pipeline.store.records import Point
-from pipeline.store.step_store import Owner
 from pipeline.tracking import runs
 from pipeline.tracking.listener import Observer
 from pipeline.tracking.runs import Target, prefixed

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import DamagedError
 from pipeline.models.hidden_states import WithStates
 from pipeline.store.records import StoredFile
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Progress:
     modules: list[dict[str, Any]] = field(default_factory=list)  # what `diagnostics.Watch` saw
 
 
-def write_checkpoint(place: Place, tensors: dict[str, Tensor], progress: Progress) -> None:
+def write_checkpoint(place: StepDir, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Store a checkpoint, then drop the one before it."""
     state, marker = f"attempt/state-{progress.step:09d}-{place.fence}.safetensors", _marker(progress.step)
     stored = store_tensors(place, state, tensors)
@@ -46,7 +46,7 @@ def write_checkpoint(place: Place, tensors: dict[str, Tensor], progress: Progres
             place.delete(old)
 
 
-def latest_checkpoint(place: Place) -> dict[str, Any] | None:
+def latest_checkpoint(place: StepDir) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, as `load_checkpoint` takes it."""
     for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
         try:
@@ -58,7 +58,7 @@ def latest_checkpoint(place: Place) -> dict[str, Any] | None:
     return None
 
 
-def load_checkpoint(place: Place, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
+def load_checkpoint(place: StepDir, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
     path = place.local(fields["file"], StoredFile(**fields["stored"]))
     return load_file(path), Progress(**fields["progress"])
 
@@ -67,14 +67,14 @@ def _marker(step: int) -> str:
     return f"attempt/checkpoint-{step:09d}.json"
 
 
-def store_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> StoredFile:
+def store_tensors(place: StepDir, name: str, tensors: dict[str, Tensor]) -> StoredFile:
     with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
         path = Path(folder) / "tensors.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
         return place.upload(name, path)
 
 
-def finish(place: Place, progress: Progress, steps: int, files: dict[str, StoredFile]) -> None:
+def finish(place: StepDir, progress: Progress, steps: int, files: dict[str, StoredFile]) -> None:
     """Rank 0, when its weights are stored as `files`: what the stage needs for its record."""
     files = files | {"history.json": place.write("history.json", json.dumps(progress.history).encode())}
     if progress.modules:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.run import Distill
+from pipeline.config.training import Distill
 from pipeline.distill.losses import contrastive_loss, valid_tokens
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import (

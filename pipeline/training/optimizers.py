@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.run import Distill, Finetune
+from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
 from pipeline.quant.layers import quantizers
 from pipeline.training.schedule import learning_rate

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.config.training import Schedule
 from pipeline.distill.random import draw
 
 FINAL_LR = 1e-6  # Tao et al. 2022, appendix: linear decay to 1e-6
-
-
-Schedule = Literal["linear", "cosine"]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: Schedule = "linear") -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.resources import Resources
-from pipeline.config.run import Distill, Finetune
+from pipeline.config.training import Distill, Finetune
 from pipeline.distill.memory_bank import alone
 from pipeline.distill.random import draw
 from pipeline.errors import RunError
@@ -29,7 +29,7 @@ from pipeline.models.hidden_states import WithStates, last_states, logits_of
 from pipeline.quant.layers import quantizers
 from pipeline.store.records import Advance, Shard, StoredFile
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
 from pipeline.tasks.task import Batch, Task
@@ -56,12 +56,12 @@ class Run:
     """What every worker of a training run is told; small and picklable."""
 
     recipe: Finetune | Distill
-    place: Place
-    tokens: Place
+    place: StepDir
+    tokens: StepDir
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     resources: Resources
-    cache: Place | None = None
+    cache: StepDir | None = None
     task: Task = field(default_factory=LanguageModeling)
 
     @property

@@ -122,11 +122,11 @@ def test_training_outlives_the_server_and_nothing_is_lost(
 ) -> None:
     config = tiny_config(cloned, distill={"seed": 5}, resources={"tracking_uri": server.uri})
     plan = flow.plan(config)
-    with Outbox(outbox.outbox_folder(config.resources)) as outbox:
-        outage = Outage(server, outbox)
-        outcome = flow.run(plan, LiveRun(outage, outbox, flow.target_of(plan, "2-2-8", None)))
+    with Outbox(outbox.outbox_folder(config.resources)) as sender:
+        outage = Outage(server, sender)
+        outcome = flow.run(plan, LiveRun(outage, sender, flow.target_of(plan, "2-2-8", None)))
     assert outage.while_away >= 10
-    assert outbox.unsent == {}
+    assert sender.unsent == {}
     version = outcome.done["register"].record
     client = runs.connect(server.uri)
     history = client.get_metric_history(version.run_id, "distill/loss")
@@ -140,10 +140,10 @@ def test_training_outlives_the_server_and_nothing_is_lost(
     found = sweep.run(sweep.plan(config), Recorder())
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert found.untold == ""
-    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    parents = {run.data.tags.get(runs.PARENT_TAG) for run in runs}
-    (parent,) = (run.info.run_id for run in runs if run.info.run_id in parents)
-    nested = [run for run in runs if run.data.tags.get(runs.PARENT_TAG) == parent]
+    logged = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parents = {run.data.tags.get(runs.PARENT_TAG) for run in logged}
+    (parent,) = (run.info.run_id for run in logged if run.info.run_id in parents)
+    nested = [run for run in logged if run.data.tags.get(runs.PARENT_TAG) == parent]
     assert {run.data.tags[runs.KEY_TAG] for run in nested} == {trial.key for trial in found.trials}
     assert len(client.search_model_versions("name = 'tiny'")) == 2
 

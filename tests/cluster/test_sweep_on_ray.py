@@ -190,10 +190,10 @@ def check(project: Project, document: dict[str, Any], undisturbed: sweep.Found) 
     assert len(project.trials()) == len(BITS)
     config = Config.model_validate(yaml.safe_load(project.path.read_text()))
     client = runs.connect(tracking_uri(config.resources))
-    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    assert sorted(run.data.tags[runs.KEY_TAG] for run in runs) == sorted([*expected, document["sweep_key"]])
-    (parent,) = (run for run in runs if run.data.tags[runs.KEY_TAG] == document["sweep_key"])
-    for run in runs:
+    logged = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert sorted(run.data.tags[runs.KEY_TAG] for run in logged) == sorted([*expected, document["sweep_key"]])
+    (parent,) = (run for run in logged if run.data.tags[runs.KEY_TAG] == document["sweep_key"])
+    for run in logged:
         if run is not parent:
             assert run.data.tags[runs.PARENT_TAG] == parent.info.run_id
             points = client.get_metric_history(run.info.run_id, "distill/validation_nats")  # in order of arrival

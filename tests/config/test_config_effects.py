@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config.run import Config, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.run import Config
 from pipeline.store.keys import canonical_json, recipe_of
 
 ONE, TWO = (".*c_fc", 8), ("transformer.*", 4)

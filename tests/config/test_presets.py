@@ -11,7 +11,9 @@ import yaml
 
 from pipeline.config.load import load_config
 from pipeline.config.presets import PRESETS, filled, set_otherwise
-from pipeline.config.run import Config, Distill, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.run import Config
+from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
 from pipeline.flow import run as flow
 from pipeline.package.package import load

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, tra
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.export import export
+from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
-from pipeline.config.run import Quant
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary

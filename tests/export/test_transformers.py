@@ -11,8 +11,8 @@ from rich.console import Console
 from safetensors import safe_open
 
 from jobs.export import export
+from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
-from pipeline.config.run import Quant
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks.tokenizers import train_bpe
 
 Usage = namedtuple("Usage", "total used free")
@@ -162,7 +162,7 @@ def test_no_space_for_the_cache(refused, monkeypatch, tmp_path, plan):
 
 
 def test_no_space_is_needed_online(tiny_fields, monkeypatch, tmp_path):
-    monkeypatch.setattr(Place, "free_bytes", lambda place: 5000)
+    monkeypatch.setattr(StepDir, "free_bytes", lambda place: 5000)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_fields(tmp_path, cache={"mode": "online"})))
     shown = CliRunner().invoke(app, ["compress", str(path), "--plan", "--json"])
@@ -195,7 +195,7 @@ def test_a_step_that_another_process_runs_is_not_waited_for_if_so_asked(tiny_fie
     path.write_text(yaml.safe_dump(tiny_fields(cloned, quant={"bits": "4-4-8"})))
     shown = CliRunner().invoke(app, ["compress", str(path), "--plan", "--json"])
     key = json.loads(shown.stdout)["stages"][3]["key"]
-    with Place(str(cloned / "store"), "distill", key, str(cloned)).hold(True, print):
+    with StepDir(str(cloned / "store"), "distill", key, str(cloned)).hold(True, print):
         message = said("compress", path, "--no-wait", status=1)
     holds(message, f"distill step {key}", "is being run by process")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError
 from pipeline.models.build import (
     FAMILIES,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.models.build import (
     FAMILIES,

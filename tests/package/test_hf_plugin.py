@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import pipeline
 import pipeline.plugin
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError, RunError
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.package import package as artifact

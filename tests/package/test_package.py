@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.layers import freeze

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import pipeline.plugin  # noqa: F401 - which teaches transformers the format
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, DamagedError
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
 from pipeline.package import package as artifact

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, skeleton
 from pipeline.package import package as artifact
 from pipeline.package.size import layout

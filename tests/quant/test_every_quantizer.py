@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import pipeline
 from pipeline.config.presets import PRESETS
-from pipeline.config.run import Distill, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill
 from pipeline.models.build import FAMILIES, build, load_parameters, make_student, read_config
 from pipeline.package import package as artifact
 from pipeline.quant.grid import dequantize

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.run import Quant
+from pipeline.config.quant import Quant
 from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, restore_frozen
 from pipeline.store.keys import recipe_of
 from tests.conftest import ARCHITECTURES

@@ -15,9 +15,10 @@ import pytest
 
 from pipeline.errors import BusyError, FencedOffError
 from pipeline.store import step_store
+from pipeline.store.lease import DEAD_AFTER_S, Lease, Owner
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Report
-from pipeline.store.step_store import DEAD_AFTER_S, Lease, Owner, Place
+from pipeline.store.step_store import StepDir
 from tests.store.test_step_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
 
 NAME = f"{Report.stage}/{KEY}/lease.json"
@@ -40,7 +41,7 @@ def s3():
 def place(request, tmp_path):
     """A step's place that nobody holds."""
     uri = str(tmp_path / "store") if request.param == "directory" else f"{request.getfixturevalue('s3')}/{uuid.uuid4()}"
-    return Place(uri, Report.stage, KEY, str(tmp_path / "scratch"))
+    return StepDir(uri, Report.stage, KEY, str(tmp_path / "scratch"))
 
 
 @pytest.fixture

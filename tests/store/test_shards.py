@@ -22,7 +22,7 @@ from pipeline.store.shards import (
     write_states,
     write_tokens,
 )
-from pipeline.store.step_store import Place
+from pipeline.store.step_store import StepDir
 
 BLOCK, HIDDEN = 6, 4
 SIZES = (3, 1, 4, 2, 5)
@@ -37,7 +37,7 @@ def random_rows(rows, seed=0):
 
 @pytest.fixture
 def place(tmp_path):
-    with Place(str(tmp_path / "store"), "tokenize", "0" * 32, str(tmp_path / "scratch")).hold(False, print) as held:
+    with StepDir(str(tmp_path / "store"), "tokenize", "0" * 32, str(tmp_path / "scratch")).hold(False, print) as held:
         yield held
 
 

@@ -16,7 +16,7 @@ from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Report, StoredFile
-from pipeline.store.step_store import Place, checksum, records
+from pipeline.store.step_store import StepDir, checksum, records
 from tests.store.test_step_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
 
 
@@ -36,12 +36,12 @@ def uri(request, tmp_path):
 @pytest.fixture
 def place(uri, tmp_path):
     """A step's place, its lease held by this process."""
-    with Place(uri, Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as held:
+    with StepDir(uri, Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as held:
         yield held
 
 
 def test_what_a_killed_writer_left_is_neither_listed_nor_read(tmp_path):
-    place = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    place = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
     folder = tmp_path / Report.stage / KEY
     folder.mkdir(parents=True)
     (folder / f".record.json.{uuid.uuid4().hex}.tmp").write_bytes(report("half").to_json()[:40])
@@ -52,7 +52,7 @@ def test_what_a_killed_writer_left_is_neither_listed_nor_read(tmp_path):
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
 def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path, ends):
-    killed = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    killed = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
     with contextlib.suppress(ZeroDivisionError), killed.hold(False, print) as place:
         place.write("rows/a", b"whole")
         for name in ("rows/.b", ".weights"):
@@ -64,7 +64,7 @@ def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path
 
 
 def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_path, monkeypatch):
-    step = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    step = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
     first = threading.Event()
     sync = objects_module._sync
 
@@ -91,7 +91,7 @@ def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_
 
 
 def test_whoever_was_taken_over_clears_nothing_away(tmp_path):
-    place = Place(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    place = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
     temporary = tmp_path / Report.stage / KEY / f".weights.{uuid.uuid4().hex}.tmp"
     with place.hold(False, print):
         mine = open_objects(str(tmp_path)).read(f"{Report.stage}/{KEY}/lease.json")
@@ -170,7 +170,7 @@ def test_a_damaged_file_is_refused(uri, place, tmp_path, damaged):
 
 
 def test_a_spoilt_scratch_copy_of_a_sound_object_is_fetched_again(s3, tmp_path):
-    with Place(f"{s3}/{uuid.uuid4()}", Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as place:
+    with StepDir(f"{s3}/{uuid.uuid4()}", Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as place:
         stored = place.upload("weights", file_of(tmp_path, b"sound"))
         copy = place.local("weights", stored)
         assert copy.is_relative_to(tmp_path / "scratch")

@@ -77,8 +77,8 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
 
 def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
     _, config, found, _ = swept
-    client, runs = runs_of(config)
-    by_key = {run.data.tags[runs.KEY_TAG]: run for run in runs}
+    client, logged = runs_of(config)
+    by_key = {run.data.tags[runs.KEY_TAG]: run for run in logged}
     parent = by_key.pop(sweep.plan(config).key)
     assert set(by_key) == {trial.key for trial in found.trials}
     assert parent.info.status == "FINISHED"
@@ -98,8 +98,8 @@ def test_a_finished_sweep_has_a_page_beside_its_record_and_in_its_run(swept):
     assert page.is_relative_to(planned.place.uri)
     assert all(text in page.read_text() for text in (planned.key, *BITS))
     assert all(page.with_suffix(suffix).stat().st_size > 100 for suffix in (".png", ".csv"))
-    client, runs = runs_of(config)
-    parent = next(run for run in runs if run.data.tags[runs.KEY_TAG] == planned.key)
+    client, logged = runs_of(config)
+    parent = next(run for run in logged if run.data.tags[runs.KEY_TAG] == planned.key)
     assert page.name in {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert jobs.sweep.show(planned) == str(page)
     assert page.stat().st_mtime_ns == made
@@ -151,8 +151,8 @@ def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
     found = sweep.run(planned, Recorder())
     assert [trial.status for trial in found.trials] == ["done"] * 3
     assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/trials/*.json")}
-    _, runs = runs_of(config)
-    assert len(runs) == 4
+    _, logged = runs_of(config)
+    assert len(logged) == 4
 
 
 def test_the_cap_of_worker_hours_stops_starting_and_keeps_the_best_so_far(tiny_config, cloned):
@@ -287,8 +287,8 @@ def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cl
     assert [trial.status for trial in found.trials] == ["done", "failed"]
     assert "Lower the learning rate" in found.trials[1].failure
     assert found.front == (found.trials[0].key,)
-    _, runs = runs_of(config)
-    status = {run.data.tags[runs.KEY_TAG]: run.info.status for run in runs}
+    _, logged = runs_of(config)
+    status = {run.data.tags[runs.KEY_TAG]: run.info.status for run in logged}
     assert status[found.trials[1].key] == "FAILED"
 
 

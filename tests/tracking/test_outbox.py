@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlflow
 import pytest
 
-from pipeline.store.step_store import Owner
+from pipeline.store.lease import Owner
 from pipeline.tracking import outbox, runs
 from pipeline.tracking.outbox import LiveRun, Outbox
 from pipeline.tracking.runs import Target

@@ -17,15 +17,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
-from pipeline.config.run import Distill, Finetune, Quant
+from pipeline.config.training import Distill, Finetune
 from pipeline.models.build import build, load_model, read_config, set_dropout
 from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
+from pipeline.store.lease import Owner
 from pipeline.store.records import Shard
 from pipeline.store.shards import commit_shard, write_tokens
-from pipeline.store.step_store import Owner, Place
+from pipeline.store.step_store import StepDir
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
 from pipeline.training.distillation import Distillation
@@ -42,9 +44,9 @@ ARCHITECTURE = {
 }
 
 
-def fenced(root: Path, stage: str, key: str = "0" * 32) -> Place:
+def fenced(root: Path, stage: str, key: str = "0" * 32) -> StepDir:
     """A place whose lease this process holds until it ends."""
-    place = Place(str(root / "store"), stage, key, str(root / "scratch"))
+    place = StepDir(str(root / "store"), stage, key, str(root / "scratch"))
     with place.hold(False, lambda owner: None) as held:
         pass
     owner = json.dumps(vars(Owner.this_process()))
@@ -58,7 +60,7 @@ class Case:
     """Tokens of a noisy successor rule, a teacher's folder, and what a run needs."""
 
     root: Path
-    tokens: Place
+    tokens: StepDir
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     teacher: Path
@@ -91,7 +93,7 @@ class Case:
         lengths[39] = 5  # the last row of a part may be padded
         return cls.of(root, LanguageModeling(), ARCHITECTURE, ids, lengths)
 
-    def cache(self, dtype: str) -> Place:
+    def cache(self, dtype: str) -> StepDir:
         self.runs += 1
         place = fenced(self.root, "cache", f"{dtype}-{self.runs}")
         worker = CacheShard.__new__(CacheShard)
@@ -102,7 +104,7 @@ class Case:
             worker(shard)
         return place
 
-    def run(self, recipe: Finetune | Distill, name: str, cache: Place | None = None, **resources: Any) -> Run:
+    def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> Run:
         self.runs += 1
         return Run(
             recipe=recipe,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config.run import Distill, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill
 from pipeline.models.build import FAMILIES, load_model, load_parameters, make_student
 from pipeline.quant.layers import InputQuantizer, QuantizedLinear
 from pipeline.training.diagnostics import Watch, token_cosine, weight_histograms

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.run import Config, Distill, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.run import Config
+from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
 from pipeline.errors import ConfigError, RunError

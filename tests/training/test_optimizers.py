@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.run import Distill, Finetune, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill, Finetune
 from pipeline.quant.layers import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName

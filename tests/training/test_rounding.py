@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.run import Config, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.run import Config
 from pipeline.models.build import load_model
 from pipeline.package.package import load
 from pipeline.quant.grid import dequantize

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.config.data import Task
-from pipeline.config.run import Distill, Finetune, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill, Finetune
 from pipeline.store.shards import map_states, open_shard, states_name
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization

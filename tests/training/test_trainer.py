@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.run import Distill, Finetune, Quant
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill, Finetune
 from pipeline.errors import RunError
 from pipeline.training.trainer import Run, fit
 from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers

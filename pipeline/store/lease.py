@@ -1,0 +1,181 @@
+"""Leases: which process runs a step, and the fencing token of its attempt.
+
+A live owner is waited for; a dead one is taken over, and its token is worth nothing from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pipeline.errors import BusyError, FencedOffError
+from pipeline.store.objects import Objects
+
+LEASE = "lease.json"
+HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a lease."""
+
+    host: str
+    pid: int
+    started_ticks: int  # since boot, so that a step of the system clock changes nothing
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        """Return the calling process."""
+        return cls(_this_host(), os.getpid(), _start_ticks(os.getpid()) or 0)
+
+    def gone(self) -> bool:
+        """Tell whether the process ran on this host and runs no more."""
+        if self.host != _this_host():
+            return False
+        return _start_ticks(self.pid) != self.started_ticks
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host.split()[0]}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The content of a lease's file; without an owner it was let go."""
+
+    owner: Owner | None
+    fence: int
+    heartbeat: float
+
+    def to_json(self) -> bytes:
+        """Return the bytes of the file."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Lease:
+        """Return the lease that `to_json` wrote."""
+        fields = json.loads(data)
+        owner = Owner(**fields["owner"]) if fields["owner"] else None
+        return cls(owner, fields["fence"], fields["heartbeat"])
+
+    def dead(self) -> bool:
+        """Tell whether nobody holds the lease any more."""
+        if self.owner is None or self.owner.gone():
+            return True
+        return self.owner.host != _this_host() and time.time() - self.heartbeat > DEAD_AFTER_S
+
+
+@dataclass(frozen=True)
+class LeaseFile:
+    """The lease of one folder of a store. `title` names what is leased in messages, such as "distill step 1f0c"."""
+
+    objects: Objects
+    folder: str  # ends in a slash
+    title: str
+
+    @property
+    def _name(self) -> str:
+        return self.folder + LEASE
+
+    def read(self) -> Lease | None:
+        """Return the lease as it is now, or None if there never was one."""
+        try:
+            return Lease.parse(self.objects.read(self._name))
+        except FileNotFoundError:
+            return None
+
+    def check(self, fence: int | None) -> None:
+        """Raise FencedOffError unless the attempt with this token still holds the lease."""
+        lease = self.read()
+        if lease is None or fence is None or lease.fence != fence:
+            holder = "nobody" if lease is None or lease.owner is None else str(lease.owner)
+            raise FencedOffError(f"The {self.title} is no longer ours: it is held by {holder}.")
+
+    @contextlib.contextmanager
+    def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[int]:
+        """Hold the lease while inside; yields the fencing token.
+
+        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
+        away what killed writers left half written.
+
+        Raises:
+            BusyError: a live process holds the lease and `wait` is False.
+        """
+        lease = self._acquire(wait, waiting)
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(lease, stop), daemon=True)
+        beat.start()
+        try:
+            yield lease.fence
+        finally:
+            stop.set()
+            beat.join()
+            self._release(lease)
+
+    def _release(self, lease: Lease) -> None:
+        current = self.read()
+        if current is not None and current.fence == lease.fence:
+            with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
+                self.objects.delete_unfinished(self.folder, spared=LEASE)
+            released = Lease(None, lease.fence, time.time())
+            self.objects.swap(self._name, current.to_json(), released.to_json())
+
+    def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
+        told: Owner | None = None
+        mine: Lease | None = None
+        while True:
+            current = self.read()
+            if mine is not None and current == mine:  # our write arrived, and only its answer was lost
+                return mine
+            mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1, time.time())
+            if current is None:
+                if self.objects.create(self._name, mine.to_json()):
+                    return mine
+            elif current.dead():
+                if self.objects.swap(self._name, current.to_json(), mine.to_json()):
+                    return mine
+            elif not wait:
+                raise BusyError(f"The {self.title} is being run by {current.owner}. Try again later.")
+            else:
+                if current.owner is not None and current.owner != told:
+                    waiting(current.owner)
+                    told = current.owner
+                time.sleep(POLL_S)
+
+    def _beat(self, lease: Lease, stop: threading.Event) -> None:
+        current = lease
+        while not stop.wait(HEARTBEAT_S):
+            fresh = Lease(lease.owner, lease.fence, time.time())
+            try:
+                if self.objects.swap(self._name, current.to_json(), fresh.to_json()):
+                    current = fresh
+                elif (stored := self.read()) is not None and stored.fence == lease.fence:
+                    current = stored  # our write had arrived, and only its answer was lost
+                else:
+                    return  # taken over; the next write finds out
+            except OSError:
+                continue  # a passing fault; the lease outlives a few missed beats
+
+
+@lru_cache(maxsize=1)
+def _this_host() -> str:
+    """Name host, boot and process namespace: where a process id means something."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    return f"{socket.gethostname()} ({boot} {os.readlink('/proc/self/ns/pid')})"
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None if it runs no more."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
