@@ -1,1 +1,1 @@
-"""Entry points over `pipeline`: one typer app (`cli`), one file a command. Only here are environment variables read."""
+"""Entry points over `pipeline`: one typer app (`cli`) of `commands`. Only here are environment variables read."""

@@ -4,169 +4,146 @@ from __future__ import annotations
 
 import shlex
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
-from jobs.display import Display
+from jobs.display import Display, print_table
 from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
-from pipeline.flow.run import Outcome, Plan, plan, run, target_of
+from pipeline.errors import ConfigError
+from pipeline.flow.plan import RunPlan, plan_run, reasons, target_of
+from pipeline.flow.run import Outcome, run_plan
+from pipeline.metrics import METRICS, printed
 from pipeline.store.locations import tracking_uri
-from pipeline.store.records import ModelVersion, Package, Record, Report, Student, Teacher, Tokens
+from pipeline.store.records import Evaluation, ModelVersion, Package, Student, Teacher, Tokens
 from pipeline.tasks import task_of
-from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
+from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
+from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import sqlite_file
 
 MIB = 2**20
-FORMS = {
-    "accuracy": ".1%",
-    "rouge1": ".2f",
-    "rouge2": ".2f",
-    "rougeL": ".2f",
-    "perplexity": ".2f",
-    "bits_per_byte": ".4f",
-}
 
 
-def compress(config: Config, path: str, console: Console, *, until: str, only_plan: bool, wait: bool) -> dict[str, Any]:
+def compress(
+    config: Config, path: str, console: Console, *, until: str, only_plan: bool, wait: bool, page: str | None = None
+) -> dict[str, Any]:
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
     with console.status("planning") if console.is_terminal else nullcontext():
-        planned = plan(config, until)
-    if said := preset_note(config):
-        console.print(said, highlight=False)
+        planned = plan_run(config, until)
+    if config.preset is not None and (changed := set_otherwise(config.model_dump(), config.preset)):
+        listed = ", ".join(f"{path} {own} (preset: {value})" for path, (own, value) in changed.items())
+        console.print(f"preset {config.preset} with other values: {listed}")  # which is then not what was measured
     if only_plan:
-        print_plan(planned, console)
-        return plan_document(planned)
+        print_plan(planned, document := plan_document(planned), console)
+        return document
+    if page is not None and not planned.ends_with(ModelVersion):
+        raise ConfigError(f"--report {page} shows a whole run, and --until {until} ends before; leave one of them out.")
     outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
-    print_outcome(planned, outcome, path, console)
+    print_outcome(planned, document, path, console)
+    if page is not None:
+        from jobs.report import report  # draws, which a run without a page need not import
+
+        document["report"] = report(planned.run_key, Path(page), config.resources, console)["files"]["html"]
     return document
 
 
-def preset_note(config: Config) -> str:
-    """What the configuration changes of its preset, which then is not what was measured."""
-    if config.preset is None:
-        return ""
-    changed = set_otherwise(config.model_dump(), config.preset)
-    listed = ", ".join(f"{path} {own} (preset: {value})" for path, (own, value) in changed.items())
-    return f"preset {config.preset} with other values: {listed}" if listed else ""
-
-
-def _run(planned: Plan, console: Console, wait: bool) -> Outcome:
+def _run(planned: RunPlan, console: Console, wait: bool) -> Outcome:
     """Run what is left; curves go to MLflow meanwhile, if the run ends there and there is something to train."""
-    trained = any(step.record is None for step in planned.steps if step.stage in (Teacher.stage, Student.stage))
-    if not trained or planned.steps[-1].stage != ModelVersion.stage:
+    trained = any(step.stage.record in (Teacher, Student) for step in planned.left)
+    if not trained or not planned.ends_with(ModelVersion):
         with Display(console) as display:
-            outcome = run(planned, display, wait)
+            outcome = run_plan(planned, display, wait)
         if untold := send_waiting(planned.config.resources):
-            console.print(untold, highlight=False)
+            console.print(untold)
         return outcome
     target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
     outbox = Outbox(outbox_folder(planned.config.resources))
     try:
         with Display(console) as display, outbox, load_watched(outbox, target):
-            return run(planned, LiveRun(display, outbox, target), wait)
+            return run_plan(planned, MlflowListener(display, outbox, target), wait)
     finally:
         if outbox.unsent:
-            console.print(outbox.told(), highlight=False)
+            console.print(outbox.told())
 
 
-def plan_document(planned: Plan) -> dict[str, Any]:
-    steps = [
-        {
-            "stage": step.stage,
-            "key": step.place.key,
-            "status": "run" if step.record is None else "reused",
-            "reason": step.reason,
-            "uri": step.place.uri,
-        }
-        for step in planned.steps
-    ]
-    return {
-        "run_key": planned.run_key,
-        "stages": steps,
+def plan_document(planned: RunPlan) -> dict[str, Any]:
+    """Return the document of `--plan --json`."""
+    why = reasons(planned)
+    facts = {s.name: {"status": "reused" if s.record else "run", "reason": why[s.name]} for s in planned.steps}
+    return _begun(planned, facts) | {
         "rows": planned.rows,
-        "rows_are_exact": planned.rows_are_exact,
+        "rows_are_exact": planned.tokens is not None,
         "parameters": planned.parameters,
         "cache_bytes": planned.cache_bytes,
-        "cache_mode": planned.cache_reason,
+        "cache_mode": planned.cache_mode[1],
     }
 
 
-def print_plan(planned: Plan, console: Console) -> None:
-    table = Table("stage", "key", "status", "why")
-    for step in planned.steps:
-        status = "[yellow]would run[/]" if step.record is None else "[green]reused[/]"
-        table.add_row(step.stage, step.place.key[:12], status, step.reason)
-    console.print(table)
-    about = "" if planned.rows_are_exact else "about "
+def _begun(planned: RunPlan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return how both documents begin; `facts` are of each stage."""
+    steps = [{"stage": s.name, "key": s.key, **facts[s.name], "uri": s.dir.uri} for s in planned.steps]
+    return {"run_key": planned.run_key, "stages": steps}
+
+
+def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> None:
+    """Print what would run and why, for people."""
+    status = {"run": "[yellow]would run[/]", "reused": "[green]reused[/]"}
+    rows = [(s["stage"], s["key"][:12], status[s["status"]], escape(s["reason"])) for s in document["stages"]]
+    print_table(console, ("stage", "key", "status", "why"), rows)
+    about = "" if planned.tokens is not None else "about "
     console.print(
-        f"{about}{planned.rows:,} rows to train on ({planned.shape}); "
+        f"{about}{planned.rows:,} rows to train on ({planned.pinned.task.shape}); "
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
-    console.print(f"cache mode {planned.cache_reason}", highlight=False)
+    console.print(f"cache mode {planned.cache_mode[1]}")
 
 
-def outcome_document(planned: Plan, outcome: Outcome) -> dict[str, Any]:
-    records: dict[str, Record] = {stage: done.record for stage, done in outcome.done.items()}
-    report, package, version = records.get("evaluate"), records.get("pack"), records.get("register")
-    document: dict[str, Any] = {
-        "run_key": planned.run_key,
-        "stages": [
-            {
-                "stage": step.stage,
-                "key": step.place.key,
-                "status": outcome.status[step.stage],
-                "seconds": round(outcome.seconds[step.stage], 3),
-                "uri": step.place.uri,
-            }
-            for step in planned.steps
-        ],
-        "metrics": None,
-        "size": None,
-        "package_uri": None,
-        "model_version": None,
-    }
-    if isinstance(report, Report):
-        document["metrics"] = {"teacher": report.teacher, "student": report.student}
-    if isinstance(package, Package):
-        document["size"] = package.size.model_dump(exclude={"paper_bytes"})
-        document["package_uri"] = planned.step("pack").place.uri_of(Package.FOLDER)
-    if isinstance(version, ModelVersion):
-        aliases = list(version.aliases)
-        document["model_version"] = {"name": version.name, "version": version.version, "aliases": aliases}
+def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
+    """Return the document of `--json`."""
+    facts = {s: {"status": status, "seconds": round(outcome.seconds[s], 3)} for s, status in outcome.status.items()}
+    document = _begun(planned, facts) | dict.fromkeys(("metrics", "size", "package_uri", "model_version"))
+    for step in outcome.steps.values():
+        record = step.record
+        if isinstance(record, Evaluation):
+            document["metrics"] = {"teacher": record.teacher, "student": record.student}
+        elif isinstance(record, Package):
+            document["size"] = record.size.model_dump(exclude={"paper_bytes"})
+            document["package_uri"] = step.dir.uri_of(Package.FOLDER)
+        elif isinstance(record, ModelVersion):
+            document["model_version"] = {"name": record.name, "version": record.version, "aliases": [*record.aliases]}
     return document
 
 
 def store_options(resources: Resources) -> str:
-    """Options that name a store other than the default."""
+    """Return the options that name a store other than the default."""
     named = {"--storage-uri": resources.storage_uri, "--namespace": resources.namespace}
     defaults = {"--storage-uri": Resources().storage_uri, "--namespace": ""}
     return "".join(f" {name} {shlex.quote(value)}" for name, value in named.items() if value != defaults[name])
 
 
-def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) -> None:
-    document = outcome_document(planned, outcome)
+def print_outcome(planned: RunPlan, document: dict[str, Any], path: str, console: Console) -> None:
+    """Print the scores, the package and what to do next, for people."""
     metrics, size, version = document["metrics"], document["size"], document["model_version"]
     if metrics is None or size is None:
-        console.print(f"done as far as {planned.steps[-1].stage}: {planned.steps[-1].place.uri}", highlight=False)
+        console.print(f"done as far as {planned.last.name}: {planned.last.dir.uri}")
         return
-    table = Table("", "teacher", f"student {planned.config.quant.bits}", title=planned.config.name)
-    for name, form in FORMS.items():
-        if name in metrics["student"]:
-            table.add_row(name, *(f"{metrics[who][name]:{form}}" for who in ("teacher", "student")))
-    table.add_row("kl_nats", "", f"{metrics['student']['kl_nats']:.4f}")
-    table.add_row("top1_agreement", "", f"{metrics['student']['top1_agreement']:.1%}")
-    table.add_row("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}")
-    table.add_row("ratio", "", f"{size['ratio']:.1f}x (the paper's counting: {size['paper_ratio']:.1f}x)")
+    rows = [
+        (name, *(printed(name, metrics[who].get(name)) for who in ("teacher", "student")))
+        for name in METRICS
+        if name in metrics["student"] and name != "nats_per_token"  # which says the perplexity again
+    ]
+    rows.append(("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}"))
+    rows.append(("ratio", "", f"{size['ratio']:.1f}x (the paper's counting: {size['paper_ratio']:.1f}x)"))
     if version is not None:
         aliases = "".join(f" @{alias}" for alias in version["aliases"])
-        table.add_row("registered", "", f"{version['name']} version {version['version']}{aliases}")
-    console.print(table)
-    console.print(f"package: {document['package_uri']}", highlight=False, soft_wrap=True)
+        rows.append(("registered", "", f"{version['name']} version {version['version']}{aliases}"))
+    print_table(console, ("", "teacher", f"student {planned.config.quant.bits}"), rows, title=planned.config.name)
+    console.print(f"package: {document['package_uri']}", soft_wrap=True)
     console.print("\nTry next:")
     other_bits = "4-4-8" if planned.config.quant.bits != "4-4-8" else "8-8-8"
     tracking = tracking_uri(planned.config.resources)
@@ -175,9 +152,8 @@ def print_outcome(planned: Plan, outcome: Outcome, path: str, console: Console) 
         f"bitmill report {planned.run_key} --out report.html{store_options(planned.config.resources)}",
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
     ]
-    recipe = planned.step(Tokens.stage).recipe
+    recipe = planned.step(Tokens).recipe
     if task_of(recipe).columns(recipe["data"]) is None:  # a model of running text can be scored on any other
         data = shlex.quote(planned.config.data.source)
         commands.insert(0, f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {data}")
-    for command in commands:
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    console.print("\n".join(f"  {command}" for command in commands), soft_wrap=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from jobs.display import print_table
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
@@ -48,23 +48,15 @@ def evaluate(
         with Progress(console=console, disable=not console.is_terminal) as progress:
             scores, _ = score(_batches(*rows, batch, progress), loaded, token_bytes(tokenizer))
     protocol = f"block length {width}: {PROTOCOL}"
-    document = {
-        "model": model,
-        "data": data,
-        "protocol": protocol,
-        "tokens": scores.tokens,
-        "metrics": scores.metrics(),
-    }
-    table = Table("metric", "value", title=f"{model} on {data}")
-    for name, value in scores.metrics().items():
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
-    console.print(f"{scores.tokens:,} tokens; {protocol}", highlight=False)
-    return document
+    document = {"model": model, "data": data, "protocol": protocol, "tokens": scores.tokens}
+    values = ((name, f"{value:.4f}") for name, value in scores.metrics().items())
+    print_table(console, ("metric", "value"), values, title=f"{model} on {data}")
+    console.print(f"{scores.tokens:,} tokens; {protocol}")
+    return document | {"metrics": scores.metrics()}
 
 
 def _width(model: str, config: PreTrainedConfig, block_length: int | None) -> int:
-    """Tokens of a block. Raises ConfigError for a model that running text does not measure, or too long a block."""
+    """Count the tokens of a block. Raises ConfigError for a model that text does not measure, or too long a block."""
     if config.is_encoder_decoder:
         raise ConfigError(
             f"MODEL is {model!r}, an encoder and a decoder, which running text does not measure. Its ROUGE is in its "
@@ -79,6 +71,6 @@ def _width(model: str, config: PreTrainedConfig, block_length: int | None) -> in
 
 def _batches(ids: Tensor, lengths: Tensor, batch: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
     task = progress.add_task("rows", total=len(ids))
-    for some_ids, some_lengths in zip(ids.split(batch), lengths.split(batch), strict=True):
-        yield some_ids, some_lengths
-        progress.advance(task, len(some_ids))
+    for batch_ids, batch_lengths in zip(ids.split(batch), lengths.split(batch), strict=True):
+        yield batch_ids, batch_lengths
+        progress.advance(task, len(batch_ids))

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from jobs.display import print_table
 from jobs.model_argument import is_registered, locate, pinned
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
 from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
-from pipeline.package import package as artifact
 from pipeline.package.manifest import MANIFEST, check
+from pipeline.package.package import load, read_package
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.store.locations import tracking_uri
@@ -33,11 +33,8 @@ VERDICT = "verdict.json"
 def export(
     model: str, name: str, out: Path, data: str | None, threads: int, resources: Resources, console: Console
 ) -> dict[str, Any]:
-    """Write, verify, and keep or delete; returns the verdict as the document of `--json`.
-
-    Raises:
-        ConfigError: before anything is written. RunError: the export was written, did not hold and was deleted.
-    """
+    """Write, verify, and keep or delete; returns the verdict as the document of `--json`. Raises ConfigError before
+    anything is written, and RunError if the export was written, did not hold and was deleted."""
     kind = format_named(name)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile("."))):
         raise ConfigError(
@@ -48,7 +45,7 @@ def export(
         package = locate(model, resources, Path(temporary) / "model")
         if not (package / MANIFEST).is_file():
             raise ConfigError(f"MODEL is {model!r}, which is not a packed model: it has no {MANIFEST}.")
-        _, config, _ = artifact.read(package)
+        _, config, _ = read_package(package)
         kind.load().check(config)
         text = _text(data, package, config.max_position_embeddings, Path(temporary)) if data else None
         try:
@@ -80,7 +77,7 @@ def _prove(
     module = kind.load()
     notes = module.write(package, draft)
     error, tensors = module.read_back(package, draft) if hasattr(module, "read_back") else (None, 0)
-    model = artifact.load(package)
+    model = load(package)
     measured = measure(model, module.open_logits(draft, threads), make_probes(model, text))
     return Verdict(
         format=name,
@@ -98,7 +95,7 @@ def _prove(
 
 
 def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
-    """The first full rows of a text."""
+    """Return the first full rows of a text."""
     scratch, width = f"{temporary}/text", sum(lengths(positions))
     files = pin_text(data, "--data", ContentMemo(scratch))
     texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text", scratch))
@@ -110,14 +107,13 @@ def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
 
 
 def _log(model: str, verdict: Verdict, resources: Resources) -> None:
-    """Verdicts of registered models are kept with them."""
+    """Keep the verdict with the model, if it is registered."""
     if is_registered(model):
         client = runs.connect(tracking_uri(resources))
         registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
 
 
 def _show(verdict: Verdict, out: Path, console: Console) -> None:
-    table = Table("measured", "value", title=f"{verdict.format}, verified: {out}")
     change = verdict.perplexity_export / verdict.perplexity_packed - 1
     rows = {
         "|delta log-probability|, max; 99.9 %": f"{verdict.delta_max:.4f}; {verdict.delta_p999:.4f} nats",
@@ -127,12 +123,8 @@ def _show(verdict: Verdict, out: Path, console: Console) -> None:
         "bytes of package; export": f"{verdict.package_bytes:,}; {verdict.bytes:,}",
         "activations there": verdict.activations,
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
+    print_table(console, ("measured", "value"), rows.items(), title=f"{verdict.format}, verified: {out}")
     for note in verdict.notes:
-        console.print(note, highlight=False)
-    if verdict.format == "compressed-tensors":
-        from pipeline.export.compressed_tensors import serve_command
-
-        console.print(f"serve it: {serve_command(out)}", highlight=False)
+        console.print(note)
+    if (serve_command := getattr(format_named(verdict.format).load(), "serve_command", None)) is not None:
+        console.print(f"serve it: {serve_command(out)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
@@ -38,28 +38,16 @@ class Request:
     seed: int
 
 
-def generate(
-    model: str,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    resources: Resources,
-    console: Console,
-    say: Say,
-) -> dict[str, Any]:
+def generate(model: str, request: Request, resources: Resources, console: Console, say: Say) -> dict[str, Any]:
     """Say the text piece by piece; returns the document of `--json`."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = locate(model, resources, Path(temporary) / "model")
-        text, tokens = reply(folder, Request(prompt, max_tokens, temperature, seed), console, say)
-    return {"model": model, "prompt": prompt, "text": text, "tokens": tokens, "seed": seed}
+        text, tokens = reply(locate(model, resources, Path(temporary) / "model"), request, console, say)
+    return {"model": model, "prompt": request.prompt, "text": text, "tokens": tokens, "seed": request.seed}
 
 
 def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[str, int]:
-    """The text that the model of a folder writes, and its number of tokens; `say` hears each piece of it.
-
-    A packed decoder runs on ONNX Runtime with its weights packed; beam search and plain directories run in torch.
-    """
+    """Return the text that the model of a folder writes, and its number of tokens; `say` hears each piece of it. A
+    packed decoder runs on ONNX Runtime with its weights packed; beam search and plain directories run in torch."""
     packed = (folder / MANIFEST).exists()
     if packed:  # before anything in it is used
         check(folder)
@@ -68,22 +56,31 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
     ids = tokenizer(request.prompt)["input_ids"]
     if config.is_encoder_decoder:
         return _summary(open_model(folder), tokenizer, ids, request, console, say)
-    packed = packed and _has_graph(config, console)
-    ids, length = _fitted(ids, tokenizer, longest(config) if packed else _positions(config), request, console)
-    written = _from_runtime(folder, ids, length, request) if packed else _from_torch(folder, ids, length, request)
-    pieces, found = _Pieces(tokenizer, say), []
+    if packed:
+        try:
+            check_graph(config)
+        except ConfigError as error:
+            console.print(f"{error} It runs in torch.")
+            packed = False
+    positions = longest(config) if packed else config.max_position_embeddings
+    ids, length = _fitted(ids, tokenizer, positions, request, console)
+    if packed:
+        written = Runtime(folder).generate(ids, length, request.temperature, request.seed)
+    else:
+        written = _from_torch(folder, ids, length, request)
+    pieces, generated = _Pieces(tokenizer, say), []
     for token in written:
         pieces.put(torch.tensor([token]))
-        found.append(token)
+        generated.append(token)
     pieces.end()
     say("\n")
-    return tokenizer.decode(found, skip_special_tokens=True), len(found)
+    return tokenizer.decode(generated, skip_special_tokens=True), len(generated)
 
 
 def _fitted(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, positions: int, request: Request, console: Console
 ) -> tuple[list[int], int]:
-    """The prompt's tokens, and how many may follow."""
+    """Return the prompt's tokens, and how many may follow."""
     if not ids:
         if tokenizer.bos_token_id is None:
             raise ConfigError("PROMPT is empty, and this model has no token that begins a text; give a prompt.")
@@ -92,32 +89,15 @@ def _fitted(
         raise ConfigError(f"PROMPT has {len(ids)} tokens, and the model has {positions} positions; shorten it.")
     length = min(request.max_tokens, positions - len(ids))
     if length < request.max_tokens:
-        console.print(f"the model's {positions} positions leave room for {length} tokens", highlight=False)
+        console.print(f"the model's {positions} positions leave room for {length} tokens")
     return ids, length
-
-
-def _positions(config: PreTrainedConfig) -> int:
-    return int(config.max_position_embeddings)
-
-
-def _has_graph(config: PreTrainedConfig, console: Console) -> bool:
-    try:
-        check_graph(config)
-    except ConfigError as error:
-        console.print(f"{error} It runs in torch.", highlight=False)
-        return False
-    return True
-
-
-def _from_runtime(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
-    return Runtime(folder).generate(ids, length, request.temperature, request.seed)
 
 
 def _from_torch(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
     model = open_model(folder)
     sampled = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
     ends = model.config.eos_token_id
-    how = GenerationConfig(
+    settings = GenerationConfig(
         max_new_tokens=length,
         eos_token_id=ends,
         pad_token_id=0 if ends is None else ends if isinstance(ends, int) else ends[0],
@@ -126,8 +106,8 @@ def _from_torch(folder: Path, ids: list[int], length: int, request: Request) -> 
     torch.manual_seed(request.seed)
     given = torch.tensor([ids])
     with torch.no_grad():
-        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=how)
-    yield from found[0, len(ids) :].tolist()
+        generated = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
+    yield from generated[0, len(ids) :].tolist()
 
 
 def _summary(
@@ -138,16 +118,16 @@ def _summary(
     console: Console,
     say: Say,
 ) -> tuple[str, int]:
-    """Beam search, as the task scores it; a source longer than the model's positions is cut, as in training."""
-    positions = _positions(model.config)
+    """Sum up by beam search, as the task scores it; a source longer than the positions is cut, as in training."""
+    positions = int(model.config.max_position_embeddings)
     if len(ids) > positions:
-        console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}", highlight=False)
+        console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}")
     source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)])
     length = min(request.max_tokens + 1, positions)
-    found = summaries(model, source, torch.ones_like(source), length, BEAMS)
-    text = tokenizer.decode(found[0], skip_special_tokens=True)
+    summary = summaries(model, source, torch.ones_like(source), length, BEAMS)
+    text = tokenizer.decode(summary[0], skip_special_tokens=True)
     say(f"{text}\n")
-    return text, found.shape[1] - 1  # the first one starts the decoder
+    return text, summary.shape[1] - 1  # the first one starts the decoder
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

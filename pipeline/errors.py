@@ -41,17 +41,5 @@ class BusyError(RunError):
     """Another live process runs this step and the caller did not want to wait."""
 
 
-ERRORS: dict[str, type[BitmillError]] = {
-    kind.__name__: kind
-    for kind in (
-        BitmillError,
-        ConfigError,
-        RunError,
-        LostError,
-        UnforeseenError,
-        NotRegisteredError,
-        FencedOffError,
-        DamagedError,
-        BusyError,
-    )
-}
+_KINDS: list[type[BitmillError]] = [BitmillError, *BitmillError.__subclasses__(), *RunError.__subclasses__()]
+ERRORS = {kind.__name__: kind for kind in _KINDS}

@@ -28,7 +28,9 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import settings
 
 from pipeline.config.run import Config
-from pipeline.flow import run as flow
+from pipeline.flow.line import STAGES
+from pipeline.flow.plan import RunPlan, plan_run
+from pipeline.flow.run import Outcome, run_plan
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
@@ -39,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOURED = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")  # by which a terminal is assumed where there is none
 CACHES = {".hypothesis", ".import_linter_cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 TEARDOWN_S = 900.0
+SLOW = [ROOT / "tests" / name for name in ("cluster", "sweep", "flow", "jobs")]
 ARCHITECTURES = {
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32},
     "llama": {
@@ -63,6 +66,11 @@ ARCHITECTURES = {
         "scale_embedding": True,
     },
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first; of the slow ones, those that wait for processes begin, so that no worker ends alone."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(SLOW, 1) if item.path.is_relative_to(name)), 0))
 
 
 @pytest.hookimpl(trylast=True)
@@ -162,7 +170,7 @@ def tiny_llama(tiny_config: Callable[..., Config]) -> Callable[..., Config]:
 
 @dataclass
 class Recorder:
-    """An observer that remembers what it was told."""
+    """A listener that remembers what it was told."""
 
     events: list[tuple[str, str]] = field(default_factory=list)
     owners: list[Owner] = field(default_factory=list)
@@ -188,17 +196,17 @@ class Recorder:
 
 @dataclass
 class Ran:
-    """A run: what was planned, what became of it, what the observer saw."""
+    """A run: what was planned, what became of it, what the listener heard."""
 
-    plan: flow.Plan
-    outcome: flow.Outcome
-    observer: Recorder
+    plan: RunPlan
+    outcome: Outcome
+    listener: Recorder
 
     def record(self, stage: str) -> Any:
-        return self.outcome.done[stage].record
+        return self.outcome.steps[stage].record
 
     def folder(self, stage: str) -> Path:
-        return Path(self.plan.step(stage).place.uri)
+        return Path(self.plan.step(STAGES[stage].record).dir.uri)
 
     @property
     def package(self) -> Path:
@@ -210,8 +218,8 @@ def run_flow() -> Callable[..., Ran]:
     """`run_flow(config, until=...)`: plan and run, watched."""
 
     def run(config: Config, until: str = "register") -> Ran:
-        plan, observer = flow.plan(config, until), Recorder()
-        return Ran(plan, flow.run(plan, observer), observer)
+        plan, listener = plan_run(config, until), Recorder()
+        return Ran(plan, run_plan(plan, listener), listener)
 
     return run
 

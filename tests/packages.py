@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
-from pipeline.package import package as artifact
-from pipeline.quant.layers import InputQuantizer, freeze
+from pipeline.models.build import build, fp32_bytes, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import make_student
+from pipeline.package.package import load, write_package
+from pipeline.quant.frozen import freeze
+from pipeline.quant.modules import InputQuantizer
 from pipeline.store.step_store import checksum
 
 WIDE = {  # head sizes that kernels take, widths that are whole blocks
@@ -53,19 +56,19 @@ def package(folder: Path, source: dict[str, Any], encoding: str = "dense", **qua
         for parameter in model.parameters():
             centre = 1.0 if parameter.ndim == 1 and float(parameter.mean()) > 0.5 else 0.0
             parameter.copy_(torch.randn_like(parameter) * 0.1 + centre)
-    settings = Quant.model_validate({"bits": "2-2-8", "granularity": "row", **quant})
-    family, size = FAMILIES[config.model_type], fp32_bytes(model)
+    settings = Quant.model_validate({"bits": "2-2-8", "granularity": "per_channel", **quant})
+    family, size = family_named(config.model_type), fp32_bytes(model)
     make_student(model, settings.spec(), family)
     frozen = freeze(model, settings.spec(), torch.float32, torch.float32)
     facts = {"name": "random", "teacher_bytes": size, "lineage": {}}
     facts["metrics"] = {"teacher": {}, "student": {}, "protocol": "none"}
-    artifact.write(folder, frozen, config, settings, encoding, family.name, facts)
+    write_package(folder, frozen, config, settings, encoding, family.name, facts)
     return folder
 
 
 def packed_logits(folder: Path, ids: list[int], source: list[int] | None = None, activations: int | None = None):
     """(length, vocabulary) by torch, with activations as in training or of another width."""
-    model = artifact.load(folder)
+    model = load(folder)
     for module in model.modules():
         if isinstance(module, InputQuantizer) and activations is not None:
             module.bits = activations

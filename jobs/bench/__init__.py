@@ -1,2 +1,2 @@
-"""The measured claims of the README, each by one command: `quantizers` compares recipes, `paper` stands beside the
-paper's tables, `sizes` counts bytes, `inference` times engines."""
+"""The measured claims, each by one command: `quantizers` compares recipes, `paper` stands beside the paper's tables,
+`sizes` counts bytes, `inference` times engines. README.md beside this file has the results."""

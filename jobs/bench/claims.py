@@ -10,7 +10,7 @@ from jobs.bench.rows import BEST, LIGHT_CONTRAST, MOST_OF_PAPERS, PAPER, SMALLES
 from jobs.bench.summary import Interval, Line
 from pipeline.config.presets import PRESETS
 
-# Perplexity of `best` over its teacher's, less 1: of the two teachers that the README compares, by name.
+# Perplexity of `best` over its teacher's, less 1: of the two teachers that README.md compares, by name.
 CLOSE = {"quickstart": {"4-4-8": 0.01, "8-8-8": 0.003}, "bench-stories260K": {"4-4-8": 0.05, "8-8-8": 0.01}}
 
 
@@ -29,21 +29,19 @@ class Claim:
 
 
 def claims(lines: Iterable[Line], name: str, failed: Iterable[tuple[str, str]] = ()) -> list[Claim]:
-    """Those that the rows and widths of the table of a configuration of this name allow to check.
-
-    `failed` has the rows, and their bits, that have no place in the table.
-    """
-    found = [Claim(f"{bits}: {row} trains", False, "it failed") for row, bits in failed if row in PRESETS]
+    """Return the claims that the rows and widths of the table of a configuration of this name allow to check. `failed`
+    has the rows, and their bits, that have no place in the table."""
+    checked = [Claim(f"{bits}: {row} trains", False, "it failed") for row, bits in failed if row in PRESETS]
     by_width: dict[str, dict[str, Line]] = {}
     for line in lines:
         by_width.setdefault(line.bits, {})[line.row] = line
     for bits, rows in by_width.items():
         if bits == "2-2-8":
-            found += [*_narrow(rows), *_contrast(rows)]
+            checked += [*_narrow(rows), *_contrast(rows)]
         most = CLOSE.get(name, {}).get(bits)
         if most is not None and BEST in rows:
-            found.append(_close(rows[BEST], most))
-    return found
+            checked.append(_close(rows[BEST], most))
+    return checked
 
 
 def _close(best: Line, most: float) -> Claim:
@@ -61,9 +59,7 @@ def _narrow(rows: dict[str, Line]) -> Iterator[Claim]:
     for preset, rivals in ((BEST, "row"), (SMALLEST, "ternary row")):
         if preset not in rows or PAPER not in rows:
             continue
-        others = [
-            r for name, r in rows.items() if name != preset and (preset == BEST or named(name).ternary_at(r.bits))
-        ]
+        others = [r for key, r in rows.items() if key != preset and (preset == BEST or named(key).ternary_at(r.bits))]
         nearest = min(others, key=lambda row: row.gap_nats)
         least = _all(_beyond_zero(row.less(preset), 1) for row in others)
         number = f"{rows[preset].gap_nats:.4f} nats; next of {len(others)}, {nearest.row}, {nearest.gap_nats:.4f}"
@@ -77,7 +73,7 @@ def _narrow(rows: dict[str, Line]) -> Iterator[Claim]:
 
 
 def _contrast(rows: dict[str, Line]) -> Iterator[Claim]:
-    """What the contrastive loss is for: representations of different tokens less alike, at no cost in perplexity."""
+    """Check what the contrastive loss is for: representations of different tokens less alike, perplexity no worse."""
     for name in (PAPER, LIGHT_CONTRAST):
         if name not in rows:
             continue
@@ -85,27 +81,25 @@ def _contrast(rows: dict[str, Line]) -> Iterator[Claim]:
         cosine, gap = (rows[name].less(WITHOUT_CONTRAST, metric) for metric in ("token_cosine", "gap_nats"))
         if cosine is not None and gap is not None:
             met = _all((_beyond_zero(cosine, -1), _no_cost(gap)))
-            text = f"contrast at weight {weight} lowers the cosine between tokens, at equal or better perplexity"
-            yield Claim(
-                f"2-2-8: {text}", met, f"the cosine changes by {cosine.mean:+.4f}, the gap by {gap.mean:+.4f} nats"
-            )
+            text = f"2-2-8: contrast at weight {weight} lowers the cosine between tokens, at equal or better perplexity"
+            yield Claim(text, met, f"the cosine changes by {cosine.mean:+.4f}, the gap by {gap.mean:+.4f} nats")
 
 
 def _beyond_zero(interval: Interval | None, sign: int) -> bool | None:
-    """Whether the whole interval lies on that side of zero; None: there is none, and the mean does not deny it."""
+    """Tell whether the whole interval lies on that side of zero; None: there is none, and the mean does not deny it."""
     if interval is not None and interval.mean * sign <= 0:
         return False
     return None if interval is None or interval.low is None else interval.excludes_zero
 
 
 def _no_cost(gap: Interval) -> bool | None:
-    """Whether the gap is equal or smaller; None: it is larger by less than its interval, or of one seed."""
+    """Tell whether the gap is equal or smaller; None: it is larger by less than its interval, or of one seed."""
     if gap.low is None or (gap.mean > 0 and not gap.excludes_zero):
         return None
     return gap.mean <= 0
 
 
 def _all(parts: Iterable[bool | None]) -> bool | None:
-    """Whether all are so; one that is not decides, whatever is open."""
-    found = set(parts)
-    return False if False in found else None if None in found else True
+    """Tell whether all are so; one that is not decides, whatever is open."""
+    answers = set(parts)
+    return False if False in answers else None if None in answers else True

@@ -1,11 +1,10 @@
-"""One measurement of one engine, in a process of its own: ENGINE FOLDER THREADS PROMPT NEW are its arguments.
-
-Prints one JSON line. What an engine imports is imported before the load is timed; memory is the growth of the resident
-set from before the load to after the first token.
-"""
+"""One measurement of one engine, in a process of its own: ENGINE FOLDER THREADS PROMPT NEW are its arguments. It prints
+one JSON line. What an engine imports is imported before the load is timed; memory is the growth of the resident set
+from before the load to after the first token."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -19,74 +18,73 @@ Rates = dict[str, float]
 Run = Callable[[list[int], int], Rates]  # prompt and number of new tokens to prefill and decode rates, tokens/s
 
 
-def packed(folder: Path, threads: int) -> Callable[[], Run]:
-    """Our runtime on the package."""
+def packed(folder: Path, threads: int) -> Run:
+    """Load our runtime on the package."""
     from pipeline.runtime import Runtime
 
-    def load() -> Run:
-        runtime = Runtime(folder / "package", threads)
-        return lambda prompt, new: _timed(runtime.generate(prompt, new, stop=()), len(prompt))
-
-    return load
+    runtime = Runtime(folder / "package", threads)
+    return lambda prompt, new: _timed(runtime.generate(prompt, new, stop=()), len(prompt))
 
 
-def transformers_fp32(folder: Path, threads: int) -> Callable[[], Run]:
-    """transformers on the same weights in fp32."""
+def transformers_fp32(folder: Path, threads: int) -> Run:
+    """Load transformers on the same weights in fp32."""
     from pipeline.models.build import load_model
 
-    return lambda: _by_torch(load_model(folder / "fp32").eval(), threads)
+    return _by_torch(load_model(folder / "fp32").eval(), threads)
 
 
-def torch_int8(folder: Path, threads: int) -> Callable[[], Run]:
-    """The same with every linear layer, the head included, quantized by torch's dynamic int8."""
+def torch_int8(folder: Path, threads: int) -> Run:
+    """Load the same with every linear layer, the head included, quantized by torch's dynamic int8."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     from pipeline.models.build import load_model
 
-    def load() -> Run:
-        model = load_model(folder / "fp32").eval()
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Conv1D):
-                linear = torch.nn.Linear(*module.weight.shape)
-                linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
-                model.set_submodule(name, linear)
-        quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-        return _by_torch(quantized, threads)
-
-    return load
+    model = load_model(folder / "fp32").eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = torch.nn.Linear(*module.weight.shape)
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            model.set_submodule(name, linear)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    return _by_torch(quantized, threads)
 
 
-def llama_cpp(folder: Path, threads: int) -> Callable[[], Run]:
-    """llama.cpp on the GGUF file of the package."""
+def llama_cpp(folder: Path, threads: int) -> Run:
+    """Load llama.cpp on the GGUF file of the package."""
     import xllamacpp
 
-    def load() -> Run:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(folder / "gguf" / "model.gguf")
-        params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        server = xllamacpp.Server(params)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / "gguf" / "model.gguf")
+    params.n_parallel, params.warmup, params.fit_params, params.verbosity = 1, False, False, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
 
-        def run(prompt: list[int], new: int) -> Rates:
-            request = {"prompt": prompt, "n_predict": new, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
-            timings = server.handle_completions(request)["timings"]
-            return {"prefill": timings["prompt_per_second"], "decode": timings["predicted_per_second"]}
+    def run(prompt: list[int], new: int) -> Rates:
+        request = {"prompt": prompt, "n_predict": new, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+        timings = server.handle_completions(request)["timings"]
+        return {"prefill": timings["prompt_per_second"], "decode": timings["predicted_per_second"]}
 
-        return run
-
-    return load
+    return run
 
 
-ENGINES = {"packed": packed, "fp32": transformers_fp32, "int8": torch_int8, "llama.cpp": llama_cpp}
+# What loads each engine, and what that imports.
+ENGINES: dict[str, tuple[Callable[[Path, int], Run], tuple[str, ...]]] = {
+    "packed": (packed, ("pipeline.runtime",)),
+    "fp32": (transformers_fp32, ("pipeline.models.build",)),
+    "int8": (torch_int8, ("torch", "transformers.pytorch_utils", "pipeline.models.build")),
+    "llama.cpp": (llama_cpp, ("xllamacpp",)),
+}
 
 
 def measure(engine: str, folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """Load and decode rates of one engine; load_s, prefill_tokens_per_s, decode_tokens_per_s, resident_mib."""
-    load = ENGINES[engine](folder, threads)
+    """Measure the load and the rates of one engine: load_s, prefill_tokens_per_s, decode_tokens_per_s, resident_mib."""
+    load, imported = ENGINES[engine]
+    for module in imported:
+        importlib.import_module(module)
     prompt = [(7919 * place) % 251 for place in range(prompt_tokens)]
     before, begun = _resident_mib(), time.perf_counter()
-    run = load()
+    run = load(folder, threads)
     loaded = time.perf_counter() - begun
     run(prompt, 1)
     resident = _resident_mib() - before

@@ -23,11 +23,8 @@ BATCH = 64
 def generated_text(
     teacher: Path, documents: int, length: int, seed: int, folder: Path, advance: Callable[[int, int], None]
 ) -> Path:
-    """A jsonl file of samples at temperature 1 from the beginning of text, made once for each teacher and size.
-
-    Raises:
-        ConfigError: the teacher has no token to begin with.
-    """
+    """Return a jsonl file of samples at temperature 1 from the beginning of text, made once for each teacher and size.
+    Raises ConfigError if the teacher has no token to begin with."""
     contents = {path.name: checksum(path).sha256 for path in sorted(teacher.glob("*")) if path.is_file()}
     identity = json.dumps([contents, documents, length, seed], sort_keys=True)
     path = folder / f"generated-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jsonl"

@@ -1,8 +1,6 @@
-"""`bitmill bench inference`: the packed runtime beside fp32 transformers, torch's dynamic int8 and llama.cpp.
-
-All engines run the same weights with the same number of threads, each measurement in a process of its own, one engine
-after the other, round by round, so that what else the machine does falls on all of them.
-"""
+"""`bitmill bench inference`: the packed runtime beside fp32 transformers, torch's dynamic int8 and llama.cpp. All
+engines run the same weights with the same number of threads, each measurement in a process of its own, one engine after
+the other, round by round, so that what else the machine does falls on all of them."""
 
 from __future__ import annotations
 
@@ -13,24 +11,27 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
+from jobs.display import print_table
 from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
-from pipeline.models.build import FAMILIES, build, fp32_bytes, make_student, read_config
+from pipeline.models.build import build, fp32_bytes, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import make_student
 from pipeline.package import manifest
-from pipeline.package import package as artifact
-from pipeline.quant.layers import freeze
+from pipeline.package.package import read_package, write_package
+from pipeline.quant.frozen import freeze
 from pipeline.store.step_store import checksum
 
 MEASURES = {
@@ -39,6 +40,7 @@ MEASURES = {
     "load_s": ("load, s", ".2f"),
     "resident_mib": ("resident, MiB", ".0f"),
 }
+Summary = dict[str, dict[str, float]]  # median, least and most of each measure
 GPT2_SMALL: dict[str, Any] = {"architecture": "gpt2", "tie_word_embeddings": True}  # transformers' defaults: 124M
 READY = "ready"
 LONGEST_S = 3600  # of one measurement; what takes longer hangs
@@ -48,29 +50,26 @@ def compare(
     model: Path | None, quantizer: str, threads: int, prompt: int, new: int, rounds: int, cache: Path, console: Console
 ) -> dict[str, Any]:
     """Measure and print; returns the document of `--json`. Without a model: GPT-2 small, random weights of 2 bits.
-
-    Raises:
-        ConfigError: a model of an encoder and a decoder, or one with fewer positions than the tokens asked for.
-    """
+    Raises ConfigError for an encoder and a decoder, or a model with fewer positions than the tokens asked for."""
     with console.status("preparing the model for each engine"):
         folder, missing = prepare(model, quantizer, cache)
     positions = int(read_config(folder / "package").max_position_embeddings)
     if prompt + new > positions:
         raise ConfigError(f"--prompt {prompt} and --tokens {new} are too long for the model's {positions} positions.")
     names = [name for name in ENGINES if name not in missing]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
             with console.status(f"round {number + 1} of {rounds}: {name}"):
-                found[name].append(run_engine(name, folder, threads, prompt, new))
-    summary = {name: _summary(runs) for name, runs in found.items()}
+                measured[name].append(run_engine(name, folder, threads, prompt, new))
+    summary = {name: _summary(runs) for name, runs in measured.items()}
     _print(summary, missing, console, f"{model or 'GPT-2 small, random'}, threads: {threads}, batch: 1")
     document = {"model": str(model or "gpt2-small-random"), "threads": threads, "prompt_tokens": prompt}
     return document | {"new_tokens": new, "rounds": rounds, "engines": summary, "missing": missing}
 
 
 def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict[str, str]]:
-    """A folder with what each engine loads, and why an engine has nothing to load."""
+    """Prepare a folder with what each engine loads, and say why an engine has nothing to load."""
     folder = cache / (f"gpt2-small-{quantizer}" if model is None else checksum(model / manifest.MANIFEST).sha256)
     if not (folder / READY).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,11 +85,12 @@ def prepare(model: Path | None, quantizer: str, cache: Path) -> tuple[Path, dict
 
 
 def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
-    """A package with random weights at 2-2-8, and a tokenizer of single bytes and the one merge that GGUF asks for."""
+    """Write a package of random weights at 2-2-8, and a tokenizer of single bytes and the one merge that GGUF needs."""
     config = read_config(source)
-    quant = Quant.model_validate({"bits": "2-2-8", "quantizer": quantizer, "granularity": "row", "gamma_init": "one"})
+    fields = {"bits": "2-2-8", "quantizer": quantizer, "granularity": "per_channel", "gamma_init": "one"}
+    quant = Quant.model_validate(fields)
     student = build(config, seed=0)
-    family, bytes_ = FAMILIES[config.model_type], fp32_bytes(student)
+    family, bytes_ = family_named(config.model_type), fp32_bytes(student)
     make_student(student, quant.spec(), family)
     frozen = freeze(student, quant.spec(), torch.float32, torch.float32)
     letters = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -99,13 +99,14 @@ def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     metrics = {"teacher": {}, "student": {}, "protocol": "none: random weights"}
     facts = {"name": "random", "teacher_bytes": bytes_, "lineage": {}, "metrics": metrics}
-    artifact.write(folder, frozen, config, quant, "dense", family.name, facts)
+    write_package(folder, frozen, config, quant, "dense", family.name, facts)
 
 
 def _write_fp32(package: Path, folder: Path) -> None:
-    """The same weights in fp32, as transformers loads them without us."""
-    frozen, config, _ = artifact.read(package)
-    _refuse_encoder(config)
+    """Write the same weights in fp32, as transformers loads them without us."""
+    frozen, config, _ = read_package(package)
+    if config.is_encoder_decoder:
+        raise ConfigError("--model is an encoder and a decoder; this bench times decoders: GPT-2 and Llama.")
     model = build(config, seed=0)
     state = {name: tensor.float() for name, tensor in frozen.rest.items()}
     for name in frozen.codes:
@@ -114,11 +115,6 @@ def _write_fp32(package: Path, folder: Path) -> None:
     model.load_state_dict(state, strict=False)  # a tied head has no tensor of its own
     model.tie_weights()
     model.save_pretrained(folder)
-
-
-def _refuse_encoder(config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise ConfigError("--model is an encoder and a decoder; this bench times decoders: GPT-2 and Llama.")
 
 
 def _write_gguf(package: Path, folder: Path) -> str:
@@ -140,7 +136,7 @@ def _write_gguf(package: Path, folder: Path) -> str:
 
 
 def run_engine(name: str, folder: Path, threads: int, prompt: int, new: int) -> dict[str, float]:
-    """One measurement in a process of its own. Raises RunError with what the process said last."""
+    """Measure once in a process of its own. Raises RunError with what the process said last."""
     command = [sys.executable, "-m", "jobs.bench.engines", name, str(folder), *map(str, (threads, prompt, new))]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
@@ -154,25 +150,16 @@ def run_engine(name: str, folder: Path, threads: int, prompt: int, new: int) -> 
     return measured
 
 
-def _summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median and extremes of each measure."""
-    return {
-        measure: {"median": statistics.median(values), "least": min(values), "most": max(values)}
-        for measure in MEASURES
-        for values in [[run[measure] for run in runs]]
-    }
+def _summary(runs: list[dict[str, float]]) -> Summary:
+    kinds: dict[str, Callable[..., float]] = {"median": statistics.median, "least": min, "most": max}
+    return {measure: {kind: of(run[measure] for run in runs) for kind, of in kinds.items()} for measure in MEASURES}
 
 
-def _print(
-    summary: dict[str, dict[str, dict[str, float]]], missing: dict[str, str], console: Console, title: str
-) -> None:
-    table = Table("engine", *(name for name, _ in MEASURES.values()), title=title)
+def _print(summary: dict[str, Summary], missing: dict[str, str], console: Console, title: str) -> None:
+    rows = []
     for engine, measures in summary.items():
-        cells = [
-            f"{measures[key]['median']:{form}} ({measures[key]['least']:{form}}-{measures[key]['most']:{form}})"
-            for key, (_, form) in MEASURES.items()
-        ]
-        table.add_row(engine, *cells)
-    console.print(table)
+        forms = [(measures[key], form) for key, (_, form) in MEASURES.items()]
+        rows.append([engine, *(f"{m['median']:{f}} ({m['least']:{f}}-{m['most']:{f}})" for m, f in forms)])
+    print_table(console, ("engine", *(name for name, _ in MEASURES.values())), rows, title=title)
     for engine, reason in missing.items():
-        console.print(f"{engine}: not measured. {reason}", highlight=False)
+        console.print(f"{engine}: not measured. {reason}")

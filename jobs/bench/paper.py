@@ -1,7 +1,5 @@
-"""`bitmill bench paper`: the tables of Tao et al. (ACL 2022) beside ours.
-
-Every cell of the paper says whether we saw it in a public source or recall it; an unmarked figure is ours.
-"""
+"""`bitmill bench paper`: the tables of Tao et al. (ACL 2022) beside ours. Every cell of the paper says whether we saw
+it in a public source or recall it; an unmarked figure is ours."""
 
 from __future__ import annotations
 
@@ -13,21 +11,22 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from jobs.bench.rows import Row, named
-from jobs.bench.trials import run_trials, trial
-from jobs.display import Display
+from jobs.bench.students import Key, bench_run, train_all
+from jobs.display import Display, print_table
 from pipeline.config.presets import PRESETS
 from pipeline.config.run import Config
 from pipeline.errors import RunError
-from pipeline.flow import run as flow
+from pipeline.flow.plan import plan_run
+from pipeline.flow.run import run_plan
 from pipeline.store.records import Teacher, TeacherCache
 
 TableNumber = Literal["1", "3"]
 FULL = "full precision"
 MIB = "MiB packed"
-ROUNDING = "rounding, row"  # the floor; the paper's tables have none
+ROUNDING = "rounding, per_channel"  # the floor; the paper's tables have none
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,17 @@ class Cell:
 
 
 NOT_GIVEN = Cell(math.nan)
+Cells = dict[Key, tuple[Cell, ...]]  # a table, by method and width
 
 
 def _cells(seen: str, *values: float) -> tuple[Cell, ...]:
-    """One cell a value; `seen` has a letter for each, s or r."""
+    """Return one cell a value; `seen` has a letter for each, s or r."""
     return tuple(Cell(value, letter == "s") for value, letter in zip(values, seen, strict=True))
 
 
 # Columns: size in MiB, perplexity on WikiText-2, PTB and WikiText-103, accuracy on Persona-Chat. The paper gives the
 # sizes of its own method alone.
-TABLE_1: dict[tuple[str, str], tuple[Cell, ...]] = {
+TABLE_1: Cells = {
     (FULL, "32"): _cells("rsrrs", 474.9, 14.48, 14.72, 14.19, 77.01),
     ("quantgpt", "8-8-8"): _cells("rsssr", 121.4, 15.31, 14.90, 14.58, 76.12),
     ("quantgpt", "4-4-8"): _cells("rrrrs", 62.4, 15.55, 14.95, 15.31, 76.57),
@@ -68,7 +68,7 @@ TABLE_1: dict[tuple[str, str], tuple[Cell, ...]] = {
 }
 
 # Columns: size in MiB, ROUGE-1, ROUGE-2, ROUGE-L of BART base on XSum.
-TABLE_3: dict[tuple[str, str], tuple[Cell, ...]] = {
+TABLE_3: Cells = {
     (FULL, "32"): _cells("srrr", 532.0, 40.75, 18.10, 33.05),
     ("quantgpt", "8-8-8"): _cells("srrr", 138.1, 40.25, 17.78, 32.70),
     ("quantgpt", "4-4-8"): _cells("rrrr", 72.4, 40.24, 17.71, 32.69),
@@ -79,9 +79,7 @@ TABLE_3: dict[tuple[str, str], tuple[Cell, ...]] = {
 @dataclass(frozen=True)
 class Tiny:
     """A configuration of minutes that stands for columns of a table, and its metrics, each with what multiplies it.
-
-    `overrides` make it shorter, because a table trains a dozen students.
-    """
+    `overrides` make it shorter, because a table trains a dozen students."""
 
     config: str
     metrics: dict[str, float]
@@ -100,7 +98,7 @@ class Full:
 
     @property
     def gpu_hours(self) -> float:
-        """By arithmetic: `operations` a parameter and token, `SUSTAINED` a second."""
+        """Return the hours by arithmetic: `operations` a parameter and token, `SUSTAINED` a second."""
         return self.operations * self.parameters * self.tokens / SUSTAINED / 3600
 
 
@@ -111,7 +109,7 @@ SUSTAINED = 1e13  # floating-point operations a second of a data-centre GPU in f
 class PaperTable:
     """A table, its columns, and the configurations that stand for it here."""
 
-    cells: dict[tuple[str, str], tuple[Cell, ...]]
+    cells: Cells
     columns: tuple[str, ...]
     tiny: tuple[Tiny, ...]
     full: tuple[Full, ...]
@@ -144,38 +142,32 @@ TABLES: dict[TableNumber, PaperTable] = {
     ),
 }
 OPTIONS = {"resources.workers": "--workers"}
-OWN = frozenset({"distill.lr", "distill.seed"})  # what the configuration of a table decides beside `trials.COMMON`
+OWN = frozenset({"distill.lr", "distill.seed"})  # what the configuration of a table decides beside `students.COMMON`
 
 
 def rows_of(table: PaperTable) -> dict[str, Row]:
-    """The paper's methods as recipes: its own preset, and the others per matrix without contrast."""
-    methods = dict.fromkeys(method for method, _ in table.cells if method != FULL)
-
-    def of(method: str) -> dict[str, dict[str, Any]]:
-        quant = {"quantizer": method, "granularity": "tensor"}
-        return PRESETS["paper"] if method == "quantgpt" else {"quant": quant, "distill": {"contrast_weight": 0.0}}
-
-    return {ROUNDING: named(ROUNDING)} | {method: Row(method, of(method)) for method in methods}
+    """Return the paper's methods as recipes: its own preset, and the others per matrix without contrast."""
+    rows = {ROUNDING: named(ROUNDING)}
+    for method in dict.fromkeys(method for method, _ in table.cells if method != FULL):
+        quant = {"quantizer": method, "granularity": "per_tensor"}
+        other: dict[str, dict[str, Any]] = {"quant": quant, "distill": {"contrast_weight": 0.0}}
+        rows[method] = Row(method, PRESETS["paper"] if method == "quantgpt" else other)
+    return rows
 
 
 def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> dict[str, Any]:
-    """Train the table's methods on the configurations, one for each of its `tiny`, and print both.
-
-    Returns the document of `--json`.
-
-    Raises:
-        RunError: every student of a configuration failed.
-    """
+    """Train the table's methods on the configurations, one for each of its `tiny`, and print both; returns the
+    document of `--json`. Raises RunError if every student of a configuration failed."""
     table = TABLES[number]
     widths = dict.fromkeys(bits for method, bits in table.cells if method != FULL)
     cells = {**table.cells, **{(ROUNDING, bits): () for bits in widths}}
     scored = [_scored(table, base, [key for key in cells if key[0] != FULL], console) for base in bases]
-    ours = [found for found, _ in scored]
+    ours = [metrics for metrics, _ in scored]
     stems = [Path(tiny.config).stem for tiny in table.tiny]
     _print(number, bases, cells, ours, console)
     return {
         "table": number,
-        "configurations": list(stems),
+        "configurations": stems,
         "measured": sorted({day for _, days in scored for day in days}),
         "steps": {stem: base.distill.steps for stem, base in zip(stems, bases, strict=True)},
         "rate": {stem: base.distill.lr for stem, base in zip(stems, bases, strict=True)},
@@ -188,94 +180,73 @@ def beside(number: TableNumber, bases: Sequence[Config], console: Console) -> di
                     for column, cell in zip(table.columns, known, strict=False)
                     if cell is not NOT_GIVEN
                 },
-                "ours": {stem: found[method, bits] for stem, found in zip(stems, ours, strict=True)},
+                "ours": {stem: metrics[method, bits] for stem, metrics in zip(stems, ours, strict=True)},
             }
             for (method, bits), known in cells.items()
         ],
     }
 
 
-Found = dict[tuple[str, str], dict[str, float] | None]  # metrics and MiB by method and width; None: it failed
+Scored = dict[Key, dict[str, float] | None]  # metrics and MiB by method and width; None: it failed
 
 
-def _scored(
-    table: PaperTable, base: Config, keys: Sequence[tuple[str, str]], console: Console
-) -> tuple[Found, set[str]]:
-    """What each method gave, and the days and kinds of machine it was measured on."""
+def _scored(table: PaperTable, base: Config, keys: Sequence[Key], console: Console) -> tuple[Scored, set[str]]:
+    """Return what each method gave, and the days and kinds of machine it was measured on."""
     rows = rows_of(table)
-    trials = [trial(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
-    plan = flow.plan(base, TeacherCache.stage)
+    runs = [bench_run(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
     with Display(console) as display:
-        shared = flow.run(plan, display)
-        display.started("table")
-        scores = run_trials(
-            trials, base.resources, lambda done, total, note, points=(): display.advanced("table", done, total, note)
-        )
+        shared = run_plan(plan_run(base, TeacherCache.stage), display)
+        scores = train_all(runs, base.resources, display, "table")
     sound = [score for score in scores if not score.failure]
     if not sound:
         raise RunError(f"Every student of {base.name} failed; the first: {scores[0].failure}")
-    teacher = {**sound[0].teacher, MIB: shared.done[Teacher.stage].record.fp32_bytes / 2**20}
+    teacher = {**sound[0].teacher, MIB: shared.finished(Teacher).record.fp32_bytes / 2**20}
     students = [None if s.failure else {**s.student, MIB: s.packed_bytes / 2**20} for s in scores]
-    found: Found = {(FULL, "32"): teacher, **dict(zip(keys, students, strict=True))}
-    return found, {score.measured for score in sound}
+    metrics: Scored = {(FULL, "32"): teacher, **dict(zip(keys, students, strict=True))}
+    return metrics, {score.measured for score in sound}
 
 
 def _print(
-    number: TableNumber,
-    bases: Sequence[Config],
-    cells: dict[tuple[str, str], tuple[Cell, ...]],
-    ours: Sequence[Found],
-    console: Console,
+    number: TableNumber, bases: Sequence[Config], cells: Cells, ours: Sequence[Scored], console: Console
 ) -> None:
     table = TABLES[number]
     rates = " and ".join(f"{b.name}, {b.distill.steps or 'all'} steps at lr {b.distill.lr:g}" for b in bases)
     columns = [{MIB: 1.0, **tiny.metrics} for tiny in table.tiny]
-    headers = [
-        *("method", "bits", *(f"paper {column}" for column in table.columns)),
-        *(f"ours {name}{', %' if times == 100 else ''}" for group in columns for name, times in group.items()),
-    ]
-    shown = Table(
-        *(Column(header, overflow="fold") for header in headers),
-        title=f"Table {number}; (s) seen in a public source, (r) recalled; ours, in this order: {rates}, one seed",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+    headers = ["method", "bits", *(f"paper {column}" for column in table.columns)]
+    headers += [f"ours {name}{', %' if times == 100 else ''}" for group in columns for name, times in group.items()]
+    title = f"Table {number}; (s) seen in a public source, (r) recalled; ours, in this order: {rates}, one seed"
+    rows = []
     for key, known in cells.items():
         printed = [*map(str, known)] or [""] * len(table.columns)
-        for group, found in zip(columns, ours, strict=True):
-            values = found[key]
+        for group, metrics in zip(columns, ours, strict=True):
+            values = metrics[key]
             printed += ["failed" if values is None else f"{times * values[n]:.2f}" for n, times in group.items()]
-        shown.add_row(*key, *printed)
-    console.print(shown)
+        rows.append((*key, *printed))
+    folded = (Column(header, overflow="fold") for header in headers)
+    print_table(console, folded, rows, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def requirements(number: TableNumber, console: Console) -> dict[str, Any]:
-    """What the full scale takes, and the commands that run it."""
+    """Print what the full scale takes, and the commands that run it; returns the document of `--json`."""
     table = TABLES[number]
+    # For a configuration with the paper's preset: another method in place of its own.
+    other = "--set quant.quantizer={} --set quant.gamma_init=auto --set distill.contrast_weight=0"
+    options = {method: "--preset paper" if method == "quantgpt" else other.format(method) for method, _ in table.cells}
     commands = [
-        " ".join(("bitmill compress", full.config, f"--bits {bits}", *_options(method)))
+        f"bitmill compress {full.config} --bits {bits} {options[method]}"
         for full in table.full
         for method, bits in table.cells
         if method != FULL
     ]
-    console.print(f"Table {number} at the paper's scale needs {table.needs}. We have not run it.", highlight=False)
+    console.print(f"Table {number} at the paper's scale needs {table.needs}. We have not run it.")
     console.print(
         "GPUs of 24 GB by our estimate; hours of one for a cell by arithmetic (6 operations a parameter and token, "
         f"8 with the teacher in the step; {SUSTAINED / 1e12:g} trillion a second in fp32; the teacher's own training "
         "and the evaluation not counted):"
     )
     for full in table.full:
-        console.print(f"  {full.config}: {full.gpu_hours:.1f} GPU hours, set up for {full.gpus}", highlight=False)
+        console.print(f"  {full.config}: {full.gpu_hours:.1f} GPU hours, set up for {full.gpus}")
     console.print("The commands, one a cell:")
-    for command in commands:
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    console.print("\n".join(f"  {command}" for command in commands), soft_wrap=True)
     hours = {full.config: {"gpus": full.gpus, "gpu_hours": round(full.gpu_hours, 1)} for full in table.full}
     return {"table": number, "needs": table.needs, "gpus": hours, "commands": commands}
-
-
-def _options(method: str) -> tuple[str, ...]:
-    """Of `compress` for a configuration with the paper's preset: another method in place of its own."""
-    if method == "quantgpt":
-        return ("--preset paper",)
-    return (f"--set quant.quantizer={method}", "--set quant.gamma_init=auto", "--set distill.contrast_weight=0")

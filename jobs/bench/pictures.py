@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from jobs.bench.rows import LIGHT_CONTRAST, PAPER, WITHOUT_CONTRAST
-from jobs.bench.summary import Line, front
+from jobs.bench.summary import Line, pareto_lines
 
 SMALLEST_GAP = 1e-4  # nats; below it the scale is linear
 MEASURES_OF_CONTRAST = {"token_cosine": "mean cosine between different tokens", "gap_nats": "gap to the teacher, nats"}
@@ -17,37 +17,21 @@ LABELS_BELOW = (18, 64, 36)  # points; neighbours differ
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def draw_front(lines: Sequence[Line], title: str, path: Path) -> None:
-    front_figure(lines, title).savefig(path, dpi=130)
-
-
 def front_figure(lines: Sequence[Line], title: str) -> Figure:
-    """Every row at every width: honest bytes against gap, both logarithmic; the front is a line."""
+    """Draw every row at every width: honest bytes against gap, both logarithmic; the front is a line."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     widths = sorted({line.bits for line in lines})
     for marker, bits in zip(itertools.cycle(MARKERS), widths):
         shown = [line for line in lines if line.bits == bits]
         axes.scatter([x.packed_bytes for x in shown], [x.gap_nats for x in shown], marker=marker, label=bits)
-    best = front(lines)
-    axes.plot(
-        [x.packed_bytes for x in best],
-        [x.gap_nats for x in best],
-        drawstyle="steps-post",
-        color="black",
-        linewidth=1,
-        label="front",
-    )
-    for below, line in zip(itertools.cycle(LABELS_BELOW), best):
-        axes.annotate(
-            line.row,
-            (line.packed_bytes, line.gap_nats),
-            textcoords="offset points",
-            xytext=(-6, -below),
-            ha="right",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5},
-        )
+    best = pareto_lines(lines)
+    places = [(line.packed_bytes, line.gap_nats) for line in best]
+    axes.plot(*zip(*places, strict=True), drawstyle="steps-post", color="black", linewidth=1, label="front")
+    arrow = {"arrowstyle": "-", "linewidth": 0.5}
+    style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "arrowprops": arrow}
+    for below, line, place in zip(itertools.cycle(LABELS_BELOW), best, places):
+        axes.annotate(line.row, place, xytext=(-6, -below), **style)
     axes.set_yscale("symlog", linthresh=SMALLEST_GAP)  # a student may be better than its teacher
     axes.set(xscale="log", xlabel="bytes of weights, everything counted", title=title)
     axes.set_ylabel(f"gap to the teacher: log(perplexity / teacher's), nats; linear below {SMALLEST_GAP:g}")
@@ -57,13 +41,9 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
     return figure
 
 
-def draw_cosines(lines: Sequence[Line], title: str, path: Path) -> None:
-    cosine_figure(lines, title).savefig(path, dpi=130)
-
-
 def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
-    """What the contrastive loss does at each width: mean cosine between the representations of different tokens, and
-    the gap it costs or saves. Above a bar its difference from that without contrast, with the 95 % interval."""
+    """Draw what the contrastive loss does at each width: mean cosine between the representations of different tokens,
+    and the gap it costs or saves. Above a bar its difference from that without contrast, with the 95 % interval."""
     names = [name for name in (WITHOUT_CONTRAST, LIGHT_CONTRAST, PAPER) if any(line.row == name for line in lines)]
     shown = {(line.row, line.bits): line for line in lines if line.row in names}
     widths = sorted({bits for _, bits in shown})

@@ -12,21 +12,24 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from jobs.bench.claims import claims
 from jobs.bench.generated import generated_text
-from jobs.bench.pictures import draw_cosines, draw_front
-from jobs.bench.rows import ROWS, Row
+from jobs.bench.pictures import cosine_figure, front_figure
+from jobs.bench.rows import EVERY_ROW, ROWS, Row, rows_at
+from jobs.bench.students import BenchRun, Key, Score, bench_run, best_rates, train_all
 from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
-from jobs.bench.trials import Score, Trial, best_rates, run_trials, trial
-from jobs.display import Display
+from jobs.display import Display, print_table
 from pipeline.config.presets import LANGUAGE_MODELING
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
-from pipeline.flow import run as flow
-from pipeline.flow.preflight import inspect
-from pipeline.models.build import family_of, read_config
+from pipeline.flow.plan import plan_run
+from pipeline.flow.preflight import inspect, pin
+from pipeline.flow.run import run_plan
+from pipeline.models.build import read_config
+from pipeline.models.family import family_for
+from pipeline.quant.granularity import GROUP_SIZES, Granularity
 from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import scratch_dir
 from pipeline.store.records import TeacherCache
@@ -60,49 +63,49 @@ class Extent:
     rows: tuple[Row, ...] = ROWS
     search: bool = True  # for each row's rate; without it the one around which it would search
 
-    def check(self) -> None:
-        """Raises ConfigError for widths that leave nothing to compare."""
-        if "32-32-32" in self.bits:
-            raise ConfigError("--bits 32-32-32: nothing is quantized, so there is nothing to compare.")
-
     def steps_at(self, bits: str) -> int:
-        """Optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
+        """Count the optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
         return self.steps if BitWidths.parse(bits).weights == 2 else max(1, self.steps // 3)
 
-    def rates(self, row: Row, bits: str) -> tuple[float, ...]:
-        return row.rates(bits) if self.search else (row.rate(bits),)
-
     def laid_over(self, base: Config, bits: str) -> Config:
-        """The base configuration with the steps, the rows of a step and three validations of this width."""
+        """Return the base configuration with the steps, the rows of a step and three validations of this width."""
         steps = self.steps_at(bits)
         values = {"steps": steps, "epochs": None, "batch_size": self.batch_size, "eval_every": max(1, steps // 3)}
         return base.model_copy(update={"distill": base.distill.model_copy(update=values)})
 
 
-def chosen_rows(names: Sequence[str] | None) -> tuple[Row, ...]:
-    """All rows, or those of the given names. Raises ConfigError for a name that is none."""
-    known = {row.name: row for row in ROWS}
+def chosen_rows(names: Sequence[str] | None, granularities: Sequence[str] | None = None) -> tuple[Row, ...]:
+    """Return the published rows, or every quantizer at the granularities; of these only the rows that are named.
+    Raises ConfigError for a name that is no row, or a granularity that is not known."""
+    rows = [row for text in granularities or () for row in rows_at(_granularity(text))] or list(ROWS)
+    known = {row.name: row for row in rows}
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ConfigError(f"--only {unknown[0]!r} is not a row; valid: {'; '.join(known)}")
-    return tuple(known[name] for name in names) if names else ROWS
+    return tuple(known[name] for name in names) if names else tuple(known.values())
+
+
+def _granularity(text: str) -> Granularity:
+    """Read per_channel, or per_group=64."""
+    kind, _, size = text.partition("=")
+    try:
+        return Granularity.parse({kind: int(size)} if size else kind)
+    except ValueError as error:
+        sizes = ", ".join(f"per_group={size}" for size in GROUP_SIZES)
+        raise ConfigError(f"--granularity is {text!r}; valid: per_tensor, per_channel, {sizes}") from error
 
 
 def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
-    """A configuration for a Hugging Face directory.
-
-    Raises:
-        ConfigError: it is none, or its family is not one that the bench can train on plain text.
-    """
+    """Return the fields of a configuration for a Hugging Face directory. Raises ConfigError if it is none, or its
+    family is not one that the bench can train on plain text."""
     if not teacher.is_dir():
         raise ConfigError(
             f"--teacher {teacher}: there is no such directory; give one with config.json, *.safetensors and tokenizer."
         )
     config = read_config(teacher)
-    if family_of(config).tied_embeddings:
-        raise ConfigError(
-            f"--teacher {teacher}: a {config.model_type} model has an encoder; the bench compares on text."
-        )
+    kind = config.model_type
+    if family_for(kind).encoder_decoder:
+        raise ConfigError(f"--teacher {teacher}: a {kind} model has an encoder; the bench compares on text.")
     return {
         "name": "bench-" + re.sub(r"[^A-Za-z0-9._-]", "-", teacher.resolve().name),
         "model": {"source": str(teacher)},
@@ -114,96 +117,83 @@ def teacher_fields(teacher: Path, data: str, extent: Extent) -> dict[str, Any]:
 
 
 def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Console) -> Config:
-    """The configuration on text that the teacher generates: as much as the steps read.
-
-    Raises:
-        ConfigError: the run would fail on any text, or its task is another than plain text.
-    """
+    """Return the configuration on text that the teacher generates: as much as the steps read. Raises ConfigError if
+    the run would fail on any text, or its task is another than plain text."""
     if base.task.name != LANGUAGE_MODELING:
         raise ConfigError(f"--teacher {teacher} generates plain text, and task.name is {base.task.name}; give --data.")
-    plain = base.model_copy(update={"data": base.data.model_copy(update={"source": SOME_TEXT})})
-    inspect(plain, scratch_dir(base.resources))
+
+    def reading(source: str) -> Config:
+        return base.model_copy(update={"data": base.data.model_copy(update={"source": source})})
+
+    inspect(pin(reading(SOME_TEXT)))
     documents = int(DOCUMENTS_A_ROW * extent.steps * extent.batch_size) + 400
     folder = Path(scratch_dir(base.resources)).expanduser()
     with console.status(f"generating {documents} texts"):
         text = generated_text(teacher, documents, base.task.block_length, 0, folder, lambda done, total: None)
-    return base.model_copy(update={"data": base.data.model_copy(update={"source": str(text)})})
+    return reading(str(text))
 
 
 def compare(base: Config, extent: Extent, out: Path, console: Console, generates: Path | None = None) -> dict[str, Any]:
-    """Run the comparison, write tables and pictures under `out`; returns the document of `--json`.
-
-    Args:
-        generates: the teacher that generates the text; None: the configuration has some.
-
-    Raises:
-        ConfigError: a row cannot be, no row is offered at these widths, or nothing can be written to `out`.
-    """
+    """Run the comparison, write tables and pictures under `out`; returns the document of `--json`. `generates` is the
+    teacher that generates the text; None: the configuration has some. Raises ConfigError if a row cannot be, no row is
+    offered at these widths, or nothing can be written to `out`."""
     search = _search(base, extent)
-    _say_what_is_not_offered(base, extent, console)
+    for bits in extent.bits:
+        if names := [row.name for row in extent.rows if not row.offered_at(bits, base.quant.overrides.values())]:
+            console.print(f"not at {bits}, being ternary: {'; '.join(names)}")
     _refuse_unwritable(out)
     if generates is not None:
         base = with_generated_text(base, generates, extent, console)
         search = _search(base, extent)
-    shared = flow.plan(base, TeacherCache.stage)
     with Display(console) as display:
-        flow.run(shared, display)
-        searched = _run(search, base, "search", display)
+        run_plan(plan_run(base, TeacherCache.stage), display)
+        searched = train_all(search, base.resources, display, "search")
         rates = best_rates(searched)
-        repeated = _run(_repeat(base, extent, rates), base, "repeat", display)
-    chosen = [s for s in searched if s.rate == rates.get((s.row, s.bits))] + repeated
+        repeated = train_all(_repeat(base, extent, rates), base.resources, display, "repeat")
     failed = _failed(searched, repeated, rates)
-    sound = [score for score in chosen if (score.row, score.bits) not in failed]
+    chosen = [score for score in searched if score.rate == rates.get(score.key)] + repeated
+    sound = [score for score in chosen if score.key not in failed]
     if not sound:
         raise RunError(f"Every row failed; the first: {next(iter(failed.values()))}")
     return _report(base, extent, searched, sound, failed, out, console)
 
 
-def _failed(
-    searched: Sequence[Score], repeated: Sequence[Score], rates: dict[tuple[str, str], float]
-) -> dict[tuple[str, str], str]:
-    """Rows that have no place in a table, and why: each rate failed, or a seed at the best one."""
-    found: dict[tuple[str, str], str] = {}
-    for s in (*(s for s in searched if (s.row, s.bits) not in rates), *(s for s in repeated if s.failure)):
-        found.setdefault((s.row, s.bits), f"rate {s.rate:g}, seed {s.seed}: {s.failure}")
-    return found
+def _failed(searched: Sequence[Score], repeated: Sequence[Score], rates: dict[Key, float]) -> dict[Key, str]:
+    """Return the rows that have no place in a table, and why: each rate failed, or a seed at the best one."""
+    reasons: dict[Key, str] = {}
+    for s in (*(s for s in searched if s.key not in rates), *(s for s in repeated if s.failure)):
+        reasons.setdefault(s.key, f"rate {s.rate:g}, seed {s.seed}: {s.failure}")
+    return reasons
 
 
-def _search(base: Config, extent: Extent) -> list[Trial]:
-    """Each row at each rate with the first seed; rounding has no rate. Raises ConfigError if none is offered."""
-    found = [
-        trial(extent.laid_over(base, bits), row, bits, rate, 0)
+def _search(base: Config, extent: Extent) -> list[BenchRun]:
+    """Return each row at each rate with the first seed; rounding has no rate. Raises ConfigError if none is offered."""
+    runs = [
+        bench_run(extent.laid_over(base, bits), row, bits, rate, 0)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits, base.quant.overrides.values())
-        for rate in extent.rates(row, bits)
+        for rate in (row.rates(bits) if extent.search else (row.rate(bits),))
     ]
-    if not found:
+    if not runs:
         raise ConfigError(
             f"--only {'; '.join(row.name for row in extent.rows)}: ternary recipes need 2 bits of every matrix, and "
             f"--bits {', '.join(extent.bits)} with quant.overrides gives them more. Use --bits 2-2-8, or other rows."
         )
-    return found
+    return runs
 
 
 def _refuse_unwritable(out: Path) -> None:
-    """Raises ConfigError unless `out` is a directory that can be written to, or can become one. Makes nothing."""
+    """Raise ConfigError unless `out` is a directory that can be written to, or can become one. Makes nothing."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out}: {existing} is no directory that you may write to; give another.")
 
 
-def _say_what_is_not_offered(base: Config, extent: Extent, console: Console) -> None:
-    for bits in extent.bits:
-        names = [row.name for row in extent.rows if not row.offered_at(bits, base.quant.overrides.values())]
-        if names:
-            console.print(f"not at {bits}, being ternary: {'; '.join(names)}", highlight=False)
-
-
-def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -> list[Trial]:
-    """Each row at its best rate with the other seeds."""
+def _repeat(base: Config, extent: Extent, rates: dict[Key, float]) -> list[BenchRun]:
+    """Return each row at its best rate with the other seeds."""
     return [
-        trial(extent.laid_over(base, bits), row, bits, rates[row.name, bits], seed)
+        bench_run(extent.laid_over(base, bits), row, bits, rates[row.name, bits], seed)
         for bits in extent.bits
         for row in extent.rows
         if row.trained and (row.name, bits) in rates
@@ -211,30 +201,23 @@ def _repeat(base: Config, extent: Extent, rates: dict[tuple[str, str], float]) -
     ]
 
 
-def _run(trials: Sequence[Trial], base: Config, what: str, display: Display) -> list[Score]:
-    if not trials:
-        return []
-    display.started(what)
-    return run_trials(
-        trials, base.resources, lambda done, total, note, points=(): display.advanced(what, done, total, note)
-    )
-
-
 def _report(
     base: Config,
     extent: Extent,
     searched: Sequence[Score],
     sound: Sequence[Score],
-    failed: dict[tuple[str, str], str],
+    failed: dict[Key, str],
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
     teacher = sound[0].teacher["perplexity"]
     kept, search, failed_before = _earlier(out / RESULTS, base, extent, searched, teacher, console)
-    scores, search, failed = [*kept, *sound], [*search, *map(_tried, searched)], {**failed_before, **failed}
+    search += [score.model_dump(include={"row", "bits", "rate", "validation_nats"}) for score in searched]
+    scores, failed = [*kept, *sound], {**failed_before, **failed}
     tables = {bits: lines(scores, bits, search) for bits in dict.fromkeys(score.bits for score in scores)}
     everything = [line for table in tables.values() for line in table]
     checked = claims(everything, base.name, failed)
+    steps = {bits: extent.steps_at(bits) for bits in tables}
     document = {
         "name": base.name,
         "teacher_perplexity": teacher,
@@ -242,86 +225,75 @@ def _report(
         "batch_size": extent.batch_size,
         "block_length": base.task.block_length,
         "measured": sorted({score.measured for score in scores}),
-        "steps_at": {bits: extent.steps_at(bits) for bits in tables},
+        "steps_at": steps,
         "search": search,
         "failed": [{"row": row, "bits": bits, "failure": failure} for (row, bits), failure in failed.items()],
         "claims": [asdict(claim) for claim in checked],
-        "tables": {bits: [line.document() for line in table] for bits, table in tables.items()},
+        "tables": {bits: [asdict(line) for line in table] for bits, table in tables.items()},
         "scores": [score.model_dump(mode="json") for score in scores],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"
-    text = [f"## {bits}, {extent.steps_at(bits)} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
-    left_out = [f"left out: {row} at {bits} failed at {failure}" for (row, bits), failure in failed.items()]
-    said = "".join(f"- {line}\n" for line in (*checked, *left_out))
-    (out / "quantizers.md").write_text("\n".join([f"# {title}\n", *text, said]), encoding="utf-8")
-    draw_front(everything, title, out / "front.png")
-    draw_cosines(everything, base.name, out / "cosine.png")
+    text = [f"## {bits}, {steps[bits]} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
+    said = [str(claim) for claim in checked]
+    said += [f"left out: {row} at {bits} failed at {failure}" for (row, bits), failure in failed.items()]
+    text.append("".join(f"- {line}\n" for line in said))
+    (out / "quantizers.md").write_text("\n".join([f"# {title}\n", *text]), encoding="utf-8")
+    front_figure(everything, title).savefig(out / "front.png", dpi=130)
+    cosine_figure(everything, base.name).savefig(out / "cosine.png", dpi=130)
     for bits, table in tables.items():
-        about = f"{base.name} at {bits}, {extent.steps_at(bits)} steps, teacher's perplexity {teacher:.2f}"
-        _print(table, about, console)
-    for said_of_it in (*checked, *left_out):
-        console.print(str(said_of_it), highlight=False)
-    console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png", highlight=False)
+        _print(table, f"{base.name} at {bits}, {steps[bits]} steps, teacher's perplexity {teacher:.2f}", console)
+    for line in said:
+        console.print(line)
+    console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png")
     return document
-
-
-def _tried(score: Score) -> dict[str, Any]:
-    """What the search for a rate saw, nats on validation."""
-    return {name: getattr(score, name) for name in ("row", "bits", "rate", "validation_nats")}
 
 
 def _earlier(
     path: Path, base: Config, extent: Extent, searched: Sequence[Score], teacher: float, console: Console
-) -> tuple[list[Score], list[dict[str, Any]], dict[tuple[str, str], str]]:
-    """Scores of earlier benches in the same folder, of rows and widths not run now, if the same trial would be run
+) -> tuple[list[Score], list[dict[str, Any]], dict[Key, str]]:
+    """Return scores of earlier benches in the same folder, of rows and widths not run now, if the same would be run
     today, the searches behind them, and what failed: a table may be made piece by piece. Says which are left out."""
     if not path.exists():
         return [], [], {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        found = [Score.model_validate(score) for score in document["scores"]]
-        search = {(tried["row"], tried["bits"], tried["rate"]): dict(tried) for tried in document["search"]}
+        scores = [Score.model_validate(score) for score in document["scores"]]
+        search = {(entry["row"], entry["bits"], entry["rate"]): dict(entry) for entry in document["search"]}
         failed = {(f["row"], f["bits"]): str(f["failure"]) for f in document["failed"]}
     except (OSError, ValueError, KeyError, TypeError):
         console.print(f"left out: all of {path}, which this version does not read")
         return [], [], {}
-    now = {(score.row, score.bits) for score in searched}
-    rows = {row.name: row for row in ROWS}
+    now = {score.key for score in searched}
     kept = [
         score
-        for score in found
-        if (score.row, score.bits) not in now
-        and score.row in rows
+        for score in scores
+        if score.key not in now
+        and score.row in EVERY_ROW
         and score.teacher.get("perplexity") == teacher
-        and score.digest == _digest_today(base, extent, rows[score.row], score)
+        and score.digest == _digest_today(base, extent, EVERY_ROW[score.row], score)
     ]
-    of_kept = {(score.row, score.bits) for score in kept}
-    for row, bits in dict.fromkeys((score.row, score.bits) for score in found):
+    of_kept = {score.key for score in kept}
+    for row, bits in dict.fromkeys(score.key for score in scores):
         if (row, bits) not in of_kept | now:
             console.print(f"left out: {row} at {bits} of {path}, whose teacher, data or recipe was another")
-    return (
-        kept,
-        [tried for (row, bits, _), tried in search.items() if (row, bits) in of_kept],
-        {key: failure for key, failure in failed.items() if key not in now},
-    )
+    tried = [entry for (row, bits, _), entry in search.items() if (row, bits) in of_kept]
+    return kept, tried, {key: failure for key, failure in failed.items() if key not in now}
 
 
 def _digest_today(base: Config, extent: Extent, row: Row, score: Score) -> str | None:
-    """Of the trial behind a score if it were run now; None: it cannot be run."""
+    """Return the digest of the run behind a score if it were run now; None: it cannot be run."""
     try:
-        return trial(extent.laid_over(base, score.bits), row, score.bits, score.rate, score.seed).digest
+        return bench_run(extent.laid_over(base, score.bits), row, score.bits, score.rate, score.seed).digest
     except ConfigError:
         return None
 
 
 def _print(table: Sequence[Line], title: str, console: Console) -> None:
     rates = "v, ^: the lowest, the highest rate of its search; " if any(len(line.tried) > 1 for line in table) else ""
-    about = f"{rates}quantizers.md has all columns"
     columns = (Column(header, overflow="fold") for header in SHORT_HEADER)
-    shown = Table(*columns, title=title, caption=about, box=SIMPLE_HEAD, pad_edge=False)
-    for line in table:
-        shown.add_row(*short_cells(line))
-    console.print(shown)
+    caption = f"{rates}quantizers.md has all columns"
+    style = {"title": title, "caption": caption, "box": SIMPLE_HEAD, "pad_edge": False}
+    print_table(console, columns, map(short_cells, table), **style)

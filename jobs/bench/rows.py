@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.presets import PRESETS, RATIO_LR, WIDE_MUON_LR, PresetName
+from pipeline.quant.granularity import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Granularity
 from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, levels_of
 
 PAPER: PresetName = "paper"
@@ -27,34 +28,34 @@ class Row:
 
     @property
     def rate_knob(self) -> str:
-        """The learning rate that its search varies."""
+        """Return the learning rate that its search varies."""
         return "muon_lr" if self.sections.get("distill", {}).get("optimizer") == "muon" else "lr"
 
     def rate(self, bits: str) -> float:
-        """What suits its optimizer and the width; of best and smallest their own.
-
-        Training moves weights by steps that 4 and 8 bits resolve, so those want smaller rates.
-        """
+        """Return the learning rate that suits its optimizer and the width; of best and smallest their own. Training
+        moves weights by steps that 4 and 8 bits resolve, so those want smaller rates."""
         narrow = BitWidths.parse(bits).weights == 2
         return {"lr": (5e-4, 4e-3), "muon_lr": (WIDE_MUON_LR, 0.03)}[self.rate_knob][narrow]
 
     def rates(self, bits: str) -> tuple[float, ...]:
-        """The learning rates of its search: as many for each row, around `rate`."""
+        """Return the learning rates of its search: as many for each row, around `rate`."""
         middle = self.rate(bits)
         return (middle / 2, middle, middle * 2) if self.trained else (middle,)
 
     @property
     def quantizer(self) -> Any:
+        """Return the name of its quantizer."""
         return self.sections["quant"].get("quantizer", "quantgpt")
 
     def offered_at(self, bits: str, overrides: Iterable[int] = ()) -> bool:
-        """Whether the recipe exists at these widths, and those of `overrides`: ternary ones only at 2 bits."""
-        ternary_only = self.quantizer in TERNARY_ONLY or self.name == SMALLEST
+        """Tell whether the recipe exists at these widths, and those of `overrides`: ternary ones only at 2 bits."""
+        ternary_only = self.quantizer in TERNARY_ONLY or self.name.startswith(SMALLEST)
         widths = BitWidths.parse(bits)
         others = {widths.embedding, *overrides}
         return not ternary_only or (widths.weights == 2 and others <= {2, UNQUANTIZED})
 
     def ternary_at(self, bits: str) -> bool:
+        """Tell whether its weights have three levels at these widths."""
         return grid(levels_of(self.quantizer), BitWidths.parse(bits).weights).ternary
 
 
@@ -63,14 +64,15 @@ class Row:
 LEARN_A_RATIO = ("quantgpt", "lsq", "lsq_symmetric", "seq")
 
 
-def _quantizer(quantizer: str, granularity: str) -> Row:
+def _quantizer(quantizer: str, granularity: str | dict[str, int]) -> Row:
     moved = {"gamma_lr": RATIO_LR} if quantizer in LEARN_A_RATIO else {}
     quant = {"quantizer": quantizer, "granularity": granularity}
-    return Row(f"{quantizer}, {granularity}", {"quant": quant, "distill": {"contrast_weight": 0.0, **moved}})
+    name = f"{quantizer}, {Granularity.parse(granularity)}"
+    return Row(name, {"quant": quant, "distill": {"contrast_weight": 0.0, **moved}})
 
 
 def _rounding(name: str, quantizer: str) -> Row:
-    quant = {"quantizer": quantizer, "granularity": "row", "gamma_init": "mse"}
+    quant = {"quantizer": quantizer, "granularity": "per_channel", "gamma_init": "mse"}
     return Row(name, {"quant": quant, "distill": {"steps": 0, "contrast_weight": 0.0}}, trained=False)
 
 
@@ -80,27 +82,45 @@ def _paper(name: str, contrast_weight: float) -> Row:
 
 
 ROWS: tuple[Row, ...] = (
-    _rounding("rounding, row", "quantgpt"),
-    _rounding("rounding, seq, row", "seq"),
-    _quantizer("pact", "tensor"),
-    _quantizer("twn", "tensor"),
-    _quantizer("twn", "row"),
-    _quantizer("statistics", "tensor"),
-    _quantizer("statistics", "row"),
-    _quantizer("laq_uniform", "tensor"),
-    _quantizer("laq", "tensor"),
-    _quantizer("laq", "row"),
-    _quantizer("lsq_symmetric", "row"),
-    _quantizer("lsq", "tensor"),
-    _quantizer("lsq", "row"),
-    _quantizer("seq", "row"),
+    _rounding("rounding, per_channel", "quantgpt"),
+    _rounding("rounding, seq, per_channel", "seq"),
+    _quantizer("pact", "per_tensor"),
+    _quantizer("twn", "per_tensor"),
+    _quantizer("twn", "per_channel"),
+    _quantizer("statistics", "per_tensor"),
+    _quantizer("statistics", "per_channel"),
+    _quantizer("laq_uniform", "per_tensor"),
+    _quantizer("laq", "per_tensor"),
+    _quantizer("laq", "per_channel"),
+    _quantizer("lsq_symmetric", "per_channel"),
+    _quantizer("lsq", "per_tensor"),
+    _quantizer("lsq", "per_channel"),
+    _quantizer("seq", "per_channel"),
     _paper(WITHOUT_CONTRAST, 0.0),
     _paper(LIGHT_CONTRAST, 0.03),
-    _quantizer("quantgpt", "tensor"),
-    _quantizer("quantgpt", "row"),
+    _quantizer("quantgpt", "per_tensor"),
+    _quantizer("quantgpt", "per_channel"),
     *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),
 )
 
 
+def rows_at(granularity: Granularity) -> tuple[Row, ...]:
+    """Return every quantizer, and the presets that are not the paper's, with scales of one granularity."""
+    written = granularity.written()
+    presets = [
+        Row(f"{name}, {granularity}", {**PRESETS[name], "quant": {**PRESETS[name]["quant"], "granularity": written}})
+        for name in (SMALLEST, BEST)
+    ]
+    return (*(_quantizer(name, written) for name in dict.fromkeys(row.quantizer for row in ROWS)), *presets)
+
+
+EVERY_ROW = {
+    row.name: row
+    for granularity in (PER_TENSOR, PER_CHANNEL, *(Granularity("per_group", size) for size in GROUP_SIZES))
+    for row in rows_at(granularity)
+} | {row.name: row for row in ROWS}
+
+
 def named(name: str) -> Row:
-    return next(row for row in ROWS if row.name == name)
+    """Return the row of a name. Raises KeyError for a name that is none."""
+    return EVERY_ROW[name]

@@ -11,8 +11,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, build, fp32_bytes, freeze_student, make_student, read_config
-from pipeline.package import package as artifact
+from pipeline.models.build import build, fp32_bytes, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student
+from pipeline.package.package import write_package
 from pipeline.quant.spec import Encoding
 
 MIB = 2**20
@@ -41,27 +43,21 @@ NOTHING: dict[str, Any] = {"teacher": {}, "student": {}, "protocol": ""}
 
 
 def measure(console: Console, models: dict[str, dict[str, Any]] = MODELS) -> dict[str, Any]:
-    """The table, printed, and the document of `--json`. Sizes do not depend on the weights' values."""
+    """Measure and print the table; returns the document of `--json`. Sizes do not depend on the weights' values."""
     rows = []
     table = Table("model", "bits", "encoding", "MiB", "smaller by", "the paper's counting")
     for name, source in models.items():
         for bits in BITS:
             model = build(read_config(source), seed=0)  # fresh, because a student is made in place
             teacher_bytes = fp32_bytes(model)
-            make_student(model, _quant(bits, {}).spec(), FAMILIES[source["architecture"]])
-            for encoding in ENCODINGS:
-                if ENCODINGS[encoding][0] == "base3" and bits != "2-2-8":
+            make_student(model, _quant(bits, {}).spec(), family_named(source["architecture"]))
+            for encoding, (form, _) in ENCODINGS.items():
+                if form == "base3" and bits != "2-2-8":
                     continue
                 size = packed_size(model, source["architecture"], bits, encoding, teacher_bytes)
                 rows.append({"model": name, "bits": bits, "encoding": encoding, **size})
-                table.add_row(
-                    name,
-                    bits,
-                    encoding,
-                    f"{size['packed_bytes'] / MIB:.2f}",
-                    f"{size['ratio']:.1f}x",
-                    f"{size['paper_ratio']:.1f}x",
-                )
+                ratios = (f"{size[ratio]:.1f}x" for ratio in ("ratio", "paper_ratio"))
+                table.add_row(name, bits, encoding, f"{size['packed_bytes'] / MIB:.2f}", *ratios)
     console.print(table)
     return {"sizes": rows}
 
@@ -70,13 +66,13 @@ def packed_size(model: PreTrainedModel, family: str, bits: str, encoding: str, t
     """Write a student as a package and say how large it is."""
     form, ships = ENCODINGS[encoding]
     quant = _quant(bits, ships)
-    frozen = freeze_student(model, quant, FAMILIES[family])
+    frozen = freeze_student(model, quant, family_named(family))
     facts = {"name": family, "teacher_bytes": teacher_bytes, "lineage": {}, "metrics": NOTHING}
     with tempfile.TemporaryDirectory() as folder:
-        size: dict[str, Any] = artifact.write(Path(folder), frozen, model.config, quant, form, family, facts)["size"]
+        size: dict[str, Any] = write_package(Path(folder), frozen, model.config, quant, form, family, facts)["size"]
     return size
 
 
 def _quant(bits: str, ships: dict[str, Any]) -> Quant:
-    """One scale a row, as in the presets; gamma 1 everywhere, because its search changes scales, not sizes."""
-    return Quant(bits=bits, quantizer="lsq_symmetric", granularity="row", gamma_init="one", **ships)
+    """Return one scale a row, as in the presets; gamma 1 everywhere, because its search changes scales, not sizes."""
+    return Quant(bits=bits, quantizer="lsq_symmetric", granularity="per_channel", gamma_init="one", **ships)

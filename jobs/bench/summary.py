@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from scipy import stats
 
 from jobs.bench.rows import BEST, MOST_OF_PAPERS, PAPER, ROWS, SMALLEST, WITHOUT_CONTRAST
-from jobs.bench.trials import Score
-from pipeline.sweep.pareto import front as non_dominated
+from jobs.bench.students import Score
+from pipeline.sweep.pareto import pareto_front
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Tell whether there is an interval, and zero lies outside."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
@@ -33,7 +34,7 @@ class Interval:
 
 UNTRAINED = frozenset(row.name for row in ROWS if not row.trained)
 REFERENCES = (PAPER, BEST, SMALLEST, WITHOUT_CONTRAST)
-METRICS: dict[str, Callable[[Score], float]] = {
+COMPARED: dict[str, Callable[[Score], float]] = {
     "gap_nats": lambda score: score.gap_nats,
     "kl_nats": lambda score: score.student["kl_nats"],
     "top1_agreement": lambda score: score.student["top1_agreement"],
@@ -59,25 +60,23 @@ class Line:
     differences: dict[str, dict[str, Interval]]  # by row of `REFERENCES`, then by metric
     less_share: Interval | None = None  # the gap less the share of the paper's that `MOST_OF_PAPERS` allows it
 
-    def document(self) -> dict[str, Any]:
-        return asdict(self)
-
     def less(self, reference: str, metric: str = "gap_nats") -> Interval | None:
-        """The paired difference of a metric from that of a reference row; None for that row itself."""
+        """Return the paired difference of a metric from that of a reference row; None for that row itself."""
         return self.differences.get(reference, {}).get(metric)
 
 
 def paired(
     left: Sequence[Score], right: Sequence[Score], metric: str = "gap_nats", share: float = 1.0
 ) -> Interval | None:
-    """Metric of `left` less that share of `right`'s over the seeds both have."""
-    value = METRICS[metric]
+    """Return the metric of `left` less that share of `right`'s over the seeds both have."""
+    value = COMPARED[metric]
     others = {score.seed: share * value(score) for score in right}
     differences = [value(score) - others[score.seed] for score in left if score.seed in others]
     return interval(differences) if differences else None
 
 
 def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values and its 95 % interval (Student's t)."""
     if len(set(values)) == 1:
         return Interval(values[0])
     low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
@@ -85,30 +84,26 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def lines(scores: Sequence[Score], bits: str, search: Sequence[Mapping[str, Any]] = ()) -> list[Line]:
-    """The table at one width, from the largest gap to the smallest. `search` has row, bits and rate of all tried."""
+    """Return the table at one width, the largest gap first. `search` has row, bits and rate of all tried."""
     rows: dict[str, list[Score]] = {}
     for score in scores:
         if score.bits == bits:
             rows.setdefault(score.row, []).append(score)
-    tried: dict[str, set[float]] = {name: set() for name in rows}
-    for one in search:
-        if one["bits"] == bits and one["row"] in rows:
-            tried[one["row"]].add(one["rate"])
-    found = [_line(name, rows, tuple(sorted(tried[name]))) for name in rows]
-    return sorted(found, key=lambda line: -line.gap_nats)
+    tried = {(entry["row"], entry["rate"]) for entry in search if entry["bits"] == bits}
+    table = [_line(name, rows, tuple(sorted(rate for row, rate in tried if row == name))) for name in rows]
+    return sorted(table, key=lambda line: -line.gap_nats)
 
 
 def _line(name: str, rows: dict[str, list[Score]], tried: tuple[float, ...]) -> Line:
     of_row = rows[name]
-    untrained = name in UNTRAINED
-
     differences: dict[str, dict[str, Interval]] = {}
     for reference in REFERENCES:
         if reference != name and reference in rows:
-            others = rows[reference]
-            ours = [of_row[0].model_copy(update={"seed": s.seed}) for s in others] if untrained else of_row
-            found = {metric: paired(ours, others, metric) for metric in METRICS}
-            differences[reference] = {metric: interval for metric, interval in found.items() if interval is not None}
+            others, ours = rows[reference], of_row
+            if name in UNTRAINED:  # the same for each seed
+                ours = [of_row[0].model_copy(update={"seed": score.seed}) for score in others]
+            compared = {metric: paired(ours, others, metric) for metric in COMPARED}
+            differences[reference] = {metric: interval for metric, interval in compared.items() if interval is not None}
     return Line(
         row=name,
         bits=of_row[0].bits,
@@ -119,7 +114,7 @@ def _line(name: str, rows: dict[str, list[Score]], tried: tuple[float, ...]) -> 
         gap_interval=interval([score.gap_nats for score in of_row]),
         differences=differences,
         less_share=paired(of_row, rows.get(PAPER, ()), share=MOST_OF_PAPERS[name]) if name in MOST_OF_PAPERS else None,
-        **{metric: fmean(map(value, of_row)) for metric, value in METRICS.items()},
+        **{metric: fmean(map(value, of_row)) for metric, value in COMPARED.items()},
     )
 
 
@@ -127,13 +122,11 @@ HEADER = (
     *("recipe", "rate", "seeds", "bytes", "gap, nats", "less paper's", "less best's", "less smallest's"),
     *("KL, nats", "KL less paper's", "same top token", "less paper's share", "token cosine", "less paper's cosine"),
 )
-
-
 SHORT_HEADER = ("recipe", "rate", "bytes", "gap, nats", "less paper's", "KL, nats", "same top token")
 
 
 def short_cells(line: Line) -> tuple[str, ...]:
-    """What a terminal has room for."""
+    """Return the cells that a terminal has room for."""
     less = line.less(PAPER)
     return (
         line.row,
@@ -147,6 +140,7 @@ def short_cells(line: Line) -> tuple[str, ...]:
 
 
 def cells(line: Line) -> tuple[str, ...]:
+    """Return the cells of `HEADER`."""
     return (
         line.row,
         _rate(line),
@@ -164,7 +158,7 @@ def cells(line: Line) -> tuple[str, ...]:
 
 
 def _rate(line: Line) -> str:
-    """The rate that validation chose, of how many, with a mark where it is the lowest or highest of them."""
+    """Return the rate that validation chose, of how many, with a mark where it is the lowest or highest of them."""
     if line.row in UNTRAINED:
         return ""
     end = _end(line, "the lowest ", "the highest ")
@@ -172,22 +166,23 @@ def _rate(line: Line) -> str:
 
 
 def _end(line: Line, lowest: str, highest: str) -> str:
-    """Which end of what its search tried the rate is; nothing between them, or where only one was tried."""
+    """Return which end of what its search tried the rate is; nothing between them, or where only one was tried."""
     ends = {line.tried[0]: lowest, line.tried[-1]: highest} if len(line.tried) > 1 else {}
     return ends.get(line.rate, "")
 
 
 def _interval(interval: Interval | None) -> str:
-    """In bold where it excludes zero."""
+    """Return an interval as text, in bold where it excludes zero."""
     return "" if interval is None else f"**{interval}**" if interval.excludes_zero else str(interval)
 
 
 def markdown(lines: Sequence[Line]) -> str:
+    """Return a table of all columns in Markdown."""
     rows = [HEADER, tuple("---" for _ in HEADER), *(cells(line) for line in lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def front(lines: Sequence[Line]) -> list[Line]:
-    """The rows that no other row beats in both bytes and gap, by bytes."""
-    best = non_dominated([(line.packed_bytes, line.gap_nats) for line in lines])
+def pareto_lines(lines: Sequence[Line]) -> list[Line]:
+    """Return the rows that no other row beats in both bytes and gap, by bytes."""
+    best = pareto_front([(line.packed_bytes, line.gap_nats) for line in lines])
     return sorted((lines[index] for index in best), key=lambda line: (line.packed_bytes, line.row))

@@ -1,4 +1,4 @@
-"""`bitmill bench`: the measured claims of the README, each by one command."""
+"""`bitmill bench`: the measured claims of jobs/bench/README.md, each by one command."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.commands.options import (
-    Debug,
-    Json,
-    Overrides,
-    environment,
-    execute,
-)
+from jobs.commands.options import Overrides, command, environment
 from pipeline.errors import ConfigError
 
 QUICKSTART = "configs/quickstart.yaml"
+Workers = Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")]
 bench = typer.Typer(no_args_is_help=True, help="Measure what the README claims; each bench is one command.")
 
 
-@bench.command()
+@command(bench)
 def quantizers(
+    console: Console,
     config: Annotated[
         str | None,
         typer.Argument(metavar="CONFIG", help=f"Teacher, task and data, or --teacher.  [default: {QUICKSTART}]"),
@@ -49,100 +45,91 @@ def quantizers(
         ),
     ] = False,
     only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as best; may be repeated.")
+    ] = None,
+    granularity: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW", help="Only this row, such as best; may be repeated."),
+        typer.Option(
+            metavar="G",
+            help="Every quantizer with scales per_tensor, per_channel or per_group=32, 64 or 128; may be repeated.",
+        ),
     ] = None,
     search: Annotated[
-        bool,
-        typer.Option(help="Three rates for each recipe; without it one, of best and smallest their own."),
+        bool, typer.Option(help="Three rates for each recipe; without it one, of best and smallest their own.")
     ] = True,
-    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    workers: Workers = 1,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and pictures go.")] = "bench-quantizers",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Train every quantizer and preset on the same teacher, tokens, steps and seeds, and print the gaps.
 
     Each recipe gets a learning-rate search of equal cost, judged on validation. Every run is a keyed step, so an
     interrupted bench goes on where it was.
     """
+    from jobs.bench.quantizers import OPTIONS, TEACHER_OPTIONS, Extent, chosen_rows, compare, teacher_fields
+    from jobs.bench.students import refuse_decided
+    from pipeline.config.load import load_config, load_fields
+    from pipeline.quant.spec import BitWidths
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.quantizers import OPTIONS, TEACHER_OPTIONS, Extent, chosen_rows, compare, teacher_fields
-        from jobs.bench.trials import refuse_decided
-        from pipeline.config.load import load_config, load_fields
-        from pipeline.quant.spec import BitWidths
-
-        try:
-            given = bits or (["2-2-8", "4-4-8", "8-8-8"] if full else ["2-2-8"])
-            widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in given))
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from error
-        extent = Extent(
-            widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, chosen_rows(only), search
-        )
-        extent.check()
-        refuse_decided(overrides or [], OPTIONS | (TEACHER_OPTIONS if teacher is not None else {}))
-        chosen = [*(overrides or []), f"resources.workers={workers}"]
-        if teacher is None:
-            path = config or QUICKSTART
-            if data is not None:
-                raise ConfigError(f"--data {data} goes with --teacher DIR; without it {path} says what is read.")
-            return compare(load_config(path, chosen, environment()), extent, Path(out), console)
-        if config is not None:
-            raise ConfigError(f"{config} and --teacher {teacher} both name a teacher; give one of them.")
-        fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
-        base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
-        return compare(base, extent, Path(out), console, Path(teacher) if data is None else None)
-
-    execute(work, as_json, debug)
+    try:
+        given = bits or (["2-2-8", "4-4-8", "8-8-8"] if full else ["2-2-8"])
+        widths = tuple(dict.fromkeys(str(BitWidths.parse(text)) for text in given))
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    if "32-32-32" in widths:
+        raise ConfigError("--bits 32-32-32: nothing is quantized, so there is nothing to compare.")
+    rows = chosen_rows(only, granularity)
+    extent = Extent(widths, seeds or (5 if full else 1), steps or (300 if full else 60), batch_size, rows, search)
+    refuse_decided(overrides or [], OPTIONS | (TEACHER_OPTIONS if teacher is not None else {}))
+    chosen = [*(overrides or []), f"resources.workers={workers}"]
+    if teacher is None:
+        path = config or QUICKSTART
+        if data is not None:
+            raise ConfigError(f"--data {data} goes with --teacher DIR; without it {path} says what is read.")
+        return compare(load_config(path, chosen, environment()), extent, Path(out), console)
+    if config is not None:
+        raise ConfigError(f"{config} and --teacher {teacher} both name a teacher; give one of them.")
+    fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
+    base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
+    return compare(base, extent, Path(out), console, Path(teacher) if data is None else None)
 
 
-@bench.command()
+@command(bench)
 def paper(
+    console: Console,
     table: Annotated[str, typer.Option(help="1: language modelling and next utterance; 3: summarization.")] = "1",
     scale: Annotated[str, typer.Option(help="tiny: small models, anywhere; full: data, GPUs, commands.")] = "tiny",
-    workers: Annotated[int, typer.Option(min=0, help="Students trained side by side; 0: one by one, no Ray.")] = 1,
+    workers: Workers = 1,
     overrides: Overrides = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """The paper's table beside ours; each of its cells is marked as seen in a public source or recalled."""
+    from jobs.bench.paper import OPTIONS, OWN, TABLES, beside, requirements
+    from jobs.bench.students import refuse_decided
+    from pipeline.config.load import load_config
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.paper import OPTIONS, OWN, TABLES, beside, requirements
-        from jobs.bench.trials import refuse_decided
-        from pipeline.config.load import load_config
-
-        if table not in TABLES or scale not in ("tiny", "full"):
-            raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
-        refuse_decided(overrides or [], OPTIONS, OWN)
-        if scale == "full":
-            if overrides:
-                raise ConfigError(f"--set {overrides[0]} has no effect with --scale full, which runs nothing.")
-            return requirements(table, console)
-        chosen = [*(overrides or []), f"resources.workers={workers}"]
-        bases = [load_config(tiny.config, [*tiny.overrides, *chosen], environment()) for tiny in TABLES[table].tiny]
-        return beside(table, bases, console)
-
-    execute(work, as_json, debug)
+    if table not in TABLES or scale not in ("tiny", "full"):
+        raise ConfigError(f"--table is {table!r} and --scale {scale!r}; valid: 1 or 3, tiny or full")
+    refuse_decided(overrides or [], OPTIONS, OWN)
+    if scale == "full":
+        if overrides:
+            raise ConfigError(f"--set {overrides[0]} has no effect with --scale full, which runs nothing.")
+        return requirements(table, console)
+    chosen = [*(overrides or []), f"resources.workers={workers}"]
+    bases = [load_config(tiny.config, [*tiny.overrides, *chosen], environment()) for tiny in TABLES[table].tiny]
+    return beside(table, bases, console)
 
 
-@bench.command()
-def sizes(as_json: Json = False, debug: Debug = False) -> None:
+@command(bench)
+def sizes(console: Console) -> dict[str, Any]:
     """Bytes of packed GPT-2 small and BART base, random weights, at three bit-widths and in each encoding. Minutes."""
+    from jobs.bench.sizes import measure
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.sizes import measure
-
-        return measure(console)
-
-    execute(work, as_json, debug)
+    return measure(console)
 
 
-@bench.command()
+@command(bench)
 def inference(
+    console: Console,
     model: Annotated[
         str | None, typer.Option(metavar="DIR", help="A packed model; by default GPT-2 small with random weights.")
     ] = None,
@@ -153,21 +140,15 @@ def inference(
     quantizer: Annotated[
         str, typer.Option(help="Levels of the random weights: quantgpt (three), lsq or seq (four).")
     ] = "quantgpt",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Speed, load time and memory of a packed model: our runtime, fp32, dynamic int8 and llama.cpp, on this machine."""
+    from jobs.bench.inference import compare
+    from pipeline.config.resources import Resources
+    from pipeline.store.locations import scratch_dir
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.bench.inference import compare
-        from pipeline.config.resources import Resources
-        from pipeline.store.locations import scratch_dir
-
-        if quantizer not in ("quantgpt", "lsq", "seq"):
-            raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")
-        if model is not None and not (Path(model) / "manifest.json").exists():
-            raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
-        cache = Path(scratch_dir(Resources.model_validate(environment()))).expanduser() / "bench-inference"
-        return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)
-
-    execute(work, as_json, debug)
+    if quantizer not in ("quantgpt", "lsq", "seq"):
+        raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")
+    if model is not None and not (Path(model) / "manifest.json").exists():
+        raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
+    cache = Path(scratch_dir(Resources.model_validate(environment()))).expanduser() / "bench-inference"
+    return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from jobs.commands.options import (
-    Debug,
-    Exit,
-    Json,
-    Model,
-    StorageUri,
-    TrackingUri,
-    execute,
-)
+from jobs.commands.options import AnyModel, StorageUri, TrackingUri, command
 
 commands = typer.Typer()
 
 
-@commands.command()
+@command(commands)
 def lookup(
+    console: Console,
     name: Annotated[str | None, typer.Option(help="The registered name.")] = None,
     task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
@@ -39,28 +33,22 @@ def lookup(
     limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
     tracking_uri: TrackingUri = None,
     storage_uri: StorageUri = "./bitmill-store",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """Find registered models by what they must not exceed: `bitmill lookup --max-size-mib 40 --max-perplexity 18`.
 
     The best one comes first. If none fits, the nearest are shown with what they miss by, and the exit status is 3.
     """
+    from jobs.lookup import lookup as run
+    from pipeline.store.locations import registry_beside
+    from pipeline.tracking.query import Query
 
-    def work(console: Console) -> list[dict[str, Any]]:
-        from jobs.lookup import lookup as run
-        from pipeline.store.locations import registry_beside
-        from pipeline.tracking.query import Wanted
-
-        wanted = Wanted(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
-        return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
-
-    if not execute(work, as_json, debug):
-        raise typer.Exit(Exit.NOTHING)
+    wanted = Query(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
+    return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
 
 
-@commands.command()
+@command(commands)
 def report(
+    console: Console,
     key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
     out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
     storage_uri: StorageUri = "./bitmill-store",
@@ -68,109 +56,82 @@ def report(
     latency: Annotated[
         bool, typer.Option("--latency", help="First measure how long each model takes for a token, on this machine.")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Show a run or a sweep as one page: bytes against accuracy, losses, modules, cost, and how to get each model.
 
     The page needs no network: send it to somebody, or open it on a phone. A sweep that is not finished is shown as far
     as it came. A measured latency is kept beside its package and shown from then on.
     """
+    from jobs.report import report as run
+    from pipeline.config.resources import Resources
 
-    def work(console: Console) -> dict[str, Any]:
-        from pathlib import Path
-
-        from jobs.report import report as run
-        from pipeline.config.resources import Resources
-
-        resources = Resources(storage_uri=storage_uri, namespace=namespace)
-        return run(key, Path(out), resources, console, latency)
-
-    execute(work, as_json, debug)
+    resources = Resources(storage_uri=storage_uri, namespace=namespace)
+    return run(key, Path(out), resources, console, latency)
 
 
-@commands.command()
+@command(commands)
 def pull(
-    model: Model,
+    console: Console,
+    resources: Any,
+    model: AnyModel,
     destination: Annotated[
         str, typer.Argument(metavar="DEST", help="A directory that does not exist yet, or is empty.")
     ],
-    tracking_uri: TrackingUri = None,
-    storage_uri: StorageUri = "./bitmill-store",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Bring a packed model to a directory, every byte checked against its manifest.
 
     Given again after an interruption it keeps the files that are whole. DEST appears only once all are there.
     """
+    from jobs.model_argument import files_of
+    from pipeline.package.pull import pull as bring
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.pull import pull as run
-        from pipeline.config.resources import Resources
+    folder = Path(destination).expanduser().absolute()
+    pulled = bring(files_of(model, resources), folder, model)
+    size = sum(entry["bytes"] for entry in pulled.manifest["files"].values())
+    counts = f"{len(pulled.fetched)} files fetched, {len(pulled.kept)} were there"
+    console.print(f"{folder}: {counts}; {size:,} bytes, each checked", soft_wrap=True)
+    files = {"fetched": list(pulled.fetched), "kept": list(pulled.kept)}
+    return {"model": model, "folder": str(folder), "bytes": size, **files, "digest": pulled.manifest["digest"]}
 
-        return run(model, destination, Resources(storage_uri=storage_uri, tracking_uri=tracking_uri), console)
 
-    execute(work, as_json, debug)
-
-
-@commands.command()
+@command(commands)
 def generate(
-    model: Model,
+    console: Console,
+    resources: Any,
+    as_json: bool,
+    model: AnyModel,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="Read from stdin unless given.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0: always the likeliest token. Summaries come from beam search.")
     ] = 0.8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 0,
-    tracking_uri: TrackingUri = None,
-    storage_uri: StorageUri = "./bitmill-store",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Let a packed model, or a Hugging Face directory, continue a text; a summarizing one sums it up."""
+    from jobs.generate import Request
+    from jobs.generate import generate as run
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.generate import generate as run
-        from pipeline.config.resources import Resources
-
-        text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
-        say = (lambda piece: None) if as_json else _say
-        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
-        return run(model, text, max_tokens, temperature, seed, resources, console, say)
-
-    execute(work, as_json, debug)
+    text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+    say = (lambda piece: None) if as_json else partial(print, end="", flush=True)
+    return run(model, Request(text, max_tokens, temperature, seed), resources, console, say)
 
 
-def _say(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-@commands.command()
+@command(commands)
 def export(
-    model: Model,
+    console: Console,
+    resources: Any,
+    model: AnyModel,
     format_name: Annotated[str, typer.Option("--format", help="onnx, gguf, compressed-tensors or transformers.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty directory.")],
     data: Annotated[
         str | None, typer.Option(help="Text to verify on, as data.source; without it the model samples some.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime that verifies.")] = 1,
-    tracking_uri: TrackingUri = None,
-    storage_uri: StorageUri = "./bitmill-store",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Write a packed model in another format, run it there, and keep it only if it computes the same.
 
     The verdict lies beside the export as verdict.json and, for a registered model, in MLflow.
     """
+    from jobs.export import export as run
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.export import export as run
-        from pipeline.config.resources import Resources
-
-        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
-        return run(model, format_name, out, data, threads, resources, console)
-
-    execute(work, as_json, debug)
+    return run(model, format_name, out, data, threads, resources, console)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from enum import IntEnum
+from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.errors import BitmillError, ConfigError
 
@@ -28,7 +31,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="a.b=value", help="Override one value of the file, e.g. distill.eval_rows=64."),
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for what another process runs.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")]
+AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a store URI, name@alias or name/version.")]
 StorageUri = Annotated[
     str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the runs; the default registry lies beside it.")
 ]
@@ -36,49 +39,74 @@ TrackingUri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", h
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-
 WIDTH_OF_LOGS = 120  # a terminal has its own; 80, which rich assumes elsewhere, cuts tables of figures
+VARIABLES = {"ray_address": "RAY_ADDRESS", "tracking_uri": "MLFLOW_TRACKING_URI", "storage_uri": "BITMILL_STORAGE_URI"}
 
 
 def environment() -> dict[str, str]:
-    """Resources as the variables of their ecosystems set them; a configuration's own values win."""
-    variables = {
-        "ray_address": "RAY_ADDRESS",
-        "tracking_uri": "MLFLOW_TRACKING_URI",
-        "storage_uri": "BITMILL_STORAGE_URI",
-    }
-    return {field: os.environ[name] for field, name in variables.items() if os.environ.get(name)}
+    """Return resources as the variables of their ecosystems set them; a configuration's own values win."""
+    return {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
 
 
-def execute(work: Any, as_json: bool, debug: bool) -> Any:
-    """Do the work, or say in one paragraph why it could not be done; returns its document."""
-    console = Console(stderr=True)
+def _option(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+STORE = [_option("tracking_uri", TrackingUri, None), _option("storage_uri", StorageUri, "./bitmill-store")]
+COMMON = [_option("as_json", Json, False), _option("debug", Debug, False)]
+
+
+def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
+    """Return a decorator that makes a command of a function, which returns the document of --json.
+
+    Its parameters are the options, but for three that are given: `console`, for people, `resources`, as --tracking-uri
+    and --storage-uri say, and `as_json`. Every command has --json and --debug.
+    """
+
+    def register(work: Callable[..., Any]) -> None:
+        own = signature(work, eval_str=True).parameters
+
+        def run(as_json: bool, debug: bool, **values: Any) -> None:
+            def act(console: Console) -> Any:
+                if "resources" in own:
+                    from pipeline.config.resources import Resources
+
+                    values["resources"] = Resources(**{option.name: values.pop(option.name) for option in STORE})
+                if "as_json" in own:
+                    values["as_json"] = as_json
+                return work(console, **values)
+
+            execute(act, as_json, debug)
+
+        options = [parameter for name, parameter in own.items() if name not in ("console", "resources", "as_json")]
+        options += [*(STORE if "resources" in own else ()), *COMMON]
+        keywords = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options]
+        run.__doc__, run.__signature__ = work.__doc__, Signature(keywords)  # type: ignore[attr-defined]
+        app.command(work.__name__)(run)
+
+    return register
+
+
+def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
+    """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
+    console = Console(stderr=True, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_LOGS
     try:
         document = work(console)
-    except BitmillError as error:
-        if debug:
-            raise
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
-    except Exception as error:
-        if debug:
-            raise
-        console.print(
-            f"[bold red]error:[/] {type(error).__name__}: {_escape(str(error).strip() or 'no message')}\n"
-            "This was not foreseen. What was committed is kept; --debug shows the traceback.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(Exit.FAILED) from None
     except KeyboardInterrupt:
         console.print("interrupted; what was committed is kept, and the same command goes on from there")
         raise typer.Exit(Exit.FAILED) from None
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error)
+        if not isinstance(error, BitmillError):
+            text = f"{type(error).__name__}: {text.strip() or 'no message'}\nThis was not foreseen. "
+            text += "What was committed is kept; --debug shows the traceback."
+        console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+        raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
-    return document
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+    if not document:
+        raise typer.Exit(Exit.NOTHING)

@@ -7,25 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.commands.options import (
-    ConfigFile,
-    Debug,
-    Json,
-    Model,
-    Overrides,
-    StorageUri,
-    TrackingUri,
-    Wait,
-    environment,
-    execute,
-)
+from jobs.commands.options import AnyModel, ConfigFile, Overrides, Wait, command, environment
 from pipeline.errors import ConfigError
 
 commands = typer.Typer()
 
 
-@commands.command()
+@command(commands)
 def compress(
+    console: Console,
     config: ConfigFile,
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8: short for --set quant.bits=...")] = None,
     preset: Annotated[
@@ -35,29 +25,27 @@ def compress(
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "register",
     wait: Wait = True,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would run, what is reused, and why.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Write the run's report there when all is done.")
+    ] = None,
+) -> dict[str, Any]:
     """Run the whole line: tokenize, finetune, cache, distill, evaluate, pack, register.
 
     Steps that were done before are reused. A command that was interrupted, however hard, goes on where it was when
     it is given again. `--plan` starts nothing.
     """
+    from jobs.compress import compress as run
+    from pipeline.config.load import load_config
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.compress import compress as run
-        from pipeline.config.load import load_config
-
-        named = {"quant.bits": bits, "preset": preset}
-        chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
-        loaded = load_config(config, chosen, environment())
-        return run(loaded, config, console, until=until, only_plan=plan, wait=wait)
-
-    execute(work, as_json, debug)
+    named = {"quant.bits": bits, "preset": preset}
+    chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
+    loaded = load_config(config, chosen, environment())
+    return run(loaded, config, console, until=until, only_plan=plan, wait=wait, page=report)
 
 
-@commands.command()
+@command(commands)
 def sweep(
+    console: Console,
     config: ConfigFile,
     overrides: Overrides = None,
     wait: Wait = True,
@@ -67,28 +55,24 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that failed again, which the command otherwise keeps.")
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Try many bit-widths, quantizers or hyper-parameters, as the section `sweep` says, and print what each costs.
 
     Tokens, teacher and cache are made once. Each trial is what `compress` would run with its values. A sweep that was
     interrupted, however hard, goes on where it was when the command is given again.
     """
+    from jobs.sweep import sweep as run
+    from pipeline.config.load import load_config
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.sweep import sweep as run
-        from pipeline.config.load import load_config
-
-        loaded = load_config(config, overrides, environment())
-        return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
-
-    execute(work, as_json, debug)
+    loaded = load_config(config, overrides, environment())
+    return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
 
 
-@commands.command()
+@command(commands)
 def evaluate(
-    model: Model,
+    console: Console,
+    resources: Any,
+    model: AnyModel,
     data: Annotated[str, typer.Option(help="Text to score: as data.source of a configuration, such as 'text/*.txt'.")],
     block_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a block; by default 512 or the model's positions.")
@@ -96,20 +80,10 @@ def evaluate(
     unit: Annotated[str, typer.Option(help="document or line, as data.unit of a configuration.")] = "document",
     text_column: Annotated[str, typer.Option(help="Column of jsonl or parquet that holds the text.")] = "text",
     batch: Annotated[int, typer.Option(min=1, help="Rows of a pass; ranges per token make it irrelevant.")] = 16,
-    tracking_uri: TrackingUri = None,
-    storage_uri: StorageUri = "./bitmill-store",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> dict[str, Any]:
     """Score a packed model or a Hugging Face directory: perplexity and bits per byte."""
+    from jobs.evaluate import evaluate as run
 
-    def work(console: Console) -> dict[str, Any]:
-        from jobs.evaluate import evaluate as run
-        from pipeline.config.resources import Resources
-
-        if unit not in ("document", "line"):
-            raise ConfigError(f"--unit is {unit!r}; valid: document, line")
-        resources = Resources(storage_uri=storage_uri, tracking_uri=tracking_uri)
-        return run(model, data, block_length, unit, text_column, batch, resources, console)
-
-    execute(work, as_json, debug)
+    if unit not in ("document", "line"):
+        raise ConfigError(f"--unit is {unit!r}; valid: document, line")
+    return run(model, data, block_length, unit, text_column, batch, resources, console)

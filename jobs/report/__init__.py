@@ -1,7 +1,5 @@
-"""`bitmill report`: a run or a sweep as one page, a picture and a table.
-
-`values` says what a report shows, `reader` builds that from a store, and `figures`, `page` and `files` show it.
-"""
+"""`bitmill report`: a run or a sweep as one page, a picture and a table. `values` says what a report shows, `reader`
+builds that from a store, and `figures`, `page` and `files` show it."""
 
 from __future__ import annotations
 
@@ -21,10 +19,8 @@ from pipeline.store.locations import scratch_dir, storage_uri
 
 
 def report(key: str, out: Path, resources: Resources, console: Console, timed: bool = False) -> dict[str, Any]:
-    """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`.
-
-    `timed`: measure the latency of its models first.
-    """
+    """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`. `timed`
+    measures the latency of its models first."""
     if out.suffix != ".html":
         raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .html")
     reader = Reader(storage_uri(resources), scratch_dir(resources))
@@ -33,24 +29,20 @@ def report(key: str, out: Path, resources: Resources, console: Console, timed: b
         measure(reader.packages(content), console)
         content = reader.content(key)
     files = write(content, out)
-    best = ", ".join(one.label for one in content.best) or "none"
-    console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}", markup=False, highlight=False)
+    best = ", ".join(model.label for model in content.best) or "none"
+    console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}", markup=False)
     for path in files.values():
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
-    return {"key": key, "kind": content.kind, "front": [one.key for one in content.best], "files": files}
+        console.print(f"  {path}", markup=False, soft_wrap=True)
+    return {"key": key, "kind": content.kind, "front": [model.key for model in content.best], "files": files}
 
 
 def rendered(content: Content) -> dict[str, bytes]:
-    """The page, the picture and the table, by suffix."""
+    """Render the page, the picture and the table, by suffix."""
     return {".html": page(content).encode(), ".png": picture(content), ".csv": table(content).encode("utf-8")}
 
 
 def write(content: Content, out: Path) -> dict[str, str]:
-    """The page at `out`, picture and table beside it.
-
-    Raises:
-        ConfigError: `out` cannot be written to.
-    """
+    """Write the page at `out`, picture and table beside it. Raises ConfigError if `out` cannot be written to."""
     files = rendered(content)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import plotly.graph_objects as go
 
 from jobs.bench.paper import FULL, TABLE_1, TABLE_3, Cell
 from jobs.report.values import Content, Costing, Mark, Shown
-from pipeline.sweep.trials import LARGER_IS_BETTER
+from pipeline.metrics import larger_is_better
 
 INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
@@ -26,7 +27,7 @@ PUBLISHED: dict[str, tuple[dict[tuple[str, str], tuple[Cell, ...]], int, str]] =
 
 
 def paper_marks(content: Content) -> list[Mark]:
-    """Where the paper's students would be if they stood to this teacher as they do to theirs, in bytes and measure."""
+    """Return where the paper's students would be, in bytes and measure, if they stood to this teacher as to theirs."""
     if content.measure not in PUBLISHED or content.measure not in content.teacher:
         return []
     table, column, data = PUBLISHED[content.measure]
@@ -43,9 +44,9 @@ def paper_marks(content: Content) -> list[Mark]:
 
 
 def trade_off(content: Content) -> dict[str, Any]:
-    """Bytes against the measure: models, the front, the teacher, the paper."""
+    """Draw bytes against the measure: models, the front, the teacher, the paper."""
     measure = content.measure
-    figure = _models(content, lambda one: one.packed_bytes, content.best)
+    figure = _models(content, lambda model: model.packed_bytes, content.best)
     if measure in content.teacher:
         figure.add_scatter(
             x=[content.teacher_bytes],
@@ -56,8 +57,7 @@ def trade_off(content: Content) -> dict[str, Any]:
             text=[f"<b>teacher</b>, fp32<br>{size(content.teacher_bytes)}"],
             hovertemplate=f"%{{text}}<br>{measure} %{{y:.4g}}<extra></extra>",
         )
-    marks = paper_marks(content)
-    if marks:
+    if marks := paper_marks(content):
         figure.add_scatter(
             x=[mark.packed_bytes for mark in marks],
             y=[mark.value for mark in marks],
@@ -75,74 +75,67 @@ def trade_off(content: Content) -> dict[str, Any]:
 
 
 def speed(content: Content) -> dict[str, Any] | None:
-    """Milliseconds a token against the measure, if any were measured."""
+    """Draw milliseconds a token against the measure, if any were measured."""
     if not content.timed:
         return None
-    figure = _models(content, lambda one: one.token_ms, content.front(lambda one: one.token_ms))
+    figure = _models(content, lambda model: model.token_ms, content.pareto_front(lambda model: model.token_ms))
     figure.update_xaxes(title="milliseconds a token", rangemode="tozero")
     return _json(figure, 380)
 
 
 def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure:
-    """The models at a cost and the measure, the front in these two, and the teacher's measure as a line."""
-    line, measure = content.front(cost), content.measure
-    keys = {one.key for one in best}
+    """Draw the models at a cost and the measure, the front in these two, and the teacher's measure as a line."""
+    line, measure = content.pareto_front(cost), content.measure
     figure = go.Figure()
     if len(line) > 1:
         figure.add_scatter(
-            x=[cost(one) for one in line],
-            y=[one.metrics[measure] for one in line],
+            x=[cost(model) for model in line],
+            y=[model.metrics[measure] for model in line],
             mode="lines",
             line={"color": FRONT, "width": 2, "shape": "hv"},
             name="front",
             hoverinfo="skip",
         )
-    others = [one for one in content.shown if content.has(one, cost) and one.key not in keys]
-    for group, name, style in (
-        (others, "other models", {"color": MUTED, "size": 9}),
-        (best, "on the front", {"color": FRONT, "size": 12}),
-    ):
+    measured = [model for model in content.shown if content.has(model, cost)]
+    others = [model for model in measured if model not in best]
+    for group, name, colour, width in ((others, "other models", MUTED, 9), (best, "on the front", FRONT, 12)):
         if group:
             figure.add_scatter(
-                x=[cost(one) for one in group],
-                y=[one.metrics[measure] for one in group],
+                x=[cost(model) for model in group],
+                y=[model.metrics[measure] for model in group],
                 mode="markers+text" if group is best else "markers",
-                marker=style,
+                marker={"color": colour, "size": width},
                 name=name,
-                text=[safe(one.label if len(one.label) <= SHORT else one.bits) for one in group],
+                text=[safe(model.label if len(model.label) <= SHORT else model.bits) for model in group],
                 textposition="top right",
                 cliponaxis=False,
-                hovertext=[hover(one, content) for one in group],
+                hovertext=[hover(model, content) for model in group],
                 hovertemplate="%{hovertext}<extra></extra>",
             )
     if measure in content.teacher:
         figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
-    figure.update_yaxes(title=f"{measure} ({'higher' if measure in LARGER_IS_BETTER else 'lower'} is better)")
-    values = [one.metrics[measure] for one in content.shown if content.has(one, cost)]
+    figure.update_yaxes(title=f"{measure} ({'higher' if larger_is_better(measure) else 'lower'} is better)")
+    values = [model.metrics[measure] for model in measured]
     if min(values, default=0) > 0 and max(values) > WIDE * min(values):  # one bad trial must not flatten the rest
         figure.update_yaxes(type="log")
     return figure
 
 
 def losses(content: Content) -> dict[str, Any]:
-    """Training and validation losses of the students."""
+    """Draw training and validation losses of the students."""
     figure = go.Figure()
-    for index, one in enumerate(content.shown):
-        colour = COLOURS[index % len(COLOURS)]
-        name = safe(one.label)
-        for points, dash, width, opacity in (
-            (one.curve.train, "dot", 1, 0.45),
-            (one.curve.validation, "solid", 2, 1.0),
-        ):
+    for model, colour in zip(content.shown, itertools.cycle(COLOURS)):
+        name, curve = safe(model.label), model.curve
+        for points, dash, width, opacity in ((curve.train, "dot", 1, 0.45), (curve.validation, "solid", 2, 1.0)):
             if points:
                 figure.add_scatter(
                     x=[step for step, _ in points],
-                    y=[_finite(value) for _, value in points],
+                    y=[value if math.isfinite(value) else None for _, value in points],
                     mode="lines",
                     line={"color": colour, "width": width, "dash": dash},
                     opacity=opacity,
                     name=name,
-                    legendgroup=one.key,
+                    legendgroup=model.key,
                     showlegend=dash == "solid",
                     hovertemplate=f"{name}<br>step %{{x}}: %{{y:.4f}} nats<extra></extra>",
                 )
@@ -151,25 +144,20 @@ def losses(content: Content) -> dict[str, Any]:
     return _json(figure, 420)
 
 
-def bits_of_modules(one: Shown) -> dict[str, Any]:
-    """Bits (bar length) and gamma of each module of one model."""
-    names = [safe(module.name.removeprefix("transformer.").removeprefix("model.")) for module in one.modules]
+def bits_of_modules(model: Shown) -> dict[str, Any]:
+    """Draw bits (bar length) and gamma of each module of one model."""
+    names = [safe(module.name.removeprefix("transformer.").removeprefix("model.")) for module in model.modules]
     figure = go.Figure()
     texts = [
         f"{safe(m.name)}<br>{m.bits} bits, {m.weights:,} weights"
         + (f"<br>gamma {m.gamma:.3f}" if m.gamma is not None else "")
         + (f"<br>{m.zeros:.1%} zeros" if m.zeros is not None else "")
-        for m in one.modules
+        for m in model.modules
     ]
-    shared = {
-        "y": names,
-        "orientation": "h",
-        "text": texts,
-        "hovertemplate": "%{text}<extra></extra>",
-        "textposition": "none",
-    }
-    figure.add_bar(x=[m.bits for m in one.modules], marker_color=FRONT, name="bits", xaxis="x", **shared)
-    figure.add_bar(x=[m.gamma for m in one.modules], marker_color="#059669", name="gamma", xaxis="x2", **shared)
+    shared = {"y": names, "orientation": "h", "text": texts, "textposition": "none"}
+    shared["hovertemplate"] = "%{text}<extra></extra>"
+    figure.add_bar(x=[m.bits for m in model.modules], marker_color=FRONT, name="bits", xaxis="x", **shared)
+    figure.add_bar(x=[m.gamma for m in model.modules], marker_color="#059669", name="gamma", xaxis="x2", **shared)
     figure.update_layout(
         xaxis={"domain": [0, 0.47], "title": "bits", "tickvals": [2, 4, 8, 32], "rangemode": "tozero"},
         xaxis2={"domain": [0.53, 1], "title": "gamma", "anchor": "y"},
@@ -179,38 +167,35 @@ def bits_of_modules(one: Shown) -> dict[str, Any]:
     return _json(figure, 140 + 20 * len(names))
 
 
-def hover(one: Shown, content: Content) -> str:
-    """What a model is, in Plotly's few tags; everything from outside is escaped."""
-    lines = [f"<b>{safe(one.label)}</b>", size(one.packed_bytes) + (f", {one.ratio:.1f}x smaller" if one.ratio else "")]
-    if one.latency is not None:
-        lines.append(f"{one.latency.median_ms:.3g} ms a token ({one.latency.least_ms:.3g}-{one.latency.most_ms:.3g})")
-    lines += [f"{safe(name)} {value:.4g}" for name, value in one.metrics.items() if name in content.metrics]
-    lines += [f"{safe(knob)}: {safe(value)}" for knob, value in one.recipe.items()]
+def hover(model: Shown, content: Content) -> str:
+    """Return what a model is, in Plotly's few tags; everything from outside is escaped."""
+    smaller = f", {model.ratio:.1f}x smaller" if model.ratio else ""
+    lines = [f"<b>{safe(model.label)}</b>", size(model.packed_bytes) + smaller]
+    if (took := model.latency) is not None:
+        lines.append(f"{took.median_ms:.3g} ms a token ({took.least_ms:.3g}-{took.most_ms:.3g})")
+    lines += [f"{safe(name)} {value:.4g}" for name, value in model.metrics.items() if name in content.metrics]
+    lines += [f"{safe(knob)}: {safe(value)}" for knob, value in model.recipe.items()]
     return "<br>".join(lines)
 
 
 def size(count: int | None) -> str:
-    """Bytes for people."""
+    """Return bytes for people."""
     if count is None:
         return ""
     return f"{count / 2**20:,.2f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 def power(count: float) -> str:
-    """A power of two in bytes, as an axis shows it."""
+    """Return a power of two in bytes, as an axis shows it."""
     whole = max(1, int(count))
     unit = min((whole.bit_length() - 1) // 10, 3)
     return f"{whole >> (10 * unit)} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
 def safe(value: Any) -> str:
-    """Text that Plotly shows as it is, cut to what a label holds."""
+    """Return text that Plotly shows as it is, cut to what a label holds."""
     text = str(value)
     return html.escape(text if len(text) <= 120 else text[:117] + "...")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _json(figure: go.Figure, height: int) -> dict[str, Any]:
@@ -224,7 +209,7 @@ def _json(figure: go.Figure, height: int) -> dict[str, Any]:
         hoverlabel={"align": "left", "bgcolor": "white"},
         template="none",
     )
-    figure.update_xaxes(automargin=True, gridcolor="#e2e8f0", zeroline=False)
-    figure.update_yaxes(automargin=True, gridcolor="#e2e8f0", zeroline=False)
-    found: dict[str, Any] = figure.to_plotly_json()
-    return found
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(automargin=True, gridcolor="#e2e8f0", zeroline=False)
+    drawn: dict[str, Any] = figure.to_plotly_json()
+    return drawn

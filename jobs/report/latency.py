@@ -14,13 +14,12 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from jobs.bench.inference import run_engine
 from pipeline.config.base import Closed
 from pipeline.errors import RunError
 from pipeline.models.build import read_config
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Package
-from pipeline.store.step_store import StepDir
+from pipeline.store.step_store import FinishedStep
 
 FILE = "latency.json"
 PROMPT, NEW, ROUNDS, THREADS = 32, 64, 5, 1
@@ -38,52 +37,48 @@ class Latency(Closed):
     machine: str
 
 
-def measure(packages: Sequence[tuple[str, Package, StepDir]], console: Console) -> None:
+def measure(packages: Sequence[tuple[str, FinishedStep[Package]]], console: Console) -> None:
     """Decode with each package in turns, each with its label; what the runtime does not run is said and left out."""
-    found: dict[int, list[float]] = {index: [] for index in range(len(packages))}
+    from jobs.bench.inference import run_engine  # transformers, which a report need not import
+
+    milliseconds: dict[int, list[float]] = {index: [] for index in range(len(packages))}
     with ExitStack() as stack:
-        folders = [stack.enter_context(_fetched(package, place)) for _, package, place in packages]
+        folders = [stack.enter_context(_fetched(package)) for _, package in packages]
         for number in range(ROUNDS):
-            for index in list(found):
+            for index in list(milliseconds):
                 label = packages[index][0]
                 with console.status(f"round {number + 1} of {ROUNDS}: {label}"):
                     try:
                         rates = run_engine("packed", folders[index], THREADS, *_lengths(folders[index]))
                     except RunError as error:
-                        console.print(f"{label}: no latency. {error}", markup=False, highlight=False)
-                        del found[index]
+                        console.print(f"{label}: no latency. {error}", markup=False)
+                        del milliseconds[index]
                         continue
-                found[index].append(1000 / rates["decode_tokens_per_s"])
-    for index, each in found.items():
-        latency = Latency(
-            median_ms=statistics.median(each),
-            least_ms=min(each),
-            most_ms=max(each),
-            rounds=ROUNDS,
-            threads=THREADS,
-            machine=platform.machine(),
-        )
-        open_objects(packages[index][2].uri).write(FILE, latency.model_dump_json().encode())
+                milliseconds[index].append(1000 / rates["decode_tokens_per_s"])
+    for index, values in milliseconds.items():
+        took = {"median_ms": statistics.median(values), "least_ms": min(values), "most_ms": max(values)}
+        latency = Latency(**took, rounds=ROUNDS, threads=THREADS, machine=platform.machine())
+        open_objects(packages[index][1].dir.uri).write(FILE, latency.model_dump_json().encode())
 
 
 @contextmanager
-def _fetched(package: Package, place: StepDir) -> Iterator[Path]:
-    """A folder that holds the package, each file checked."""
-    with TemporaryDirectory(dir=place.scratch_dir()) as name:
-        shutil.copytree(place.folder(package.files, Package.FOLDER), Path(name) / Package.FOLDER)
+def _fetched(package: FinishedStep[Package]) -> Iterator[Path]:
+    """Yield a folder that holds the package, each file checked."""
+    with TemporaryDirectory(dir=package.dir.scratch_dir()) as name:
+        shutil.copytree(package.folder(), Path(name) / Package.FOLDER)
         yield Path(name)
 
 
 def _lengths(folder: Path) -> tuple[int, int]:
-    """Tokens of the prompt and new ones, which must fit the model's positions."""
+    """Count the tokens of the prompt and new ones, which must fit the model's positions."""
     positions = int(getattr(read_config(folder / Package.FOLDER), "max_position_embeddings", PROMPT + NEW))
     prompt = min(PROMPT, positions // 4)
     return prompt, min(NEW, positions - prompt)
 
 
-def measured(place: StepDir) -> Latency | None:
-    """What was measured last of a package, if anything was."""
+def measured(package: FinishedStep[Package]) -> Latency | None:
+    """Return what was measured last of a package, if anything was."""
     try:
-        return Latency.model_validate_json(place.read(FILE))
+        return Latency.model_validate_json(package.dir.read(FILE))
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.report.latency import Latency
-from pipeline.sweep.pareto import front
-from pipeline.sweep.trials import LARGER_IS_BETTER
+from pipeline.metrics import larger_is_better
+from pipeline.sweep.pareto import pareto_front
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Module:
     weights: int
     gamma: float | None = None
     zeros: float | None = None
-    gammas: tuple[tuple[int, float], ...] = ()  # (step, gamma) while it trained
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,12 @@ class Shown:
 
     @property
     def token_ms(self) -> float | None:
-        """Milliseconds a token, where they were measured."""
+        """Return milliseconds a token, where they were measured."""
         return None if self.latency is None else self.latency.median_ms
 
     @property
     def command(self) -> str:
-        """How to get it."""
+        """Return the command that gets it."""
         if self.version:
             return f"bitmill pull {shlex.quote(self.version)} {shlex.quote(self.version.replace('/', '-'))}"
         return f"bitmill pull {shlex.quote(self.package_uri)} {self.key[:8]}" if self.package_uri else ""
@@ -101,42 +100,40 @@ class Content:
     teacher_parameters: int
     teacher: dict[str, float]
     shown: tuple[Shown, ...]
-    teacher_curve: Curve = Curve()
     shared_costs: tuple[Cost, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
     chosen: frozenset[str] | None = None  # keys of the front by objectives other than these two
 
     @property
     def best(self) -> list[Shown]:
-        """The models that no other beats, in bytes and measure unless a sweep had other objectives; by bytes."""
+        """Return the models that no other beats, in bytes and measure unless a sweep had other objectives; by bytes."""
         if self.chosen is None:
-            return self.front(lambda one: one.packed_bytes)
-        found = [one for one in self.shown if one.key in self.chosen]
-        return sorted(found, key=lambda one: (one.packed_bytes or 0, one.label))
+            return self.pareto_front(lambda model: model.packed_bytes)
+        chosen = [model for model in self.shown if model.key in self.chosen]
+        return sorted(chosen, key=lambda model: (model.packed_bytes or 0, model.label))
 
-    def front(self, cost: Costing) -> list[Shown]:
-        """The models that no other beats in a cost and the measure, by that cost."""
-        sign = -1.0 if self.measure in LARGER_IS_BETTER else 1.0
-        points = [
-            (cost(one), sign * one.metrics[self.measure]) if one.status == "done" and self.has(one, cost) else None
-            for one in self.shown
-        ]
-        found = [self.shown[index] for index in front([point or (None, None) for point in points])]
-        return sorted(found, key=lambda one: (cost(one) or 0, one.label))
+    def pareto_front(self, cost: Costing) -> list[Shown]:
+        """Return the models that no other beats in a cost and the measure, by that cost."""
+        sign = -1.0 if larger_is_better(self.measure) else 1.0
+        done = [model for model in self.shown if model.status == "done" and self.has(model, cost)]
+        best = pareto_front([(cost(model), sign * model.metrics[self.measure]) for model in done])
+        return sorted((done[index] for index in best), key=lambda model: (cost(model) or 0, model.label))
 
-    def has(self, one: Shown, cost: Costing) -> bool:
-        return cost(one) is not None and self.measure in one.metrics
+    def has(self, model: Shown, cost: Costing) -> bool:
+        """Tell whether a model has both a cost and the measure."""
+        return cost(model) is not None and self.measure in model.metrics
 
     @property
     def timed(self) -> bool:
-        """Whether the latency of any model was measured."""
-        return any(one.latency is not None for one in self.shown)
+        """Tell whether the latency of any model was measured."""
+        return any(model.latency is not None for model in self.shown)
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that any model has, the measure first."""
-        return list(dict.fromkeys([self.measure, *(name for one in self.shown for name in one.metrics)]))
+        """Return the metrics that any model has, the measure first."""
+        return list(dict.fromkeys([self.measure, *(name for model in self.shown for name in model.metrics)]))
 
 
 def worker_hours(costs: Sequence[Cost]) -> float:
+    """Sum the hours of all workers; what was not noted counts as none."""
     return sum((cost.seconds or 0.0) * max(1, cost.workers) for cost in costs) / 3600

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,3 +18,8 @@ class Closed(BaseModel):
     """A frozen value that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def changed(self, *knobs: str) -> list[tuple[str, Any]]:
+        """Return those of some knobs whose values are not their defaults, with the values."""
+        fields = type(self).model_fields
+        return [(knob, getattr(self, knob)) for knob in knobs if getattr(self, knob) != fields[knob].default]

@@ -21,7 +21,7 @@ class Model(Closed):
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None
-    family: Literal["auto", "gpt2", "llama", "bart"] = "auto"
+    family: str = "auto"
 
     @model_validator(mode="after")
     def _an_architecture_needs_more(self) -> Model:
@@ -41,7 +41,7 @@ class Model(Closed):
         return self
 
 
-class Task(Closed):
+class TaskSettings(Closed):
     """What the model is for, and how long its rows are, in tokens.
 
     `language_modeling`: text is cut into rows of `block_length` without overlap.
@@ -52,25 +52,21 @@ class Task(Closed):
 
     name: Literal["language_modeling", "next_utterance", "summarization"] = "language_modeling"
     block_length: Annotated[int, Field(ge=2)] = 512
-    candidates: Annotated[int, Field(ge=2)] = Field(default=20, json_schema_extra={"added_with": 20})
-    train_candidates: Annotated[int, Field(ge=2)] = Field(default=4, json_schema_extra={"added_with": 4})
-    source_length: Annotated[int, Field(ge=4)] = Field(default=512, json_schema_extra={"added_with": 512})
-    target_length: Annotated[int, Field(ge=4)] = Field(default=64, json_schema_extra={"added_with": 64})
+    candidates: Annotated[int, Field(ge=2)] = 20
+    train_candidates: Annotated[int, Field(ge=2)] = 4
+    source_length: Annotated[int, Field(ge=4)] = 512
+    target_length: Annotated[int, Field(ge=4)] = 64
 
     @model_validator(mode="after")
-    def _of_this_task(self) -> Task:
-        for field in type(self).model_fields:
-            if field in TASK_OF and self.name not in TASK_OF[field]:
-                value, default = getattr(self, field), type(self).model_fields[field].default
-                valid = ", ".join(known for known, names in TASK_OF.items() if self.name in names)
-                if value != default:
-                    raise ValueError(
-                        f"task.{field} is {value}, and the task {self.name} has no such setting; valid: {valid}"
-                    )
+    def _of_this_task(self) -> TaskSettings:
+        valid = [knob for knob, names in TASK_OF.items() if self.name in names]
+        for knob, value in self.changed(*TASK_OF):
+            if knob not in valid:
+                refused = f"task.{knob} is {value}, and the task {self.name} has no such setting"
+                raise ValueError(f"{refused}; valid: {', '.join(valid)}")
         if self.name == "next_utterance" and self.block_length < 8:
-            raise ValueError(
-                f"task.block_length is {self.block_length}; a context with a reply needs at least 8 tokens"
-            )
+            least = "a context with a reply needs at least 8 tokens"
+            raise ValueError(f"task.block_length is {self.block_length}; {least}")
         return self
 
 
@@ -104,9 +100,9 @@ class Data(Closed):
     text_column: str = "text"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     sample: Annotated[float, Field(gt=0, le=1)] = 1.0
-    summary_column: str = Field(default="summary", json_schema_extra={"added_with": "summary"})
-    candidates_column: str | None = Field(default=None, json_schema_extra={"added_with": None})
-    persona_column: str | None = Field(default=None, json_schema_extra={"added_with": None})
+    summary_column: str = "summary"
+    candidates_column: str | None = None
+    persona_column: str | None = None
 
     @model_validator(mode="after")
     def _lines_need_files(self) -> Data:
@@ -121,5 +117,5 @@ class Data(Closed):
 class Evaluate(Closed):
     """Generation on the test split, where the task generates: beam search over its first `generated_rows` rows."""
 
-    beams: Positive = Field(default=6, json_schema_extra={"added_with": 6})
-    generated_rows: Positive | None = Field(default=None, json_schema_extra={"added_with": None})  # null: all
+    beams: Positive = 6
+    generated_rows: Positive | None = None  # null: all

@@ -15,13 +15,8 @@ from pipeline.errors import ConfigError
 def load_config(
     path: str | Path, overrides: list[str] | None = None, resources: dict[str, str] | None = None
 ) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate.
-
-    `resources` holds values for that section where neither the file nor an override sets them.
-
-    Raises:
-        ConfigError: with one line for each thing that is wrong.
-    """
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. `resources` holds values for that
+    section where neither sets them. Raises ConfigError with one line for each thing that is wrong."""
     try:
         fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,7 +34,8 @@ def load_config(
 def load_fields(
     fields: dict[str, Any], overrides: list[str] | None, resources: dict[str, str] | None, origin: str
 ) -> Config:
-    """As `load_config`, from the fields of a file; `origin` says in errors where they come from."""
+    """Read a configuration as `load_config` does, from the fields of a file; `origin` says in errors where they come
+    from."""
     for override in overrides or []:
         _apply(fields, override)
     if isinstance(fields.setdefault("resources", {}), dict):
@@ -69,7 +65,7 @@ def _apply(fields: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError) -> list[str]:
-    """A line for each thing that is wrong."""
+    """Return a line for each thing that is wrong."""
     lines = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])

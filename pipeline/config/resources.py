@@ -13,7 +13,7 @@ class Resources(Closed):
     """What never changes the answer, up to float order: places, workers, batches of a pass.
 
     Two exceptions: with dropout, which only finetune has, the masks differ with workers and micro_batch; and with
-    quant.activation_range: tensor, whose keys therefore hold these three.
+    quant.activation_range: tensor, the paper's, a range spans what is passed through the model at once.
     """
 
     storage_uri: str = "./bitmill-store"
@@ -27,10 +27,10 @@ class Resources(Closed):
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False
     checkpoint_steps: Positive = 100
-    max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training run survives
+    max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     max_worker_hours: Rate | None = None  # of a sweep: no trial is started once so much is used
-    cache_gib_per_teacher_hour: Rate = 50  # cache.mode auto: GiB of states worth one hour of the teacher
+    max_cache_gib: Rate = 50  # of a teacher's states: beyond it cache.mode auto runs the teacher in each step
 
     @field_validator("storage_uri")
     @classmethod

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Closed, Name
-from pipeline.config.data import Data, Evaluate, Model, Task
+from pipeline.config.data import Data, Evaluate, Model, TaskSettings
 from pipeline.config.presets import PRESETS, PresetName, filled
 from pipeline.config.quant import Pack, Quant
 from pipeline.config.resources import Resources
 from pipeline.config.sweep import Sweep
 from pipeline.config.training import Cache, Distill, Finetune
-from pipeline.quant.spec import TAKES
 
 
 class Gate(Closed):
@@ -23,6 +22,8 @@ class Gate(Closed):
 
 
 class Register(Closed):
+    """The name under which a student is registered, and the gate that it must pass."""
+
     name: Name | None = None  # the config's own name unless given
     gate: Gate = Gate()
 
@@ -33,7 +34,7 @@ class Config(Closed):
     name: Name
     preset: PresetName | None = None  # fills quant, distill and pack; what the file itself sets wins
     model: Model
-    task: Task = Task()
+    task: TaskSettings = TaskSettings()
     data: Data
     finetune: Finetune | None = None
     cache: Cache = Cache()
@@ -49,9 +50,9 @@ class Config(Closed):
     @classmethod
     def _with_preset(cls, fields: Any) -> Any:
         preset = fields.get("preset") if isinstance(fields, dict) else None
-        return (
-            filled(fields, preset) if isinstance(preset, str) and preset in PRESETS else fields
-        )  # an unknown one is refused by its type
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return fields  # an unknown preset is refused by its type
+        return filled(fields, preset)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
@@ -65,10 +66,6 @@ class Config(Closed):
             raise ValueError(
                 f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
             )
-        if self.quant.gamma_init == "one" and self.quant.quantizer not in TAKES["gamma_init"]:  # packages may say it
-            raise ValueError(
-                f"quant.gamma_init is one, and the quantizer {self.quant.quantizer} has none; leave it out"
-            )
         if self.quant.quantizer == "laq" and self.distill.optimizer != "adam":
             raise ValueError(
                 f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "
@@ -81,18 +78,17 @@ class Config(Closed):
                 f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
                 "layer only (-1); set cache.mode: online"
             )
-        for knob, (value, default, takers) in {
-            "evaluate.beams": (self.evaluate.beams, 6, ("summarization",)),
-            "evaluate.generated_rows": (self.evaluate.generated_rows, None, ("summarization",)),
-            "data.summary_column": (self.data.summary_column, "summary", ("summarization",)),
-            "data.candidates_column": (self.data.candidates_column, None, ("next_utterance",)),
-            "data.persona_column": (self.data.persona_column, None, ("next_utterance",)),
-        }.items():
-            if value != default and self.task.name not in takers:
-                raise ValueError(
-                    f"{knob} is {value!r} and has no effect, because task.name is {self.task.name}; leave it out, or "
-                    f"use the task {takers[0]}"
-                )
+        for section, knobs, task in (
+            ("evaluate", ("beams", "generated_rows"), "summarization"),
+            ("data", ("summary_column",), "summarization"),
+            ("data", ("candidates_column", "persona_column"), "next_utterance"),
+        ):
+            for knob, value in getattr(self, section).changed(*knobs):
+                if self.task.name != task:
+                    raise ValueError(
+                        f"{section}.{knob} is {value!r} and has no effect, because task.name is {self.task.name}; "
+                        f"leave it out, or use the task {task}"
+                    )
         for section, training in (("finetune", self.finetune), ("distill", self.distill)):
             if training is not None and training.batch_size < self.resources.workers:
                 raise ValueError(

@@ -1,7 +1,5 @@
-"""The section `sweep` of a configuration: which values are tried, in what order, and when a trial is given up.
-
-It never enters a trial's keys: a trial is an ordinary configuration with other values.
-"""
+"""The section `sweep` of a configuration: which values are tried, in what order, and when a trial is given up. It never
+enters a trial's keys: a trial is an ordinary configuration with other values."""
 
 from __future__ import annotations
 
@@ -11,13 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline import metrics
 from pipeline.config.base import Closed, Positive
 
 Search = Literal["grid", "random", "optuna"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 MOST_TRIALS = 1000
-OBJECTIVES = ("gap", "bytes", "perplexity", "kl_nats", "top1_agreement", "bits_per_byte")
-MORE_OBJECTIVES = ("accuracy", "rouge1", "rouge2", "rougeL")  # of tasks that have them
 
 
 class Between(Closed):
@@ -39,13 +36,12 @@ class Between(Closed):
         return self
 
     def at(self, share: float) -> float | int:
-        """The number at a share between 0 and 1 of the way."""
+        """Return the number at a share between 0 and 1 of the way."""
         if self.integer and not self.log:
             return min(int(self.high), int(self.low) + int(share * (self.high - self.low + 1)))
-        number = self.low + share * (self.high - self.low)
-        if self.log:
-            number = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
-        number = min(self.high, max(self.low, number))
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        number = low + share * (high - low)
+        number = min(self.high, max(self.low, math.exp(number) if self.log else number))
         return round(number) if self.integer else number
 
 
@@ -81,11 +77,10 @@ class Sweep(Closed):
     @field_validator("objectives")
     @classmethod
     def _known_objectives(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        known = metrics.objectives()
         for name in objectives:
-            if name not in OBJECTIVES + MORE_OBJECTIVES:
-                raise ValueError(
-                    f"objectives: no trial reports {name!r}; valid: {', '.join(OBJECTIVES + MORE_OBJECTIVES)}"
-                )
+            if name not in known:
+                raise ValueError(f"objectives: no trial reports {name!r}; valid: {', '.join(known)}")
         if not objectives or len(set(objectives)) < len(objectives):
             raise ValueError(f"objectives: {list(objectives)}; name at least one, each once")
         return objectives
@@ -115,12 +110,12 @@ class Sweep(Closed):
 
     @property
     def at_most(self) -> int:
-        """Trials of a search that draws its values: no more than there are combinations."""
+        """Return the most trials of a search that draws its values: no more than there are combinations."""
         lists = [values for values in self.space.values() if isinstance(values, list)]
         combinations = math.prod(map(len, lists)) if len(lists) == len(self.space) else MOST_TRIALS
         return min(self.samples or 0, combinations)
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination, the last path changing fastest."""
+        """Return every combination, the last path changing fastest."""
         lists = [values for values in self.space.values() if isinstance(values, list)]
-        return [dict(zip(self.space, found, strict=True)) for found in itertools.product(*lists)] if lists else []
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*lists)] if lists else []

@@ -6,16 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Beta, Closed, NotNegative, Positive, Rate
+from pipeline.config.base import Beta, Closed, FloatType, NotNegative, Positive, Rate
 
-OptimizerName = Literal["adam", "muon"]
 Schedule = Literal["linear", "cosine"]
-NegativesFrom = Literal["teacher", "student", "vocabulary", "batch"]
-FadeIn = Annotated[float, Field(ge=0, le=1)]
 
 
 class Training(Closed):
-    """What the one training loop takes. Exactly one of `steps` and `epochs`; rates decay by `schedule` to 1e-6.
+    """What the trainer takes. Exactly one of `steps` and `epochs`; rates decay by `schedule` to 1e-6.
 
     `lr` is Adam's; the scales say by what it is multiplied for some parameters. With `optimizer: muon` the matrices of
     the layers are moved by Muon instead, by about `muon_lr` times their own root mean square a step."""
@@ -26,13 +23,13 @@ class Training(Closed):
     lr: Rate = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NotNegative = 0.0
-    schedule: Annotated[Schedule, Field(json_schema_extra={"added_with": "linear"})] = "linear"
-    optimizer: Annotated[OptimizerName, Field(json_schema_extra={"added_with": "adam"})] = "adam"
-    muon_lr: Annotated[Rate, Field(json_schema_extra={"added_with": 0.02})] = 0.02
-    muon_momentum: Annotated[Beta, Field(json_schema_extra={"added_with": 0.6})] = 0.6
-    betas: Annotated[tuple[Beta, Beta], Field(json_schema_extra={"added_with": [0.9, 0.999]})] = (0.9, 0.999)
-    vector_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # norms, biases, positions
-    embedding_lr_scale: Annotated[Rate, Field(json_schema_extra={"added_with": 1.0})] = 1.0  # and head
+    schedule: Schedule = "linear"
+    optimizer: Literal["adam", "muon"] = "adam"
+    muon_lr: Rate = 0.02
+    muon_momentum: Beta = 0.6
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    vector_lr_scale: Rate = 1.0  # norms, biases, positions
+    embedding_lr_scale: Rate = 1.0  # and head
     clip_norm: Rate | None = 1.0  # of the weights' gradient; null: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: Positive = 100  # optimizer steps between validations; the best one ships
@@ -47,9 +44,8 @@ class Training(Closed):
 
     @model_validator(mode="after")
     def _rates_of_muon(self) -> Training:
-        for knob in ("muon_lr", "muon_momentum"):
-            value = getattr(self, knob)
-            if self.optimizer != "muon" and value != type(self).model_fields[knob].default:
+        for knob, value in self.changed("muon_lr", "muon_momentum"):
+            if self.optimizer != "muon":
                 raise ValueError(
                     f"{knob} is {value:g} and has no effect, because optimizer is {self.optimizer}; leave it out, or "
                     "set optimizer: muon"
@@ -68,17 +64,17 @@ class Distill(Training):
 
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: quantized and scored as it is
     gamma_lr: Rate = 1e-3
-    fade_in: Annotated[FadeIn, Field(json_schema_extra={"added_with": 0.0})] = 0.0  # share of steps until quantized
+    fade_in: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of steps until quantized
     contrast_weight: NotNegative = 0.1
     temperature: Rate = 0.1
     negatives: Positive = 64
-    negatives_from: Annotated[NegativesFrom, Field(json_schema_extra={"added_with": "teacher"})] = "teacher"
-    contrast_layer: Annotated[int, Field(lt=0, json_schema_extra={"added_with": -1})] = -1  # -1: what the head reads
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    negatives_from: Literal["teacher", "student", "vocabulary", "batch"] = "teacher"
+    contrast_layer: Annotated[int, Field(lt=0)] = -1  # -1: what the head reads
+    momentum: Beta = 0.5
 
     @property
     def compared_layer(self) -> int:
-        """Whose states are contrasted; the last where none are."""
+        """Return the layer whose states are contrasted; the last where none are."""
         return self.contrast_layer if self.contrast_weight > 0 else -1
 
     @model_validator(mode="after")
@@ -92,8 +88,9 @@ class Distill(Training):
 
 
 class Cache(Closed):
-    """`states`: hidden states are stored; `online`: the teacher runs in each step; `auto`: the cheaper, by estimate."""
+    """`states`: hidden states are stored; `online`: the teacher runs in each step; `auto`: states if each row is read
+    at least twice and all fit in `resources.max_cache_gib`."""
 
     mode: Literal["states", "online", "auto"] = "auto"
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: FloatType = "float16"
     max_kl_nats: NotNegative = 1e-4

@@ -1,1 +1,1 @@
-"""Distillation in pure torch: `losses` (sums and counts), `memory_bank`, `schedule`."""
+"""Distillation in pure torch: `losses` (sums and counts), `memory_bank`, `negatives`, `random`."""

@@ -16,11 +16,6 @@ from torch import Tensor
 Gather = Callable[[Tensor], list[Tensor]]
 
 
-def alone(tensor: Tensor) -> list[Tensor]:
-    """The `Gather` of a single worker."""
-    return [tensor]
-
-
 class MemoryBank:
     """State (vocabulary, hidden) fp32 and which ids were seen, the same on every worker."""
 
@@ -28,56 +23,45 @@ class MemoryBank:
         self.momentum = momentum
         self.states = torch.zeros(vocabulary, hidden, device=device)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self._reset()
+        self._added: list[tuple[Tensor, Tensor]] = []  # ids and states of this step
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
-        """q of shape (batch, length, hidden) for ids (batch, length) and the student's states."""
+        """Return the queries q (batch, length, hidden) for ids (batch, length) and the student's states."""
         mixed = self.momentum * self.states[ids] + (1 - self.momentum) * states.float()
         return torch.where(self.seen[ids].unsqueeze(-1), mixed, states.float())
 
     @torch.no_grad()
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
         """Add one micro-batch's valid states to the sums of this step."""
-        self._ids.append(ids[valid])
-        self._states.append(states[valid].float())
+        self._added.append((ids[valid], states[valid].float()))
 
     @torch.no_grad()
-    def update(self, gather: Gather = alone) -> None:
-        """End of the optimizer step: reduce the sums of all workers in rank order, move the bank, forget them.
-
-        `gather` returns a tensor's value on every rank, in rank order; first dimensions may differ.
-        """
-        ids = torch.cat(self._ids)
+    def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
+        """Reduce the sums of all workers in rank order, move the bank, forget them: the end of the optimizer step.
+        `gather` returns a tensor's value on every rank, in rank order; first dimensions may differ."""
+        ids, states = (torch.cat(parts) for parts in zip(*self._added, strict=True))
         unique, inverse = ids.unique(return_inverse=True)
-        states = torch.cat(self._states)
         sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, inverse, states)
         counts = torch.bincount(inverse, minlength=len(unique)).to(sums.dtype)
         self._move(gather(unique), gather(sums), gather(counts))
-        self._reset()
+        self._added.clear()
 
     def _move(self, ids: list[Tensor], sums: list[Tensor], counts: list[Tensor]) -> None:
         unique, inverse = torch.cat(ids).unique(return_inverse=True)
-        total = sums[0].new_zeros(len(unique), self.states.shape[1])
-        count = sums[0].new_zeros(len(unique))
-        start = 0
-        for rank_sums, rank_counts in zip(sums, counts, strict=True):
-            rows = inverse[start : start + len(rank_counts)]
+        total, count = sums[0].new_zeros(len(unique), self.states.shape[1]), sums[0].new_zeros(len(unique))
+        for rows, rank_sums, rank_counts in zip(inverse.split([*map(len, ids)]), sums, counts, strict=True):
             total.index_add_(0, rows, rank_sums)
             count.index_add_(0, rows, rank_counts)
-            start += len(rank_counts)
         mean = total / count.unsqueeze(1)
         moved = self.momentum * self.states[unique] + (1 - self.momentum) * mean
         self.states[unique] = torch.where(self.seen[unique].unsqueeze(1), moved, mean)
         self.seen[unique] = True
 
-    def _reset(self) -> None:
-        self._ids: list[Tensor] = []
-        self._states: list[Tensor] = []
-
     def state_dict(self) -> dict[str, Tensor]:
-        """The bank as it goes into a checkpoint, between two steps."""
+        """Return the bank as it goes into a checkpoint, between two steps."""
         return {"states": self.states, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the bank from its `state_dict`."""
         self.states.copy_(state["states"])
         self.seen.copy_(state["seen"])

@@ -8,6 +8,6 @@ import torch
 
 
 def draw(*parts: int | str) -> torch.Generator:
-    """A random generator that depends on `parts` alone, such as (seed, step, row)."""
+    """Return a random generator that depends on `parts` alone, such as (seed, step, row)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

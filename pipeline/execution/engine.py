@@ -1,25 +1,33 @@
-"""The only Ray: shards by Ray Data, training by Ray Train, plain work as tasks, one `ray.init` a command.
+"""Work on Ray: shards by Ray Data, training by Ray Train, plain work as tasks, one `ray.init` a command.
 
 With `resources.workers: 0` everything runs in this process and Ray is never started. Work travels as small
-picklable values (places, recipes); the driver never holds data.
+picklable values (step directories, recipes); the driver never holds data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, Protocol, TypeVar
 
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
-from pipeline.execution.progress_actor import Sender, delivered, mailbox_for_workers
+from pipeline.execution.progress_actor import ProgressActor, delivered, send
 from pipeline.store.records import Advance
 from pipeline.store.step_store import StepDir
 
 T = TypeVar("T")
+Item = TypeVar("Item", bound=Closed)
+
+
+class Worker(Protocol):
+    """The work that every rank of a training group runs."""
+
+    def __call__(self, *, device: Any, report: Advance) -> None: ...
 
 
 class Engine:
@@ -31,38 +39,36 @@ class Engine:
         self._started = False
 
     def shards(
-        self, work: type, settings: dict[str, Any], items: Sequence[Closed], advance: Advance, gpus: float
+        self, make: Callable[[], Callable[[Item], str]], items: Sequence[Item], advance: Advance, gpus: float
     ) -> Iterator[str]:
-        """Call `work(**settings)(item)` for every item on a pool of actors; yields what the calls return.
+        """Call `make()(item)` for every item on a pool of actors; yield what the calls return.
 
-        An actor makes one `work`; one that dies is replaced and its items are done again. Order is not kept.
+        An actor makes its work once; one that dies is replaced and its items are done again. Order is not kept.
         """
-        if self.resources.workers == 0:
-            results: Iterator[str] = map(work(**settings), items)
-        else:
-            results = self._on_actors(work, settings, items, gpus)
+        results = map(make(), items) if self.resources.workers == 0 else self._on_actors(make, items, gpus)
         for done, result in enumerate(results, start=1):
             advance(done, len(items), "")
             yield result
 
-    def train(self, worker: Callable[..., None], settings: dict[str, Any], place: StepDir, advance: Advance) -> None:
-        """Run `worker(**settings, device=..., report=...)` on every rank of a training group."""
+    def train(self, worker: Worker, step_dir: StepDir, advance: Advance) -> None:
+        """Run `worker(device=..., report=...)` on every rank of a training group."""
+        import ray
         from ray import cloudpickle
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         resources = self.resources
-        path, filesystem = place.run_folder()
+        path, filesystem = step_dir.run_folder()
         # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
-        run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{place.fence}")
-        mailbox = None
-        work: Callable[[], Callable[..., None]] = partial(partial, worker, **settings, report=advance)
+        run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{step_dir.fence}")
+        actor = None
+        work: Callable[[], Callable[..., None]] = partial(partial, worker, report=advance)
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self.start()
-            mailbox = mailbox_for_workers()
+            actor = ray.remote(num_cpus=0)(ProgressActor).remote()
             # Sealed, so that Ray's controller does not import what only the workers need.
-            work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, settings, Sender(mailbox))))
+            work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, actor)))
             workers = {
                 "num_workers": resources.workers,
                 "use_gpu": resources.gpus_per_worker > 0,
@@ -70,77 +76,85 @@ class Engine:
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         config = {"work": work, "threads": self._threads()}
-        with quiet(), delivered(mailbox, advance, self.groups), explained(place):
+        with quiet(), delivered(actor, advance, self.groups), explained(step_dir):
             scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
-            _raise_failure(mailbox)
+            if actor is not None and (failure := ray.get(actor.failure.remote())) is not None:
+                raise failure
 
-    def task(self, work: Callable[..., T], settings: dict[str, Any], place: StepDir) -> T:
-        """Run `work(**settings)` as one plain task."""
-        return self.tasks(work, [settings], place, lambda *progress, points=(): None, gpus=0)[0]
+    def task(self, work: Callable[[], T], step_dir: StepDir) -> T:
+        """Run `work()` as one plain task, in this process if Ray would start for it alone; return what it gives."""
+        if self._can_spare_ray():
+            import torch
 
-    def tasks(
-        self,
-        work: Callable[..., T],
-        settings: Sequence[dict[str, Any]],
-        place: StepDir,
-        advance: Advance,
-        gpus: float,
-    ) -> list[T]:
-        """Run `work(**one)` for each of the settings as plain tasks, `resources.workers` at a time; what they give, in
-        order."""
+            before = torch.get_num_threads()
+            set_threads(self._threads())  # as a worker computes, so that no bit tells where it was
+            try:
+                with explained(step_dir):
+                    return work()
+            finally:
+                set_threads(before)
+        return self.tasks([work], step_dir, lambda *progress, points=(): None, gpus=0)[0]
+
+    def tasks(self, work: Sequence[Callable[[], T]], step_dir: StepDir, advance: Advance, gpus: float) -> list[T]:
+        """Run each piece of work as a plain task, `resources.workers` at a time; return what they give, in order."""
         if self.resources.workers == 0:
-            found = []
-            for done, one in enumerate(settings, start=1):
-                found.append(work(**one))
-                advance(done, len(settings), "")
-            return found
+            given = []
+            for done, piece in enumerate(work, start=1):
+                given.append(piece())
+                advance(done, len(work), "")
+            return given
         import ray
 
         self.start()
         # Outside the placement group of a trial that asks, which holds no CPU.
-        how = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
-        remote = ray.remote(**how)(_task_worker)
-        with explained(place):
+        options = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+        remote = ray.remote(**options)(_task_worker)
+        with explained(step_dir):
             results: dict[int, T] = {}
-            left = list(enumerate(settings))
+            left = list(enumerate(work))
             running: dict[Any, int] = {}
             while left or running:
                 while left and len(running) < self.resources.workers:
-                    index, one = left.pop(0)
-                    running[remote.remote(work, one, self._threads())] = index
+                    index, piece = left.pop(0)
+                    running[remote.remote(piece, self._threads())] = index
                 ready = ray.wait(list(running))[0][0]
                 result, failure = ray.get(ready)
                 if failure:  # the others end by themselves: Ray 2.60 aborts if one is cancelled that just ends
                     raise ERRORS[failure](result)
                 results[running.pop(ready)] = result
-                advance(len(results), len(settings), "")
-            return [results[index] for index in range(len(settings))]
+                advance(len(results), len(work), "")
+            return [results[index] for index in range(len(work))]
+
+    def _can_spare_ray(self) -> bool:
+        """Tell whether Ray would start on this machine, has CPUs enough there, and is not asked for a GPU."""
+        import ray
+
+        resources = self.resources
+        enough = 0 < resources.workers * resources.cpus_per_worker <= (os.cpu_count() or 1)
+        return enough and not (resources.gpus_per_worker or resources.ray_address or ray.is_initialized())
 
     def close(self) -> None:
+        """Stop Ray, if it was reached or started here."""
         if self._started:
             import ray
 
             ray.shutdown()
             self._started = False
 
-    def _on_actors(self, work: type, settings: dict[str, Any], items: Sequence[Closed], gpus: float) -> Iterator[str]:
+    def _on_actors(
+        self, make: Callable[[], Callable[[Item], str]], items: Sequence[Item], gpus: float
+    ) -> Iterator[str]:
         import ray.data
 
         self.start()
         ray.data.DataContext.get_current().enable_progress_bars = False
-        written = [{"item": item.model_dump_json()} for item in items]
-        rows = ray.data.from_items(written, override_num_blocks=len(items))
+        rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=len(items))
         pool = ray.data.ActorPoolStrategy(size=max(1, min(self.resources.workers, len(items))))
         with quiet(), explained(None):
             results = rows.map(
                 _ShardWorker,
-                fn_constructor_kwargs={
-                    "work": work,
-                    "settings": settings,
-                    "kind": type(items[0]),
-                    "threads": self._threads(),
-                },
+                fn_constructor_kwargs={"make": make, "kind": type(items[0]), "threads": self._threads()},
                 compute=pool,
                 num_cpus=self.resources.cpus_per_worker,
                 num_gpus=gpus,
@@ -206,17 +220,13 @@ class _ShardWorker:
     An error of ours comes back as a value: Ray Data would wrap it, say its own piece, and lose its type.
     """
 
-    def __init__(self, work: type, settings: dict[str, Any], kind: type[Closed], threads: int) -> None:
+    def __init__(self, make: Callable[[], Callable[[Any], str]], kind: type[Closed], threads: int) -> None:
         set_threads(threads)
-        self._build = partial(work, **settings)
-        self._work: Callable[[Closed], str] | None = None
-        self._kind = kind
+        self._make, self._kind = cache(make), kind
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            if self._work is None:
-                self._work = self._build()
-            return {"result": self._work(self._kind.model_validate_json(row["item"])), "failure": ""}
+            return {"result": self._make()(self._kind.model_validate_json(row["item"])), "failure": ""}
         except BitmillError as error:
             return {"result": str(error), "failure": type(error).__name__}
 
@@ -228,45 +238,33 @@ def _train_worker(config: dict[str, Any]) -> None:
     config["work"]()(device=ray.train.torch.get_device())
 
 
-def _guarded(worker: Callable[..., None], settings: dict[str, Any], report: Sender, device: Any) -> None:
+def _guarded(worker: Worker, actor: Any, device: Any) -> None:
     """Run a worker. An error of ours comes back however often it is tried, so Ray's next attempt ends at once."""
-    if report.failure() is not None:
+    import ray
+    from ray.util import get_current_placement_group
+
+    if ray.get(actor.failure.remote()) is not None:
         return
-    _tell_group(report)
+    if (group := get_current_placement_group()) is not None:
+        actor.runs_in.remote(group.id.hex())  # for whoever stops this from outside to remove it; Ray Train leaves it
     try:
-        worker(**settings, device=device, report=report)
+        worker(device=device, report=partial(send, actor))
     except BitmillError as error:
-        report.fail(error)
+        ray.get(actor.fail.remote(error))
         raise
 
 
-def _tell_group(report: Sender) -> None:
-    """Whoever stops this training from outside has to remove the placement group, which Ray Train then leaves."""
-    from ray.util import get_current_placement_group
-
-    group = get_current_placement_group()
-    if group is not None:
-        report.runs_in(group.id.hex())
-
-
-def _raise_failure(mailbox: Any) -> None:
-    import ray
-
-    failure = ray.get(mailbox.failure.remote()) if mailbox is not None else None
-    if failure is not None:
-        raise failure
-
-
-def _task_worker(work: Callable[..., T], settings: dict[str, Any], threads: int) -> tuple[T | str, str]:
-    """What the work gives; an error of ours as its message and its name, which Ray would wrap in a traceback."""
+def _task_worker(work: Callable[[], T], threads: int) -> tuple[T | str, str]:
+    """Return what the work gives; an error of ours as its message and its name, which Ray would wrap in a traceback."""
     set_threads(threads)
     try:
-        return work(**settings), ""
+        return work(), ""
     except BitmillError as error:
         return str(error), type(error).__name__
 
 
 def set_threads(threads: int) -> None:
+    """Set how many threads torch computes with."""
     import torch
 
     torch.set_num_threads(threads)
@@ -274,7 +272,7 @@ def set_threads(threads: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Ray's libraries log each start and stop at INFO; our own progress says what matters."""
+    """Silence Ray's libraries while inside: they log each start and stop at INFO; our progress says what matters."""
     names = ("ray.train", "ray.data", "ray.tune", "ray")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
@@ -287,7 +285,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(place: StepDir | None, what: str = "A shard's worker") -> Iterator[None]:
+def explained(step_dir: StepDir | None, what: str = "A shard's worker") -> Iterator[None]:
     """Turn what Ray wraps around a worker's error back into the error; `what` failed, if it is no single step."""
     try:
         yield
@@ -301,28 +299,19 @@ def explained(place: StepDir | None, what: str = "A shard's worker") -> Iterator
         cause = _chain(error)[-1]
         lost = type(cause).__module__.partition(".")[0] == "ray" or isinstance(cause, OSError)
         kind = LostError if lost else UnforeseenError
-        where = f"The {place.stage} step {place.key}" if place is not None else what
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+        where = f"The {step_dir.stage} step {step_dir.key}" if step_dir is not None else what
         raise kind(
-            f"{where} failed: {type(cause).__name__}: {_first_line(cause)}. What was committed is kept; the same "
+            f"{where} failed: {type(cause).__name__}: {lines[-1]}. What was committed is kept; the same "
             "command goes on from there. --debug shows the traceback."
         ) from error
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and all that it wraps, outermost first."""
-    found: list[BaseException] = []
-    pending: list[BaseException] = [error]
-    while pending:
-        current = pending.pop(0)
-        if current in found:
-            continue
-        found.append(current)
+    """Return an error and all that it wraps, outermost first."""
+    chain = [error]
+    for current in chain:  # which grows
         failures = getattr(current, "worker_failures", None) or {}
         inner = [getattr(current, "cause", None), current.__cause__, *failures.values()]
-        pending += [e for e in inner if isinstance(e, BaseException)]
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+        chain += [e for e in dict.fromkeys(inner) if isinstance(e, BaseException) and e not in chain]
+    return chain

@@ -13,31 +13,14 @@ from pipeline.store.records import Advance, Point
 POLL_S = 0.5
 
 
-class Sender:
-    """Progress from a worker to the driver; losing a message loses nothing else."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
-        self._mailbox.put.remote((done, total, note), list(points))
-
-    def runs_in(self, group: str) -> None:
-        self._mailbox.runs_in.remote(group)
-
-    def fail(self, error: BitmillError) -> None:
-        import ray
-
-        ray.get(self._mailbox.fail.remote(error))
-
-    def failure(self) -> BitmillError | None:
-        import ray
-
-        found: BitmillError | None = ray.get(self._mailbox.failure.remote())
-        return found
+def send(actor: Any, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
+    """Send progress from a worker to the driver; losing a message loses nothing else."""
+    actor.put.remote((done, total, note), list(points))
 
 
-class _Mailbox:
+class ProgressActor:
+    """Keeps what workers send until the driver takes it."""
+
     def __init__(self) -> None:
         self._latest: tuple[int, int, str] | None = None
         self._points: list[Point] = []
@@ -45,35 +28,33 @@ class _Mailbox:
         self._failure: BitmillError | None = None
 
     def fail(self, error: BitmillError) -> None:
+        """Keep the first failure."""
         self._failure = self._failure or error
 
     def failure(self) -> BitmillError | None:
+        """Return the first failure, or None."""
         return self._failure
 
     def put(self, message: tuple[int, int, str], points: list[Point]) -> None:
+        """Keep a message in place of the last one, and points beside those that were not taken yet."""
         self._latest = message
         self._points += points
 
     def runs_in(self, group: str) -> None:
+        """Keep the id of a placement group."""
         self._groups.add(group)
 
     def take(self) -> tuple[tuple[int, int, str] | None, list[Point], set[str]]:
-        """The last message, the points since the one that was taken before, and the placement groups so far."""
+        """Return the last message, the points since the one that was taken before, and the placement groups so far."""
         taken = self._latest, self._points, self._groups
         self._latest, self._points = None, []
         return taken
 
 
-def mailbox_for_workers() -> Any:
-    import ray
-
-    return ray.remote(num_cpus=0)(_Mailbox).remote()
-
-
 @contextlib.contextmanager
-def delivered(mailbox: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
-    """While inside, pass on what arrives in the mailbox; what is left there goes at the end."""
-    if mailbox is None:
+def delivered(actor: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
+    """Pass on what arrives in the actor while inside; what is left there goes at the end."""
+    if actor is None:
         yield
         return
     import ray
@@ -85,8 +66,8 @@ def delivered(mailbox: Any, advance: Advance, groups: set[str]) -> Iterator[None
         while not last:
             last = stop.wait(POLL_S)
             with contextlib.suppress(ray.exceptions.RayError):
-                message, points, found = ray.get(mailbox.take.remote(), timeout=30)
-                groups.update(found)
+                message, points, new_groups = ray.get(actor.take.remote(), timeout=30)
+                groups.update(new_groups)
                 if message is not None:
                     done, total, note = message
                     advance(done, total, note, points)
@@ -98,4 +79,4 @@ def delivered(mailbox: Any, advance: Advance, groups: set[str]) -> Iterator[None
     finally:
         stop.set()
         thread.join()
-        ray.kill(mailbox)
+        ray.kill(actor)

@@ -1,4 +1,4 @@
-"""Trials side by side by Ray Tune. What is tried, and what is remembered, the feed decides; Tune places and stops.
+"""Trials side by side by Ray Tune. What is tried, and what is remembered, the source decides; Tune places and stops.
 
 With `resources.workers: 0` trials run one by one in this process.
 """
@@ -18,53 +18,52 @@ from pipeline.execution.engine import Engine, explained, quiet, set_threads
 from pipeline.store.step_store import StepDir
 
 STEP, LOSS = "step", "validation_nats"
-Report = Callable[[dict[str, Any]], None]
-Work = Callable[[Any, Report], None]  # runs a trial; reports hold STEP and LOSS
+ReportResult = Callable[[dict[str, Any]], None]
+Work = Callable[[Any, ReportResult], None]  # runs a trial; reports hold STEP and LOSS
 PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
 GROUPS, ENDED, FAILURE = "groups", "ended", "failure"
 A_BYTE = 1  # of memory: an actor that waits for training workers of its own needs no CPU, and Tune wants something
 
 
-class Feed(Protocol):
-    """Where trials come from and results go. All calls come from one thread."""
+class TrialSource(Protocol):
+    """The source of trials, which also takes their results. All calls come from one thread."""
 
     def next(self) -> tuple[str, Any] | None:
-        """Key of a trial to start and what the work is given, small and picklable; None: there are no more."""
+        """Return the key of a trial to start and what its work is given, small and picklable; None: no more come."""
 
-    def reported(self, key: str, result: dict[str, Any]) -> None: ...
+    def reported(self, key: str, result: dict[str, Any]) -> None:
+        """Take a result that a trial reports."""
 
     def ended(self, key: str, status: str, failure: str) -> None:
-        """`status`: done, stopped, failed (for a reason of its own), or lost (its workers were)."""
+        """Take the end of a trial. `status`: done, stopped, failed (for its own reason), or lost (its workers were)."""
 
 
-def run_trials(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | None, at_once: int | None) -> None:
-    """Run what the feed gives until it gives no more, at most `at_once` side by side.
+def run_trials(
+    work: Work, source: TrialSource, engine: Engine, step_dir: StepDir, asha: Asha | None, at_once: int | None
+) -> None:
+    """Run what the source gives until it gives no more, at most `at_once` side by side.
 
     Raises:
         ConfigError: Ray cannot be reached, or has too few CPUs.
     """
     if engine.resources.workers == 0:
-        while (given := feed.next()) is not None:
+        while (given := source.next()) is not None:
             key, trial = given
-            result: dict[str, Any] = {}
             try:
-                _tried(work, trial, partial(_heard, feed, key, result))
+                result = _tried(work, trial, partial(source.reported, key))
             except PASSING as error:
-                feed.ended(key, "lost", str(error))
+                source.ended(key, "lost", str(error))
             else:
-                feed.ended(key, *_outcome(result))
+                source.ended(key, *_outcome(result))
         return
     engine.start()
-    with quiet(), explained(place):
-        _tune(work, feed, engine, place, asha, at_once)
+    with quiet(), explained(step_dir):
+        _tune(work, source, engine, step_dir, asha, at_once)
 
 
-def _heard(feed: Feed, key: str, result: dict[str, Any], fresh: dict[str, Any]) -> None:
-    result.update(fresh)
-    feed.reported(key, fresh)
-
-
-def _tune(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | None, at_once: int | None) -> None:
+def _tune(
+    work: Work, source: TrialSource, engine: Engine, step_dir: StepDir, asha: Asha | None, at_once: int | None
+) -> None:
     from ray import tune
 
     resources = engine.resources
@@ -73,19 +72,19 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | N
     at_once = min(at_once or fitting, fitting)
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
-    watcher = _watcher(_Here(feed))
+    watcher = _watcher(_InDriver(source))
     scheduler = None
     if asha is not None:
         scheduler = tune.schedulers.ASHAScheduler(
             time_attr=STEP, grace_period=asha.grace_steps, reduction_factor=asha.reduction_factor, max_t=10**9
         )
-    path, filesystem = place.run_folder()
+    path, filesystem = step_dir.run_folder()
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
         tune_config=tune.TuneConfig(
             metric=LOSS,
             mode="min",
-            search_alg=_search(_Here(feed)),
+            search_alg=_search(_InDriver(source)),
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=at_once,
@@ -94,7 +93,7 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | N
         run_config=tune.RunConfig(
             storage_path=path,
             storage_filesystem=filesystem,
-            name=f"ray-{place.fence}",
+            name=f"ray-{step_dir.fence}",
             callbacks=[watcher],
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             verbose=0,
@@ -107,7 +106,7 @@ def _tune(work: Work, feed: Feed, engine: Engine, place: StepDir, asha: Asha | N
 
 
 def _fitting(resources: Resources) -> int:
-    """Trials that the cluster has room for at once, one at least."""
+    """Count the trials that the cluster has room for at once, one at least."""
     import ray
 
     there = ray.cluster_resources()
@@ -123,8 +122,8 @@ def _trial(config: dict[str, Any], work: Work, threads: int) -> None:
     _tried(work, config["trial"], tune.report)
 
 
-def _tried(work: Work, trial: Any, report: Report) -> None:
-    """Run a trial; its error comes back as its last result, unless trying again may help."""
+def _tried(work: Work, trial: Any, report: ReportResult) -> dict[str, Any]:
+    """Run a trial and return its last result, which holds its error, unless trying again may help."""
     last: dict[str, Any] = {STEP: 0, LOSS: float("inf")}
 
     def remember(result: dict[str, Any]) -> None:
@@ -139,7 +138,9 @@ def _tried(work: Work, trial: Any, report: Report) -> None:
         raise
     except BitmillError as error:
         failure = str(error)
-    report({**last, ENDED: True, FAILURE: failure})
+    last |= {ENDED: True, FAILURE: failure}
+    report(last)
+    return last
 
 
 def _outcome(result: dict[str, Any]) -> tuple[str, str]:
@@ -148,48 +149,50 @@ def _outcome(result: dict[str, Any]) -> tuple[str, str]:
     return ("failed" if result[FAILURE] else "done"), str(result[FAILURE])
 
 
-class _Here:
-    """The feed, for what Tune pickles into its run folder, which must not go along."""
+class _InDriver:
+    """The source of trials, for what Tune pickles into its run folder, which must not go along."""
 
-    def __init__(self, feed: Feed | None) -> None:
-        self._feed = feed
+    def __init__(self, source: TrialSource | None) -> None:
+        self._source = source
 
-    def __call__(self) -> Feed:
-        if self._feed is None:
-            raise RuntimeError("the feed is in the driver alone")
-        return self._feed
+    def __call__(self) -> TrialSource:
+        if self._source is None:
+            raise RuntimeError("the source is in the driver alone")
+        return self._source
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Here, (None,)
+        return _InDriver, (None,)
 
 
-def _search(here: _Here) -> Any:
+def _search(source_of: _InDriver) -> Any:
     from ray.tune.search import Searcher
 
     class Search(Searcher):  # type: ignore[misc]
-        """Gives Tune what the feed gives."""
+        """Gives Tune what the source gives."""
 
         def suggest(self, trial_id: str) -> Any:
-            given = here().next()
+            given = source_of().next()
             return Searcher.FINISHED if given is None else {"key": given[0], "trial": given[1]}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            """The watcher is told."""
+            """Do nothing: the watcher is told."""
 
         def save(self, checkpoint_path: str) -> None:
-            """What was tried is in the sweep's own place."""
+            """Do nothing: what was tried is in the sweep's own step directory, from which a sweep goes on."""
 
-        def restore(self, checkpoint_path: str) -> None:
-            """Never: a sweep goes on from its own place."""
+        restore = save
 
     return Search(metric=LOSS, mode="min")
 
 
-def _watcher(here: _Here) -> Any:
+def _watcher(source_of: _InDriver) -> Any:
     from ray import tune
+    from ray._raylet import PlacementGroupID
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
 
     class Watcher(tune.Callback):  # type: ignore[misc]
-        """Tells the feed, and removes the placement groups of a trial that ended: Tune does not see those that Ray
+        """Tells the source, and removes the placement groups of a trial that ended: Tune does not see those that Ray
         Train made inside it, and they would keep their CPUs."""
 
         def __init__(self) -> None:
@@ -197,11 +200,11 @@ def _watcher(here: _Here) -> Any:
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **more: Any) -> None:
             self._groups.setdefault(trial.trial_id, set()).update(result.get(GROUPS, ()))
-            here().reported(trial.config["key"], result)
+            source_of().reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
-            here().ended(trial.config["key"], *_outcome(trial.last_result or {}))
+            source_of().ended(trial.config["key"], *_outcome(trial.last_result or {}))
 
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
@@ -209,25 +212,17 @@ def _watcher(here: _Here) -> Any:
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
             error = trial.get_pickled_error() if trial.pickled_error_file else None
-            here().ended(
-                trial.config["key"], "lost", str(error).strip().splitlines()[-1] if error else "its worker died"
-            )
+            why = str(error).strip().splitlines()[-1] if error else "its worker died"
+            source_of().ended(trial.config["key"], "lost", why)
 
         def free_all(self) -> None:
+            """Remove the placement groups of all trials."""
             for trial_id in list(self._groups):
                 self._free(trial_id)
 
         def _free(self, trial_id: str) -> None:
             for group in self._groups.pop(trial_id, ()):
-                _remove(group)
+                with contextlib.suppress(Exception):  # it may be gone
+                    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
     return Watcher()
-
-
-def _remove(group: str) -> None:
-    from ray._raylet import PlacementGroupID
-    from ray.util import remove_placement_group
-    from ray.util.placement_group import PlacementGroup
-
-    with contextlib.suppress(Exception):  # it may be gone
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))

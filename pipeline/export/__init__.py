@@ -2,7 +2,7 @@
 
 A format is a module of `check(config)`, which refuses before work what it cannot hold, `write(package, out) -> notes`
 and `open_logits(out, threads)`, which gives logits or log-probabilities (length, vocabulary) of a sequence of ids, for
-an encoder and decoder with the source's ids as second argument; where the file holds codes, also `read_back`.
+an encoder and decoder with the source's ids as second argument; some also `read_back` codes or have `serve_command`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ class Format:
     module: str
     needs: tuple[str, ...]
     activations: str
+    groups: bool = False  # takes scales of groups
 
     def load(self) -> ModuleType:
+        """Import the format's module."""
         return import_module(f"pipeline.export.{self.module}")
 
 
 FORMATS = {
-    "transformers": Format("dequantized", (), "fp32, not quantized"),
-    "onnx": Format("onnx", (), "8 bits, one range a block of up to 128"),
+    "transformers": Format("dequantized", (), "fp32, not quantized", groups=True),
+    "onnx": Format("onnx", (), "8 bits, one range a block of up to 128", groups=True),
     "gguf": Format("gguf", ("gguf", "xllamacpp"), "8 bits in blocks of 32 or 256, by llama.cpp's own rounding"),
     "compressed-tensors": Format("compressed_tensors", ("compressed_tensors",), "fp32, not quantized"),
 }
 
 
 def format_named(name: str) -> Format:
-    """Raises ConfigError for an unknown format, or one whose writer or verifier is not installed."""
+    """Return a format. Raises ConfigError for an unknown one, or one whose writer or verifier is not installed."""
     if name not in FORMATS:
         raise ConfigError(f"--format is {name!r}; valid: {', '.join(FORMATS)}")
     missing = [package for package in FORMATS[name].needs if util.find_spec(package) is None]

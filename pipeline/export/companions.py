@@ -1,17 +1,40 @@
-"""What of a package goes along with every export: the tokenizer and the generation settings."""
+"""What exports share: files that go along with each, and what a format says of a model it does not take."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
+from pipeline.errors import ConfigError
+from pipeline.export import FORMATS
+from pipeline.models.family import families
 from pipeline.package.manifest import CONFIG, WEIGHTS, check
+from pipeline.quant.frozen import FrozenTensors
 
 OWN = {WEIGHTS, CONFIG, "README.md"}  # of the package itself
 
 
 def copy_companions(package: Path, out: Path) -> None:
-    """Files that the manifest lists, and no others, as they are."""
+    """Copy the files that the manifest lists, and no others, as they are."""
     for name in check(package)["files"]:
         if name not in OWN:
             shutil.copyfile(package / name, out / name)
+
+
+def valid_for(config: PreTrainedConfig, groups: bool = False) -> str:
+    """Return the formats that take a model's family, for people; with `groups`, those that take scales of groups."""
+    family = families().get(config.model_type)
+    names = family.formats if family is not None else ("transformers",)
+    return ", ".join(sorted(name for name in names if FORMATS[name].groups or not groups))
+
+
+def refuse_groups(frozen: FrozenTensors, config: PreTrainedConfig, name: str) -> None:
+    """Raise ConfigError for scales of groups, which the format `name` does not take yet."""
+    for module in frozen.codes:
+        if (granularity := frozen.granularity(module)).kind == "per_group":
+            raise ConfigError(
+                f"--format {name} takes one scale a row at most, and {module} has scales {granularity}. Valid for it: "
+                f"{valid_for(config, groups=True)}."
+            )

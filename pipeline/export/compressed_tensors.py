@@ -7,47 +7,51 @@ quantized there.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
-from pipeline.export.companions import copy_companions
-from pipeline.export.dequantized import transformers_logits
+from pipeline.export.companions import copy_companions, refuse_groups, valid_for
+from pipeline.export.dequantized import open_logits
+from pipeline.models.family import family_with, names_with
 from pipeline.package import manifest
-from pipeline.package import package as artifact
-from pipeline.quant.layers import FrozenTensors
+from pipeline.package.package import read_package
+from pipeline.quant.frozen import FrozenTensors
+from pipeline.quant.granularity import row_scales
 from pipeline.quant.spec import grid
 
+__all__ = ["check", "open_logits", "read_back", "serve_command", "write"]
 
-def check(config: PreTrainedConfig) -> None:
-    """Raises ConfigError for other families than Llama."""
-    if config.model_type != "llama":
+
+def check(config: PreTrainedConfig) -> str:
+    """Return the modules that vLLM reads packed, as a regular expression. Raises ConfigError for other families."""
+    family = family_with("compressed_tensors", config.model_type)
+    if family is None:
         raise ConfigError(
-            f"--format compressed-tensors takes llama models, not {config.model_type}, whose layers vLLM does not read "
-            "in this layout. Valid for it: onnx, transformers" + (", gguf." if config.model_type == "gpt2" else ".")
+            f"--format compressed-tensors takes {' and '.join(names_with('compressed_tensors'))} models, not "
+            f"{config.model_type}, whose layers vLLM does not read in this layout. Valid for it: {valid_for(config)}."
         )
+    return family.compressed_tensors
 
 
 def write(package: Path, out: Path) -> list[str]:
-    """config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes."""
-    frozen, config, _ = artifact.read(package)
-    check(config)
+    """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes."""
+    frozen, config, _ = read_package(package)
+    layers = check(config)
+    refuse_groups(frozen, config, "compressed-tensors")
     tensors: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
     notes = []
     for name in frozen.codes:
         bits = _stored_bits(frozen, name)
-        if name.startswith("model.layers.") and bits is not None:
+        if re.fullmatch(layers, name) and bits is not None:
             tensors |= _packed(frozen, name, bits)
             widths[name] = bits
             continue
@@ -59,25 +63,25 @@ def write(package: Path, out: Path) -> list[str]:
     config.quantization_config = _scheme(widths)
     config.save_pretrained(out)
     copy_companions(package, out)
-    (out / "README.md").write_text(_card(out), encoding="utf-8")
+    (out / "README.md").write_text(_card(widths), encoding="utf-8")
     return notes
 
 
 def serve_command(out: Path) -> str:
-    """What serves the directory."""
+    """Return the command that serves the directory."""
     return f"vllm serve {out} --dtype float16"
 
 
 def _stored_bits(frozen: FrozenTensors, name: str) -> int | None:
-    """The width that holds the whole numbers of a module's levels, or None."""
+    """Return the width that holds the whole numbers of a module's levels, or None."""
     kind = grid(frozen.levels, frozen.bits[name])
     low, high = (2 * kind.low + 1, 2 * kind.high + 1) if kind.shift else (kind.low, kind.high)
     return next((bits for bits in (4, 8) if low >= -(2 ** (bits - 1)) and high < 2 ** (bits - 1)), None)
 
 
 def _packed(frozen: FrozenTensors, name: str, bits: int) -> dict[str, Tensor]:
-    codes, scale = frozen.codes[name], frozen.scales[name].float().expand(len(frozen.codes[name]), 1)
-    if grid(frozen.levels, frozen.bits[name]).shift:  # halves are whole numbers of half a step
+    codes, scale = frozen.codes[name], row_scales(frozen.scales[name].float(), len(frozen.codes[name]))
+    if grid(frozen.levels, frozen.bits[name]).shift:  # halves are whole numbers of half a scale
         codes, scale = 2 * codes + 1, scale / 2
     return {
         f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits).contiguous(),
@@ -87,10 +91,8 @@ def _packed(frozen: FrozenTensors, name: str, bits: int) -> dict[str, Tensor]:
 
 
 def _scheme(widths: dict[str, int]) -> dict[str, Any]:
-    """One group a width; the layers of each are named where they differ."""
-    groups: dict[int, list[str]] = {}
-    for name, bits in sorted(widths.items()):
-        groups.setdefault(bits, []).append(name)
+    """Return the scheme of config.json: one group a width; the layers of each are named where they differ."""
+    groups = {bits: sorted(name for name in widths if widths[name] == bits) for bits in sorted(set(widths.values()))}
     weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     return {
         "quant_method": "compressed-tensors",
@@ -108,12 +110,11 @@ def _scheme(widths: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _card(out: Path) -> str:
-    scheme = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
-    widths = ", ".join(str(group["weights"]["num_bits"]) for group in scheme.values())
+def _card(widths: dict[str, int]) -> str:
+    bits = ", ".join(map(str, sorted(set(widths.values()))))
     return f"""# A packed model in compressed-tensors
 
-Linears hold the levels of the packed model as whole numbers of {widths} bits with one scale a row; the word embedding
+Linears hold the levels of the packed model as whole numbers of {bits} bits with one scale a row; the word embedding
 is fp16. Activations are not quantized.
 
     vllm serve path/to/this/folder --dtype float16
@@ -124,10 +125,10 @@ is fp16. Activations are not quantized.
 
 
 def read_back(package: Path, out: Path) -> tuple[float, int]:
-    """The largest relative deviation of a linear that transformers loaded, and how many were compared."""
+    """Return the largest relative deviation of a linear that transformers loaded, and how many were compared."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    frozen, _, _ = artifact.read(package)
+    frozen, _, _ = read_package(package)
     loaded = AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, local_files_only=True, quantization_config=CompressedTensorsConfig(dequantize=True)
     ).state_dict()
@@ -136,8 +137,3 @@ def read_back(package: Path, out: Path) -> tuple[float, int]:
         wanted = frozen.weight(name)
         worst = max(worst, float(((loaded[f"{name}.weight"] - wanted).abs() / wanted.abs().clamp_min(1e-30)).max()))
     return worst, len(frozen.codes)
-
-
-def open_logits(out: Path, threads: int) -> Callable[..., NDArray[np.float32]]:
-    """Logits (length, vocabulary) of transformers with compressed-tensors, as a plain `from_pretrained` loads it."""
-    return transformers_logits(out)

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import RunError
 from pipeline.export.companions import copy_companions
-from pipeline.models.build import build, family_of, sites
-from pipeline.package import package as artifact
-from pipeline.quant.layers import FrozenTensors
+from pipeline.models.build import build
+from pipeline.models.family import family_for
+from pipeline.models.student import quant_targets
+from pipeline.package.package import read_package
+from pipeline.quant.frozen import FrozenTensors
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Every family will do."""
+    """Refuse nothing: every family will do."""
 
 
 def write(package: Path, out: Path) -> list[str]:
-    """config.json, model.safetensors in fp16, tokenizer and generation settings; returns no notes.
-
-    Raises:
-        RunError: a weight that fp16 cannot hold.
-    """
-    frozen, config, quantization = artifact.read(package)
+    """Write config.json, fp16 weights, tokenizer and generation settings. Raises RunError for what fp16 cannot hold."""
+    frozen, config, quantization = read_package(package)
     model = plain_model(frozen, config, quantization["family"])
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor.half()).all():
@@ -40,12 +36,12 @@ def write(package: Path, out: Path) -> list[str]:
 
 
 def plain_model(frozen: FrozenTensors, config: PreTrainedConfig, family: str) -> PreTrainedModel:
-    """The model of the architecture's own classes, fp32, with the weights that the codes stand for."""
+    """Return the model of the architecture's own classes, fp32, with the weights that the codes stand for."""
     model = build(config, seed=0)
-    turned = {site.name for site in sites(model, family_of(config, family)) if site.transposed}
-    weights: dict[str, Tensor] = {f"{name}.weight": frozen.weight(name) for name in frozen.codes}
+    targets = quant_targets(model, family_for(config.model_type, family))
+    turned = {target.name for target in targets if target.transposed}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in frozen.rest.items()}
-    state |= weights
+    state |= {f"{name}.weight": frozen.weight(name) for name in frozen.codes}
     state = {name: tensor.T if name.removesuffix(".weight") in turned else tensor for name, tensor in state.items()}
     missing, _ = model.load_state_dict(state, strict=False)
     model.tie_weights()
@@ -56,17 +52,11 @@ def plain_model(frozen: FrozenTensors, config: PreTrainedConfig, family: str) ->
 
 
 def open_logits(out: Path, threads: int) -> Callable[..., NDArray[np.float32]]:
-    """Logits (length, vocabulary) of plain transformers: fp16 weights, fp32 arithmetic, activations not quantized."""
-    return transformers_logits(out)
-
-
-def transformers_logits(folder: Path, **options: Any) -> Callable[..., NDArray[np.float32]]:
-    """Logits of a directory as `from_pretrained` loads it."""
-    kind = (
-        AutoModelForSeq2SeqLM if PreTrainedConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
-    )
+    """Give logits (length, vocabulary) of a directory as transformers loads it, activations not quantized."""
+    seq2seq = PreTrainedConfig.from_pretrained(out).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model = kind.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        out, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     ).eval()
 
     @torch.no_grad()
@@ -74,7 +64,7 @@ def transformers_logits(folder: Path, **options: Any) -> Callable[..., NDArray[n
         given = {"input_ids": torch.tensor([ids])}
         if source is not None:
             given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([ids])}
-        found: NDArray[np.float32] = model(**given).logits[0].float().numpy()
-        return found
+        values: NDArray[np.float32] = model(**given).logits[0].float().numpy()
+        return values
 
     return logits

@@ -1,15 +1,15 @@
 """Codes in the block types of GGML, without loss but for the rounding of the scale to fp16.
 
-Every level (code + shift) * step is written as a whole number times one fp16 scale, whatever the block; a step a row
+Every level (code + shift) * scale is written as a whole number times one fp16 scale, whatever the block; a scale a row
 becomes equal scales in the row's blocks.
 
 | grid              | type of rows in multiples of 256       | of 32                        |
 |-------------------|----------------------------------------|------------------------------|
 | ternary           | TQ2_0: q - 1                           | Q4_0: q - 8                  |
 | -2..1             | TQ2_0 with a negative scale: 1 - q     | Q4_0                         |
-| midpoint, 2 bits  | Q2_K: (2q - 3) * step / 2              | Q4_0: odd numbers, step / 2  |
+| midpoint, 2 bits  | Q2_K: (2q - 3) * scale / 2             | Q4_0: odd numbers, scale / 2 |
 | 4 bits            | Q4_0                                   | Q4_0                         |
-| midpoint, 4 bits  | Q4_K: (2q - 15) * step / 2             | Q8_0: odd numbers, step / 2  |
+| midpoint, 4 bits  | Q4_K: (2q - 15) * scale / 2            | Q8_0: odd numbers, scale / 2 |
 | 8 bits            | Q8_0                                   | Q8_0                         |
 
 Midpoint grids of 8 bits need nine (odd numbers to 255) and have no type; neither have rows of other lengths.
@@ -30,29 +30,22 @@ SMALLEST_NORMAL, LARGEST = 6.104e-5, 65504.0  # of fp16
 
 
 class NoBlockError(ValueError):
-    """No block type holds what is to be packed, and why."""
+    """No block type holds what is to be packed; the message says why."""
 
 
-def pack_blocks(codes: NDArray[np.int8], step: NDArray[np.float32], grid: Grid, bits: int) -> tuple[str, Bytes]:
-    """The type's name and the bytes (rows, bytes of a row).
-
-    Args:
-        codes: (rows, columns).
-        step: (1, 1) or (rows, 1).
-
-    Raises:
-        NoBlockError: of the levels, the length of the rows, or a step.
-    """
+def pack_blocks(codes: NDArray[np.int8], scale: NDArray[np.float32], grid: Grid, bits: int) -> tuple[str, Bytes]:
+    """Return the block type's name and the bytes (rows, bytes of a row) of codes (rows, columns) and their scale
+    (rows, 1). Raises NoBlockError because of the levels, the length of the rows, or a scale."""
     rows, columns = codes.shape
     chosen = _packer(grid, bits, columns)
     if chosen is None:
         raise NoBlockError(f"no block type holds levels {grid.low} to {grid.high} of {bits} bits in rows of {columns}")
     name, pack = chosen
-    scale = np.broadcast_to(step.astype(np.float32), (rows, 1)) * (0.5 if grid.shift else 1.0)
-    outside = (scale != 0) & ((scale < SMALLEST_NORMAL) | (scale > LARGEST))
+    stored = scale.astype(np.float32) * (0.5 if grid.shift else 1.0)
+    outside = (stored != 0) & ((stored < SMALLEST_NORMAL) | (stored > LARGEST))
     if outside.any():  # fp16 would round it by more than its eleven bits
-        raise NoBlockError(f"{name} has scales of fp16, which does not hold {float(scale[outside][0]):.3g}")
-    return name, pack(codes.astype(np.int16), scale.astype(np.float32)).reshape(rows, -1)
+        raise NoBlockError(f"{name} has scales of fp16, which does not hold {float(stored[outside][0]):.3g}")
+    return name, pack(codes.astype(np.int16), stored.astype(np.float32)).reshape(rows, -1)
 
 
 def _packer(grid: Grid, bits: int, columns: int) -> tuple[str, Packer] | None:
@@ -71,31 +64,31 @@ def _packer(grid: Grid, bits: int, columns: int) -> tuple[str, Packer] | None:
 
 
 def _q8_0(numbers: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
-    """32 numbers -128..127 after their scale."""
+    """Pack 32 numbers -128..127 after their scale."""
     blocks = numbers.astype(np.int8).reshape(-1, 32).view(np.uint8)
     return np.concatenate([_half(scale, numbers.shape[1] // 32), blocks], axis=1)
 
 
 def _q4_0(numbers: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
-    """32 numbers -8..7 after their scale; the low nibbles are the first sixteen."""
+    """Pack 32 numbers -8..7 after their scale; the low nibbles are the first sixteen."""
     digits = (numbers + 8).astype(np.uint8).reshape(-1, 2, 16)
     return np.concatenate([_half(scale, numbers.shape[1] // 32), digits[:, 0] | digits[:, 1] << 4], axis=1)
 
 
 def _tq2_0(numbers: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
-    """256 numbers -1..2 before their scale."""
+    """Pack 256 numbers -1..2 before their scale."""
     return np.concatenate([_crumbs(numbers + 1), _half(scale, numbers.shape[1] // 256)], axis=1)
 
 
 def _q2_k(codes: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
-    """Sixteen scales and minima of 4 bits, 256 digits, the unit of the scales, that of the minima: 2 * q - 3."""
+    """Pack sixteen scales and minima of 4 bits, 256 digits, the unit of the scales, that of the minima: 2 * q - 3."""
     half, blocks = _half(scale, codes.shape[1] // 256), codes.size // 256
     factors = np.full((blocks, 16), 2 | 3 << 4, np.uint8)
     return np.concatenate([factors, _crumbs(codes + 2), half, half], axis=1)
 
 
 def _q4_k(codes: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
-    """Two units, eight scales and minima of 6 bits, 256 digits: 2 * q - 15."""
+    """Pack two units, eight scales and minima of 6 bits, 256 digits: 2 * q - 15."""
     half, blocks = _half(scale, codes.shape[1] // 256), codes.size // 256
     factors = np.tile(np.array([2] * 4 + [15] * 4 + [2 | (15 << 4 & 0xF0)] * 4, np.uint8), (blocks, 1))
     digits = (codes + 8).astype(np.uint8).reshape(blocks, 4, 2, 32)
@@ -103,12 +96,12 @@ def _q4_k(codes: NDArray[np.int16], scale: NDArray[np.float32]) -> Bytes:
 
 
 def _crumbs(digits: NDArray[np.int16]) -> Bytes:
-    """256 digits 0..3 in 64 bytes: of each 128, byte i holds the digits i, i + 32, i + 64 and i + 96."""
+    """Pack 256 digits 0..3 in 64 bytes: of each 128, byte i holds the digits i, i + 32, i + 64 and i + 96."""
     parts = digits.astype(np.uint8).reshape(-1, 2, 4, 32)
     packed = parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6
     return packed.reshape(-1, 64).astype(np.uint8)
 
 
 def _half(scale: NDArray[np.float32], blocks: int) -> Bytes:
-    """The two bytes of each block's scale, (rows * blocks, 2)."""
+    """Return the two bytes of each block's scale, (rows * blocks, 2)."""
     return np.repeat(scale.astype(np.float16).reshape(-1, 1), blocks, axis=0).view(np.uint8)

@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 from pipeline.config.quant import Quant
 from pipeline.export.companions import copy_companions
-from pipeline.package import package as artifact
+from pipeline.package.package import read_package
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import build, check, longest
@@ -26,11 +26,7 @@ __all__ = ["check", "open_logits", "read_back", "write"]
 
 
 def write(package: Path, out: Path) -> list[str]:
-    """Export a package into `out`; returns what a user should know.
-
-    Raises:
-        DamagedError: a damaged package. ConfigError: an architecture without a graph.
-    """
+    """Export a package into `out`; return notes. Raises DamagedError, or ConfigError for one without a graph."""
     config = build(package, out)
     copy_companions(package, out)
     fields = json.loads((package / "config.json").read_text(encoding="utf-8"))
@@ -45,29 +41,27 @@ def write(package: Path, out: Path) -> list[str]:
 
 
 def open_logits(out: Path, threads: int, activations: int | None = None) -> Callable[..., NDArray[np.float32]]:
-    """ONNX Runtime's logits (length, vocabulary) of one sequence of token ids; of a decoder, given also the source.
-
-    With `activations` 32 the kernels multiply in fp32, which shows whether the weights are the packed model's.
-    """
+    """Give ONNX Runtime's logits (length, vocabulary) of one sequence of token ids; a decoder is given also the source.
+    With `activations` 32 the kernels multiply in fp32, which shows whether the weights are the packed model's."""
     return Runtime(out, threads, activations).logits
 
 
 def read_back(package: Path, out: Path) -> tuple[float, int]:
-    """The largest deviation of a weight of the files from step times level, relative to it, and the number of tensors
-    with codes. Read by the `onnx` package, not by the code that wrote them."""
-    frozen, _, _ = artifact.read(package)
+    """Return the largest deviation of a weight of the files from scale times level, relative to it, and the number of
+    tensors with codes. Read by the `onnx` package, not by the code that wrote them."""
+    frozen, _, _ = read_package(package)
     worst, seen = 0.0, set()
     for modules, codes, scales in _stored(out):
         wanted = np.concatenate([frozen.weight(name).numpy() for name in modules])
         shift = grid(frozen.levels, frozen.bits[modules[0]]).shift
-        found = ((codes + shift).astype(np.float32) * scales[..., None]).reshape(len(codes), -1)[:, : wanted.shape[1]]
-        worst = max(worst, float((np.abs(found - wanted) / np.maximum(np.abs(wanted), 1e-30)).max()))
+        values = ((codes + shift).astype(np.float32) * scales[..., None]).reshape(len(codes), -1)[:, : wanted.shape[1]]
+        worst = max(worst, float((np.abs(values - wanted) / np.maximum(np.abs(wanted), 1e-30)).max()))
         seen.update(modules)
     return (worst if seen == set(frozen.codes) else float("inf")), len(seen)
 
 
 def _stored(folder: Path) -> Iterator[tuple[list[str], NDArray[np.int64], NDArray[np.float32]]]:
-    """Modules, codes (rows, blocks, block) and scales (rows, blocks) of every low-bit node."""
+    """Yield modules, codes (rows, blocks, block) and scales (rows, blocks) of every low-bit node."""
     for path in sorted(folder.glob("*.onnx")):
         model = onnx.load(path)
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}

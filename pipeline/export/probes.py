@@ -28,13 +28,13 @@ class Probes:
 
 
 def lengths(positions: int) -> tuple[int, int]:
-    """Tokens of a prompt and steps after it; fewer where the model has fewer positions."""
+    """Return the tokens of a prompt and the steps after it; fewer where the model has fewer positions."""
     prompt = min(PROMPT_TOKENS, max(1, positions // 4))
     return prompt, min(STEPS, positions - prompt)
 
 
 def make_probes(model: PreTrainedModel, text: Tensor | None) -> Probes:
-    """Probes from rows of text (prompts, prompt + steps), or from the model alone."""
+    """Make probes from rows of text (prompts, prompt + steps), or from the model alone."""
     prompt, steps = lengths(int(model.config.max_position_embeddings))
     draw = torch.Generator().manual_seed(SEED)
     if model.config.is_encoder_decoder:
@@ -51,14 +51,10 @@ def make_probes(model: PreTrainedModel, text: Tensor | None) -> Probes:
 def _continued(
     model: PreTrainedModel, start: Tensor, steps: int, sample: bool, sources: Tensor | None = None
 ) -> Tensor:
-    """`start` and the tokens that follow it; none of them ends the text."""
+    """Return `start` and the tokens that follow it; none of them ends the text."""
+    end = model.config.eos_token_id
     settings = GenerationConfig(
-        do_sample=sample,
-        top_k=0,
-        max_new_tokens=steps,
-        min_new_tokens=steps,
-        pad_token_id=0,
-        eos_token_id=model.config.eos_token_id,
+        do_sample=sample, top_k=0, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, eos_token_id=end
     )
     given = {"input_ids": start, "attention_mask": torch.ones_like(start)}
     if sources is not None:

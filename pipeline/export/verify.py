@@ -19,7 +19,7 @@ MAX_PERPLEXITY_CHANGE = 0.005
 LEAST_COVERED = 0.5
 SCALE_ROUNDING = 2.0**-10  # of a scale in fp16, and of its product with a level in fp16
 Logits = Callable[..., NDArray[np.float32]]
-Rows = NDArray[np.float64]
+LogProbs = NDArray[np.float64]
 
 
 class Verdict(Closed):
@@ -51,12 +51,14 @@ class Verdict(Closed):
 
     @property
     def passed(self) -> bool:
+        """Tell whether nothing speaks against the export."""
         return not self.reasons
 
 
 def measure(model: PreTrainedModel, logits: Logits, probes: Probes) -> dict[str, Any]:
-    """The differences between the packed model and a runtime, teacher-forced over the probes."""
-    ours, theirs = (np.concatenate(list(rows)) for rows in zip(*_paths(model, logits, probes), strict=True))
+    """Measure the differences between the packed model and a runtime, teacher-forced over the probes."""
+    paths = [rows[:2] for rows in _both(model, logits, probes.paths, probes.sources)]
+    ours, theirs = (np.concatenate([path[-probes.steps :] for path in rows]) for rows in zip(*paths, strict=True))
     delta = np.abs(ours - theirs)
     tail = float(np.quantile(delta, 0.999))
     leaders = np.partition(ours, -2, axis=1)[:, -2:]
@@ -77,32 +79,26 @@ def measure(model: PreTrainedModel, logits: Logits, probes: Probes) -> dict[str,
 
 
 def reasons_against(measured: dict[str, Any], read_back_error: float | None) -> tuple[str, ...]:
-    """Why an export cannot be kept."""
-    found = []
+    """Return why an export cannot be kept."""
+    reasons = []
     change = abs(measured["perplexity_export"] / measured["perplexity_packed"] - 1)
     if not np.isfinite([measured["delta_max"], change]).all():
         return ("the runtime gives numbers that are not finite",)
     if read_back_error is not None and not read_back_error <= SCALE_ROUNDING:
-        found.append(f"a tensor reads back {read_back_error:.2g} off its levels, more than the rounding of the scale")
+        reasons.append(f"a tensor reads back {read_back_error:.2g} off its levels, more than the rounding of the scale")
     if measured["disagreements"]:
-        found.append(
+        reasons.append(
             f"at {measured['disagreements']} steps it prefers another token although the packed model's leads by more "
             f"than {2 * measured['delta_p999']:.3g} nats"
         )
     if measured["covered"] < LEAST_COVERED:
-        found.append(
+        reasons.append(
             f"log-probabilities differ by {measured['delta_p999']:.3g} nats (99.9th percentile), so that only "
             f"{measured['covered']:.0%} of the steps are decided; at least {LEAST_COVERED:.0%} are needed"
         )
     if change > MAX_PERPLEXITY_CHANGE:
-        found.append(f"its perplexity differs by {change:.2%}, more than {MAX_PERPLEXITY_CHANGE:.1%}")
-    return tuple(found)
-
-
-def _paths(model: PreTrainedModel, logits: Logits, probes: Probes) -> Iterator[tuple[Rows, Rows]]:
-    """Log-probabilities (steps, vocabulary) of both along each greedy path."""
-    for ours, theirs, _ in _both(model, logits, probes.paths, probes.sources):
-        yield ours[-probes.steps :], theirs[-probes.steps :]
+        reasons.append(f"its perplexity differs by {change:.2%}, more than {MAX_PERPLEXITY_CHANGE:.1%}")
+    return tuple(reasons)
 
 
 def _perplexities(model: PreTrainedModel, logits: Logits, probes: Probes) -> tuple[float, float]:
@@ -118,8 +114,8 @@ def _perplexities(model: PreTrainedModel, logits: Logits, probes: Probes) -> tup
 @torch.no_grad()
 def _both(
     model: PreTrainedModel, logits: Logits, rows: Tensor, sources: Tensor | None
-) -> Iterator[tuple[Rows, Rows, NDArray[np.int64]]]:
-    """Both on all of a row but its last token; one row at a time, since a runtime may know no batches."""
+) -> Iterator[tuple[LogProbs, LogProbs, NDArray[np.int64]]]:
+    """Yield log-probabilities of both on a row without its last token, and the row; a runtime may know no batches."""
     for index, row in enumerate(rows):
         given = {"input_ids": row[None, :-1]}
         source: list[list[int]] = []
@@ -131,13 +127,13 @@ def _both(
         yield _log_softmax(ours), _log_softmax(theirs), row.numpy()
 
 
-def _log_softmax(values: Rows) -> Rows:
-    """Leaves log-probabilities as they are."""
+def _log_softmax(values: LogProbs) -> LogProbs:
+    """Return log-probabilities; those that are given stay as they are."""
     shifted = values - values.max(axis=-1, keepdims=True)
-    found: Rows = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return found
+    normalized: LogProbs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normalized
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Count the bytes of all files of a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

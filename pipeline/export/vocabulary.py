@@ -17,11 +17,7 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """The tokenizer of a folder, filled up to the `size` rows of the word embedding.
-
-    Raises:
-        ConfigError: a tokenizer that llama.cpp has no equal of.
-    """
+    """Write a folder's tokenizer, filled to `size` rows. Raises ConfigError for one without an equal in llama.cpp."""
     tokenizer = read_tokenizer(folder)
     described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     if described["model"]["type"] != "BPE":
@@ -44,29 +40,26 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 
 def _pre_tokenizer(described: dict[str, Any]) -> str:
-    """llama.cpp's name of the way a text is cut before merging."""
-    step = described["pre_tokenizer"] or {}
-    steps = [_essential(part) for part in step.get("pretokenizers", [step])]
-    known = {"gpt-2": [GPT2], "smollm": [DIGITS, GPT2]}
-    if described["normalizer"] is None:
-        for name, wanted in known.items():
-            if steps == wanted:
-                return name
-    raise _unknown(f"it cuts text by {json.dumps(step)[:200]} after the normalizer {described['normalizer']}")
+    """Return llama.cpp's name of the way a text is cut before merging."""
+    cut = described["pre_tokenizer"] or {}
+    parts = [_essential(part) for part in cut.get("pretokenizers", [cut])]
+    for name, wanted in (("gpt-2", [GPT2]), ("smollm", [DIGITS, GPT2])):
+        if parts == wanted and described["normalizer"] is None:
+            return name
+    raise _unknown(f"it cuts text by {json.dumps(cut)[:200]} after the normalizer {described['normalizer']}")
 
 
-def _essential(step: dict[str, Any]) -> dict[str, Any]:
-    """What of a step decides where text is cut; all of it for a step that also adds a space."""
-    if step.get("add_prefix_space"):
-        return step
-    return {name: step[name] for name in ("type", "use_regex", "individual_digits") if name in step}
+def _essential(part: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a pre-tokenizer decides where text is cut; all of it for one that also adds a space."""
+    if part.get("add_prefix_space"):
+        return part
+    return {name: part[name] for name in ("type", "use_regex", "individual_digits") if name in part}
 
 
 def _space_is_prefixed(described: dict[str, Any]) -> bool:
-    """Whether a text is read as if a space stood before it. Raises ConfigError for what SentencePiece does not do."""
+    """Tell whether text is read as if after a space. Raises ConfigError for what SentencePiece does not do."""
     normalizer, cut = described["normalizer"] or {}, described["pre_tokenizer"] or {}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    kinds = [step["type"] for step in steps]
+    kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer] if normalizer else [])]
     if cut.get("type") == "Metaspace" and not kinds and not cut.get("split", True):
         return bool(cut["prepend_scheme"] != "never")
     if cut or kinds not in (["Prepend", "Replace"], ["Replace"]):
@@ -89,7 +82,7 @@ def _kind(token: int, names: dict[int, str], described: dict[str, Any]) -> Token
 
 
 def _scores(merges: list[str], names: dict[int, str], size: int) -> list[float]:
-    """The earlier two pieces are merged, the higher their whole scores; what no merge makes scores 0."""
+    """Return scores: the earlier two pieces are merged, the higher their whole scores; what no merge makes scores 0."""
     rank: dict[str, int] = {}
     for place, merge in enumerate(merges, start=1):
         rank.setdefault(merge.replace(" ", ""), place)

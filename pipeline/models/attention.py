@@ -7,29 +7,29 @@ well, asymmetric from zero, one range per query. SDPA hides the probabilities, s
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
 
 from pipeline.quant.grid import fake_quantize_activation
 from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def use_quantized_attention(model: PreTrainedModel, spec: QuantSpec) -> None:
     """Switch a model to the attention its spec asks for, in place."""
     if spec.attention == "none" or spec.bits.activations == UNQUANTIZED:
         return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
     name = f"bitmill_{spec.attention}_{spec.bits.activations}_{spec.activation_range}"
-    forward = partial(
-        _attend,
-        bits=spec.bits.activations,
-        over=spec.activation_range,
-        probabilities=spec.attention == "qkv_probabilities",
-    )
+    rows_too = spec.attention == "qkv_probabilities"
+    forward = partial(_attend, bits=spec.bits.activations, over=spec.activation_range, probabilities=rows_too)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, eager_mask)
     model.set_attn_implementation(name)
@@ -49,7 +49,7 @@ def _attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query (batch, heads, length, head_dim), key and value with as many or fewer heads; transformers' signature."""
+    """Attend from query (batch, heads, length, head_dim) to key and value with as many or fewer heads."""
     query, key, value = (fake_quantize_activation(x, bits, symmetric=True, over=over) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAST = -1
 
@@ -20,11 +22,9 @@ class WithStates(nn.Module):
         _keep_padding_row(model)
 
     def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
-        """ids (batch, length) to states (batch, length, hidden) and logits (batch, length, vocabulary).
-
-        Decoder rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What
-        an encoder reads, (batch, source length), has its padding masked.
-        """
+        """Return states (batch, length, hidden) and logits (batch, length, vocabulary) of ids (batch, length). Decoder
+        rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What an encoder
+        reads, (batch, source length), has its padding masked."""
         last, states = layer_states(self.model, self.layer, ids, source_ids, source_mask)
         return states, logits_of(self.model, last)
 
@@ -32,19 +32,15 @@ class WithStates(nn.Module):
 def last_states(
     model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
 ) -> Tensor:
-    """The hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
+    """Return the hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
     return layer_states(model, LAST, ids, source_ids, source_mask)[0]
 
 
 def layer_states(
-    model: PreTrainedModel,
-    layer: int,
-    ids: Tensor,
-    source_ids: Tensor | None = None,
-    source_mask: Tensor | None = None,
+    model: PreTrainedModel, layer: int, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the output of
-    the layer before the last one, and so on down to the embedding."""
+    """Return the last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the
+    output of the layer before the last one, and so on down to the embedding."""
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
@@ -56,13 +52,14 @@ def layer_states(
 
 
 def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """(batch, length, vocabulary) from what `last_states` gave."""
+    """Return logits (batch, length, vocabulary) from the states of `last_states`."""
     logits: Tensor = head_of(model)(states)
     return logits
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """What turns last states into logits: the output embedding, with BART's `final_logits_bias` where there is one."""
+    """Return the module that turns last states into logits: the output embedding, with BART's `final_logits_bias` where
+    there is one."""
     head: nn.Module = model.get_output_embeddings()
     bias = getattr(model, "final_logits_bias", None)
     return head if bias is None else BiasedHead(head, bias)
@@ -81,14 +78,8 @@ class BiasedHead(nn.Module):
 
 
 def _keep_padding_row(model: PreTrainedModel) -> None:
-    """A padding row of zeros stays zeros: a tied head would otherwise move it, as it moves every row."""
+    """Keep a padding row of zeros at zeros: a tied head would otherwise move it, as it moves every row."""
     embedding = model.get_input_embeddings()
-    row = getattr(embedding, "padding_idx", None)
-    weight = embedding.weight
-    if row is None or weight.is_meta or not weight.requires_grad or weight[row].any():
-        return
-
-    def mask(gradient: Tensor) -> Tensor:
-        return gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0)
-
-    weight.register_hook(mask)
+    row, weight = getattr(embedding, "padding_idx", None), embedding.weight
+    if row is not None and not weight.is_meta and weight.requires_grad and not weight[row].any():
+        weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0))

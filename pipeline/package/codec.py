@@ -18,25 +18,22 @@ from transformers import PreTrainedConfig
 
 from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError
-from pipeline.models.build import check_tensors, family_of
-from pipeline.quant.layers import FrozenTensors
+from pipeline.models.family import family_for
+from pipeline.models.student import check_tensors
+from pipeline.quant.frozen import FrozenTensors
+from pipeline.quant.granularity import Granularity
 from pipeline.quant.packing import pack, packed_columns, unpack
 from pipeline.quant.spec import Encoding, Levels, QuantSpec, grid
 
 NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
 NO_MEMORY = "can't allocate memory"  # of torch's RuntimeError, which has no type of its own on a CPU
 SHIPPED = (torch.float32, torch.float16, torch.bfloat16)  # types of scales and of what is not quantized
-SPARED = ("final_logits_bias",)  # BART's, zero in every model that did not set it: not stored while it is zero
+SPARED = ("final_logits_bias",)  # BART's: not stored while zero, and yet frozen, so that the digest is the same
 
 
 @contextlib.contextmanager
 def damage_of(path: Path) -> Iterator[None]:
-    """While inside, transformers runs on whatever stands in a package: what it meets is damage, of any kind.
-
-    Raises:
-        DamagedError: in place of it, with the cause.
-        MemoryError: the machine has too little memory for it.
-    """
+    """Raise DamagedError for whatever transformers meets in a package while inside; MemoryError for lack of memory."""
     try:
         yield
     except NOT_DAMAGE:
@@ -50,15 +47,15 @@ def damage_of(path: Path) -> Iterator[None]:
 def spec_of(
     config: PreTrainedConfig, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> QuantSpec:
-    """What a package was trained for. Raises DamagedError for tensors that are not its architecture's."""
+    """Return what a package was trained for. Raises DamagedError for tensors that are not its architecture's."""
     with damage_of(path):
         spec = Quant.model_validate(fields["quant"]).spec()
-        check_tensors(config, spec, family_of(config, fields["family"]), shapes)
+        check_tensors(config, spec, family_for(config.model_type, fields["family"]), shapes)
         return spec
 
 
 def encode(frozen: FrozenTensors, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the weights file, and what must be known to read them."""
+    """Return the tensors of the weights file, and what must be known to read them."""
     tensors = {name: tensor.contiguous() for name, tensor in frozen.rest.items()}
     zeros = {name: tensors.pop(name) for name in SPARED if name in tensors and not tensors[name].any()}
     for name, codes in frozen.codes.items():
@@ -78,24 +75,21 @@ class Packed:
     """A quantized weight as it lies in the file."""
 
     codes: Tensor  # (rows, bytes of a row), uint8
-    scale: Tensor  # (1, 1) or (rows, 1), finite, zero or more
+    scale: Tensor  # as `Granularity` stores it, finite, zero or more
     bits: int
     columns: int
     encoding: Encoding
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return the rows and columns of the weight."""
         return len(self.codes), self.columns
 
 
 def packed_of(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple[dict[str, Packed], dict[str, Tensor]]:
-    """Quantized weights by module, and the other tensors, checked against the fields, zeros that were left
-    out among them. Nothing is unpacked.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: the tensors are not what the fields say.
-    """
-    rest, found = dict(tensors), {}
+    """Return quantized weights by module, still packed, and the other tensors, zeros that were left out among them.
+    Raises ValueError, KeyError, TypeError, AttributeError for tensors that are not what the fields say."""
+    rest, packed = dict(tensors), {}
     for name, module in fields["modules"].items():
         bits, (rows, columns) = _whole(module["bits"]), map(_whole, module["shape"])
         codes, scale = rest.pop(f"{name}.weight"), rest.pop(f"{name}.weight_scale")
@@ -103,53 +97,47 @@ def packed_of(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple
         expected = (rows * packed_columns(columns, bits, encoding),)
         if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
             raise ValueError(f"{name}.weight is {codes.dtype} {tuple(codes.shape)}, not {expected[0]} packed bytes")
-        if tuple(scale.shape) not in ((1, 1), (rows, 1)) or scale.dtype not in SHIPPED or not _sound(scale):
-            raise ValueError(f"{name}.weight_scale is not one finite scale a matrix or a row, zero or more")
-        found[name] = Packed(codes.reshape(rows, -1), scale, bits, columns, encoding)
+        Granularity.of_scale(tuple(scale.shape), (rows, columns))
+        if scale.dtype not in SHIPPED or not (scale.min() >= 0 and scale.max() < math.inf):  # NaN is neither
+            raise ValueError(f"{name}.weight_scale holds scales that are not finite, or below zero")
+        packed[name] = Packed(codes.reshape(rows, -1), scale, bits, columns, encoding)
     for name, tensor in rest.items():
         if tensor.dtype not in SHIPPED:
             raise ValueError(f"{name} is {tensor.dtype}, in which no package holds it")
-    longest = max([one.shape[0] for one in found.values()] + [len(t) for t in rest.values() if t.ndim == 2], default=0)
-    for name, described in fields.get("zeros", {}).items():
+    matrices = [*(weight.codes for weight in packed.values()), *(t for t in rest.values() if t.ndim == 2)]
+    longest = max(map(len, matrices), default=0)
+    for name, described in fields["zeros"].items():
         if name not in SPARED or name in rest:
             raise ValueError(f"{name!r} is not a tensor that may be left out")
         rest[name] = _zeros(name, described, longest)
-    return found, rest
+    return packed, rest
 
 
 def levels_in(fields: Mapping[str, Any]) -> Levels:
-    """The levels of a package's grids. Raises ValueError for unknown ones."""
-    levels: Levels = fields.get("levels", "symmetric")  # not in format 1
+    """Return the levels of a package's grids. Raises ValueError for unknown ones."""
+    levels: Levels = fields["levels"]
     grid(levels, 8)
     return levels
 
 
 def decode(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> FrozenTensors:
-    """The frozen tensors again. Memory is asked for only once the packed bytes are there that fill it.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: the tensors are not what the fields say.
-    """
+    """Return the frozen tensors again; each is unpacked once its packed bytes are there. Raises as `packed_of` does."""
     packed, rest = packed_of(tensors, fields)
     frozen = FrozenTensors(rest=rest, levels=levels_in(fields))
-    for name, one in packed.items():
-        frozen.codes[name] = unpack(one.codes, one.columns, one.bits, one.encoding, frozen.levels)
-        frozen.scales[name], frozen.bits[name] = one.scale, one.bits
+    for name, weight in packed.items():
+        frozen.codes[name] = unpack(weight.codes, weight.columns, weight.bits, weight.encoding, frozen.levels)
+        frozen.scales[name], frozen.bits[name] = weight.scale, weight.bits
     return frozen
 
 
 def _zeros(name: str, described: Mapping[str, Any], longest: int) -> Tensor:
-    """A tensor that was not stored, no longer than the stored matrices."""
+    """Return a tensor that was not stored, no longer than the stored matrices."""
     shape, dtype = [_whole(size) for size in described["shape"]], getattr(torch, described["dtype"])
     if dtype not in SHIPPED:
         raise ValueError(f"{name} is {dtype}, in which no package holds it")
     if math.prod(shape) > longest:
         raise ValueError(f"{name} of shape {shape} is longer than the vocabulary")
     return torch.zeros(shape, dtype=dtype)
-
-
-def _sound(scale: Tensor) -> bool:
-    return bool(scale.min() >= 0 and scale.max() < math.inf)  # NaN is neither
 
 
 def _whole(value: Any) -> int:

@@ -21,22 +21,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.models.build import family_of, thaw_into
+from pipeline.models.family import family_for
+from pipeline.models.student import thaw_into
 from pipeline.package.codec import decode, spec_of
-from pipeline.package.manifest import CONFIG, MANIFEST, read_settings
-from pipeline.package.safe_read import read_json_file, read_tensors
-from pipeline.quant.layers import FrozenTensors
+from pipeline.package.manifest import CONFIG, read_settings
+from pipeline.package.safe_read import read_tensors
+from pipeline.quant.frozen import FrozenTensors
 
 METHOD = "bitmill"
 
 
 @register_quantization_config(METHOD)
 class BitmillConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The quantization_config of a package, as it stands in config.json.
-
-    Raises:
-        DamagedError: a key that would stand in the place of a method.
-    """
+    """The quantization_config of a package. Raises DamagedError for a key that would stand in the place of a method."""
 
     def __init__(self, **fields: Any) -> None:
         shadowing = [name for name in fields if hasattr(type(self), name)]
@@ -66,7 +63,7 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
         return torch.float32  # what scales and activation ranges are computed in; types on disk are the package's own
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Called before the model is built: what no package sets is refused, as `pipeline.load` does."""
+        """Refuse what no package sets, as `pipeline.load` does: this is called before the model is built."""
         commit = getattr(config, "_commit_hash", None)
         path = cached_file(config.name_or_path, CONFIG, revision=commit, local_files_only=True)
         if path is None:
@@ -101,7 +98,7 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
         fields = self.quantization_config.to_dict()
         try:
             quant = Quant.model_validate(fields["quant"])
-            thaw_into(model, quant.spec(), family_of(model.config, fields["family"]), self.frozen)
+            thaw_into(model, quant.spec(), family_for(model.config.model_type, fields["family"]), self.frozen)
         except (ValueError, KeyError, TypeError, ConfigError) as error:
             raise DamagedError(f"The package {model.name_or_path} is damaged: {error}") from error
         self.frozen = FrozenTensors()
@@ -111,14 +108,9 @@ class BitmillQuantizer(HfQuantizer):  # type: ignore[misc]
 def keep_packed(model: PreTrainedModel, tensors: Mapping[str, Tensor], quantization: dict[str, Any]) -> PreTrainedModel:
     """Let a thawed model save itself as the package it came from."""
     quantizer = BitmillQuantizer(BitmillConfig(**quantization))
-    quantizer.tensors = _copied(tensors)
+    quantizer.tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # off the file, as in `_verified`
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     return model
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Off the file, which may be overwritten while the model lives."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _verified(files: list[str] | None, quantization: dict[str, Any]) -> tuple[dict[str, Tensor], FrozenTensors]:
@@ -129,11 +121,9 @@ def _verified(files: list[str] | None, quantization: dict[str, Any]) -> tuple[di
     try:
         tensors = read_tensors(path)
         frozen = decode(tensors, quantization)
-        digest = quantization.get("digest")  # not before format 3
-        if digest is None:
-            digest = read_json_file(path.with_name(MANIFEST))["digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} cannot be unpacked: {error!r}") from error
-    if frozen.digest() != digest:
+    if frozen.digest() != quantization.get("digest"):
         raise DamagedError(f"{path} unpacks to other tensors than those that were scored.")
-    return _copied(tensors), frozen
+    # Off the file, which may be overwritten while the model lives.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, frozen

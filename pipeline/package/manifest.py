@@ -1,4 +1,4 @@
-"""What a package lists of itself, and what its config.json may not set: read before anything in it is used."""
+"""The manifest of a package, and what its config.json may not set: read before anything in it is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import DamagedError, RunError
 from pipeline.package.safe_read import read_json_file
 from pipeline.store.step_store import checksum
 
-FORMAT_VERSION = 3  # 2: named levels; 3: positions of 8 bits, tensors of zeros left out, the digest in config.json too
+FORMAT_VERSION = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "manifest.json", "config.json"
 # Settings of config.json that could fetch or run code, name other files, or ask for memory; no package has them
 REFUSED = (
@@ -30,10 +30,11 @@ REFUSED = (
 COUNTS = re.compile(r"(?!max_)\w*(layers?|experts)")  # settings by which a model builds so many parts
 POSITIVE = re.compile(r"\w*(layers?|heads?|positions|position_embeddings)")
 MOST_PARTS = 1000
+PLAIN = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}")
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Every byte against the manifest, which is returned.
+    """Check every byte against the manifest, which is returned.
 
     Raises:
         DamagedError: a file is missing, altered, a link, or not listed by a plain name. Hidden files alone may lie
@@ -45,10 +46,9 @@ def check(folder: Path) -> dict[str, Any]:
         path = folder / name
         if path.is_symlink():
             raise DamagedError(f"{path} is a link to somewhere else; a package holds plain files.")
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or checksum(path).sha256 != entry["sha256"]:
+        if not intact(path, entry):
             raise DamagedError(f"{path} is missing or does not match the manifest.")
-    said = read_settings(folder / CONFIG)["quantization_config"].get("digest", manifest["digest"])  # since format 3
-    if said != manifest["digest"]:
+    if read_settings(folder / CONFIG)["quantization_config"].get("digest") != manifest["digest"]:
         raise DamagedError(f"{folder / MANIFEST} has another digest than {CONFIG}.")
     known = {*manifest["files"], MANIFEST}
     strange = next((path for path in folder.iterdir() if path.name not in known and path.name[0] != "."), None)
@@ -57,8 +57,14 @@ def check(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def intact(path: Path, entry: dict[str, Any]) -> bool:
+    """Tell whether a plain file, and no link to one, is what its entry in a manifest says."""
+    plain = path.is_file() and not path.is_symlink()
+    return plain and path.stat().st_size == entry["bytes"] and checksum(path).sha256 == entry["sha256"]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, which lists files by plain names, with a size and a SHA-256 each. Raises as `check` does."""
+    """Return the manifest, which lists files by plain names, with a size and a SHA-256 each. Raises as `check` does."""
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise DamagedError(
@@ -77,8 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     _refuse_newer(folder, version)
     if re.fullmatch("[0-9a-f]{64}", digest) is None:
         raise DamagedError(f"{path} has the digest {digest[:80]!r}, which is no SHA-256.")
-    for name in listed:
-        if not _plain(name):
+    for name in listed:  # of the folder itself; the manifest cannot hold its own checksum
+        if name == MANIFEST or PLAIN.fullmatch(name) is None:
             raise DamagedError(f"{path} lists the file {name!r}, which is not a plain name.")
     for name in (WEIGHTS, CONFIG):
         if name not in listed:
@@ -93,13 +99,8 @@ def _refuse_newer(folder: Path, version: Any) -> None:
         )
 
 
-def _plain(name: str) -> bool:
-    """A file of the folder itself, other than the manifest, which cannot hold its own checksum."""
-    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,199}", name) is not None and name != MANIFEST
-
-
 def read_settings(path: Path) -> dict[str, Any]:
-    """The fields of a package's config.json, with a `quantization_config`.
+    """Return the fields of a package's config.json, with a `quantization_config`.
 
     Raises:
         DamagedError: it is not one of a package, or sets what could run code, read other files, or ask for memory.
@@ -113,7 +114,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     refused = next((name for name in REFUSED if name in fields), None)
     if refused is not None:
         raise DamagedError(f"{path} sets {refused!r}, which no package does: it could run code or read other files.")
-    _refuse_newer(path.parent, fields["quantization_config"].get("format_version", 1))
+    _refuse_newer(path.parent, fields["quantization_config"].get("format_version"))
     for name, value in _settings(fields):
         if isinstance(value, float) and not math.isfinite(value):
             raise DamagedError(f"{path} sets {name!r} to {value}.")

@@ -8,7 +8,7 @@ POSITIONS = {"fp32": "fp32", "fp16": "fp16", "int8": "8-bit codes with one scale
 
 
 def model_card(manifest: dict[str, Any], fields: dict[str, Any], seq2seq: bool) -> str:
-    """The README of a packed model; `fields` is its quantization_config."""
+    """Return the README of a packed model; `fields` is its quantization_config."""
     size, metrics, quant = manifest["size"], manifest["metrics"], fields["quant"]
     scores = "\n".join(
         f"| {name} | {metrics['teacher'].get(name, float('nan')):.4f} | {value:.4f} |"

@@ -17,20 +17,22 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError
-from pipeline.models.build import FAMILIES, family_of, read_config, restore_frozen
+from pipeline.models.build import read_config
+from pipeline.models.family import family_for, family_named
+from pipeline.models.student import restore_frozen
 from pipeline.package.codec import damage_of, decode, encode, spec_of
 from pipeline.package.hf_plugin import keep_packed
 from pipeline.package.manifest import CONFIG, FORMAT_VERSION, MANIFEST, REFUSED, WEIGHTS, check, read_settings
 from pipeline.package.model_card import model_card
 from pipeline.package.pull import from_store, pull
 from pipeline.package.safe_read import read_tensors
-from pipeline.quant.layers import FrozenTensors
+from pipeline.quant.frozen import FrozenTensors
 from pipeline.quant.spec import Encoding
 from pipeline.store.records import Size
 from pipeline.store.step_store import checksum
 
 
-def write(
+def write_package(
     folder: Path,
     frozen: FrozenTensors,
     config: PreTrainedConfig,
@@ -39,10 +41,7 @@ def write(
     family: str,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write weights, configs, card and manifest beside the tokenizer files already in `folder`; returns the manifest.
-
-    `facts` holds name, metrics, lineage and teacher_bytes for the manifest and the card.
-    """
+    """Write all but tokenizer files; `facts` has name, metrics, lineage, teacher_bytes. Return the manifest."""
     tensors, described = encode(frozen, encoding)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone, and a store is shared
@@ -58,16 +57,14 @@ def write(
     }
     _write_json(folder / CONFIG, fields)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    size = sizes(frozen, (folder / WEIGHTS).stat().st_size, facts["teacher_bytes"], FAMILIES[family].unquantized)
+    size = sizes(frozen, (folder / WEIGHTS).stat().st_size, facts["teacher_bytes"], family_named(family).unquantized)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "name": facts["name"],
         "bits": quant.bits,
         "quantizer": quant.quantizer,
         "digest": frozen.digest(),
-        "lineage": facts["lineage"],
-        "metrics": facts["metrics"],
         "size": size.model_dump(),
+        **{name: facts[name] for name in ("name", "lineage", "metrics")},
     }
     card = model_card(manifest, fields["quantization_config"], config.is_encoder_decoder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -78,15 +75,11 @@ def write(
 
 
 def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int, unquantized: Sequence[str] = ()) -> Size:
-    """Honest bytes, and the paper's counting: codes at their nominal width, the rest fp32, scales not charged.
-
-    The paper has position embeddings among the rest: `unquantized` names them, however they ship.
-    """
+    """Return honest bytes, and the paper's: codes at nominal width, the rest, `unquantized` too, fp32, no scales."""
+    coded = {name: codes for name, codes in frozen.codes.items() if name not in unquantized}
+    code_bits = sum(codes.numel() * frozen.bits[name] for name, codes in coded.items())
     rest = sum(tensor.numel() for tensor in frozen.rest.values())
-    rest += sum(codes.numel() for name, codes in frozen.codes.items() if name in unquantized)
-    code_bits = sum(
-        codes.numel() * frozen.bits[name] for name, codes in frozen.codes.items() if name not in unquantized
-    )
+    rest += sum(frozen.codes[name].numel() for name in frozen.codes.keys() - coded.keys())
     paper_bytes = code_bits // 8 + 4 * rest
     return Size(
         teacher_bytes=teacher_bytes,
@@ -97,13 +90,8 @@ def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int, unquanti
     )
 
 
-def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:
-    """The frozen tensors, the configuration and its quantization_config, after `check`.
-
-    Raises:
-        DamagedError: the tensors are not what the configuration says, or have another digest than the manifest.
-        RunError: a newer format.
-    """
+def read_package(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:
+    """Return frozen tensors, configuration, quantization_config. Raises as `check`, DamagedError for other tensors."""
     manifest = check(folder)
     config, quantization = configuration(folder)
     try:
@@ -117,11 +105,7 @@ def read(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]
 
 
 def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The configuration of a package and its quantization_config.
-
-    Raises:
-        DamagedError: transformers cannot read it, or it is not one of a package, as `read_settings` says.
-    """
+    """Return a package's configuration and quantization_config. Raises as `read_settings`, and if unreadable."""
     path = folder / CONFIG
     quantization = read_settings(path)["quantization_config"]
     with damage_of(path):
@@ -131,11 +115,7 @@ def configuration(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
 
 
 def load(source: str | Path) -> PreTrainedModel:
-    """A packed model, ready to run, from a directory or a store URI. Every byte is checked.
-
-    Raises:
-        DamagedError: a damaged package. RunError: a newer format.
-    """
+    """Load a model from a directory or store URI, all checked. Raises DamagedError, or RunError for a newer format."""
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "package"
@@ -145,10 +125,10 @@ def load(source: str | Path) -> PreTrainedModel:
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    frozen, config, quantization = read(folder)
+    frozen, config, quantization = read_package(folder)
     with damage_of(folder):
         quant = Quant.model_validate(quantization["quant"])
-        model = restore_frozen(config, quant.spec(), family_of(config, quantization["family"]), frozen)
+        model = restore_frozen(config, quant.spec(), family_for(config.model_type, quantization["family"]), frozen)
     return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.package.manifest import MANIFEST, check, read_manifest
+from pipeline.package.manifest import MANIFEST, check, intact, read_manifest
 from pipeline.store.objects import open_objects
-from pipeline.store.step_store import checksum
 
 Fetch = Callable[[str, Path], Path]  # a file's name, and a scratch folder it may be put into: where it is now
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was brought, and what an earlier attempt had brought already."""
+    """The outcome of a pull: what was brought, and what an earlier attempt had brought already."""
 
     manifest: dict[str, Any]
     fetched: tuple[str, ...] = ()
@@ -30,13 +29,8 @@ class Pulled:
 
 
 def from_store(uri: str) -> Fetch:
-    """Files of a package in a directory, or below an S3 prefix."""
-    objects = open_objects(uri)
-
-    def fetch(name: str, scratch: Path) -> Path:
-        return objects.local(name, scratch)
-
-    return fetch
+    """Return a fetch of the files of a package in a directory, or below an S3 prefix."""
+    return open_objects(uri).local
 
 
 def pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
@@ -65,7 +59,7 @@ def _pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
         _fetch(fetch, MANIFEST, staging, model)
         manifest = read_manifest(staging)
         _remove_all_but({*manifest["files"], MANIFEST}, staging)
-        kept = tuple(name for name, entry in manifest["files"].items() if _is(staging / name, entry))
+        kept = tuple(name for name, entry in manifest["files"].items() if intact(staging / name, entry))
         fetched = tuple(name for name in manifest["files"] if name not in kept)
         for name in fetched:
             _fetch(fetch, name, staging, model, manifest["files"][name])
@@ -75,7 +69,7 @@ def _pull(fetch: Fetch, destination: Path, model: str) -> Pulled:
 
 @contextlib.contextmanager
 def _alone_in(staging: Path, destination: Path) -> Iterator[None]:
-    """Two pulls to one destination would take each other's files away. The lock ends with the process."""
+    """Lock the destination while inside, at most for the process: two pulls would take each other's files away."""
     folder = os.open(staging, os.O_RDONLY)
     try:
         try:
@@ -88,15 +82,13 @@ def _alone_in(staging: Path, destination: Path) -> Iterator[None]:
 
 
 def _already_there(fetch: Fetch, destination: Path, model: str) -> Pulled:
-    """The same package, whole: nothing to do. Anything else is left alone."""
-    try:
+    """Return the same package, whole: nothing to do. Anything else is left alone."""
+    with contextlib.suppress(DamagedError):
         manifest = check(destination)
         with tempfile.TemporaryDirectory() as scratch:
             _fetch(fetch, MANIFEST, Path(scratch), model)
             if read_manifest(Path(scratch)) == manifest:
                 return Pulled(manifest, kept=tuple(manifest["files"]))
-    except DamagedError:
-        pass
     raise ConfigError(
         f"DEST is {str(destination)!r}, where something else lies already. Name a directory that does not exist yet, "
         "or an empty one."
@@ -104,33 +96,24 @@ def _already_there(fetch: Fetch, destination: Path, model: str) -> Pulled:
 
 
 def _fetch(fetch: Fetch, name: str, folder: Path, model: str, entry: dict[str, Any] | None = None) -> None:
-    """One file into the folder, under its name only after it was checked."""
+    """Fetch one file into the folder, under its name only after it was checked."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         try:
-            found = fetch(name, Path(scratch))
-            if entry is not None and not _is(found, entry):
+            path = fetch(name, Path(scratch))
+            if entry is not None and not intact(path, entry):
                 raise DamagedError(
                     f"MODEL is {model!r}, and its {name} is not what its manifest says; DEST was not made. The package "
                     "is damaged where it lies: pull it from another place, or pack it again."
                 )
-            if not found.is_relative_to(scratch):
-                found = Path(shutil.copyfile(found, Path(scratch) / "copy"))
-                if entry is not None and not _is(found, entry):
+            if not path.is_relative_to(scratch):
+                path = Path(shutil.copyfile(path, Path(scratch) / "copy"))
+                if entry is not None and not intact(path, entry):
                     raise DamagedError(f"MODEL is {model!r}, and its {name} changed while it was read. Pull it again.")
-            found.replace(folder / name)
+            path.replace(folder / name)
         except FileNotFoundError:
             raise ConfigError(f"MODEL is {model!r}, and no packed model lies there: it has no {name}.") from None
         except OSError as error:
             raise ConfigError(f"MODEL is {model!r}, whose {name} cannot be brought to {folder}: {error}") from error
-
-
-def _is(path: Path, entry: dict[str, Any]) -> bool:
-    return (
-        path.is_file()
-        and not path.is_symlink()
-        and path.stat().st_size == entry["bytes"]
-        and checksum(path).sha256 == entry["sha256"]
-    )
 
 
 def _refuse_links(path: Path) -> None:
@@ -139,11 +122,9 @@ def _refuse_links(path: Path) -> None:
 
 
 def _remove_all_but(names: set[str], folder: Path) -> None:
-    """What an earlier pull of something else, or one that was killed, left behind."""
+    """Remove what an earlier pull of something else, or one that was killed, left behind."""
     for path in folder.iterdir():
-        if path.name in names and path.is_file() and not path.is_symlink():
-            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name not in names or path.is_symlink() or not path.is_file():
             path.unlink()

@@ -1,4 +1,4 @@
-"""What comes from outside is read strictly: JSON without doubt about its meaning, tensors without a second copy."""
+"""Strict reading of what comes from outside: JSON without doubt about its meaning, tensors without a second copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_JSON_BYTES = 16 * 2**20
 
 
 def read_json(data: bytes) -> Any:
-    """Raises ValueError for more than 16 MiB, another encoding than UTF-8, duplicate keys, or bottomless nesting."""
+    """Parse JSON. Raises ValueError for over 16 MiB, other than UTF-8, duplicate keys, or bottomless nesting."""
     if len(data) > MOST_JSON_BYTES:
         raise ValueError(f"more than {MOST_JSON_BYTES} bytes of JSON")
     try:
@@ -23,7 +23,7 @@ def read_json(data: bytes) -> Any:
 
 
 def read_json_file(path: Path) -> Any:
-    """Raises ValueError as `read_json` does, before more than that is read."""
+    """Parse a JSON file. Raises ValueError as `read_json` does, before more than that is read."""
     with open(path, "rb") as file:
         return read_json(file.read(MOST_JSON_BYTES + 1))
 
@@ -37,11 +37,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory: nothing is copied before it is used.
-
-    Raises:
-        ValueError: a header that is too large, holds a name twice, or does not describe the file.
-    """
+    """Map a safetensors file without a copy. Raises ValueError for a header too large, ambiguous or untrue."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MOST_JSON_BYTES, path.stat().st_size - 8):

@@ -1,21 +1,21 @@
-"""What a model's weights file will hold, to the byte, before anything is trained: from shapes alone."""
+"""The layout and size of a model's weights file, to the byte, before anything is trained: from shapes alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import make_student, sites
 from pipeline.models.family import Family
-from pipeline.quant.layers import TIED
+from pipeline.models.student import make_student, quant_targets
+from pipeline.quant.granularity import PER_CHANNEL
+from pipeline.quant.modules import TIED, Role
 from pipeline.quant.packing import packed_columns
-from pipeline.quant.spec import UNQUANTIZED, BitWidths, Granularity, QuantSpec
+from pipeline.quant.spec import UNQUANTIZED, BitWidths, QuantSpec
 
 # As safetensors writes it: wider dtypes first, tensors of one dtype by name.
 ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}
@@ -23,38 +23,35 @@ CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
 BYTES = {"I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 POSITIONS = {"fp32": "float32", "fp16": "float16"}
 ALIGNED = 8
-Role = Literal["linear", "embedding"]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors names it, shape
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a model by the module they belong to.
-
-    `modules[name]` is (rows, columns) of each weight that may be quantized, `roles[name]` which of W-E-A it takes.
-    """
+    """A model's tensors by module: `modules` (rows, columns) that may be quantized, `roles` which of W-E-A applies."""
 
     modules: dict[str, tuple[int, int]]
     roles: dict[str, Role]
-    granularity: Granularity
+    spec: QuantSpec
     rest: Tensors
     scale_dtype: str
     rest_dtype: str
 
     def of_module(self, name: str, bits: int) -> Tensors:
-        """What a module stores at a width, packed densely."""
+        """Return the tensors that a module stores at a width, packed densely."""
         rows, columns = self.modules[name]
         if bits == UNQUANTIZED:
             return {f"{name}.weight": (self.rest_dtype, (rows, columns))}
         packed = rows * packed_columns(columns, bits)
-        scales = 1 if self.roles[name] == "linear" and self.granularity == "tensor" else rows
-        return {f"{name}.weight": ("U8", (packed,)), f"{name}.weight_scale": (self.scale_dtype, (scales, 1))}
+        scales = self.spec.granularity_of(self.roles[name]).scale_shape((rows, columns))
+        return {f"{name}.weight": ("U8", (packed,)), f"{name}.weight_scale": (self.scale_dtype, scales)}
 
     def bytes_of(self, name: str, bits: int) -> int:
+        """Count the bytes of what a module stores at a width."""
         return _data_bytes(self.of_module(name, bits))
 
     def packed_bytes(self, widths: Mapping[str, int]) -> int:
-        """The whole file, header included. A bias that turns out to be all zero is not stored and makes it shorter."""
+        """Count the bytes of the whole file with its header; an all-zero bias is not stored and makes it shorter."""
         tensors = dict(self.rest)
         for name, bits in widths.items():
             tensors |= self.of_module(name, bits)
@@ -62,27 +59,27 @@ class Layout:
 
 
 def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
-    """Of a model on the meta device, which is changed."""
-    found = [site for site in sites(shape, family) if site.role not in TIED]
+    """Return the layout of a model on the meta device, which is changed."""
+    targets = [target for target in quant_targets(shape, family) if target.role not in TIED]
     make_student(shape, QuantSpec(BitWidths(UNQUANTIZED, UNQUANTIZED, UNQUANTIZED)), family)
     state = shape.state_dict()
     modules: dict[str, tuple[int, int]] = {}
-    for site in found:
-        rows, columns = state.pop(f"{site.name}.weight").shape
-        modules[site.name] = (int(rows), int(columns))
+    for target in targets:
+        rows, columns = state.pop(f"{target.name}.weight").shape
+        modules[target.name] = (int(rows), int(columns))
     rest: Tensors = {}
     for name, tensor in state.items():
         module, size = name.rpartition(".")[0], tuple(tensor.shape)
         if module in family.unquantized and quant.positions == "int8":
             rest[name] = ("U8", (tensor.numel(),))
-            rest[f"{module}.weight_scale"] = (CODES[quant.scale_dtype], (size[0], 1))
+            rest[f"{module}.weight_scale"] = (CODES[quant.scale_dtype], PER_CHANNEL.scale_shape((size[0], size[1])))
             continue
         kept = POSITIONS[quant.positions] if module in family.unquantized and quant.positions else quant.rest_dtype
-        rest[name] = (CODES[kept if tensor.is_floating_point() else _name(tensor.dtype)], size)
+        rest[name] = (CODES[kept if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")], size)
     return Layout(
         modules=modules,
-        roles={site.name: "linear" if site.role == "linear" else "embedding" for site in found},
-        granularity=quant.granularity,
+        roles={target.name: "linear" if target.role == "linear" else "embedding" for target in targets},
+        spec=quant.spec(),
         rest=rest,
         scale_dtype=CODES[quant.scale_dtype],
         rest_dtype=CODES[quant.rest_dtype],
@@ -90,7 +87,7 @@ def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
 
 
 def header_bytes(tensors: Tensors) -> int:
-    """Length of a safetensors header: 8 bytes, then JSON with each tensor's place, padded with blanks."""
+    """Count the bytes of a safetensors header: 8, then JSON with each tensor's offsets, padded with blanks."""
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda entry: (-ORDER[entry[1][0]], entry[0])):
@@ -103,7 +100,3 @@ def header_bytes(tensors: Tensors) -> int:
 
 def _data_bytes(tensors: Tensors) -> int:
     return sum(BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in tensors.values())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,1 +1,2 @@
-"""Quantization in pure torch: `spec` (values), `grid` (arithmetic), `quantizers`, `layers` (modules), `packing`."""
+"""Quantization in pure torch: `spec`, `granularity` (values), `grid` (arithmetic), `quantizers`, `modules`, `frozen`
+(what ships), `packing`."""

@@ -16,36 +16,27 @@ TERNARY_PER_BYTE = 5
 
 
 def packed_columns(columns: int, bits: int, encoding: Encoding = "dense") -> int:
-    """Bytes of one packed row."""
-    per_byte = codes_per_byte(bits, encoding)
-    return -(-columns // per_byte)
+    """Count the bytes of one packed row."""
+    return -(-columns // codes_per_byte(bits, encoding))
 
 
 def pack(codes: Tensor, bits: int, encoding: Encoding = "dense", levels: Levels = "symmetric") -> Tensor:
-    """(rows, columns) int8 codes to (rows, packed_columns) uint8.
-
-    Raises:
-        ValueError: a code lies outside the grid, or the encoding cannot hold the grid.
-    """
+    """Pack (rows, columns) int8 codes into (rows, packed_columns) uint8. Raises ValueError for a code outside the grid,
+    or a grid that the encoding cannot hold."""
     base, offset, per_byte = _digits(bits, encoding, levels)
     if codes.ndim != 2:
         raise ValueError(f"codes of shape {tuple(codes.shape)} are not a matrix")
     _check(codes, grid(levels, bits), bits)
-    rows, columns = codes.shape
-    padding = -columns % per_byte
-    digits = torch.nn.functional.pad(codes.to(torch.int16) + offset, (0, padding))
+    digits = torch.nn.functional.pad(codes.to(torch.int16) + offset, (0, -codes.shape[1] % per_byte))
     places = base ** torch.arange(per_byte, dtype=torch.int16)
-    return (digits.reshape(rows, -1, per_byte) * places).sum(-1).to(torch.uint8)
+    return (digits.reshape(len(codes), -1, per_byte) * places).sum(-1).to(torch.uint8)
 
 
 def unpack(
     packed: Tensor, columns: int, bits: int, encoding: Encoding = "dense", levels: Levels = "symmetric"
 ) -> Tensor:
-    """(rows, packed_columns) uint8 back to (rows, columns) int8 codes.
-
-    Raises:
-        ValueError: the shape does not fit, a code lies outside the grid, or the padding is not zero.
-    """
+    """Unpack (rows, packed_columns) uint8 into (rows, columns) int8 codes. Raises ValueError if the shape does not fit,
+    a code lies outside the grid, or the padding is not zero."""
     base, offset, per_byte = _digits(bits, encoding, levels)
     if packed.ndim != 2 or packed.shape[1] != packed_columns(columns, bits, encoding):
         raise ValueError(
@@ -54,8 +45,8 @@ def unpack(
     values = torch.arange(256, dtype=torch.int16).unsqueeze(-1)
     places = base ** torch.arange(per_byte, dtype=torch.int16)
     table = ((values // places) % base - offset).to(torch.int8)  # (256, per_byte): what each byte stands for
-    found = table.index_select(0, packed.flatten().int()).reshape(packed.shape[0], -1)
-    codes, padding = found[:, :columns], found[:, columns:]
+    padded = table.index_select(0, packed.flatten().int()).reshape(packed.shape[0], -1)
+    codes, padding = padded[:, :columns], padded[:, columns:]
     _check(codes, grid(levels, bits), bits)
     if (padding != -offset).any() or (encoding == "base3" and packed.numel() and int(packed.max()) >= 3**5):
         raise ValueError("the packed bytes hold values that no codes give")
@@ -63,6 +54,7 @@ def unpack(
 
 
 def codes_per_byte(bits: int, encoding: Encoding) -> int:
+    """Count the codes that a byte holds. Raises ValueError for a width that the encoding does not take."""
     if encoding == "base3":
         if bits != 2:
             raise ValueError(f"encoding base3 holds ternary codes (2 bits), not {bits} bits; valid: dense")
@@ -74,8 +66,8 @@ def codes_per_byte(bits: int, encoding: Encoding) -> int:
 
 def _check(codes: Tensor, grid: Grid, bits: int) -> None:
     if codes.numel() and (int(codes.min()) < grid.low or int(codes.max()) > grid.high):
-        found = f"{int(codes.min())}..{int(codes.max())}"
-        raise ValueError(f"codes {found} lie outside the {bits}-bit grid {grid.low}..{grid.high}")
+        extremes = f"{int(codes.min())}..{int(codes.max())}"
+        raise ValueError(f"codes {extremes} lie outside the {bits}-bit grid {grid.low}..{grid.high}")
 
 
 def _digits(bits: int, encoding: Encoding, levels: Levels) -> tuple[int, int, int]:

@@ -8,25 +8,26 @@ import numpy as np
 from onnx import TensorProto
 from transformers import PreTrainedConfig
 
-from pipeline.runtime.decoder import Cache, Decoder
+from pipeline.runtime.decoder import Decoder, KeyValueShape
 from pipeline.runtime.graph import CONTRIB, Graph, check_activation
 
 POSITION_OFFSET = 2  # BART's own: the first two rows of its position table are not used
 EPSILON = 1e-5
 
 
-def cache_of(config: PreTrainedConfig) -> Cache:
+def cache_of(config: PreTrainedConfig) -> KeyValueShape:
+    """Return the shape of the decoder's own key-value cache."""
     heads = config.decoder_attention_heads
-    return Cache(config.decoder_layers, heads, config.d_model // heads)
+    return KeyValueShape(config.decoder_layers, heads, config.d_model // heads, config.max_position_embeddings)
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Raises ConfigError for an unknown activation."""
+    """Raise ConfigError for an unknown activation."""
     check_activation(config.activation_function)
 
 
 def encoder(graph: Graph, config: PreTrainedConfig) -> None:
-    """input_ids (1, source) to cross.N.key and .value (1, heads, source, head size)."""
+    """Draw the encoder: input_ids (1, source) to cross.N.key and .value (1, heads, source, head size)."""
     ids = graph.input("input_ids", TensorProto.INT64, [1, "source"])
     places = graph.op("Range", graph.number(0), graph.op("Size", ids), graph.number(1))
     x = _embedded(graph, config, "model.encoder", ids, places)
@@ -48,7 +49,7 @@ def encoder(graph: Graph, config: PreTrainedConfig) -> None:
 
 
 def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
-    """What a decoder takes, and the encoder's cross.N.key and .value."""
+    """Draw the decoder, which takes what every decoder takes, and the encoder's cross.N.key and .value."""
     cache = cache_of(config)
     inputs = Decoder(graph, cache, sliced)
     for name in cache.names("cross"):
@@ -72,8 +73,7 @@ def _embedded(graph: Graph, config: PreTrainedConfig, side: str, ids: str, place
     words = graph.embed(ids, "model.shared")
     if config.scale_embedding:
         words = graph.op("Mul", words, graph.tensor("embed_scale", np.array(math.sqrt(config.d_model), np.float32)))
-    shifted = graph.op("Add", places, graph.number(POSITION_OFFSET))
-    positions = graph.embed(shifted, f"{side}.embed_positions")
+    positions = graph.embed(graph.op("Add", places, graph.number(POSITION_OFFSET)), f"{side}.embed_positions")
     return graph.add_and_norm(words, positions, f"{side}.layernorm_embedding", EPSILON)[0]
 
 

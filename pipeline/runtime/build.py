@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.runtime import bart, gpt2, llama
-from pipeline.runtime.decoder import Cache
+from pipeline.models.family import family_with, names_with
+from pipeline.runtime.decoder import KeyValueShape
 from pipeline.runtime.graph import Graph
 from pipeline.runtime.weights import read_weights
 
-FAMILIES = {"gpt2": gpt2, "llama": llama, "bart": bart}
 HEAD_MULTIPLE = 8
 MODEL, ENCODER, DECODER = "model", "encoder", "decoder"
 
 
 def build(package: Path, folder: Path, activations: int | None = None, sliced: bool = False) -> PreTrainedConfig:
-    """Write the graphs of a package into `folder`; returns the configuration.
-
-    `activations` is their width, 8 or 32, by default that of the package. With `sliced` a decoder takes `first_logit`.
-
-    Raises:
-        DamagedError: a damaged package. ConfigError: an architecture that has no graph.
-    """
+    """Write the graphs of a package into `folder`; return the configuration. `activations` is their width, 8 or 32, by
+    default that of the package. With `sliced` a decoder takes `first_logit`. Raises DamagedError for a damaged package,
+    ConfigError for an architecture that has no graph."""
     weights, config, spec = read_weights(package)
     check(config)
-    graphs = family_of(config)
+    graphs, width = graphs_of(config), activations or spec.bits.activations
     try:
-        width = activations or spec.bits.activations
         if config.is_encoder_decoder:
             graph = Graph(weights, width)
-            bart.encoder(graph, config)
+            graphs.encoder(graph, config)
             graph.save(folder, ENCODER)
         graph = Graph(weights, width)
         graphs.decoder(graph, config, sliced)
@@ -44,8 +39,8 @@ def build(package: Path, folder: Path, activations: int | None = None, sliced: b
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Raises ConfigError for an architecture that has no graph."""
-    family_of(config).check(config)
+    """Raise ConfigError for an architecture that has no graph."""
+    graphs_of(config).check(config)
     cache = cache_of(config)
     if cache.head_size % HEAD_MULTIPLE:
         raise ConfigError(
@@ -53,19 +48,21 @@ def check(config: PreTrainedConfig) -> None:
         )
 
 
-def family_of(config: PreTrainedConfig) -> Any:
-    """The module that draws the graphs of a model; BART's siblings order their layers otherwise."""
-    if config.model_type not in FAMILIES:
-        valid = ", ".join(FAMILIES)
+def graphs_of(config: PreTrainedConfig) -> Any:
+    """Return the module that draws the graphs of a model; a family's siblings may order their layers otherwise."""
+    family = family_with("graph", config.model_type)
+    if family is None:
+        valid = ", ".join(names_with("graph"))
         raise ConfigError(f"model: a {config.model_type} model has no graph in ONNX Runtime; valid: {valid}")
-    return FAMILIES[config.model_type]
+    return import_module(f"pipeline.runtime.{family.graph}")
 
 
-def cache_of(config: PreTrainedConfig) -> Cache:
-    cache: Cache = family_of(config).cache_of(config)
-    return cache
+def cache_of(config: PreTrainedConfig) -> KeyValueShape:
+    """Return the shape of a model's key-value cache."""
+    shape: KeyValueShape = graphs_of(config).cache_of(config)
+    return shape
 
 
 def longest(config: PreTrainedConfig) -> int:
-    """Tokens that a text may have."""
-    return llama.longest(config) if config.model_type == "llama" else int(config.max_position_embeddings)
+    """Return the most tokens that a text may have."""
+    return cache_of(config).longest

@@ -19,24 +19,24 @@ INT_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Shape of the key-value cache of one sequence."""
+class KeyValueShape:
+    """Shape of the key-value cache of one sequence, and the most tokens that its text may have."""
 
     layers: int
     heads: int
     head_size: int
+    longest: int
 
     def names(self, kind: str) -> list[str]:
+        """Return the names KIND.N.key and .value of all layers."""
         return [f"{kind}.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
 
 
 class Decoder:
-    """The inputs of a decoder as soon as it is made; then `attend` in each layer and `finish`.
+    """The inputs of a decoder as soon as it is made; then `attend` in each layer and `finish`. With `sliced` it takes
+    one more input, `first_logit` (1,): where the logits begin."""
 
-    With `sliced` it takes one more input, `first_logit` (1,): where the logits begin.
-    """
-
-    def __init__(self, graph: Graph, cache: Cache, sliced: bool) -> None:
+    def __init__(self, graph: Graph, cache: KeyValueShape, sliced: bool) -> None:
         self.graph, self.cache, self._sliced = graph, cache, sliced
         self.ids = graph.input("input_ids", TensorProto.INT64, [1, "length"])
         mask = graph.input("attention_mask", TensorProto.INT64, [1, "total"])
@@ -51,10 +51,8 @@ class Decoder:
         self.positions = graph.op("Range", graph.op("Sub", total, length), total, graph.number(1))  # (length,)
 
     def attend(self, qkv: str, layer: int, heads: int, rotary: tuple[str, str] | None = None) -> str:
-        """Causal attention: qkv (1, length, queries + keys + values) to (1, length, queries).
-
-        `rotary` are tables (longest, head size / 2) of cosines and sines.
-        """
+        """Draw causal attention: qkv (1, length, queries + keys + values) to (1, length, queries). `rotary` are tables
+        (longest, head size / 2) of cosines and sines."""
         operands, fused = [qkv, "", ""], self.cache.head_size % ROTARY_MULTIPLE == 0
         if rotary and not fused:
             operands, rotary = self._rotated(qkv, layer, heads, rotary), None
@@ -65,7 +63,7 @@ class Decoder:
         return self.graph.ops(result, "GroupQueryAttention", *inputs, domain=CONTRIB, **kernel)[0]
 
     def _rotated(self, qkv: str, layer: int, heads: int, rotary: tuple[str, str]) -> list[str]:
-        """Queries and keys turned by an operator of their own, where the attention kernel does not take their size."""
+        """Turn queries and keys by an operator of their own, where the attention kernel does not take their size."""
         graph, counts = self.graph, (heads, self.cache.heads, self.cache.heads)
         sizes = graph.vector(*(count * self.cache.head_size for count in counts))
         parts = graph.ops([f"{part}.{layer}" for part in "qkv"], "Split", qkv, sizes, axis=-1)
@@ -77,7 +75,7 @@ class Decoder:
         return [*turned, parts[2]]
 
     def finish(self, x: str, head: str, vocabulary: int, bias: str | None = None) -> None:
-        """x (1, length, hidden) to logits, and the outputs."""
+        """Draw the head, x (1, length, hidden) to logits, and the outputs."""
         graph, cache = self.graph, self.cache
         if self._sliced:
             x = graph.op("Slice", x, FIRST_LOGIT, graph.vector(INT_MAX), graph.vector(1))

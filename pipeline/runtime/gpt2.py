@@ -5,16 +5,18 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
-from pipeline.runtime.decoder import Cache, Decoder
+from pipeline.runtime.decoder import Decoder, KeyValueShape
 from pipeline.runtime.graph import Graph, check_activation
 
 
-def cache_of(config: PreTrainedConfig) -> Cache:
-    return Cache(config.n_layer, config.n_head, config.n_embd // config.n_head)
+def cache_of(config: PreTrainedConfig) -> KeyValueShape:
+    """Return the shape of the key-value cache."""
+    head_size, longest = config.n_embd // config.n_head, config.max_position_embeddings
+    return KeyValueShape(config.n_layer, config.n_head, head_size, longest)
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Raises ConfigError for an attention scale that is not 1/sqrt(head size), or an unknown activation."""
+    """Raise ConfigError for an attention scale that is not 1/sqrt(head size), or an unknown activation."""
     check_activation(config.activation_function)
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
         raise ConfigError(
@@ -23,7 +25,7 @@ def check(config: PreTrainedConfig) -> None:
 
 
 def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
-    """The whole model."""
+    """Draw the whole model."""
     inputs, epsilon = Decoder(graph, cache_of(config), sliced), config.layer_norm_epsilon
     words = graph.embed(inputs.ids, "transformer.wte")
     places = graph.embed(inputs.positions, "transformer.wpe")

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import UNQUANTIZED
-from pipeline.runtime.weights import Matrix, Weights
+from pipeline.runtime.weights import Weights
 
 CONTRIB = "com.microsoft"
 OPSET, IR_VERSION = 21, 10
@@ -46,99 +46,92 @@ class Graph:
         self._tensors: dict[str, NDArray[Any]] = {}
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        """Add an input of the graph; `kind` is its TensorProto type."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, shape: Sequence[int | str]) -> None:
+        """Add an output of the graph, in fp32."""
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def tensor(self, name: str, value: NDArray[Any]) -> str:
+        """Add a tensor, once by its name."""
         self._tensors.setdefault(name, value)
         return name
 
     def number(self, value: int) -> str:
+        """Add a whole number, int64, without dimensions."""
         return self.tensor(f"number_{value}", np.array(value, np.int64))
 
     def vector(self, *values: int) -> str:
+        """Add a vector of whole numbers, int64."""
         return self.tensor("vector_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def op(self, kind: str, *inputs: str, named: str = "", domain: str = "", **settings: Any) -> str:
+        """Add a node of one output, which is called `named` where that is given."""
         (result,) = self.ops([named or f"{kind}_{len(self._nodes)}"], kind, *inputs, domain=domain, **settings)
         return result
 
     def ops(self, results: Sequence[str], kind: str, *inputs: str, domain: str = "", **settings: Any) -> Sequence[str]:
-        """A node of several outputs."""
-        self._nodes.append(
-            helper.make_node(kind, inputs, results, f"{kind}_{len(self._nodes)}", domain=domain, **settings)
-        )
+        """Add a node of several outputs."""
+        name = f"{kind}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, inputs, results, name, domain=domain, **settings))
         return results
 
     def rest(self, name: str) -> str:
-        """A tensor that is not quantized."""
+        """Add a tensor that is not quantized."""
         return self.tensor(name, self.weights.rest[name])
 
     def linear(self, x: str, *modules: str) -> str:
-        """x (1, length, columns) through one layer, or through several side by side."""
+        """Pass x (1, length, columns) through one layer, or through several side by side."""
         matrices = [self.weights.matrices.get(module) for module in modules]
         biases = [self.weights.rest.get(f"{module}.bias") for module in modules]
-        if len({matrix and (matrix.bits, matrix.block, matrix.shift) for matrix in matrices}) > 1 or (
+        if len({matrix and (matrix.bits, matrix.block, matrix.shift, matrix.grouped) for matrix in matrices}) > 1 or (
             len(modules) > 1 and (matrices[0] is None or len({bias is None for bias in biases}) > 1)
         ):
             return self.op("Concat", *(self.linear(x, module) for module in modules), axis=-1)
-        name, matrix = "+".join(modules), matrices[0]
         bias = None if biases[0] is None else np.concatenate([b for b in biases if b is not None])
-        if matrix is None:
-            return self._dense(x, f"{modules[0]}.weight", f"{name}.bias", bias)
-        data = self.tensor(f"{name}.codes", _joined([m.data for m in matrices if m]))
-        scales = self.tensor(f"{name}.scales", _joined([m.scales for m in matrices if m]))
-        return self._low_bit(x, matrix, data, scales, f"{name}.bias", bias)
+        return self._product(x, modules, f"{'+'.join(modules)}.bias", bias)
 
     def head(self, x: str, module: str, bias: str | None, named: str) -> str:
-        """x (1, length, columns) to logits, by the word embedding itself if they are tied."""
-        matrix = self.weights.matrices.get(module)
+        """Turn x (1, length, columns) into logits, by the word embedding itself if they are tied."""
         extra = self.weights.rest.get(bias) if bias else None
         added = extra.reshape(-1) if extra is not None and extra.any() else None
-        if matrix is None:
-            return self._dense(x, f"{module}.weight", "logits.bias", added, named)
-        data = self.tensor(f"{module}.codes", matrix.data)
-        scales = self.tensor(f"{module}.scales", matrix.scales)
-        return self._low_bit(x, matrix, data, scales, "logits.bias", added, named)
+        return self._product(x, (module,), "logits.bias", added, named)
 
     def embed(self, ids: str, module: str) -> str:
-        """ids (1, length), or places (length,), to rows (1, length, columns) or (length, columns) of a table.
-
-        A tied head reads the same bytes of the file under a name of its own: its kernel takes them into its own order
-        and lets go of them, and of the table here only the rows that are looked up come into memory.
-        """
+        """Look up ids (1, length), or places (length,): rows (1, length, columns) or (length, columns) of a table. A
+        tied head reads the same bytes of the file under a name of its own: its kernel takes them into its own order and
+        lets go of them, and of the table here only the rows that are looked up come into memory."""
         matrix = self.weights.matrices.get(module)
         if matrix is None:
             return self.op("Gather", self.rest(f"{module}.weight"), ids)
+        if matrix.grouped:
+            raise ValueError(f"{module} is a table with one scale a group, and no student has one")
         data = self.tensor(f"{module}.rows", matrix.data)
         scales = self.tensor(f"{module}.row_scales", matrix.scales[..., None])
         kernel: dict[str, Any] = {"bits": matrix.bits, "block_size": matrix.block, "quantize_axis": 2, "gather_axis": 0}
-        found = self.op("GatherBlockQuantized", data, ids, scales, domain=CONTRIB, **kernel)
+        blocks = self.op("GatherBlockQuantized", data, ids, scales, domain=CONTRIB, **kernel)
         width = matrix.data.shape[1] * matrix.block
-        rows = self.op("Reshape", found, self.vector(1, -1, width))
+        rows = self.op("Reshape", blocks, self.vector(1, -1, width))
         if width != matrix.columns:
             rows = self.op("Slice", rows, self.vector(0), self.vector(matrix.columns), self.vector(2))
         if matrix.shift:
-            steps = self.tensor(f"{module}.shifts", matrix.shift * matrix.scales[:, :1])
-            rows = self.op("Add", rows, self.op("Gather", steps, ids))
+            shifts = self.tensor(f"{module}.shifts", matrix.shift * matrix.scales[:, :1])
+            rows = self.op("Add", rows, self.op("Gather", shifts, ids))
         return rows
 
     def activate(self, x: str, name: str) -> str:
+        """Apply an activation by transformers' name of it: see `check_activation`."""
         kind, domain, settings = ACTIVATIONS[name]
         return self.op(kind, x, domain=domain, **settings)
 
     def add_and_norm(self, x: str, residual: str, module: str, epsilon: float) -> tuple[str, str]:
-        """LayerNorm of x + residual, and that sum; the RMS norm where the module has no bias."""
+        """Return LayerNorm of x + residual, and that sum; the RMS norm where the module has no bias."""
         result, total = f"{module}.normed", f"{module}.sum"
-        scale = self.rest(f"{module}.weight")
-        if f"{module}.bias" in self.weights.rest:
-            inputs = [x, residual, scale, self.rest(f"{module}.bias")]
-            kind = "SkipLayerNormalization"
-        else:
-            inputs, kind = [x, residual, scale], "SkipSimplifiedLayerNormalization"
+        biased = f"{module}.bias" in self.weights.rest
+        kind = "SkipLayerNormalization" if biased else "SkipSimplifiedLayerNormalization"
+        inputs = [x, residual, self.rest(f"{module}.weight")] + ([self.rest(f"{module}.bias")] if biased else [])
         self.ops([result, "", "", total], kind, *inputs, domain=CONTRIB, epsilon=epsilon)
         return result, total
 
@@ -162,36 +155,45 @@ class Graph:
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="bitmill")
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
 
-    def _low_bit(
-        self, x: str, matrix: Matrix, data: str, scales: str, name: str, bias: NDArray[Any] | None, named: str = ""
+    def _product(
+        self, x: str, modules: Sequence[str], bias_name: str, bias: NDArray[Any] | None, named: str = ""
     ) -> str:
-        inputs = [x, data, scales] + ([] if bias is None else ["", "", self.tensor(name, bias)])
+        """Multiply x by the weights of modules that are alike, side by side, and add a bias where there is one."""
+        matrices = [self.weights.matrices[module] for module in modules if module in self.weights.matrices]
+        if not matrices:
+            weight = self.rest(f"{modules[0]}.weight")
+            y = self.op("FusedMatMul", x, weight, domain=CONTRIB, named=named if bias is None else "", transB=1)
+            return y if bias is None else self.op("Add", y, self.tensor(bias_name, bias), named=named)
+        name, matrix = "+".join(modules), matrices[0]
+        data = self.tensor(f"{name}.codes", _joined([m.data for m in matrices]))
+        scales = self.tensor(f"{name}.scales", _joined([m.scales for m in matrices]))
+        inputs = [x, data, scales] + ([] if bias is None else ["", "", self.tensor(bias_name, bias)])
         size: dict[str, Any] = {"K": matrix.columns, "N": len(self._tensors[data])}
         kernel: dict[str, Any] = {"bits": matrix.bits, "block_size": matrix.block, "accuracy_level": self.level}
         if not matrix.shift:
             return self.op("MatMulNBits", *inputs, domain=CONTRIB, named=named, **size, **kernel)
-        # (code + shift) * scale . x  =  code * scale . x  +  shift * scale * sum(x)
+        # (code + shift) * scale . x  =  code * scale . x  +  shift * scale * sum(x): the 2-bit kernel takes no
+        # fractional zero point, and 4 bits would double the bytes
         y = self.op("MatMulNBits", *inputs, domain=CONTRIB, **size, **kernel)
-        shifts = self.tensor(f"{scales}.shifts", np.ascontiguousarray(matrix.shift * self._tensors[scales][:, 0]))
-        return self.op("Add", y, self.op("Mul", self.op("ReduceSum", x, self.vector(-1)), shifts), named=named)
-
-    def _dense(self, x: str, weight: str, name: str, bias: NDArray[Any] | None, named: str = "") -> str:
-        inputs = [x, self.rest(weight)]
-        if bias is None:
-            return self.op("FusedMatMul", *inputs, domain=CONTRIB, named=named, transB=1)
-        y = self.op("FusedMatMul", *inputs, domain=CONTRIB, transB=1)
-        return self.op("Add", y, self.tensor(name, bias), named=named)
+        each = matrix.shift * self._tensors[scales]  # (rows, blocks)
+        if not matrix.grouped:
+            shifts = self.tensor(f"{scales}.shifts", np.ascontiguousarray(each[:, 0]))
+            return self.op("Add", y, self.op("Mul", self.op("ReduceSum", x, self.vector(-1)), shifts), named=named)
+        parts = self.op("Reshape", x, self.vector(1, -1, each.shape[1], matrix.block))
+        sums = self.op("ReduceSum", parts, self.vector(-1), keepdims=0)  # (1, length, blocks)
+        shifts = self.tensor(f"{scales}.shifts", np.ascontiguousarray(each.T))
+        return self.op("Add", y, self.op("MatMul", sums, shifts), named=named)
 
 
 def check_activation(name: str) -> None:
-    """Raises ConfigError for an activation that has no operator that computes the same."""
+    """Raise ConfigError for an activation that has no operator that computes the same."""
     if name not in ACTIVATIONS:
         valid = ", ".join(ACTIVATIONS)
         raise ConfigError(f"model: the activation {name!r} has no operator in ONNX Runtime; valid: {valid}")
 
 
 def with_activations(path: Path, activations: int) -> bytes:
-    """The graph of a file, its tensors left where they are, with activations of another width."""
+    """Return the graph of a file, its tensors left where they are, with activations of another width."""
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -201,7 +203,7 @@ def with_activations(path: Path, activations: int) -> bytes:
 
 
 def accuracy(activations: int) -> int:
-    """The accuracy_level of MatMulNBits for activations of 8 or 32 bits."""
+    """Return the accuracy_level of MatMulNBits for activations of 8 or 32 bits."""
     return EXACT if activations == UNQUANTIZED else EIGHT_BITS
 
 

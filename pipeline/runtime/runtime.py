@@ -29,15 +29,14 @@ class Runtime:
     Every byte of a package is checked against its manifest, and its tensors against the architecture; what
     `pipeline.load` does besides, the digest of the unpacked tensors, would take longer than the rest of the load.
 
-    Weights stay packed in memory. `activations` is their width: 8, or 32, which is exact and much slower; by default
-    what the package was trained for.
+    A package is opened by writing an ONNX export into a scratch folder and mapping it: one way to draw a graph serves
+    both. Weights stay packed in memory. `activations` is their width: 8, or 32, which is exact and much slower; by
+    default what the package was trained for.
     """
 
     def __init__(self, folder: Path, threads: int = 1, activations: int | None = None) -> None:
-        """
-        Raises:
-            DamagedError: a damaged package. ConfigError: an architecture without a graph, or no such model.
-        """
+        """Open the model in `folder`. Raises DamagedError for a damaged package, ConfigError for an architecture
+        without a graph or where no model is."""
         if activations not in (None, 8, 32):
             raise ConfigError(f"activations is {activations!r}; valid: 8, 32")
         if (folder / manifest.MANIFEST).exists():
@@ -51,16 +50,11 @@ class Runtime:
             raise ConfigError(f"{folder} is neither a packed model nor an ONNX export.")
 
     def logits(self, ids: Sequence[int], source: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """(length, vocabulary) of one sequence; `source` is what an encoder reads.
-
-        Raises:
-            ConfigError: ids that the model does not have, or no or too many of them.
-        """
+        """Return the logits (length, vocabulary) of one sequence; `source` is for an encoder. Raises as `generate`."""
         self._check(ids)
         if self._encoder is not None:
             self._check(source or ())
-        cache = _Cache(self._decoder, self.config, len(ids), self._encoded(source))
-        return cache.feed(ids, first=0)
+        return _KeyValueCache(self._decoder, self.config, len(ids), self._encoded(source)).feed(ids, first=0)
 
     def generate(
         self,
@@ -70,26 +64,25 @@ class Runtime:
         seed: int = 0,
         stop: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """Tokens that follow `ids`, or answer them where there is an encoder; the most likely ones at temperature 0.
+        """Yield tokens that follow `ids`, or answer them where there is an encoder; the likeliest at temperature 0.
 
         Ends after `new_tokens`, at a token of `stop` (by default the model's end of text), which is the last one
-        given, or where the model's positions end.
-
-        Raises:
-            ConfigError: ids that the model does not have, or no or too many of them.
+        given, or where the model's positions end. Raises ConfigError for ids that the model does not have, or no or too
+        many of them.
         """
-        ends = _end_of_text(self.config) if stop is None else set(stop)
+        end = self.config.eos_token_id if stop is None else list(stop)
+        ends = set(end) if isinstance(end, list) else {end}
         self._check(ids)
-        prompt, encoded = list(ids), None
+        prompt, encoded = list(ids), {}
         if self.config.is_encoder_decoder:
             prompt, encoded = [self.config.decoder_start_token_id], self._encoded(ids)
             self._check(prompt)
         room = min(longest(self.config) - len(prompt), new_tokens)
-        cache = _Cache(self._decoder, self.config, len(prompt) + room, encoded)
+        cache = _KeyValueCache(self._decoder, self.config, len(prompt) + room, encoded)
         draw = np.random.default_rng(seed)
         *earlier, prompt = (prompt[start : start + AT_ONCE] for start in range(0, len(prompt), AT_ONCE))
-        for some in earlier:
-            cache.feed(some, first=-1)
+        for chunk in earlier:
+            cache.feed(chunk, first=-1)
         for _ in range(room):
             token = _chosen(cache.feed(prompt, first=-1)[-1], temperature, draw)
             yield token
@@ -106,24 +99,23 @@ class Runtime:
             raise ConfigError(f"The token {unknown[0]} is not one of the model's, 0 to {vocabulary - 1}.")
 
     def _open(self, folder: Path, threads: int, activations: int | None) -> None:
-        self._encoder = None
-        if self.config.is_encoder_decoder:
-            self._encoder = _session(folder / f"{ENCODER}.onnx", threads, activations)
-        self._decoder = _session(folder / f"{DECODER if self._encoder else MODEL}.onnx", threads, activations)
+        two = self.config.is_encoder_decoder
+        self._encoder = _session(folder / f"{ENCODER}.onnx", threads, activations) if two else None
+        self._decoder = _session(folder / f"{DECODER if two else MODEL}.onnx", threads, activations)
 
     def _encoded(self, source: Sequence[int] | None) -> dict[str, NDArray[np.float32]]:
-        """What the decoder takes from the encoder."""
+        """Return the tensors that the decoder takes from the encoder, by their names."""
         if self._encoder is None or source is None:
             return {}
         names = [output.name for output in self._encoder.get_outputs()]
         return dict(zip(names, self._encoder.run(names, {"input_ids": _row(source)}), strict=True))
 
 
-class _Cache:
+class _KeyValueCache:
     """Keys and values of one sequence, and the tokens they stand for."""
 
     def __init__(
-        self, session: Any, config: PreTrainedConfig, longest: int, encoded: dict[str, NDArray[np.float32]] | None
+        self, session: Any, config: PreTrainedConfig, longest: int, encoded: dict[str, NDArray[np.float32]]
     ) -> None:
         self._session, self._binding, self._length = session, session.io_binding(), 0
         self._vocabulary = config.vocab_size
@@ -135,26 +127,24 @@ class _Cache:
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
             self._kept.append(buffer)
-        for name, value in (encoded or {}).items():
+        for name, value in encoded.items():
             self._binding.bind_cpu_input(name, value)
 
     def feed(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
-        """Logits (places, vocabulary) of the tokens that follow those fed before, from place `first` on."""
+        """Return logits (places, vocabulary) of the tokens that follow those fed before, from place `first` on."""
         self._length += len(ids)
         self._binding.bind_cpu_input("input_ids", _row(ids))
         self._binding.bind_cpu_input("attention_mask", np.ones((1, self._length), np.int64))
-        places = len(ids)
         if self._sliced:
             self._binding.bind_cpu_input(FIRST_LOGIT, np.array([first]))
-            places = len(range(len(ids))[first:])
+        places = len(range(len(ids))[first:]) if self._sliced else len(ids)
         logits = np.empty((1, places, self._vocabulary), np.float32)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return logits[0, first if not self._sliced else 0 :]
+        return logits[0, 0 if self._sliced else first :]
 
 
 def _session(path: Path, threads: int, activations: int | None) -> Any:
-    """A session on a graph, with activations of its own width or another."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = QUIET
@@ -176,8 +166,3 @@ def _chosen(logits: NDArray[np.float32], temperature: float, draw: np.random.Gen
     scaled = (logits - logits.max()) / temperature
     weights = np.exp(scaled.astype(np.float64))
     return int(draw.choice(len(weights), p=weights / weights.sum()))
-
-
-def _end_of_text(config: PreTrainedConfig) -> set[int]:
-    ends = config.eos_token_id
-    return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}

@@ -1,18 +1,19 @@
-"""What a local file is, remembered; and where an installed package keeps its files."""
+"""A memo of what local files hold, and the folder where an installed package keeps its files."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.store.objects import Directory
 from pipeline.store.step_store import checksum
 
 
 class ContentMemo:
-    """SHA-256 of local files, remembered by path, inode, size and mtime, so that unchanged is answered at once."""
+    """A memo of facts about local files, by path, inode, size and mtime, so that unchanged is answered at once."""
 
     def __init__(self, folder: str) -> None:
         self._path = Path(folder) / "content.json"
@@ -22,18 +23,21 @@ class ContentMemo:
             self._known = {}
 
     def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file."""
+        return self.remembered(path, "", lambda: checksum(path).sha256)
+
+    def remembered(self, path: Path, what: str, find_out: Callable[[], str]) -> str:
+        """Return what `find_out` says of a file, or said before of the same file under the name `what`."""
         status = path.stat()
-        name = f"{path.resolve()}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}"
+        name = f"{path.resolve()}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}{what and '|'}{what}"
         if name not in self._known:
-            self._known[name] = checksum(path).sha256
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_name(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_text(json.dumps(self._known))
-            temporary.replace(self._path)
+            self._known[name] = find_out()
+            Directory(self._path.parent).write(self._path.name, json.dumps(self._known).encode())
         return self._known[name]
 
 
 def package_folder(module: str, package: str | None) -> Path:
+    """Return the folder of a module. Raises ConfigError if its package is not installed."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ConfigError(f"The Python package {package} is not installed; run: pip install {package}")

@@ -15,9 +15,7 @@ from pipeline.sources.text import Part, documents, lines_of, open_text
 
 
 def rows(part: Part, columns: tuple[str, ...], scratch: str) -> Iterator[tuple[Any, ...]]:
-    """The named columns of each row of a part, in order: each a text or a list of texts.
-
-    A paragraph of a txt file is a row of one column.
+    """Yield the named columns of each row, or paragraph, of a part, in order: each a text or a list of texts.
 
     Raises:
         ConfigError: a file without one of the columns, or in which it holds something else.
@@ -31,11 +29,11 @@ def rows(part: Part, columns: tuple[str, ...], scratch: str) -> Iterator[tuple[A
         yield from ((text,) for text in documents(part, "document", columns[0], scratch))
         return
     if file.format == "python":
-        found: Iterable[dict[str, Any]] = packaged_rows(file.uri.removeprefix("python://"), part.start, part.stop)
+        source: Iterable[dict[str, Any]] = packaged_rows(file.uri.removeprefix("python://"), part.start, part.stop)
     else:
         path = open_text(file, scratch)
-        found = _parquet(path, part, columns) if file.format == "parquet" else _jsonl(path, part)
-    for row in found:
+        source = _parquet(path, part, columns) if file.format == "parquet" else _jsonl(path, part)
+    for row in source:
         if row:
             yield tuple(_texts(row, column, file.uri) for column in columns)
 
@@ -58,8 +56,7 @@ def _jsonl(path: Path, part: Part) -> Iterator[dict[str, Any]]:
 
 def _texts(row: dict[str, Any], column: str, where: str) -> Any:
     _refuse_missing({column} - set(row), [*row], where)
-    value = row[column]
-    value = "" if value is None else value
+    value = "" if row[column] is None else row[column]
     texts = [value] if isinstance(value, str) else value
     try:
         for text in texts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.data import Model, TrainBpe
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo, package_folder
 
@@ -24,12 +25,12 @@ class ModelSource:
     gguf_file: str | None = None
 
     def location(self) -> dict[str, str | None]:
-        """Where any node finds it: see `model_folder`."""
+        """Return where any node finds it: see `model_folder`."""
         return {"folder": str(self.folder), "gguf_file": self.gguf_file, "hub": self.content.get("hub")}
 
 
 def model_folder(location: dict[str, Any]) -> Path:
-    """The folder on this node; a pinned hub repository is fetched where it is read."""
+    """Return the folder on this node; a pinned hub repository is fetched where it is read."""
     if location["hub"] is None:
         return Path(location["folder"])
     from huggingface_hub import snapshot_download
@@ -38,12 +39,21 @@ def model_folder(location: dict[str, Any]) -> Path:
     return Path(snapshot_download(name, revision=commit, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES]))
 
 
-def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
-    """A model or tokenizer folder on this machine with its identity; hub ids are fetched and pinned by commit.
+def pin_models(section: Model, memo: ContentMemo) -> tuple[ModelSource | None, ModelSource | None]:
+    """Pin the model and its tokenizer, None for an architecture and for one to be learned. Raises as `pin_model`."""
+    model = pin_model(section.source, "model.source", memo) if isinstance(section.source, str) else None
+    if isinstance(section.tokenizer, TrainBpe):
+        return model, None
+    where, knob = (
+        (section.tokenizer, "model.tokenizer") if section.tokenizer is not None else (section.source, "model.source")
+    )
+    if not isinstance(where, str):
+        raise ConfigError("model.tokenizer is missing")
+    return model, pin_model(where, knob, memo, TOKENIZER_FILES)
 
-    Raises:
-        ConfigError: no such directory, no weights in safetensors, an unreachable hub.
-    """
+
+def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
+    """Return a folder on this machine, pinned. Raises ConfigError: no directory, no safetensors, not on the hub."""
     if source.startswith("python://"):
         return _packaged_model(source, knob, memo)
     folder = Path(source).expanduser()

@@ -26,25 +26,19 @@ FILES = {
 
 
 def packaged_files(source: str) -> dict[str, Path] | None:
-    """The files of a package, or of one of its splits, by name; None: there is no such thing.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
+    """Return the files of a package or split by name, or None. Raises ConfigError if the package is not installed."""
     package = PACKAGED_TEXT.get(source.partition("/")[0])
     names = [name for name in FILES if name == source or name.startswith(f"{source}/")]
-    if package is None or not names:
-        return None
-    return {name: package_folder(*package) / FILES[name] for name in names}
+    return None if package is None or not names else {name: package_folder(*package) / FILES[name] for name in names}
 
 
 def packaged_count(name: str) -> int:
-    """Documents of a file: topics, conversations, papers."""
+    """Count the documents of a file: topics, conversations, papers."""
     return len(_items(name))
 
 
 def packaged_texts(name: str, start: int = 0, stop: int = sys.maxsize) -> list[str]:
-    """Documents start..stop of a file as running text."""
+    """Return documents start..stop of a file as running text."""
     package = name.partition("/")[0]
     items = _items(name)[start:stop]
     if package == "chitchat":
@@ -53,8 +47,8 @@ def packaged_texts(name: str, start: int = 0, stop: int = sys.maxsize) -> list[s
 
 
 def packaged_rows(name: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Rows of documents start..stop: a conversation's `text` is its list of turns; a paper gives a row for each
-    aspect, whose `text` begins with the aspect and has its `summary`."""
+    """Yield the rows of documents start..stop: a conversation's `text` is its list of turns; a paper gives a row for
+    each aspect, whose `text` begins with the aspect and has its `summary`."""
     package = name.partition("/")[0]
     for item in _items(name)[start:stop]:
         if package == "chitchat":
@@ -72,8 +66,8 @@ def _items(name: str) -> list[Any]:
         from pydoc_data.topics import topics
 
         return [topics[topic] for topic in sorted(topics)]
-    package = PACKAGED_TEXT[name.partition("/")[0]]
-    content = (package_folder(*package) / FILES[name]).read_text(encoding="utf-8")
+    folder = package_folder(*PACKAGED_TEXT[name.partition("/")[0]])
+    content = (folder / FILES[name]).read_text(encoding="utf-8")
     return list(json.loads(content).values()) if name == "chitchat" else [*map(json.loads, content.splitlines())]
 
 

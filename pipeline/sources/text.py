@@ -8,6 +8,8 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.base import Closed
+from pipeline.config.data import Data
 from pipeline.errors import ConfigError, RunError
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.packaged import PACKAGED_TEXT, packaged_count, packaged_files, packaged_texts
-from pipeline.store.s3 import Bucket
+from pipeline.store.records import SplitName
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 PART_BYTES = 4 * 2**20
@@ -42,12 +45,18 @@ class Part(Closed):
     stop: int
 
 
-def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...]:
-    """The files of a data source in order, each with its content's identity.
+def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[SourceFile, ...]]:
+    """Pin the files of every split that has a source of its own. Raises ConfigError: as `pin_text` does."""
+    sources: dict[SplitName, tuple[str, str | None]] = {
+        "train": ("data.source", section.source),
+        "validation": ("data.validation", section.validation),
+        "test": ("data.test", section.test),
+    }
+    return {split: pin_text(source, knob, memo) for split, (knob, source) in sources.items() if source is not None}
 
-    Raises:
-        ConfigError: nothing matches, a file is empty or of an unknown format, a package is missing.
-    """
+
+def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...]:
+    """Return a source's files, pinned by content. Raises ConfigError: none, empty, unknown format, no such package."""
     if source.startswith("python://"):
         files = _packaged_text(source, knob, memo)
     elif source.startswith("s3://"):
@@ -93,13 +102,19 @@ def _packaged_text(source: str, knob: str, memo: ContentMemo) -> list[SourceFile
             uri=f"python://{name}",
             format="python",
             content=memo.sha256(path),
-            bytes=sum(len(text.encode()) for text in packaged_texts(name)),
+            bytes=int(memo.remembered(path, f"text of {name}", partial(_packaged_bytes, name))),
         )
         for name, path in paths.items()
     ]
 
 
+def _packaged_bytes(name: str) -> str:
+    return str(sum(len(text.encode()) for text in packaged_texts(name)))
+
+
 def _s3_text(source: str, knob: str) -> list[SourceFile]:
+    from pipeline.store.s3 import Bucket  # boto3, for those who read from S3
+
     bucket, _, pattern = source.removeprefix("s3://").partition("/")
     fixed = re.split(r"[*?\[]", pattern)[0]
     try:
@@ -120,14 +135,13 @@ def _s3_text(source: str, knob: str) -> list[SourceFile]:
 
 
 def _hub_text(source: str, knob: str) -> list[SourceFile]:
-    """`hf://org/name@revision/glob`: the files of a dataset repository, pinned by commit."""
+    """Return the files of a dataset repository, `hf://org/name@revision/glob`, pinned by commit."""
     from huggingface_hub import HfApi
 
     # Of whichever HTTP client this version of the hub uses; not all of its errors are the hub's own.
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    repository, _, pattern = _split_hub(source, knob)
-    name, _, revision = repository.partition("@")
+    name, revision, pattern = _split_hub(source, knob)
     try:
         info = HfApi().dataset_info(name, revision=revision or None, files_metadata=True)
     except (HTTPError, OSError, ValueError) as error:
@@ -151,39 +165,37 @@ def _hub_text(source: str, knob: str) -> list[SourceFile]:
 
 
 def _split_hub(source: str, knob: str) -> tuple[str, str, str]:
+    """Return the name of a repository, the revision, which may be empty, and what follows them."""
     parts = source.removeprefix("hf://").split("/", 2)
     if len(parts) < 3:
         raise ConfigError(f"{knob} is {source!r}; a hub source is hf://org/name@commit/glob-of-files")
-    return f"{parts[0]}/{parts[1]}".replace("%2F", "/"), "/", parts[2]
+    name, _, revision = f"{parts[0]}/{parts[1]}".replace("%2F", "/").partition("@")
+    return name, revision, parts[2]
 
 
 def parts(file: SourceFile) -> list[Part]:
     """Cut a file into pieces that workers read side by side; the cut depends on the content alone."""
-    if file.format == "parquet":
-        if "://" in file.uri:  # counting its row groups would fetch it here
-            return [Part(file=file, start=0, stop=sys.maxsize)]
+    if file.format == "python":
+        total = packaged_count(file.uri.removeprefix("python://"))
+    elif file.format != "parquet":
+        total = file.bytes
+    elif "://" in file.uri:  # counting its row groups would fetch it here
+        return [Part(file=file, start=0, stop=sys.maxsize)]
+    else:
         try:
-            count = pq.ParquetFile(file.uri).num_row_groups
+            total = pq.ParquetFile(file.uri).num_row_groups
         except pa.ArrowException as error:
             raise ConfigError(f"data: {file.uri} is not Parquet: {error}") from error
-        return _ranges(file, count, step=-(-count // max(1, file.bytes // PART_BYTES)))
-    if file.format == "python":
-        count = packaged_count(file.uri.removeprefix("python://"))
-        return _ranges(file, count, step=-(-count // max(1, file.bytes // PART_BYTES)))
-    return _ranges(file, file.bytes, step=PART_BYTES)
-
-
-def _ranges(file: SourceFile, total: int, step: int) -> list[Part]:
-    return [Part(file=file, start=i, stop=min(i + step, total)) for i in range(0, total, step)]
+    length = -(-total // max(1, file.bytes // PART_BYTES)) if file.format in ("python", "parquet") else PART_BYTES
+    return [Part(file=file, start=i, stop=min(i + length, total)) for i in range(0, total, length)]
 
 
 def open_text(file: SourceFile, scratch: str) -> Path:
-    """A local path to a source file; hub and S3 files are fetched."""
+    """Return a local path to a source file; hub and S3 files are fetched."""
     if file.uri.startswith("hf://"):
         from huggingface_hub import hf_hub_download
 
-        repository, _, name = _split_hub(file.uri, "data")
-        repo_id, _, commit = repository.partition("@")
+        repo_id, commit, name = _split_hub(file.uri, "data")
         return Path(hf_hub_download(repo_id, name, revision=commit, repo_type="dataset"))
     if file.uri.startswith("s3://"):
         return _fetch_pinned(file, Path(scratch))
@@ -194,7 +206,9 @@ def open_text(file: SourceFile, scratch: str) -> Path:
 
 
 def _fetch_pinned(file: SourceFile, scratch: Path) -> Path:
-    """A copy of an S3 object in the version that was pinned."""
+    """Return a copy of an S3 object in the version that was pinned."""
+    from pipeline.store.s3 import Bucket  # boto3, for those who read from S3
+
     bucket, _, name = file.uri.removeprefix("s3://").partition("/")
     objects, pinned = Bucket(bucket, ""), file.content.split(":")[1]
     path = objects.local(name, scratch / pinned.strip('"'))
@@ -205,7 +219,7 @@ def _fetch_pinned(file: SourceFile, scratch: Path) -> Path:
 
 
 def documents(part: Part, unit: str, text_column: str, scratch: str) -> Iterator[str]:
-    """The texts of a part, in order.
+    """Yield the texts of a part, in order.
 
     With `unit: line`, every row or line is running text that ends in a newline; with `unit: document`, jsonl and
     parquet rows and the paragraphs of a txt file are documents. A text belongs to the part in which it starts.
@@ -242,23 +256,14 @@ def _parquet_rows(path: Path, part: Part, column: str) -> Iterator[str]:
 
 def _text_lines(path: Path, part: Part, unit: str, column: str) -> Iterator[str]:
     paragraphs = part.file.format == "txt" and unit == "document"
-    collected: list[str] = []
-    for line in lines_of(path, part, paragraphs):
-        if part.file.format == "jsonl":
-            yield _json_text(line, path, column)
-        elif unit == "line":
-            yield line
-        elif line.strip():
-            collected.append(line)
-        elif collected:
-            yield "".join(collected)
-            collected = []
-    if collected:
-        yield "".join(collected)
+    lines = lines_of(path, part, paragraphs)
+    if paragraphs:
+        return ("".join(group) for blank, group in groupby(lines, lambda line: not line.strip()) if not blank)
+    return (_json_text(line, path, column) for line in lines) if part.file.format == "jsonl" else lines
 
 
 def lines_of(path: Path, part: Part, to_blank: bool) -> Iterator[str]:
-    """Lines of a byte range: those that start in it.
+    """Yield the lines of a byte range: those that start in it.
 
     With `to_blank` a range reaches from the first blank line that starts in it or after it to the first blank line
     at or after its end, so that ranges side by side hold each paragraph once.

@@ -6,20 +6,21 @@ what the stored dtype costs in KL(teacher || teacher from cache).
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.build import load_model
-from pipeline.models.hidden_states import head_of, last_states
-from pipeline.stages.stage import Step
-from pipeline.store.records import Shard, StoredFile, Teacher, TeacherCache, Tokens
+from pipeline.models.hidden_states import LAST, head_of, last_states
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
+from pipeline.store.keys import recipe_of
+from pipeline.store.records import Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
     commit_shard,
@@ -30,63 +31,88 @@ from pipeline.store.shards import (
     write_states,
 )
 from pipeline.store.step_store import StepDir
-from pipeline.tasks import task_of
-from pipeline.tasks.task import Batch, Task
+from pipeline.tasks.batch import Batch
 
-VERSION = 1
+if TYPE_CHECKING:  # which takes long to import, for those who only plan
+    from transformers import PreTrainedModel
+
 PROBE_ROWS = 8
+LEAST_READS = 2  # of a row, from which its states are worth keeping
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def run(step: Step) -> TeacherCache:
-    tokens, tokens_place = step.input(Tokens)
-    teacher, teacher_place = step.input(Teacher)
-    mode = step.recipe["cache"]["mode"]
-    if mode == "online":
-        return TeacherCache(**step.identity(), mode="online", dtype="float32", hidden=teacher.hidden)
-    recipe = Cache.model_validate(step.recipe["cache"])
-    split, task = tokens.splits["train"], task_of(tokens.recipe)
-    check_space(step.place, cache_bytes(split.rows, task.states, teacher.hidden, recipe.dtype), split.tokens)
-    source = {"teacher": teacher_place, "files": teacher.files, "task": task}
-    probe_settings = source | {"tokens": tokens_place, "shards": split.shards[:1], "dtype": recipe.dtype}
-    dtype, kl_nats = step.engine.task(_probe, probe_settings, step.place)
-    if kl_nats > recipe.max_kl_nats:
-        raise RunError(
-            f"Storing the teacher's states as {dtype} costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
-            f"({recipe.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
-        )
-    settings = source | {
-        "place": step.place,
-        "tokens": tokens_place,
-        "dtype": dtype,
-        "batch": step.resources.inference_batch,
-    }
-    made = step.engine.shards(CacheShard, settings, split.shards, step.advance, gpus=step.resources.gpus_per_worker)
-    found = sorted((Shard.model_validate_json(line) for line in made), key=lambda shard: shard.name)
-    size = sum(size for name, size in step.place.sizes("rows/").items() if name.endswith(".arrow"))
-    return TeacherCache(
-        **step.identity(),
-        mode="states",
-        dtype=dtype,
-        hidden=teacher.hidden,
-        shards=tuple(found),
-        bytes=size,
-        kl_nats=kl_nats,
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return the decided mode and, where states are stored, how."""
+    mode, _ = decide_mode(run)
+    return {"cache": (recipe_of(run.config.cache) if mode == "states" else {}) | {"mode": mode}}
+
+
+def decide_mode(run: PinnedRun) -> tuple[str, str]:
+    """Decide where a teacher's states come from, and say why.
+
+    With `cache.mode: auto` they are stored if the run reads each row at least twice and all of them take at most
+    `resources.max_cache_gib`; else the teacher runs in each step. Rows are estimated from the text, even where they are
+    known, so that a run that was begun goes on as it began.
+    """
+    cache, distill, limit = run.config.cache, run.config.distill, run.config.resources.max_cache_gib
+    if cache.mode != "auto":
+        return cache.mode, f"{cache.mode}: as configured"
+    if distill.compared_layer != LAST:
+        return "online", "online: cached states are those of the last layer, and distill.contrast_layer is another"
+    rows = run.estimated_rows
+    reads = distill.steps * distill.batch_size / rows if distill.steps is not None else distill.epochs or 0.0
+    size_gib = cache_bytes(rows, run.task.states, run.hidden, cache.dtype) / 2**30
+    mode = "states" if reads >= LEAST_READS and size_gib <= limit else "online"
+    return mode, (
+        f"{mode}: each row is read about {reads:.1f} times ({LEAST_READS} or more are worth storing), and all states "
+        f"take about {size_gib:.2f} GiB (resources.max_cache_gib is {limit:g})"
     )
 
 
+def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
+    """Check that the states fit into what the store has left."""
+    if decide_mode(run)[0] == "states":
+        rows, width = tokens.splits["train"].rows if tokens else run.estimated_rows, run.task.states
+        check_space(step_dir, cache_bytes(rows, width, run.hidden, run.config.cache.dtype), rows * width)
+
+
+def run(step: Step) -> TeacherCache:
+    """Probe the dtype, then compute the states of every training row."""
+    split, hidden = step.input(Tokens).record.splits["train"], step.input(Teacher).record.hidden
+    if step.recipe["cache"]["mode"] == "online":
+        return TeacherCache(**step.identity(), mode="online", dtype="float32", hidden=hidden)
+    section = Cache.model_validate(step.recipe["cache"])
+    check_space(step.dir, cache_bytes(split.rows, step.task.states, hidden, section.dtype), split.tokens)
+    dtype, kl_nats = step.engine.task(partial(probe, step.job, section.dtype), step.dir)
+    if kl_nats > section.max_kl_nats:
+        raise RunError(
+            f"Storing the teacher's states as {dtype} costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
+            f"({section.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
+        )
+    make = partial(CacheShard, step.job, dtype)
+    lines = step.engine.shards(make, split.shards, step.advance, gpus=step.resources.gpus_per_worker)
+    shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
+    size = sum(size for name, size in step.dir.sizes("rows/").items() if name.endswith(".arrow"))
+    return TeacherCache(
+        **step.identity(), mode="states", dtype=dtype, hidden=hidden, shards=tuple(shards), bytes=size, kl_nats=kl_nats
+    )
+
+
+STAGE = Stage(TeacherCache, always(Tokens, Teacher), recipe, run, check=check, shared=True, repairs=True, unit="shards")
+
+
 def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
-    """`positions`: states of a row."""
+    """Return the bytes of the states of so many rows, each with so many positions."""
     return rows * positions * hidden * BYTES_OF[dtype]
 
 
-def check_space(place: StepDir, needed: int, tokens: int) -> None:
-    """Raises ConfigError if the states would not fit into what the store has left."""
-    free = place.free_bytes()
-    present = sum(place.sizes("rows/").values())
+def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
+    """Raise ConfigError if the states would not fit into what the store has left."""
+    free = step_dir.free_bytes()
+    present = sum(step_dir.sizes("rows/").values())
     if needed - present > free:
         raise ConfigError(
-            f"The cache of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB, and {place.storage_uri} has "
+            f"The cache of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB, and {step_dir.storage_uri} has "
             f"{free / 2**20:,.0f} MiB left. Use cache.mode: online, another resources.storage_uri, or less text."
         )
 
@@ -94,54 +120,44 @@ def check_space(place: StepDir, needed: int, tokens: int) -> None:
 class CacheShard:
     """Computes the states of one shard of rows at a time; a committed shard is not computed again."""
 
-    def __init__(
-        self,
-        place: StepDir,
-        tokens: StepDir,
-        teacher: StepDir,
-        files: dict[str, StoredFile],
-        task: Task,
-        dtype: str,
-        batch: int,
-    ) -> None:
-        self.place, self.tokens, self.task, self.dtype, self.batch = place, tokens, task, dtype, batch
+    def __init__(self, job: StepJob, dtype: str) -> None:
+        self.dir, self.tokens, self.task, self.dtype = job.dir, job.input(Tokens).dir, job.task, dtype
+        self.batch = job.resources.inference_batch  # rows of a pass
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(teacher.folder(files, Teacher.FOLDER)).to(self.device).eval()
+        self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
 
     def __call__(self, rows: Shard) -> str:
         name = states_name(rows.name)
-        shard = committed_shard(self.place, name) or self._compute(rows, name)
-        return shard.model_dump_json()
+        return (committed_shard(self.dir, name) or self._compute(rows, name)).model_dump_json()
 
     @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
-        ids, lengths = (torch.from_numpy(x.astype(np.int64)) for x in read_tokens(open_shard(self.tokens, rows.name)))
-        batches = map(self.task.batch, ids.split(self.batch), lengths.split(self.batch))
+        arrays = read_tokens(open_shard(self.tokens, rows.name))
+        ids, lengths = (torch.from_numpy(array.astype(np.int64)).split(self.batch) for array in arrays)
+        batches = map(self.task.batch, ids, lengths)
         states = torch.cat([row_states(self.model, batch.to(self.device)).cpu() for batch in batches])
         dtype = storable(states, self.dtype)
-        return commit_shard(self.place, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+        return commit_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
 
 
 def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The states of a batch, a row first: (rows, length, hidden), or (rows, sequences, length, hidden)."""
+    """Return the states of a batch, a row first: (rows, length, hidden), or (rows, sequences, length, hidden)."""
     states = last_states(model, *batch.inputs)
     return states if batch.group == 1 else states.unflatten(0, (-1, batch.group))
 
 
 def storable(states: Tensor, dtype: str) -> str:
-    """The dtype itself, or bfloat16 where it overflows; each shard says which it holds."""
+    """Return the dtype itself, or bfloat16 where it overflows; each shard says which it holds."""
     return dtype if torch.isfinite(states.to(getattr(torch, dtype))).all() else "bfloat16"
 
 
 @torch.no_grad()
-def _probe(
-    teacher: StepDir, files: dict[str, StoredFile], task: Task, tokens: StepDir, shards: tuple[Shard, ...], dtype: str
-) -> tuple[str, float]:
-    """The dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
-    model = load_model(teacher.folder(files, Teacher.FOLDER)).eval()
-    reader = Rows(tokens, shards)
+def probe(job: StepJob, dtype: str) -> tuple[str, float]:
+    """Return the dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
+    model, tokens = load_model(job.input(Teacher).folder()).eval(), job.input(Tokens)
+    reader = Rows(tokens.dir, tokens.record.splits["train"].shards[:1])
     ids, lengths, _ = reader.get(range(min(PROBE_ROWS, reader.rows)))
-    batch = task.batch(ids, lengths)
+    batch = job.task.batch(ids, lengths)
     states = last_states(model, *batch.inputs)
     dtype = storable(states, dtype)
     head: Any = head_of(model)

@@ -1,9 +1,15 @@
-"""The student: the teacher's copy, quantized, trained to give the teacher's distributions and representations."""
+"""The student: the teacher's copy, quantized, trained to give the teacher's distributions and representations.
+
+When training ends the best weights are frozen, once: what is scored, packed and shipped are these tensors. The latent
+weights are kept beside them, so that a student can be trained on.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,82 +19,73 @@ from torch import Tensor
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
-from pipeline.models.build import FAMILIES, load_model, make_student, set_dropout
+from pipeline.models.build import load_model, set_dropout
+from pipeline.models.family import family_named
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
-from pipeline.stages.stage import Step
-from pipeline.store.records import Advance, StoredFile, Student, Teacher, TeacherCache, Tokens
-from pipeline.store.step_store import StepDir
-from pipeline.tasks import task_of
+from pipeline.models.student import freeze_student, make_student, save_frozen
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, training_job
+from pipeline.store.keys import recipe_of
+from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Tokens
 from pipeline.training.checkpoints import finish, store_tensors, weights
 from pipeline.training.diagnostics import weight_histograms
 from pipeline.training.distillation import Distillation
-from pipeline.training.trainer import Run, fit
+from pipeline.training.trainer import TrainingJob, train
 
-VERSION = 5
+
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return how the student is quantized, stored and trained."""
+    return {"quant": recipe_of(run.config.quant), "distill": recipe_of(run.config.distill)}
 
 
 def run(step: Step) -> Student:
-    step.engine.train(_train, settings_of(step), step.place, step.advance)
-    teacher, _ = step.input(Teacher)
-    result = json.loads(step.place.read("attempt/result.json"))
+    """Train the student on every worker; rank 0 freezes and stores it."""
+    step.engine.train(partial(_train, step.job), step.dir, step.advance)
+    teacher = step.input(Teacher).record
+    result = json.loads(step.dir.read("attempt/result.json"))
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
-def settings_of(step: Step) -> dict[str, Any]:
-    """What every worker is told."""
-    tokens, tokens_place = step.input(Tokens)
-    teacher, teacher_place = step.input(Teacher)
-    cache, cache_place = step.input(TeacherCache)
-    run = Run(
-        recipe=Distill.model_validate(step.recipe["distill"]),
-        place=step.place,
-        tokens=tokens_place,
-        train=tokens.splits["train"].shards,
-        validation=tokens.splits["validation"].shards,
-        resources=step.resources,
-        cache=cache_place if cache.mode == "states" else None,
-        task=task_of(tokens.recipe),
-    )
-    quant = Quant.model_validate(step.recipe["quant"])
-    return {"run": run, "teacher": teacher_place, "files": teacher.files, "family": teacher.family, "quant": quant}
+STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, unit="steps")
 
 
-def _train(
-    run: Run,
-    teacher: StepDir,
-    files: dict[str, StoredFile],
-    family: str,
-    quant: Quant,
-    device: torch.device,
-    report: Advance,
-) -> None:
-    student, distillation = make(run, teacher.folder(files, Teacher.FOLDER), family, quant, device)
-    progress = fit(student, run, distillation, device, report)
-    if progress is not None:
-        stored = store_tensors(run.place, Student.WEIGHTS, weights(student))
-        histograms = run.place.write("histograms.json", json.dumps(weight_histograms(student.model)).encode())
-        finish(run.place, progress, run.steps, {Student.WEIGHTS: stored, "histograms.json": histograms})
+def _train(job: StepJob, device: torch.device, report: Advance) -> None:
+    teacher, cache, step_dir = job.input(Teacher), job.input(TeacherCache), job.dir
+    quant, family = Quant.model_validate(job.recipe["quant"]), teacher.record.family
+    recipe = Distill.model_validate(job.recipe["distill"])
+    training = training_job(job, recipe, cache.dir if cache.record.mode == "states" else None)
+    student, distillation = make(training, teacher.folder(), family, quant, device)
+    progress = train(student, training, distillation, device, report)
+    if progress is None:  # another rank stores what there is
+        return
+    frozen = freeze_student(student.model.cpu(), quant, family_named(family))
+    with tempfile.TemporaryDirectory(dir=step_dir.scratch_dir()) as folder:
+        save_frozen(frozen, Path(folder) / "frozen")
+        files = {Student.FROZEN: step_dir.upload(Student.FROZEN, Path(folder) / "frozen")}
+    files[Student.WEIGHTS] = store_tensors(step_dir, Student.WEIGHTS, weights(student))
+    histograms = json.dumps(weight_histograms(student.model)).encode()
+    files["histograms.json"] = step_dir.write("histograms.json", histograms)
+    finish(step_dir, progress, training.steps, files, digest=frozen.digest())
 
 
-def make(run: Run, folder: Path, family: str, quant: Quant, device: torch.device) -> tuple[WithStates, Distillation]:
-    """The student, started from the teacher's weights, and what it is distilled from."""
-    recipe = run.recipe
+def make(
+    job: TrainingJob, folder: Path, family: str, quant: Quant, device: torch.device
+) -> tuple[WithStates, Distillation]:
+    """Return the student, started from the teacher's weights, and what it is distilled from."""
+    recipe = job.recipe
     if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
     teacher = load_model(folder).requires_grad_(False).to(device).eval()
     student = load_model(folder)
     set_dropout(student, 0.0)  # cached states have none
-    make_student(student, quant.spec(), FAMILIES[family])
-    hidden, vocabulary = teacher.config.hidden_size, teacher.config.vocab_size
+    make_student(student, quant.spec(), family_named(family))
 
     def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return layer_states(teacher, recipe.compared_layer, *inputs)
 
-    head = head_of(teacher) if run.cache is None else copy.deepcopy(head_of(teacher))
     distillation = Distillation(
         recipe=recipe,
-        head=head,
-        teacher=states if run.cache is None else None,
-        bank=MemoryBank(vocabulary, hidden, recipe.momentum, device),
+        head=head_of(teacher) if job.cache is None else copy.deepcopy(head_of(teacher)),
+        teacher=states if job.cache is None else None,
+        bank=MemoryBank(teacher.config.vocab_size, teacher.config.hidden_size, recipe.momentum, device),
     )
     return WithStates(student, recipe.compared_layer), distillation

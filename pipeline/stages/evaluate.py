@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,125 +16,118 @@ from torch import Tensor
 from pipeline.config.base import Closed
 from pipeline.config.data import Evaluate
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, frozen_student, load_model, read_config, restore_frozen
-from pipeline.stages.stage import Step
-from pipeline.store.records import Report, Shard, StoredFile, Student, Teacher, Tokens
+from pipeline.models.build import load_model, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import load_frozen, restore_frozen
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
+from pipeline.store.records import Evaluation, Shard, Student, Teacher, Tokens
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import StepDir
-from pipeline.tasks import task_of
+from pipeline.tasks.samples import samples
 from pipeline.tasks.scoring import Scores
-from pipeline.tasks.task import Task
 from pipeline.tasks.tokenizers import read_tokenizer
 
-VERSION = 1
 SPANS_A_WORKER = 4  # so that none waits long for another
+TENSOR_RANGE_ROWS = 16  # of a pass where a range spans the batch; being in the recipe, it is no setting of resources
+SAMPLES = "samples.txt"
 
 
-def run(step: Step) -> Report:
-    tokens, tokens_place = step.input(Tokens)
-    teacher, teacher_place = step.input(Teacher)
-    student, student_place = step.input(Student)
-    settings = {
-        "tokens": tokens_place,
-        "tokenizer": tokens.files,
-        "teacher": teacher_place,
-        "teacher_files": teacher.files,
-        "student": student_place,
-        "weights": student.files[Student.WEIGHTS],
-        "family": student.family,
-        "quant": Quant.model_validate({**student.recipe["quant"], **step.recipe["ship"]}),
-        "batch": step.recipe.get("batch", step.resources.inference_batch),
-        "task": task_of(tokens.recipe),
-        "evaluate": Evaluate.model_validate(step.recipe.get("evaluate", {})),
-    }
-    spans = spans_of(tokens.splits["test"].shards, SPANS_A_WORKER * max(1, step.resources.workers))
-    scored_by = [student.files[Student.WEIGHTS].sha256, *(teacher.files[name].sha256 for name in sorted(teacher.files))]
-    origin = hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16]
-    pieces = [settings | {"place": step.place, "origin": origin, "shards": span} for span in spans]
-    found = step.engine.tasks(_evaluate, pieces, step.place, step.advance, step.resources.gpus_per_worker)
-    scored = [Piece.model_validate_json(line) for lines in found for line in lines]
-    shape = task_of(tokens.recipe).shape
-    return Report(
-        **step.identity(),
-        protocol=f"{shape}: {step.recipe['protocol']}",
-        digest=scored[0].digest,
-        student=sum((Scores(**piece.student) for piece in scored), Scores()).metrics(),
-        teacher=sum((Scores(**piece.teacher) for piece in scored), Scores()).metrics(),
-    )
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return how scores are taken. Only with one activation range a tensor does the batch show in them."""
+    batch = {"batch": TENSOR_RANGE_ROWS} if run.config.quant.activation_range == "tensor" else {}
+    return {"protocol": run.task.protocol, **run.task.scoring(run.config.evaluate), **batch}
 
 
 class Piece(Closed):
-    """What one shard of the split gave: of `Scores`, the sums."""
+    """The result of one shard of the split: the sums of `Scores`; with the first shard, what the student writes."""
 
-    digest: str
     student: dict[str, Any]
     teacher: dict[str, Any]
+    samples: str = ""
 
 
 Span = tuple[tuple[int, Shard], ...]  # shards in a row, each with the number of rows before it
 
 
+def run(step: Step) -> Evaluation:
+    """Score every shard of the test split, and let the student write a few rows of the validation split."""
+    files, digest = step.input(Teacher).record.files, step.input(Student).record.digest
+    scored_by = [digest, *(files[name].sha256 for name in sorted(files))]
+    origin = hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16]  # of which weights the scores are
+    shards = step.input(Tokens).record.splits["test"].shards
+    spans = spans_of(shards, SPANS_A_WORKER * max(1, step.resources.workers))
+    work = [partial(_evaluate, step.job, origin, span) for span in spans]
+    pieces = [
+        Piece.model_validate_json(line)
+        for lines in step.engine.tasks(work, step.dir, step.advance, step.resources.gpus_per_worker)
+        for line in lines
+    ]
+    return Evaluation(
+        **step.identity(),
+        files={SAMPLES: step.dir.write(SAMPLES, pieces[0].samples.encode())},
+        protocol=f"{step.task.shape}: {step.recipe['protocol']}",
+        digest=digest,
+        student=sum((Scores(**piece.student) for piece in pieces), Scores()).metrics(),
+        teacher=sum((Scores(**piece.teacher) for piece in pieces), Scores()).metrics(),
+    )
+
+
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, unit="parts")
+
+
 def spans_of(shards: Sequence[Shard], most: int) -> list[Span]:
-    """The shards in at most so many spans of about equal length."""
+    """Cut the shards into at most so many spans of about equal length."""
     before = accumulate((shard.rows for shard in shards), initial=0)
     placed = list(zip(before, shards, strict=False))
     length = -(-len(placed) // most)
     return [tuple(placed[start : start + length]) for start in range(0, len(placed), length)]
 
 
-def _evaluate(place: StepDir, origin: str, shards: Span, **settings: Any) -> list[str]:
-    """A `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made again."""
-    found: dict[str, str] = {}
+def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
+    """Return a `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made
+    again."""
+    pieces: list[str] = []
     scorer = None
-    for before, shard in shards:
+    for before, shard in span:
         name = f"attempt/{origin}-{Path(shard.name).stem}.json"
         try:
-            found[name] = place.read(name).decode()
+            piece = job.dir.read(name).decode()
         except FileNotFoundError:
-            scorer = scorer or Scorer(**settings)
-            found[name] = scorer.score(before, shard).model_dump_json()
-            place.write(name, found[name].encode())
-    return list(found.values())
+            scorer = scorer or Scorer(job)
+            piece = scorer.score(before, shard).model_dump_json()
+            job.dir.write(name, piece.encode())
+        pieces.append(piece)
+    return pieces
 
 
 class Scorer:
     """The frozen student and its teacher in one process, on a GPU if the worker has one."""
 
-    def __init__(
-        self,
-        tokens: StepDir,
-        tokenizer: dict[str, StoredFile],
-        teacher: StepDir,
-        teacher_files: dict[str, StoredFile],
-        student: StepDir,
-        weights: StoredFile,
-        family: str,
-        quant: Quant,
-        batch: int,
-        task: Task,
-        evaluate: Evaluate,
-    ) -> None:
-        self.tokens, self.batch, self.task, self.evaluate = tokens, batch, task, evaluate
+    def __init__(self, job: StepJob) -> None:
+        self.tokens, self.task = job.input(Tokens), job.task
+        self.evaluate = Evaluate.model_validate(job.recipe.get("evaluate", {}))
+        self.batch: int = job.recipe.get("batch", job.resources.inference_batch)  # rows of a pass
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        folder = teacher.folder(teacher_files, Teacher.FOLDER)
-        frozen = frozen_student(folder, student.local(Student.WEIGHTS, weights), quant, FAMILIES[family])
-        self.digest = frozen.digest()
-        model = restore_frozen(read_config(folder), quant.spec(), FAMILIES[family], frozen)
-        self.student, self.teacher = model.to(device), load_model(folder).to(device).eval()
-        self.words = read_tokenizer(tokens.folder(tokenizer, Tokens.FOLDER))
+        folder, student = job.input(Teacher).folder(), job.input(Student)
+        spec = Quant.model_validate(student.record.recipe["quant"]).spec()
+        family, frozen = family_named(student.record.family), load_frozen(student.local(Student.FROZEN))
+        self.student = restore_frozen(read_config(folder), spec, family, frozen).to(device)
+        self.teacher = load_model(folder).to(device).eval()
+        self.words = read_tokenizer(self.tokens.folder())
 
     def score(self, before: int, shard: Shard) -> Piece:
-        """A shard of the split; `before`: the split's rows before it."""
+        """Score a shard of the split; `before` counts the split's rows before it."""
         first = self.evaluate.generated_rows  # of the split, those for which the model generates
         left = None if first is None else max(0, first - before)
         evaluate = self.evaluate.model_copy(update={"generated_rows": left})
-        rows = batches(Rows(self.tokens, (shard,)), self.batch)
+        rows = batches(Rows(self.tokens.dir, (shard,)), self.batch)
         ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, evaluate)
-        return Piece(digest=self.digest, student=asdict(ours), teacher=asdict(theirs))
+        validation = Rows(self.tokens.dir, self.tokens.record.splits["validation"].shards)
+        text = "" if before else samples(self.student, self.words, self.task, validation)
+        return Piece(student=asdict(ours), teacher=asdict(theirs), samples=text)
 
 
 def batches(rows: Rows, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All rows in order."""
+    """Yield all rows in order, ids and lengths."""
     for start in range(0, rows.rows, batch):
         ids, lengths, _ = rows.get(range(start, min(start + batch, rows.rows)))
         yield ids, lengths

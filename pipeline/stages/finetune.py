@@ -4,97 +4,100 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from pipeline.config.training import Finetune
-from pipeline.models.build import (
-    build,
-    fp32_bytes,
-    keep_all_layers,
-    load_model,
-    parameters,
-    read_config,
-    set_dropout,
-)
+from pipeline.models.build import build, fp32_bytes, keep_all_layers, load_model, parameters, read_config, set_dropout
 from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
-from pipeline.stages.stage import Step
-from pipeline.store.records import Advance, StoredFile, Teacher, Tokens
-from pipeline.store.step_store import StepDir
-from pipeline.tasks import task_of
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, training_job, upload_folder
+from pipeline.store.keys import recipe_of
+from pipeline.store.records import Advance, Record, StoredFile, Teacher, Tokens
 from pipeline.training.checkpoints import finish
-from pipeline.training.trainer import Run, fit
+from pipeline.training.trainer import train
 
-VERSION = 2
+if TYPE_CHECKING:  # which takes long to import, for those who only plan
+    from transformers import PreTrainedModel
+
+
+def inputs(run: PinnedRun) -> tuple[type[Record], ...]:
+    """Return the tokens where there is something to train; a checkpoint that is taken as it is needs none."""
+    return (Tokens,) if run.config.finetune is not None else ()
+
+
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return the model's content, or its architecture, and how it is trained."""
+    section = run.config.finetune
+    model = {"architecture": run.config.model.source} if run.model is None else {"content": run.model.content}
+    return {
+        "model": model | {"family": run.family.name},
+        "finetune": recipe_of(section) if section is not None else None,
+    }
+
+
+def locations(run: PinnedRun) -> dict[str, Any]:
+    """Return where the checkpoint lies."""
+    return {"model": run.model.location() if run.model is not None else None}
 
 
 def run(step: Step) -> Teacher:
+    """Import the checkpoint, or train it on every worker."""
     if step.recipe["finetune"] is None:
-        settings = {"place": step.place, "model": step.locations["model"], "family": step.recipe["model"]["family"]}
-        step.engine.task(_import, settings, step.place)
-        result: dict[str, Any] = {"steps": 0, "best_step": 0, "validation_nats": None}
-        result["files"] = json.loads(step.place.read("attempt/files.json"))
+        files = step.engine.task(partial(_import, step.job), step.dir)
+        result: dict[str, Any] = {"steps": 0, "best_step": 0, "validation_nats": None, "files": files}
     else:
-        step.engine.train(_train, _settings(step), step.place, step.advance)
-        result = json.loads(step.place.read("attempt/result.json"))
-    facts = json.loads(step.place.read("attempt/facts.json"))
+        step.engine.train(partial(_train, step.job), step.dir, step.advance)
+        result = json.loads(step.dir.read("attempt/result.json"))
+    facts = json.loads(step.dir.read("attempt/facts.json"))
     return Teacher(**step.identity(), **result, **facts)
 
 
-def _settings(step: Step) -> dict[str, Any]:
-    tokens, tokens_place = step.input(Tokens)
-    model = step.recipe["model"]
-    start = step.locations["model"]
-    if "architecture" in model:
-        known = {
-            "vocab_size": tokens.vocabulary,
-            "bos_token_id": tokens.end_of_text,
-            "eos_token_id": tokens.end_of_text,
-            **task_of(tokens.recipe).model_settings(tokens.end_of_text, tokens.padding),
-        }
-        start = {"architecture": model["architecture"] | known}
-    training = Run(
-        recipe=Finetune.model_validate(step.recipe["finetune"]),
-        place=step.place,
-        tokens=tokens_place,
-        train=tokens.splits["train"].shards,
-        validation=tokens.splits["validation"].shards,
-        resources=step.resources,
-        task=task_of(tokens.recipe),
-    )
-    return {"run": training, "start": start, "family": step.recipe["model"]["family"]}
+STAGE = Stage(Teacher, inputs, recipe, run, locations, shared=True, unit="steps")
 
 
-def _train(run: Run, start: dict[str, Any], family: str, device: torch.device, report: Advance) -> None:
-    recipe = run.recipe
-    if "architecture" in start:
-        model = build(read_config(start["architecture"]), recipe.seed)
-    else:
-        model = load_model(model_folder(start), start["gguf_file"])
-    if isinstance(recipe, Finetune) and recipe.dropout is not None:
+def _train(job: StepJob, device: torch.device, report: Advance) -> None:
+    recipe = Finetune.model_validate(job.recipe["finetune"])
+    training = training_job(job, recipe)
+    model = _checkpoint(job) if job.locations["model"] is not None else _new_model(job, recipe.seed)
+    if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     keep_all_layers(model)
-    progress = fit(WithStates(model), run, None, device, report)
+    progress = train(WithStates(model), training, None, device, report)
     if progress is not None:
-        finish(run.place, progress, run.steps, _save(model, run.place, family))
+        finish(job.dir, progress, training.steps, _save(model, job))
 
 
-def _import(place: StepDir, model: dict[str, Any], family: str) -> None:
-    files = _save(load_model(model_folder(model), model["gguf_file"]), place, family)
-    place.write("attempt/files.json", json.dumps({name: f.model_dump() for name, f in files.items()}).encode())
+def _new_model(job: StepJob, seed: int) -> PreTrainedModel:
+    """Return a model of the architecture, of the vocabulary that the tokens have."""
+    tokens = job.input(Tokens).record
+    decided = {
+        "vocab_size": tokens.vocabulary,
+        "bos_token_id": tokens.end_of_text,
+        "eos_token_id": tokens.end_of_text,
+        **job.task.model_settings(tokens.end_of_text, tokens.padding),
+    }
+    return build(read_config(job.recipe["model"]["architecture"] | decided), seed)
 
 
-def _save(model: PreTrainedModel, place: StepDir, family: str) -> dict[str, StoredFile]:
+def _checkpoint(job: StepJob) -> PreTrainedModel:
+    location = job.locations["model"]
+    return load_model(model_folder(location), location["gguf_file"])
+
+
+def _import(job: StepJob) -> dict[str, StoredFile]:
+    return _save(_checkpoint(job), job)
+
+
+def _save(model: PreTrainedModel, job: StepJob) -> dict[str, StoredFile]:
     """Store the teacher as a Hugging Face folder of its own."""
-    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as folder:
         model.save_pretrained(folder)
-        paths = sorted(Path(folder).iterdir())
-        files = {Teacher.FOLDER + path.name: place.upload(Teacher.FOLDER + path.name, path) for path in paths}
-    count = parameters(model)
+        files = upload_folder(job.dir, Path(folder), Teacher.FOLDER)
+    count, family = parameters(model), job.recipe["model"]["family"]
     facts = {"parameters": count, "fp32_bytes": fp32_bytes(model), "hidden": model.config.hidden_size, "family": family}
-    place.write("attempt/facts.json", json.dumps(facts).encode())
+    job.dir.write("attempt/facts.json", json.dumps(facts).encode())
     return files

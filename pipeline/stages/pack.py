@@ -4,71 +4,51 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.quant import Quant
 from pipeline.errors import RunError
-from pipeline.models.build import FAMILIES, frozen_student, read_config
-from pipeline.package import package as artifact
-from pipeline.quant.spec import Encoding
-from pipeline.stages.stage import Step
-from pipeline.store.records import Package, Report, StoredFile, Student, Teacher, Tokens
-from pipeline.store.step_store import StepDir
+from pipeline.models.build import read_config
+from pipeline.models.student import load_frozen
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
+from pipeline.store.records import Evaluation, Package, StoredFile, Student, Teacher, Tokens
 
-VERSION = 1
+
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return how codes are packed, and the name that the model card bears."""
+    return {"encoding": run.config.pack.encoding, "name": run.config.register_.name or run.config.name}
 
 
 def run(step: Step) -> Package:
-    tokens, tokens_place = step.input(Tokens)
-    teacher, teacher_place = step.input(Teacher)
-    student, student_place = step.input(Student)
-    report, _ = step.input(Report)
-    facts = {
-        "name": step.recipe["name"],
-        "teacher_bytes": teacher.fp32_bytes,
-        "lineage": {name: done.record.key for name, done in step.inputs.items()} | {"pack": step.place.key},
-        "metrics": {"teacher": report.teacher, "student": report.student, "protocol": report.protocol},
-    }
-    settings = {
-        "place": step.place,
-        "tokens": tokens_place,
-        "tokenizer": tokens.files,
-        "teacher": teacher_place,
-        "teacher_files": teacher.files,
-        "student": student_place,
-        "weights": student.files[Student.WEIGHTS],
-        "family": student.family,
-        "quant": Quant.model_validate({**student.recipe["quant"], **step.recipe["ship"]}),
-        "encoding": step.recipe["encoding"],
-        "facts": facts,
-    }
-    manifest, files = step.engine.task(_pack, settings, step.place)
+    """Pack the student with its scores and its lineage."""
+    manifest, files = step.engine.task(partial(_pack, step.job), step.dir)
     return Package(**step.identity(), files=files, digest=manifest["digest"], size=manifest["size"])
 
 
-def _pack(
-    place: StepDir,
-    tokens: StepDir,
-    tokenizer: dict[str, StoredFile],
-    teacher: StepDir,
-    teacher_files: dict[str, StoredFile],
-    student: StepDir,
-    weights: StoredFile,
-    family: str,
-    quant: Quant,
-    encoding: Encoding,
-    facts: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, StoredFile]]:
-    source = teacher.folder(teacher_files, Teacher.FOLDER)
-    frozen = frozen_student(source, student.local(Student.WEIGHTS, weights), quant, FAMILIES[family])
-    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as name:
+STAGE = Stage(Package, always(Tokens, Teacher, Student, Evaluation), recipe, run)
+
+
+def _pack(job: StepJob) -> tuple[dict[str, Any], dict[str, StoredFile]]:
+    from pipeline.package.package import read_package, write_package  # transformers, for those who only plan
+
+    tokens, teacher, student = job.input(Tokens), job.input(Teacher), job.input(Student)
+    evaluation = job.input(Evaluation).record
+    facts = {  # for manifest and model card
+        "name": job.recipe["name"],
+        "teacher_bytes": teacher.record.fp32_bytes,
+        "lineage": {name: earlier.record.key for name, earlier in job.inputs.items()} | {"pack": job.dir.key},
+        "metrics": {"teacher": evaluation.teacher, "student": evaluation.student, "protocol": evaluation.protocol},
+    }
+    quant, encoding = Quant.model_validate(student.record.recipe["quant"]), job.recipe["encoding"]
+    frozen, config = load_frozen(student.local(Student.FROZEN)), read_config(teacher.folder())
+    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as name:
         folder = Path(name)
-        for file in tokenizer:
-            shutil.copyfile(tokens.local(file, tokenizer[file]), folder / Path(file).name)
-        manifest = artifact.write(folder, frozen, read_config(source), quant, encoding, family, facts)
-        unpacked, _, _ = artifact.read(folder)
-        if unpacked.digest() != frozen.digest():
-            raise RunError("The package does not unpack to the tensors that were packed; nothing was stored.")
-        files = {f"{Package.FOLDER}{path.name}": path for path in sorted(folder.iterdir())}
-        return manifest, {stored: place.upload(stored, path) for stored, path in files.items()}
+        for file in tokens.record.files:
+            shutil.copyfile(tokens.local(file), folder / Path(file).name)
+        manifest = write_package(folder, frozen, config, quant, encoding, student.record.family, facts)
+        unpacked, _, _ = read_package(folder)
+        if unpacked.digest() != student.record.digest:
+            raise RunError("The package does not unpack to the tensors that were scored; nothing was stored.")
+        return manifest, upload_folder(job.dir, folder, Package.FOLDER)

@@ -2,75 +2,90 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from mlflow.exceptions import MlflowException
-
 from pipeline.errors import NotRegisteredError, RunError
-from pipeline.stages.samples import samples
-from pipeline.stages.stage import Done, Step
-from pipeline.store.records import ModelVersion, Package, Report, StoredFile, Student, Teacher, Tokens
-from pipeline.store.step_store import StepDir
+from pipeline.stages.stage import PinnedRun, Stage, Step, always
+from pipeline.store.keys import recipe_of
+from pipeline.store.locations import tracking_uri
+from pipeline.store.records import Evaluation, ModelVersion, Package, Student, Teacher
 from pipeline.tracking import registry, runs
-from pipeline.training import figures
 
-VERSION = 1
+
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return the registered name, and what a student must pass."""
+    config = run.config
+    return {"name": config.register_.name or config.name, "gate": recipe_of(config.register_.gate)}
+
+
+def locations(run: PinnedRun) -> dict[str, Any]:
+    """Return the MLflow run: where it goes, and what it says of the configuration."""
+    config, distill = run.config, run.config.distill
+    params = {
+        "bits": config.quant.bits,
+        "quantizer": config.quant.quantizer,
+        "granularity": str(config.quant.granularity),
+        "task": config.task.name,
+        **{knob.removeprefix("task."): length for knob, length in run.task.positions.items()},
+        "steps": f"{distill.epochs} epochs" if distill.steps is None else distill.steps,
+        "batch_size": distill.batch_size,
+        "lr": distill.lr,
+        "optimizer": distill.optimizer,
+        **({"muon_lr": distill.muon_lr} if distill.optimizer == "muon" else {}),
+        "gamma_lr": distill.gamma_lr,
+        "contrast_weight": distill.contrast_weight,
+        "seed": distill.seed,
+    }
+    uri = tracking_uri(config.resources)
+    database = runs.sqlite_file(uri)
+    return {
+        "uri": uri,
+        "artifacts": (database.parent / "mlflow-artifacts").as_uri() if database else None,
+        "experiment": config.name,
+        "params": params,
+        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"resources", "sweep"}),
+    }
 
 
 def run(step: Step) -> ModelVersion:
-    package, package_place = step.input(Package)
-    report, _ = step.input(Report)
-    recipe, name = step.recipe, step.recipe["name"]
-    if report.digest != package.digest:
+    """Log the run with its curves and pictures, and make its package a version."""
+    package, evaluation = step.input(Package), step.input(Evaluation)
+    name, params = step.recipe["name"], step.locations["params"]
+    if evaluation.record.digest != package.record.digest:
         raise RunError("What was scored is not what was packed: the digests differ. Nothing was registered.")
-    _pass(recipe["gate"]["max_perplexity_ratio"], report, package_place.uri)
-    settings = step.locations["tracking"]
-    client = runs.connect(settings["uri"])
-    try:
-        experiment_id = runs.experiment_id(client, settings["experiment"], settings["artifacts"])
-        run = runs.find_or_create_run(client, experiment_id, step.place.key, f"{name} {settings['bits']}")
-        metrics = _metrics(report, package)
-        runs.log_run(client, run, settings["params"], settings["recipe"], metrics, _curves(step))
-        runs.log_figures(client, run.info.run_id, _figures(step))
-        client.log_text(run.info.run_id, _samples(step), "samples.txt")
-        version = registry.find_version(client, name, step.place.key)
-        model_id = str(version.model_id) if version is not None else ""
-        if version is None:
-            version, model_id = registry.register_package(
-                client,
-                run.info.run_id,
-                experiment_id,
-                name,
-                step.place.key,
-                package_place.folder(package.files, Package.FOLDER),
-                _tags(step, package, package_place.uri_of(Package.FOLDER)),
-                metrics,
-            )
-        if str(version.version) == registry.FIRST:
-            registry.crown(client, name)
+    _pass(step.recipe["gate"]["max_perplexity_ratio"], evaluation.record, package.dir.uri)
+    target = target_at(step.locations, step.dir.key, f"{name} {params['bits']}", None)
+    metrics = _metrics(evaluation.record, package.record)
+    advice = f"The package is kept at {package.dir.uri}; the same command registers it."
+    with runs.refusal(f"MLflow at {target.uri} refused the registration", advice):
+        client, logged = runs.connect(target.uri), runs.find_run(target)
+        runs.log_run(client, logged, params, step.locations["recipe"], metrics, _curves(step))
+        runs.log_figures(client, logged.info.run_id, _figures(step))
+        client.log_text(logged.info.run_id, evaluation.local("samples.txt").read_text(encoding="utf-8"), "samples.txt")
+        version, model_id = registry.register_package(
+            client, logged, name, step.dir.key, package.folder(), _tags(step), metrics
+        )
         aliases = registry.aliases_of(client, name, version.version)
-    except MlflowException as error:
-        raise RunError(
-            f"MLflow at {settings['uri']} refused the registration: {str(error).splitlines()[0]}. The package is kept "
-            f"at {package_place.uri}; the same command registers it."
-        ) from error
     return ModelVersion(
         **step.identity(),
         name=name,
         version=int(version.version),
         aliases=aliases,
-        run_id=run.info.run_id,
+        run_id=logged.info.run_id,
         model_id=model_id,
     )
 
 
-def _pass(limit: float | None, report: Report, uri: str) -> None:
-    ratio = report.student["perplexity"] / report.teacher["perplexity"]
+STAGE = Stage(ModelVersion, always(Teacher, Student, Evaluation, Package), recipe, run, locations)
+
+
+def target_at(locations: dict[str, Any], key: str, name: str, parent: str | None) -> runs.Target:
+    """Return the MLflow run of a key by the locations of this stage; `parent` is the key of the run it is nested in."""
+    return runs.Target(locations["uri"], locations["experiment"], locations["artifacts"], key, name, parent)
+
+
+def _pass(limit: float | None, evaluation: Evaluation, uri: str) -> None:
+    ratio = evaluation.student["perplexity"] / evaluation.teacher["perplexity"]
     if limit is not None and ratio > limit:
         raise NotRegisteredError(
             f"The student's perplexity is {ratio:.3f} times the teacher's, above register.gate.max_perplexity_ratio "
@@ -78,70 +93,46 @@ def _pass(limit: float | None, report: Report, uri: str) -> None:
         )
 
 
-def _metrics(report: Report, package: Package) -> dict[str, float]:
-    """Student metrics under their own names, the teacher's with a prefix, and sizes."""
-    teacher = {f"teacher_{name}": value for name, value in report.teacher.items()}
+def _metrics(evaluation: Evaluation, package: Package) -> dict[str, float]:
+    """Return the student's metrics under their own names, the teacher's with a prefix, and sizes."""
+    teacher = {f"teacher_{name}": value for name, value in evaluation.teacher.items()}
     size = {name: float(value) for name, value in package.size.model_dump().items()}
-    return {**report.student, **teacher, **size}
+    return {**evaluation.student, **teacher, **size}
 
 
 def _curves(step: Step) -> dict[str, list[dict[str, float]]]:
-    """Losses of teacher and student, and the facts of each of the student's modules."""
+    """Return losses of teacher and student, and the facts of each of the student's modules."""
     curves = {}
-    for stage in (Teacher.stage, Student.stage):
-        history = _json(step, stage, "history.json")
+    for kind in (Teacher, Student):
+        history = step.input(kind).read_json("history.json")
         if history is not None:
-            curves[stage] = history
-    for look in _json(step, Student.stage, "modules.json") or []:
+            curves[kind.stage] = history
+    for look in step.input(Student).read_json("modules.json") or []:
         for module, facts in look["modules"].items():
             curves.setdefault(f"modules/{module}", []).append({"step": look["step"], **facts})
     return curves
 
 
-def _samples(step: Step) -> str:
-    """What the packed student writes for rows of the validation split."""
-    report, place = step.input(Report)
-    package, package_place = step.input(Package)
-    tokens = replace(place, stage=Tokens.stage, key=report.inputs[Tokens.stage], fence=None)
-    settings = {"package": package_place, "files": package.files, "tokens": tokens}
-    return step.engine.task(_write_samples, settings, step.place)
-
-
-def _write_samples(package: StepDir, files: dict[str, StoredFile], tokens: StepDir) -> str:
-    record = tokens.record(Tokens)
-    if record is None:
-        return "The tokens that the student was trained on are gone.\n"
-    with tempfile.TemporaryDirectory(dir=package.scratch_dir()) as name:  # a packed model holds no links
-        folder = shutil.copytree(package.folder(files, Package.FOLDER), Path(name) / "package")
-        return samples(folder, tokens, record)
-
-
 def _figures(step: Step) -> dict[str, Any]:
-    looks, histograms = (_json(step, Student.stage, name) for name in ("modules.json", "histograms.json"))
-    drawn = {}
+    from pipeline.training import figures  # matplotlib, for those who only plan
+
+    student = step.input(Student)
+    looks, histograms = student.read_json("modules.json"), student.read_json("histograms.json")
+    pictures = {}
     if looks:
-        drawn["modules.png"] = figures.module_curves(looks)
-        drawn["token_cosine.png"] = figures.cosine_curve(_json(step, Student.stage, "history.json"))
+        pictures["modules.png"] = figures.module_curves(looks)
+        pictures["token_cosine.png"] = figures.cosine_curve(student.read_json("history.json"))
     if histograms:
-        drawn["weights.png"] = figures.weight_histograms(histograms)
-    return drawn
+        pictures["weights.png"] = figures.weight_histograms(histograms)
+    return pictures
 
 
-def _json(step: Step, stage: str, name: str) -> Any:
-    """A JSON file of an earlier step, or None if it has none of that name."""
-    done: Done = step.inputs[stage]
-    stored = done.record.files.get(name)
-    return json.loads(done.place.local(name, stored).read_text()) if stored is not None else None
-
-
-def _tags(step: Step, package: Package, uri: str) -> dict[str, str]:
-    settings: dict[str, Any] = step.locations["tracking"]
-    lineage = {f"bitmill.{name}": done.record.key for name, done in step.inputs.items()}
+def _tags(step: Step) -> dict[str, str]:
+    package, params = step.input(Package), step.locations["params"]
+    lineage = {f"bitmill.{name}": earlier.record.key for name, earlier in step.inputs.items()}
     return {
         **lineage,
-        "bitmill.bits": settings["bits"],
-        "bitmill.quantizer": settings["params"]["quantizer"],
-        "bitmill.task": settings["params"]["task"],
-        "bitmill.digest": package.digest,
-        "bitmill.package_uri": uri,
+        **{f"bitmill.{name}": params[name] for name in ("bits", "quantizer", "task")},
+        "bitmill.digest": package.record.digest,
+        "bitmill.package_uri": package.dir.uri_of(Package.FOLDER),
     }

@@ -1,74 +1,200 @@
-"""What a stage is given: its recipe, where its inputs lie, and the engine to run on."""
+"""A stage as one value, what it is made of, and what it is given when it runs."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from pipeline.config.data import TrainBpe
 from pipeline.config.resources import Resources
+from pipeline.config.run import Config
+from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import Engine
-from pipeline.store.records import Advance, Record
-from pipeline.store.step_store import StepDir
+from pipeline.models.build import read_config
+from pipeline.models.family import Family
+from pipeline.sources.models import ModelSource
+from pipeline.sources.text import SourceFile
+from pipeline.store.keys import recipe_of
+from pipeline.store.records import SPLITS, Advance, Record, SplitName, StoredFile, Tokens
+from pipeline.store.step_store import FinishedStep, StepDir
+from pipeline.tasks import task_of
+from pipeline.tasks.task import Task
+from pipeline.training.trainer import TrainingJob
+
+if TYPE_CHECKING:  # which takes long to import, for those who only plan
+    from transformers import PreTrainedConfig
 
 R = TypeVar("R", bound=Record)
+R_co = TypeVar("R_co", bound=Record, covariant=True)
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished step: its record and where its files lie."""
+class PinnedRun:
+    """A configuration with every source pinned by content: all that keys are made of."""
 
-    record: Any
-    place: StepDir
+    config: Config
+    text: dict[SplitName, tuple[SourceFile, ...]]
+    model: ModelSource | None  # None: an architecture, to be trained from the beginning
+    tokenizer: ModelSource | None  # None: learned from the training split
+    family: Family
+
+    @cached_property
+    def tokens_recipe(self) -> dict[str, Any]:
+        """Return what the rows depend on: the content of the text, the tokenizer, the task."""
+        tokenizer, pinned = self.config.model.tokenizer, self.tokenizer.content if self.tokenizer else {}
+        recipe: dict[str, Any] = {
+            "data": self._text_recipe(),
+            "tokenizer": tokenizer.model_dump() if isinstance(tokenizer, TrainBpe) else {"content": pinned},
+            "task": recipe_of(self.config.task),
+        }
+        if self.family.encoder_decoder and self.model is not None:  # what a pretrained decoder reads first
+            recipe["decoder_start"] = self.settings.decoder_start_token_id
+        return recipe
+
+    @cached_property
+    def task(self) -> Task:
+        """Return the task that the configuration names."""
+        return task_of(self.tokens_recipe)
+
+    @cached_property
+    def settings(self) -> PreTrainedConfig:
+        """Return the model's own configuration."""
+        if self.model is None:
+            return read_config(self.config.model.source)
+        return read_config(self.model.folder, self.model.gguf_file)
+
+    @property
+    def hidden(self) -> int:
+        """Return the width of the model's hidden states."""
+        return int(self.settings.hidden_size)
+
+    @property
+    def estimated_rows(self) -> int:
+        """Return about how many rows of training text there are."""
+        data = self.config.data
+        held_out = sum(data.holdout for given in (data.validation, data.test) if given is None)
+        text_bytes = sum(file.bytes for file in self.text["train"]) * data.sample * (1 - held_out)
+        return self.task.estimated_rows(text_bytes)
+
+    def _text_recipe(self) -> dict[str, Any]:
+        """Return the content of each split's files; where they lie stays out."""
+        recipe = recipe_of(self.config.data)
+        for split, name in zip(SPLITS, ("source", "validation", "test"), strict=True):
+            del recipe[name]
+            files = self.text.get(split)
+            recipe[split] = [{"content": f.content, "format": f.format} for f in files] if files else None
+        return recipe
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step about to run. `locations` says where pinned sources lie; it never enters the key."""
+class StepJob:
+    """What a step's workers are told; small and picklable. `locations` says where pinned sources lie; it never enters
+    the key."""
 
-    version: int
     recipe: dict[str, Any]
-    inputs: dict[str, Done]
-    place: StepDir
-    engine: Engine
-    advance: Advance
-    locations: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, FinishedStep[Any]]
+    dir: StepDir
+    resources: Resources
+    locations: dict[str, Any]
 
     @property
-    def resources(self) -> Resources:
-        return self.engine.resources
+    def task(self) -> Task:
+        """Return the task that the tokens were made for."""
+        return task_of(self.input(Tokens).record.recipe)
 
-    def input(self, kind: type[R]) -> tuple[R, StepDir]:
-        """The record of an earlier stage, and its place."""
-        done = self.inputs[kind.stage]
-        if not isinstance(done.record, kind):
-            raise TypeError(f"the input {kind.stage} is a {type(done.record).__name__}")
-        return done.record, done.place
+    def input(self, kind: type[R]) -> FinishedStep[R]:
+        """Return an earlier step by the kind of its record."""
+        step = self.inputs[kind.stage]
+        if not isinstance(step.record, kind):
+            raise TypeError(f"the input {kind.stage} is a {type(step.record).__name__}")
+        return step
+
+
+@dataclass(frozen=True)
+class Step(StepJob):
+    """One step about to run, on the driver."""
+
+    version: int
+    engine: Engine
+    advance: Advance
+
+    @property
+    def job(self) -> StepJob:
+        """Return what the step's workers are told."""
+        return StepJob(self.recipe, self.inputs, self.dir, self.resources, self.locations)
 
     def identity(self) -> dict[str, Any]:
-        """The fields that every record begins with."""
+        """Return the fields that every record begins with."""
         return {
-            "key": self.place.key,
+            "key": self.dir.key,
             "stage_version": self.version,
             "recipe": self.recipe,
-            "inputs": {name: done.record.key for name, done in self.inputs.items()},
+            "inputs": {name: step.record.key for name, step in self.inputs.items()},
             "provenance": provenance(),
         }
 
 
+Inputs = Callable[[PinnedRun], tuple[type[Record], ...]]
+
+
+def always(*kinds: type[Record]) -> Inputs:
+    """Return the inputs of a stage that reads the same records in every run."""
+    return lambda run: kinds
+
+
+@dataclass(frozen=True)
+class Stage(Generic[R_co]):
+    """A stage: the record it makes, those it reads, what of a configuration changes its answer, and its work.
+
+    `recipe` enters the step's key with `version` and the keys of the inputs; `locations` says where pinned sources
+    lie, and enters none. `check` raises ConfigError, before any worker starts, for what cannot work.
+    """
+
+    record: type[R_co]
+    inputs: Inputs
+    recipe: Callable[[PinnedRun], dict[str, Any]]
+    run: Callable[[Step], R_co]
+    locations: Callable[[PinnedRun], dict[str, Any]] = lambda run: {}  # of a stage that reads nothing but records
+    check: Callable[[PinnedRun, StepDir, Tokens | None], None] = lambda run, step_dir, tokens: None
+    version: int = 1
+    shared: bool = False  # by all students of a teacher
+    repairs: bool = False  # makes a single damaged shard again
+    unit: str = ""  # of its progress
+
+    @property
+    def name(self) -> str:
+        """Return the stage's name, which is that of its record's folder."""
+        return self.record.stage
+
+
+def upload_folder(step_dir: StepDir, folder: Path, prefix: str) -> dict[str, StoredFile]:
+    """Store the files of a local folder, each as its name after the prefix."""
+    return {prefix + path.name: step_dir.upload(prefix + path.name, path) for path in sorted(folder.iterdir())}
+
+
+def training_job(job: StepJob, recipe: Finetune | Distill, cache: StepDir | None = None) -> TrainingJob:
+    """Return the training job of a step that trains on its tokens."""
+    tokens = job.input(Tokens)
+    train, validation = tokens.record.splits["train"].shards, tokens.record.splits["validation"].shards
+    return TrainingJob(recipe, job.dir, tokens.dir, train, validation, job.resources, cache, job.task)
+
+
 def provenance() -> dict[str, str]:
-    """When and on what it ran, versions of the code and libraries; informative, never part of a key."""
+    """Return when and on what something ran, and versions of code and libraries; informative, never part of a key."""
     when = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine()}
     versions = {name: metadata.version(name) for name in LIBRARIES}
     return {**when, "bitmill": metadata.version("bitmill"), "commit": _commit(), **versions}
 
 
 def _commit() -> str:
-    """The checked-out commit if the code runs from a checkout."""
+    """Return the checked-out commit if the code runs from a checkout."""
     git = Path(__file__).resolve().parents[2] / ".git"
     try:
         head = (git / "HEAD").read_text().strip()

@@ -7,24 +7,22 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
 from pipeline.sources.models import model_folder
 from pipeline.sources.text import Part, SourceFile, documents, parts
-from pipeline.stages.stage import Step
-from pipeline.store.records import Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
+from pipeline.store.records import SPLITS, Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
-VERSION = 1
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+SMALL_TEXT_BYTES = 2**20  # up to here a corpus is counted exactly before anything starts
 
 
 class SplitPart(Part):
@@ -37,41 +35,79 @@ class SplitPart(Part):
     high: float
 
 
+def locations(run: PinnedRun) -> dict[str, Any]:
+    """Return where the files of each split lie, and the tokenizer unless it is learned."""
+    files: dict[str, Any] = {split: [file.model_dump() for file in files] for split, files in run.text.items()}
+    return files | ({"tokenizer": run.tokenizer.location()} if run.tokenizer is not None else {})
+
+
+def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
+    """Look at the text before any worker starts: the columns of files on this machine, and all of a small corpus.
+
+    Raises:
+        ConfigError: a column that is not there, or a split that cannot fill what it must.
+    """
+    task, recipe, tokenizer, scratch = run.task, run.tokens_recipe, run.tokenizer, step_dir.scratch
+    work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
+    for part in work if columns is not None else ():
+        if part.start == 0 and ("://" not in part.file.uri or part.file.format == "python"):
+            next(rows(part, columns or (), scratch), None)
+    small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
+    texts = {
+        split: list(_split_documents(split, work, recipe, scratch))
+        for split in SPLITS
+        if (split if run.text.get(split) else "train") in small
+    }
+    if not texts:
+        return
+    if tokenizer is None:
+        known = texts.get("train") or chain.from_iterable(texts.values())
+        strings = (text for document in known for text in task.strings(document))
+        words = train_bpe(strings, recipe["tokenizer"]["train_bpe"], task.special_tokens)
+    else:
+        words = read_tokenizer(tokenizer.folder, tokenizer.gguf_file)
+    for split, read in texts.items():
+        collected = task.collect(read, split) if task.collects else None
+        _, lengths, _ = task.encode(iter(read), words, split, collected, recipe["data"]["unit"])
+        if (shortage := task.shortage(split, len(lengths), task.tokens(lengths))) is not None:
+            raise ConfigError(shortage)
+
+
 def run(step: Step) -> Tokens:
-    recipe, place = step.recipe, step.place
-    work = split_parts(recipe, step.locations)
-    tokenizer_files = _tokenizer(step, [part for part in work if part.split == "train"])
-    task = task_of(recipe)
-    shared = {}
-    if task.collects:
-        shared = step.engine.task(_collect, {"place": place, "recipe": recipe, "work": work}, place)
-    settings = {"place": place, "files": tokenizer_files, "recipe": recipe, "shared": shared}
-    found = {split: Split() for split in SPLITS}
-    entries = [json.loads(line) for line in step.engine.shards(TokenizePart, settings, work, step.advance, gpus=0)]
-    for entry in sorted(entries, key=lambda entry: (entry["split"], entry["index"])):
-        split = found[entry["split"]]
-        found[entry["split"]] = Split(
+    """Make the tokenizer, then the rows of every part on a pool of actors."""
+    task, work = task_of(step.recipe), split_parts(step.recipe, step.locations)
+    record = step.dir.record(Tokens)  # there when a shard is repaired; the tokenizer is made once
+    files = record.files if record is not None else step.engine.task(partial(_make_tokenizer, step.job, work), step.dir)
+    collected = step.engine.task(partial(_collect, step.job, work), step.dir) if task.collects else {}
+    lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, gpus=0)
+    splits = {split: Split() for split in SPLITS}
+    for entry in sorted(map(json.loads, lines), key=lambda entry: (entry["split"], entry["index"])):
+        split = splits[entry["split"]]
+        splits[entry["split"]] = Split(
             shards=(*split.shards, *(Shard.model_validate(shard) for shard in entry["shards"])),
             text_bytes=split.text_bytes + entry["text_bytes"],
         )
-    for name, split in found.items():
-        shortage = task.shortage(name, split.rows, split.tokens)
-        if shortage is not None:
+    for name, split in splits.items():
+        if (shortage := task.shortage(name, split.rows, split.tokens)) is not None:
             raise ConfigError(shortage)
-    tokenizer = read_tokenizer(place.folder(tokenizer_files, Tokens.FOLDER))
+    tokenizer = read_tokenizer(step.dir.folder(files, Tokens.FOLDER))
     return Tokens(
         **step.identity(),
-        files=tokenizer_files,
-        block_length=recipe["task"]["block_length"],
+        files=files,
         vocabulary=len(tokenizer),
         end_of_text=tokenizer.eos_token_id,
         padding=tokenizer.pad_token_id if task.encoder_decoder else None,
-        splits=found,
+        splits=splits,
     )
 
 
+STAGE = Stage(
+    Tokens, always(), lambda run: run.tokens_recipe, run, locations, check, shared=True, repairs=True, unit="parts"
+)
+
+
 def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[SplitPart]:
-    """Every part to tokenize: of each split's own source, or of the training source with documents held out."""
+    """Return every part to tokenize: of each split's own source, or of the training source with documents held out."""
     data = recipe["data"]
     held_out = [split for split in ("validation", "test") if data[split] is None]
     bounds = {split: (i * data["holdout"], (i + 1) * data["holdout"]) for i, split in enumerate(held_out)}
@@ -80,26 +116,30 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     for split in SPLITS:
         source = "train" if split in held_out else split
         low, high = bounds.get(split, (0.0, 1.0))
-        share = data["sample"] if source == "train" else 1.0
+        sample = data["sample"] if source == "train" else 1.0
         files = [SourceFile.model_validate(file) for file in locations[source]]
         pieces = [part for file in files for part in parts(file)]
         work += [
-            SplitPart(**piece.model_dump(), split=split, index=index, low=low * share, high=high * share)
+            SplitPart(**piece.model_dump(), split=split, index=index, low=low * sample, high=high * sample)
             for index, piece in enumerate(pieces)
         ]
     return work
 
 
 def documents_of(part: SplitPart, recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
-    """The part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
+    """Yield the part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
     data, task = recipe["data"], task_of(recipe)
     columns = task.columns(data)
-    found: Iterator[Any] = (
+    read: Iterator[Any] = (
         documents(part, data["unit"], data["text_column"], scratch) if columns is None else rows(part, columns, scratch)
     )
-    for document in found:
+    for document in read:
         if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(task.kept_together(document)) < part.high:
             yield document
+
+
+def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
+    return (document for part in work if part.split == split for document in documents_of(part, recipe, scratch))
 
 
 def _position(document: Any) -> float:
@@ -107,81 +147,65 @@ def _position(document: Any) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
-def _tokenizer(step: Step, training: Sequence[SplitPart]) -> dict[str, StoredFile]:
-    """The tokenizer's files in the store; they are made once."""
-    done = step.place.record(Tokens)
-    if done is not None:
-        return done.files
-    settings = {"place": step.place, "recipe": step.recipe, "training": training}
-    return step.engine.task(_make_tokenizer, settings | {"location": step.locations.get("tokenizer")}, step.place)
-
-
-def _make_tokenizer(
-    place: StepDir, recipe: dict[str, Any], training: Sequence[SplitPart], location: dict[str, Any] | None
-) -> dict[str, StoredFile]:
-    """Read from its folder, or learned from the training split."""
+def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
+    """Store the tokenizer, read from its folder or learned from the training split."""
+    location, scratch = job.locations.get("tokenizer"), job.dir.scratch_dir()
     if location is None:
-        task, scratch = task_of(recipe), str(place.scratch_dir())
-        found = (document for part in training for document in documents_of(part, recipe, scratch))
-        stream = (text for document in found for text in task.strings(document))
-        tokenizer = train_bpe(stream, recipe["tokenizer"]["train_bpe"], task.special_tokens)
+        task, read = task_of(job.recipe), _split_documents("train", work, job.recipe, str(scratch))
+        strings = (text for document in read for text in task.strings(document))
+        tokenizer = train_bpe(strings, job.recipe["tokenizer"]["train_bpe"], task.special_tokens)
     else:
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
-    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tokenizer.save_pretrained(folder)
-        return {
-            Tokens.FOLDER + path.name: place.upload(Tokens.FOLDER + path.name, path) for path in Path(folder).iterdir()
-        }
+        return upload_folder(job.dir, Path(folder), Tokens.FOLDER)
 
 
-def _collect(place: StepDir, recipe: dict[str, Any], work: Sequence[SplitPart]) -> dict[str, StoredFile]:
-    """What the task must know of each split before its rows are made, one JSON file a split."""
-    task, scratch = task_of(recipe), str(place.scratch_dir())
-    files: dict[str, StoredFile] = {}
-    for split in SPLITS:
-        parts_of = [part for part in work if part.split == split]
-        found = (document for part in parts_of for document in documents_of(part, recipe, scratch))
-        known = task.collect(found, split)
-        files[split] = place.write(f"attempt/{split}.json", json.dumps(known).encode())
-    return files
+def _collect(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
+    """Store what the task must know of each split before its rows are made, one JSON file a split."""
+    task, scratch = task_of(job.recipe), str(job.dir.scratch_dir())
+
+    def collected(split: SplitName) -> bytes:
+        return json.dumps(task.collect(_split_documents(split, work, job.recipe, scratch), split)).encode()
+
+    return {split: job.dir.write(f"attempt/{split}.json", collected(split)) for split in SPLITS}
 
 
 class TokenizePart:
-    """Tokenizes parts on one worker; a part whose shards are all committed is not done again."""
+    """Tokenizes parts on one worker; a part whose shards are all committed is not done again. `collected` has a file a
+    split where the task collects."""
 
-    def __init__(
-        self, place: StepDir, files: dict[str, StoredFile], recipe: dict[str, Any], shared: dict[str, StoredFile]
-    ) -> None:
-        self.place, self.recipe, self.shared, self.task = place, recipe, shared, task_of(recipe)
-        self.tokenizer: PreTrainedTokenizerBase = read_tokenizer(place.folder(files, Tokens.FOLDER))
+    def __init__(self, job: StepJob, tokenizer: dict[str, StoredFile], collected: dict[str, StoredFile]) -> None:
+        self.dir, self.recipe, self.task, self.collected = job.dir, job.recipe, task_of(job.recipe), collected
+        self.tokenizer = read_tokenizer(job.dir.folder(tokenizer, Tokens.FOLDER))
 
     def __call__(self, part: SplitPart) -> str:
         name = f"parts/{part.split}-{part.index:05d}.json"
-        done = self._done(name)
-        if done is None:
-            done = self._tokenize(part)
-            self.place.write(name, json.dumps(done).encode())
-        return json.dumps(done)
+        entry = self._committed(name)
+        if entry is None:
+            entry = self._tokenize(part)
+            self.dir.write(name, json.dumps(entry).encode())
+        return json.dumps(entry)
 
-    def _done(self, name: str) -> dict[str, Any] | None:
+    def _committed(self, name: str) -> dict[str, Any] | None:
         try:
-            entry: dict[str, Any] = json.loads(self.place.read(name))
+            entry: dict[str, Any] = json.loads(self.dir.read(name))
         except FileNotFoundError:
             return None
-        sound = all(committed_shard(self.place, shard["name"]) for shard in entry["shards"])
-        return entry if sound else None
+        return entry if all(committed_shard(self.dir, shard["name"]) for shard in entry["shards"]) else None
 
     def _tokenize(self, part: SplitPart) -> dict[str, Any]:
-        found = documents_of(part, self.recipe, str(self.place.scratch_dir()))
-        ids, lengths, text_bytes = self.task.encode(
-            found, self.tokenizer, part.split, self._shared(part.split), self.recipe["data"]["unit"]
-        )
-        step = rows_per_shard(ids.shape[1])
+        read, unit = documents_of(part, self.recipe, str(self.dir.scratch_dir())), self.recipe["data"]["unit"]
+        stored, collected = self.collected.get(part.split), None
+        if stored is not None:
+            collected = json.loads(self.dir.local(f"attempt/{part.split}.json", stored).read_text())
+        ids, lengths, text_bytes = self.task.encode(read, self.tokenizer, part.split, collected, unit)
+        per_shard = rows_per_shard(ids.shape[1])
         shards = []
-        for number, start in enumerate(range(0, len(ids), step)):
-            rows, valid = ids[start : start + step], lengths[start : start + step]
+        for number, start in enumerate(range(0, len(ids), per_shard)):
+            rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
             shard = commit_shard(
-                self.place,
+                self.dir,
                 f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
                 len(rows),
                 self.task.tokens(valid),
@@ -189,8 +213,3 @@ class TokenizePart:
             )
             shards.append(shard.model_dump())
         return {"split": part.split, "index": part.index, "shards": shards, "text_bytes": text_bytes}
-
-    def _shared(self, split: str) -> Any:
-        if split not in self.shared:
-            return None
-        return json.loads(self.place.local(f"attempt/{split}.json", self.shared[split]).read_text())

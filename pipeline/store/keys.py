@@ -13,39 +13,24 @@ KEY_DIGITS = 32
 
 
 def step_key(stage: str, version: int, recipe: dict[str, Any], inputs: dict[str, str]) -> str:
-    """The key of a step: 32 hex digits over stage, stage version, recipe and the keys of its inputs."""
+    """Return the key of a step: 32 hex digits over stage, stage version, recipe and the keys of its inputs."""
     identity = {"stage": stage, "version": version, "recipe": recipe, "inputs": inputs}
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with one spelling for equal values.
-
-    Raises:
-        TypeError: something that has no canonical form (a NaN, a set, an object), with the path to it.
-    """
+    """Return JSON with one spelling for equal values. Raises TypeError with the path to a NaN, a set, an object."""
     _refuse(value, "$")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def recipe_of(model: BaseModel) -> dict[str, Any]:
-    """The fields of a configuration section that enter a key.
-
-    A field declared with `json_schema_extra={"added_with": DEFAULT}` came after keys were already in use: at that
-    default it stays out, so that old keys stay valid.
-    """
-    recipe = model.model_dump(mode="json")
-    for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and "added_with" in extra and recipe[name] == extra["added_with"]:
-            del recipe[name]
-        elif isinstance(value := getattr(model, name), BaseModel):
-            recipe[name] = recipe_of(value)
-    return recipe
+def recipe_of(section: BaseModel) -> dict[str, Any]:
+    """Return the fields of a configuration section as they enter a key."""
+    return section.model_dump(mode="json")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Readable lines, one for each leaf in which two recipes differ."""
+    """Return readable lines, one for each leaf in which two recipes differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted(set(old) | set(new)):

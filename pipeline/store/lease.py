@@ -1,7 +1,4 @@
-"""Leases: which process runs a step, and the fencing token of its attempt.
-
-A live owner is waited for; a dead one is taken over, and its token is worth nothing from then on.
-"""
+"""Leases: which process runs a step, and the fencing token of its attempt, worth nothing once it was taken over."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class Owner:
 
     host: str
     pid: int
-    started_ticks: int  # since boot, so that a step of the system clock changes nothing
+    started_ticks: int  # since boot, so that a jump of the system clock changes nothing
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -39,9 +36,7 @@ class Owner:
 
     def gone(self) -> bool:
         """Tell whether the process ran on this host and runs no more."""
-        if self.host != _this_host():
-            return False
-        return _start_ticks(self.pid) != self.started_ticks
+        return self.host == _this_host() and _start_ticks(self.pid) != self.started_ticks
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host.split()[0]}"
@@ -63,14 +58,12 @@ class Lease:
     def parse(cls, data: bytes) -> Lease:
         """Return the lease that `to_json` wrote."""
         fields = json.loads(data)
-        owner = Owner(**fields["owner"]) if fields["owner"] else None
-        return cls(owner, fields["fence"], fields["heartbeat"])
+        return cls(Owner(**fields["owner"]) if fields["owner"] else None, fields["fence"], fields["heartbeat"])
 
     def dead(self) -> bool:
         """Tell whether nobody holds the lease any more."""
-        if self.owner is None or self.owner.gone():
-            return True
-        return self.owner.host != _this_host() and time.time() - self.heartbeat > DEAD_AFTER_S
+        silent = time.time() - self.heartbeat > DEAD_AFTER_S
+        return self.owner is None or self.owner.gone() or (silent and self.owner.host != _this_host())
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class LeaseFile:
 
     @contextlib.contextmanager
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[int]:
-        """Hold the lease while inside; yields the fencing token.
+        """Hold the lease while inside; yield the fencing token.
 
         A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
         away what killed writers left half written.
@@ -125,8 +118,7 @@ class LeaseFile:
         if current is not None and current.fence == lease.fence:
             with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
                 self.objects.delete_unfinished(self.folder, spared=LEASE)
-            released = Lease(None, lease.fence, time.time())
-            self.objects.swap(self._name, current.to_json(), released.to_json())
+            self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence, time.time()).to_json())
 
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
         told: Owner | None = None

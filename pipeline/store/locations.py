@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import ConfigError
 from pipeline.store.objects import open_objects
 
-if TYPE_CHECKING:  # the schema imports torch, which takes longer than a lookup
+if TYPE_CHECKING:
     from pipeline.config.resources import Resources
 
 
 def storage_uri(resources: Resources) -> str:
-    """The store's root, a directory as an absolute path, with the namespace below it."""
+    """Return the store's root, a directory as an absolute path, with the namespace below it."""
     open_objects(resources.storage_uri)  # refuses what is neither a directory nor S3
     root = resources.storage_uri.rstrip("/")
     root = root if root.startswith("s3://") else str(Path(root).expanduser().resolve())
@@ -20,24 +21,37 @@ def storage_uri(resources: Resources) -> str:
 
 
 def anchored(resources: Resources) -> Resources:
-    """With absolute places, for workers, which have working directories of their own."""
+    """Return the resources with absolute paths, for workers, which have working directories of their own."""
     root = storage_uri(resources.model_copy(update={"namespace": ""}))
     return resources.model_copy(update={"storage_uri": root, "local_cache_dir": scratch_dir(resources)})
 
 
 def tracking_uri(resources: Resources) -> str:
-    """The MLflow server, or a SQLite file beside the store."""
+    """Return the MLflow server, or a SQLite file beside the store."""
     return resources.tracking_uri or registry_beside(resources.storage_uri)
 
 
+def make_scratch_dir(resources: Resources) -> str:
+    """Make the folder of `scratch_dir` on this machine, and return its path. Raises ConfigError: it cannot be made."""
+    scratch = Path(scratch_dir(resources)).expanduser()
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The scratch folder {scratch} cannot be made: {error}. Set resources.storage_uri or "
+            "resources.local_cache_dir to a directory you may write to."
+        ) from error
+    return str(scratch)
+
+
 def registry_beside(storage_uri: str) -> str:
-    """The SQLite file that records the runs of a store unless they are sent to a server."""
+    """Return the SQLite file that records the runs of a store unless they are sent to a server."""
     folder = Path("bitmill-store" if storage_uri.startswith("s3://") else storage_uri.removeprefix("file://"))
     return f"sqlite:///{folder.expanduser().resolve() / 'mlflow.db'}"
 
 
 def scratch_dir(resources: Resources) -> str:
-    """Where temporary files and fetched copies go on each node; the knob is resources.local_cache_dir."""
+    """Return where temporary files and fetched copies go on each node; the knob is resources.local_cache_dir."""
     if resources.local_cache_dir:
         return resources.local_cache_dir
     if resources.storage_uri.startswith("s3://"):

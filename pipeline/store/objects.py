@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,15 +20,13 @@ SPARED_S = 60.0  # for how long a temporary file may still become one that is sp
 
 
 class Objects(Protocol):
-    """Named objects under one root. Every write is atomic: a reader sees the old object, the new one, or none.
-
-    A store that cannot be reached raises OSError.
-    """
+    """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached."""
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """Return an object's content. Raises FileNotFoundError."""
 
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes) -> None:
+        """Store an object, in place of one that exists."""
 
     def create(self, name: str, data: bytes) -> bool:
         """Write unless the object exists; False if it does."""
@@ -36,28 +34,29 @@ class Objects(Protocol):
     def swap(self, name: str, expected: bytes, data: bytes) -> bool:
         """Replace the object if it still holds `expected`; False otherwise."""
 
-    def upload(self, name: str, path: Path) -> None: ...
+    def upload(self, name: str, path: Path) -> None:
+        """Store a local file as an object, in place of one that exists."""
 
     def local(self, name: str, scratch: Path) -> Path:
-        """A local file with the object's content: the object itself, or a copy under `scratch`."""
+        """Return a local file with the object's content: the object itself, or a copy under `scratch`."""
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of every object whose name starts with `prefix`."""
+        """Return the bytes of every object whose name starts with `prefix`."""
 
-    def delete(self, name: str) -> None: ...
+    def delete(self, name: str) -> None:
+        """Delete an object, if it exists."""
 
     def delete_below(self, prefix: str) -> None:
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
     def delete_unfinished(self, prefix: str, spared: str) -> None:
-        """Delete what killed writers left below `prefix`, which ends in a slash, except of files named `spared` that
-        others may be writing now."""
+        """Delete what killed writers left below `prefix`, save `spared` files that others may be writing now."""
 
     def free_bytes(self) -> int | None:
         """Return the space left, or None where there is no limit to ask for."""
 
     def arrow(self, name: str) -> tuple[str, Any]:
-        """Return the same place for libraries that read through Arrow: a path, and its file system, None for ours."""
+        """Return the place of an object for readers through Arrow: a path, and its file system, None for ours."""
 
 
 class Directory:
@@ -76,20 +75,10 @@ class Directory:
         return self._path(name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        with self._temporary(name) as (temporary, path):
-            temporary.write_bytes(data)
-            _sync(temporary)
-            temporary.replace(path)
+        self._put(name, lambda temporary: temporary.write_bytes(data), os.replace)
 
     def create(self, name: str, data: bytes) -> bool:
-        with self._temporary(name) as (temporary, path):
-            temporary.write_bytes(data)
-            _sync(temporary)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            return True
+        return self._put(name, lambda temporary: temporary.write_bytes(data), os.link)
 
     def swap(self, name: str, expected: bytes, data: bytes) -> bool:
         path = self._path(name)
@@ -106,10 +95,7 @@ class Directory:
             return True
 
     def upload(self, name: str, path: Path) -> None:
-        with self._temporary(name) as (temporary, target):
-            shutil.copyfile(path, temporary)
-            _sync(temporary)
-            temporary.replace(target)
+        self._put(name, lambda temporary: shutil.copyfile(path, temporary), os.replace)
 
     def local(self, name: str, scratch: Path) -> Path:
         path = self._path(name)
@@ -119,14 +105,14 @@ class Directory:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         folder = self._path(prefix.rpartition("/")[0])
-        found = {}
+        sizes = {}
         for parent, _, files in os.walk(folder):  # unlike rglob, at ease with folders that vanish meanwhile
             for path in (Path(parent, file) for file in files if not file.startswith(".")):
                 name = path.relative_to(self.root.resolve()).as_posix()
                 if name.startswith(prefix):
                     with contextlib.suppress(FileNotFoundError):
-                        found[name] = path.stat().st_size
-        return dict(sorted(found.items()))
+                        sizes[name] = path.stat().st_size
+        return dict(sorted(sizes.items()))
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -142,21 +128,25 @@ class Directory:
                     path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        existing = self.root.resolve()
-        while not existing.exists():
-            existing = existing.parent
-        return shutil.disk_usage(existing).free
+        root = self.root.resolve()
+        return shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
 
     def arrow(self, name: str) -> tuple[str, None]:
         return str(self.root / name), None
 
-    @contextlib.contextmanager
-    def _temporary(self, name: str) -> Iterator[tuple[Path, Path]]:
+    def _put(self, name: str, fill: Callable[[Path], object], place: Callable[[Path, Path], None]) -> bool:
+        """Fill a temporary file and put it in the object's place, whole; False if `place` refuses an object there."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
-            yield temporary, path
+            fill(temporary)
+            _sync(temporary)
+            try:
+                place(temporary, path)
+            except FileExistsError:
+                return False
+            return True
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -1,7 +1,4 @@
-"""What stages hand on: one frozen record each, and nothing else.
-
-A record is the last thing a step writes; when it exists, the step is done.
-"""
+"""What stages hand on: one frozen record each, which `step_store` writes last, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,11 +11,12 @@ from pipeline.errors import RunError
 
 SCHEMA_VERSION = 1
 SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 Point = dict[str, float]  # of a curve: "step" and values in nats, by name
 
 
 class Advance(Protocol):
-    """Told how far a long stage is: done of how many, a word on how it goes, points of curves since the last call."""
+    """A function told how far a stage is: done of how many, a word on how it goes, points since the last call."""
 
     def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None: ...
 
@@ -46,10 +44,12 @@ class Split(Closed):
 
     @property
     def rows(self) -> int:
+        """Count the rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def tokens(self) -> int:
+        """Count the tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
 
 
@@ -57,6 +57,7 @@ class Record(Closed):
     """Base of all records: where it comes from, and the files that belong to it."""
 
     stage: ClassVar[str]
+    FOLDER: ClassVar[str] = ""  # of its files that belong together
     schema_version: int = SCHEMA_VERSION
     key: str
     stage_version: int
@@ -66,6 +67,7 @@ class Record(Closed):
     files: dict[str, StoredFile] = {}
 
     def to_json(self) -> bytes:
+        """Return the bytes that `read_record` parses."""
         return json.dumps({"stage": self.stage, **self.model_dump(mode="json")}, indent=1).encode()
 
 
@@ -74,7 +76,6 @@ class Tokens(Record):
 
     stage: ClassVar[str] = "tokenize"
     FOLDER: ClassVar[str] = "tokenizer/"
-    block_length: int
     vocabulary: int
     end_of_text: int | None
     padding: int | None = None  # where the task needs a padding token
@@ -91,6 +92,8 @@ class Trained(Record):
 
 
 class Teacher(Trained):
+    """The full-precision model that students learn from: a checkpoint as it is, or trained on the task's text."""
+
     stage: ClassVar[str] = "finetune"
     FOLDER: ClassVar[str] = "model/"
     fp32_bytes: int
@@ -99,9 +102,13 @@ class Teacher(Trained):
 
 
 class Student(Trained):
+    """The quantized model that was distilled from the teacher."""
+
     stage: ClassVar[str] = "distill"
-    WEIGHTS: ClassVar[str] = "weights.safetensors"
+    WEIGHTS: ClassVar[str] = "weights.safetensors"  # latent, to train on from
+    FROZEN: ClassVar[str] = "frozen.safetensors"  # what is scored and ships
     family: str
+    digest: str  # of the frozen tensors
 
 
 class TeacherCache(Record):
@@ -124,8 +131,8 @@ class Sensitivity(Record):
     kl_nats: dict[str, dict[int, float]]
 
 
-class Report(Record):
-    """What the frozen student and the teacher score on the test split."""
+class Evaluation(Record):
+    """Scores of the frozen student and the teacher on the test split."""
 
     stage: ClassVar[str] = "evaluate"
     protocol: str
@@ -135,6 +142,8 @@ class Report(Record):
 
 
 class Size(Closed):
+    """Bytes of the teacher and of the packed model, and their ratio: honest ones, and as the paper counts."""
+
     teacher_bytes: int
     packed_bytes: int
     ratio: float
@@ -143,6 +152,8 @@ class Size(Closed):
 
 
 class Package(Record):
+    """The packed model, as a folder of files."""
+
     stage: ClassVar[str] = "pack"
     FOLDER: ClassVar[str] = "package/"
     digest: str
@@ -150,6 +161,8 @@ class Package(Record):
 
 
 class ModelVersion(Record):
+    """The version of a registered model that holds the package."""
+
     stage: ClassVar[str] = "register"
     name: str
     version: int
@@ -159,9 +172,8 @@ class ModelVersion(Record):
 
 
 class Trial(Closed):
-    """A trial of a sweep: its values, and what became of it. `key` is that of its registration, as of any run.
-
-    `seconds` is from start to end on its workers; `last` the last point of validation it reported."""
+    """A trial of a sweep: its values, and what became of it. `key` is that of its registration, as of any run,
+    `seconds` from start to end on its workers, `last` the last point of validation it reported."""
 
     key: str
     bits: str
@@ -175,10 +187,11 @@ class Trial(Closed):
     failure: str = ""
     seconds: float = 0.0
     workers: int = 1
-    places: dict[str, str] = {}  # keys of its steps, by stage
+    step_keys: dict[str, str] = {}  # by stage
 
     @property
     def worker_seconds(self) -> float:
+        """Return the seconds of all workers together."""
         return self.seconds * self.workers
 
 
@@ -196,24 +209,18 @@ R = TypeVar("R", bound=Record)
 
 
 def read_record(data: bytes, kind: type[R], place: str) -> R:
-    """Parse a stored record.
-
-    Raises:
-        RunError: the record was written by a newer bitmill, or is damaged.
-    """
+    """Parse a stored record. Raises RunError: the record was written by a newer bitmill, or is damaged."""
     try:
         fields = json.loads(data)
         version, stage = fields["schema_version"], fields.pop("stage")
+        newer = not isinstance(version, int) or version > SCHEMA_VERSION
+        if not newer and stage == kind.stage:
+            return kind.model_validate(fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"The record {place} is damaged ({error}). Delete it to run the step again.") from error
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if newer:
         raise RunError(
             f"The record {place} has schema_version {version}; this bitmill reads up to {SCHEMA_VERSION}. "
             "Upgrade bitmill, or use another resources.storage_uri."
         )
-    if stage != kind.stage:
-        raise RunError(f"The record {place} is of stage {stage!r} where {kind.stage!r} belongs.")
-    try:
-        return kind.model_validate(fields)
-    except ValueError as error:
-        raise RunError(f"The record {place} is damaged ({error}). Delete it to run the step again.") from error
+    raise RunError(f"The record {place} is of stage {stage!r} where {kind.stage!r} belongs.")

@@ -12,12 +12,12 @@ from typing import Any
 
 import boto3
 import pyarrow.fs
+from boto3.exceptions import Boto3Error
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.store.objects import TEMPORARY
-
 CONFLICT_RETRIES = 6
+PARTIAL = ".tmp"  # end of the name of a copy that is not whole
 
 
 class S3Error(OSError):
@@ -46,7 +46,7 @@ class Bucket:
         return body
 
     def write(self, name: str, data: bytes) -> None:
-        with _explained(name):
+        with _explained():
             self.client.put_object(**self._at(name), Body=data)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -77,7 +77,7 @@ class Bucket:
         return False
 
     def upload(self, name: str, path: Path) -> None:
-        with _explained(name):
+        with _explained():
             self.client.upload_file(str(path), **self._at(name))
 
     def local(self, name: str, scratch: Path) -> Path:
@@ -85,27 +85,30 @@ class Bucket:
         path = scratch / digest / Path(name).name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
             with _explained(name):
                 self.client.download_file(self.bucket, self.prefix + name, str(temporary))
             temporary.replace(path)
         return path
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        return {item["Key"][len(self.prefix) :]: item["Size"] for item in self._listed(prefix)}
+        return self._listed("Size", prefix)
 
     def versions(self, prefix: str) -> dict[str, str]:
         """Return the ETag of every object whose name starts with `prefix`."""
-        return {item["Key"][len(self.prefix) :]: item["ETag"] for item in self._listed(prefix)}
+        return self._listed("ETag", prefix)
 
-    def _listed(self, prefix: str) -> Iterator[dict[str, Any]]:
+    def _listed(self, field: str, prefix: str) -> dict[str, Any]:
+        listed = self._pages("list_objects_v2", "Contents", prefix)
+        return {item["Key"][len(self.prefix) :]: item[field] for item in listed}
+
+    def _pages(self, call: str, entries: str, prefix: str) -> Iterator[dict[str, Any]]:
         with _explained():
-            pages = self.client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                yield from page.get("Contents", [])
+            for page in self.client.get_paginator(call).paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                yield from page.get(entries, [])
 
     def delete(self, name: str) -> None:
-        with _explained(name):
+        with _explained():
             self.client.delete_object(**self._at(name))
 
     def delete_below(self, prefix: str) -> None:
@@ -114,11 +117,8 @@ class Bucket:
 
     def delete_unfinished(self, prefix: str, spared: str) -> None:
         with _explained():
-            pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self.prefix + prefix
-            )
-            uploads = (upload for page in pages for upload in page.get("Uploads", []))
-            for upload in uploads:  # an object named `spared` is small, and never uploaded in parts
+            # An object named `spared` is small, and never uploaded in parts.
+            for upload in self._pages("list_multipart_uploads", "Uploads", prefix):
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def free_bytes(self) -> int | None:
@@ -140,7 +140,7 @@ def _explained(name: str | None = None) -> Iterator[None]:
         if name is not None and _status(error) == 404:
             raise FileNotFoundError(name) from error
         raise S3Error(str(error)) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise S3Error(str(error)) from error
 
 

@@ -2,7 +2,7 @@
 
 A step is done when its record exists; the record is created last, atomically and once. While a step runs, its
 process holds a lease with a fencing token; every write of the step checks the token first, so what the workers of
-a killed driver still try to write is refused. Only this module knows how the places of steps are spelled.
+a killed driver still try to write is refused. Only this module knows how the directories of steps are spelled.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 @dataclass(frozen=True)
 class StepDir:
-    """The files of one step. Small and picklable: workers get a directory, not a connection.
-
-    `fence` is the token of the attempt that may write; None reads only.
-    """
+    """The files of one step, small and picklable. `fence` is the token of the attempt that may write; None reads."""
 
     storage_uri: str
     stage: str
@@ -105,25 +102,19 @@ class StepDir:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return the bytes of the step's files whose names start with `prefix`."""
-        start = len(self._prefix)
-        return {name[start:]: size for name, size in self._objects.sizes(self._prefix + prefix).items()}
+        sizes = self._objects.sizes(self._prefix + prefix)
+        return {name.removeprefix(self._prefix): size for name, size in sizes.items()}
 
     def local(self, name: str, stored: StoredFile) -> Path:
-        """Return a local file, checked against its checksum before anyone reads it.
-
-        Raises:
-            DamagedError: it is missing or does not match.
-        """
+        """Return a local file that matches its checksum. Raises DamagedError if it is missing or does not."""
         scratch = Path(self.scratch).expanduser().resolve()
         try:
             path = self._objects.local(self._prefix + name, scratch)
-            if _matches(path, stored):
-                return path
-            if path.is_relative_to(scratch):  # a spoilt copy; the object itself may be sound
+            if path.is_relative_to(scratch) and not _matches(path, stored):  # the object itself may be sound
                 path.unlink()
                 path = self._objects.local(self._prefix + name, scratch)
-                if _matches(path, stored):
-                    return path
+            if _matches(path, stored):
+                return path
         except FileNotFoundError as error:
             raise DamagedError(f"The {self.stage} step {self.key} lacks its file {name} ({self.uri}).") from error
         raise DamagedError(
@@ -154,8 +145,7 @@ class StepDir:
         return path.resolve()
 
     def run_folder(self) -> tuple[str, Any]:
-        """Return where Ray keeps its own state of this attempt: a path that all nodes share, and its pyarrow file
-        system, None for a directory."""
+        """Return where Ray keeps this attempt's state: a path that all nodes share, and a pyarrow file system."""
         return self._objects.arrow(self._prefix + "attempt")
 
     def uri_of(self, name: str) -> str:
@@ -173,7 +163,7 @@ class StepDir:
 
     @contextlib.contextmanager
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[StepDir]:
-        """Hold the step's lease as `LeaseFile.hold` does; yields the directory with its fencing token."""
+        """Hold the step's lease as `LeaseFile.hold` does; yield the directory with its fencing token."""
         with self._lease.hold(wait, waiting) as fence:
             yield StepDir(self.storage_uri, self.stage, self.key, self.scratch, fence)
 
@@ -232,9 +222,8 @@ def checksum(path: Path) -> StoredFile:
 
 def _matches(path: Path, stored: StoredFile) -> bool:
     status = path.stat()
-    if status.st_size != stored.bytes:
-        return False
-    return _digest_of(str(path), status.st_ino, status.st_size, status.st_mtime_ns) == stored.sha256
+    identity = str(path), status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size == stored.bytes and _digest_of(*identity) == stored.sha256
 
 
 @lru_cache(maxsize=4096)

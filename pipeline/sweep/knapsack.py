@@ -14,7 +14,7 @@ SCALE = 1e6  # objectives are scaled so that the solver's absolute tolerances (1
 
 @dataclass(frozen=True)
 class Option:
-    """What a width costs a module: bytes, and loss in nats."""
+    """The cost of a width for a module: bytes, and loss in nats."""
 
     bytes: int
     loss: float
@@ -23,40 +23,20 @@ class Option:
 Options = Mapping[str, Mapping[int, Option]]  # by module and width
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """A width for every module, with the sums."""
-
-    widths: dict[str, int]
-    bytes: int
-    loss: float
-
-
-def smallest(options: Options) -> int:
-    """Bytes of the smallest assignment."""
-    return sum(min(option.bytes for option in of.values()) for of in options.values())
-
-
-def allocations(options: Options, limit_bytes: int) -> Iterator[Allocation]:
-    """Assignments within the limit, the least loss first, as many as are asked for.
+def allocations(options: Options, limit_bytes: int) -> Iterator[dict[str, int]]:
+    """Yield assignments of a width to every module within the limit, the least loss first, as many as are asked for.
 
     Losses add up; of equal losses the fewer bytes come first. Each answer is excluded by a cut before the next solve.
     """
     names = sorted(options)
     columns = [(name, bits) for name in names for bits in sorted(options[name])]
-    row_of = {name: row for row, name in enumerate(names)}
-    pick = csr_array(
-        (np.ones(len(columns)), ([row_of[name] for name, _ in columns], range(len(columns)))),
-        shape=(len(names), len(columns)),
-    )
+    places = [names.index(name) for name, _ in columns], range(len(columns))
+    pick = csr_array((np.ones(len(columns)), places), shape=(len(names), len(columns)))
     size = np.array([options[name][bits].bytes for name, bits in columns], dtype=np.float64)
     loss = np.array([options[name][bits].loss for name, bits in columns])
     objective = loss / (loss.max() or 1.0) * SCALE + size / size.max() * 1e-3
     unit = size.max()
-    constraints = [
-        LinearConstraint(pick, 1, 1),
-        LinearConstraint(size[None] / unit, -np.inf, (limit_bytes + 0.5) / unit),
-    ]
+    fits = LinearConstraint(size[None] / unit, -np.inf, (limit_bytes + 0.5) / unit)
     cuts: list[np.ndarray] = []
     while True:
         excluded = [LinearConstraint(np.stack(cuts), -np.inf, len(names) - 1)] if cuts else []
@@ -64,16 +44,11 @@ def allocations(options: Options, limit_bytes: int) -> Iterator[Allocation]:
             objective,
             integrality=np.ones(len(columns)),
             bounds=Bounds(0, 1),
-            constraints=constraints + excluded,
+            constraints=[LinearConstraint(pick, 1, 1), fits, *excluded],
             options={"mip_rel_gap": 0.0},
         )
         if solved.x is None:
             return
         chosen = solved.x > 0.5
         cuts.append(chosen.astype(np.float64))
-        widths = {name: bits for (name, bits), taken in zip(columns, chosen, strict=True) if taken}
-        yield Allocation(
-            widths,
-            sum(options[name][bits].bytes for name, bits in widths.items()),
-            sum(options[name][bits].loss for name, bits in widths.items()),
-        )
+        yield {name: bits for (name, bits), taken in zip(columns, chosen, strict=True) if taken}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import starmap
+from operator import le
 
 
-def front(points: Sequence[Sequence[float | None]]) -> list[int]:
-    """Indices of the points that no other dominates, every objective minimised.
+def pareto_front(points: Sequence[Sequence[float | None]]) -> list[int]:
+    """Return the indices of the points that no other dominates, every objective minimised.
 
     One point dominates another if it is nowhere larger and somewhere smaller; so equal points stay together. A point
     with a missing objective (None or NaN, as of a trial that failed) is never on the front and dominates nothing.
@@ -19,10 +21,6 @@ def front(points: Sequence[Sequence[float | None]]) -> list[int]:
     ]
     best: list[tuple[int, tuple[float, ...]]] = []
     for index, values in sorted(whole, key=lambda entry: entry[1]):  # whoever dominates a point sorts before it
-        if not any(_dominates(earlier, values) for _, earlier in best):
+        if not any(other != values and all(starmap(le, zip(other, values, strict=True))) for _, other in best):
             best.append((index, values))
     return sorted(index for index, _ in best)
-
-
-def _dominates(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
-    return left != right and all(a <= b for a, b in zip(left, right, strict=True))

@@ -5,11 +5,13 @@ A trial that has ended is never run again; one that was running when its driver 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from pipeline.config.run import Config
@@ -17,59 +19,62 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
-from pipeline.flow import run as flow
+from pipeline.flow.plan import RunPlan, plan_run, target_of
+from pipeline.flow.run import run_plan
 from pipeline.store.keys import canonical_json, step_key
-from pipeline.store.records import ModelVersion, Package, Point, Report, Student, Trial
+from pipeline.store.records import Advance, Evaluation, ModelVersion, Package, Point, Student, Trial
 from pipeline.store.step_store import StepDir
-from pipeline.sweep.sampler import suggestion
+from pipeline.sweep.sampler import sample_values
 from pipeline.sweep.trials import label, scores, trial_config
 from pipeline.tracking import runs
-from pipeline.tracking.listener import Silent
-from pipeline.tracking.outbox import LiveRun, Outbox
+from pipeline.tracking.listener import SilentListener
+from pipeline.tracking.mlflow_listener import MlflowListener
+from pipeline.tracking.outbox import Outbox
 
 POINTS = "points"
 SHARING = "sharing.json"
-SUGGESTIONS = 20  # tries to be suggested what was not tried before
-Advance = Callable[[int, int, str], None]
+SAMPLES_A_TRIAL = 20  # tries to sample values that were not tried before
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlannedTrial:
     """Values of a trial, and the plan that they make."""
 
     values: dict[str, Any]
-    plan: flow.Plan
+    plan: RunPlan
 
     @property
     def key(self) -> str:
+        """Return the run key, which names the trial."""
         return self.plan.run_key
 
 
-def candidate(base: Config, values: dict[str, Any]) -> Candidate:
-    """Raises ConfigError for a combination that cannot work, with its values."""
+def plan_trial(base: Config, values: dict[str, Any]) -> PlannedTrial:
+    """Plan the run of a trial. Raises ConfigError for a combination that cannot work, with its values."""
     config = trial_config(base, values)
     try:
-        return Candidate(values, flow.plan(config))
+        return PlannedTrial(values, plan_run(config))
     except ConfigError as error:
         raise ConfigError(f"The trial {label(values)} cannot run: {error}") from error
 
 
-def stored_trials(place: StepDir) -> dict[str, Trial]:
-    """What is known of a sweep's trials, in the order in which they were started."""
-    found = [json.loads(place.read(name)) for name in place.sizes("trials/") if name.endswith(".json")]
-    return {entry["trial"]["key"]: Trial(**entry["trial"]) for entry in sorted(found, key=lambda entry: entry["index"])}
+def stored_trials(step_dir: StepDir) -> dict[str, Trial]:
+    """Return what is known of a sweep's trials, in the order in which they were started."""
+    entries = [json.loads(step_dir.read(name)) for name in step_dir.sizes("trials/") if name.endswith(".json")]
+    trials = [Trial(**entry["trial"]) for entry in sorted(entries, key=itemgetter("index"))]
+    return {trial.key: trial for trial in trials}
 
 
-def stored_sharing(place: StepDir) -> dict[str, float]:
-    """Worker-seconds that a sweep has spent on what its trials share."""
+def stored_sharing(step_dir: StepDir) -> dict[str, float]:
+    """Return the worker-seconds that a sweep has spent on what its trials share."""
     try:
-        return dict(json.loads(place.read(SHARING)))
+        return dict(json.loads(step_dir.read(SHARING)))
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
 @dataclass
-class Feed:
+class TrialQueue:
     """Gives Tune the next trial, hears of each, and registers what is done.
 
     `listed` are the trials known beforehand; with Optuna they are asked for one by one. `failures` says, by key, why
@@ -79,57 +84,56 @@ class Feed:
     base: Config
     sweep: Sweep
     key: str
-    place: StepDir
-    listed: Sequence[Candidate]
+    step_dir: StepDir
+    listed: Sequence[PlannedTrial]
     outbox: Outbox
     advance: Advance
     trials: dict[str, Trial] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     capped: bool = False
-    _running: dict[str, tuple[Candidate, float]] = field(default_factory=dict)
+    _running: dict[str, tuple[PlannedTrial, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._sharing = stored_sharing(self.place)
+        self._sharing = stored_sharing(self.step_dir)
+        self.workers = max(1, self.base.resources.workers)
 
     @property
     def total(self) -> int:
+        """Return the number of trials; with Optuna, the most that there may be."""
         return len(self.listed) if self.sweep.search != "optuna" else self.sweep.at_most
 
     @property
     def ended_count(self) -> int:
+        """Return how many trials have ended."""
         return sum(trial.status != "running" for trial in self.trials.values())
 
     @property
     def spent_s(self) -> float:
-        """Worker-seconds of all trials so far, and of what they share."""
-        begun = sum((time.monotonic() - start) * self._workers for _, start in self._running.values())
+        """Return the worker-seconds of all trials so far, and of what they share."""
+        begun = sum((time.monotonic() - start) * self.workers for _, start in self._running.values())
         return begun + sum(trial.worker_seconds for trial in self.trials.values()) + sum(self._sharing.values())
 
     def charge(self, name: str, worker_seconds: float) -> None:
         """Write down what shared steps took, which counts like a trial."""
         if worker_seconds:
             self._sharing[name] = self._sharing.get(name, 0.0) + worker_seconds
-            self.place.write(SHARING, json.dumps(self._sharing).encode())
-
-    @property
-    def _workers(self) -> int:
-        return max(1, self.base.resources.workers)
+            self.step_dir.write(SHARING, json.dumps(self._sharing).encode())
 
     def settle(self) -> bool:
-        """Take in what needs no worker: trials whose package is there. Whether others are left to run."""
-        for one in self.waiting:
-            if one.plan.step(Package.stage).place.record(Package) is not None:  # there now, if not when it was planned
-                self._register(one, self.trials.get(one.key) or self._started(one))
+        """Take in what needs no worker: trials whose package is there. Returns whether others are left to run."""
+        for planned in self.waiting:
+            if planned.plan.step(Package).dir.record(Package) is not None:  # there now, if not when it was planned
+                self._register(planned, self._started(planned))
         return self.left
 
     @property
-    def waiting(self) -> list[Candidate]:
-        """Trials known beforehand that are to be run."""
-        return [one for one in self.listed if self._waits(one.key)]
+    def waiting(self) -> list[PlannedTrial]:
+        """Return the trials known beforehand that are to be run."""
+        return [planned for planned in self.listed if self._waits(planned.key)]
 
     @property
     def left(self) -> bool:
-        """Whether there are trials to run."""
+        """Tell whether there are trials to run."""
         asked = self.sweep.search == "optuna"
         return bool(self.waiting) or (asked and (len(self.trials) < self.total or any(map(self._waits, self.trials))))
 
@@ -138,174 +142,168 @@ class Feed:
         return (known is None or known.status == "running") and key not in self._running and key not in self.failures
 
     def over(self) -> bool:
-        """Whether the cap of worker-hours is used up."""
+        """Tell whether the cap of worker-hours is used up."""
         cap = self.base.resources.max_worker_hours
         return cap is not None and self.spent_s >= cap * 3600
 
     def next(self) -> tuple[str, Any] | None:
+        """Start the next trial: its key and the plan for its worker; None: there are no more, or the cap is used up."""
         if self.over():
             self.capped = self.capped or self.left
             return None
-        one = self._chosen()
-        if one is None:
+        if (planned := self._chosen()) is None:
             return None
-        self._keep(self.trials.get(one.key) or self._started(one))
-        self._running[one.key] = (one, time.monotonic())
-        return one.key, worker_plan(one.plan)
+        self._keep(self._started(planned))
+        self._running[planned.key] = (planned, time.monotonic())
+        return planned.key, worker_plan(planned.plan)
 
-    def _chosen(self) -> Candidate | None:
-        waiting = self.waiting
-        if waiting:
+    def _chosen(self) -> PlannedTrial | None:
+        if waiting := self.waiting:
             return waiting[0]
         if self.sweep.search != "optuna":
             return None
         left = next((trial for key, trial in self.trials.items() if self._waits(key)), None)
-        return candidate(self.base, left.values) if left is not None else self._suggested()
+        return plan_trial(self.base, left.values) if left is not None else self._sampled()
 
-    def _suggested(self) -> Candidate | None:
-        for attempt in range(SUGGESTIONS * self.total):
+    def _sampled(self) -> PlannedTrial | None:
+        for attempt in range(SAMPLES_A_TRIAL * self.total):
             if len(self.trials) >= self.total:
                 return None
             tried = [(trial.values, self.scores(trial)) for trial in self.trials.values()]
-            values = suggestion(self.sweep, len(self.trials) + attempt * self.total, tried)
+            values = sample_values(self.sweep, len(self.trials) + attempt * self.total, tried)
             try:
-                one = candidate(self.base, values)
+                planned = plan_trial(self.base, values)
             except ConfigError as error:
                 key = step_key("impossible", 1, {"values": canonical_json(values)}, {})
                 if key not in self.trials:
                     bits = str(values.get("quant.bits", self.base.quant.bits))
                     self._keep(Trial(key=key, bits=bits, values=values, status="failed", failure=str(error)))
                 continue
-            if one.key not in self.trials:
-                return one
+            if planned.key not in self.trials:
+                return planned
         return None
 
     def scores(self, trial: Trial) -> tuple[float, ...] | None:
+        """Return a trial's objectives, each to be minimised; None: it has none yet."""
         if trial.status != "done" or trial.size is None:
             return None
         return scores(self.sweep.objectives, trial.teacher, trial.student, trial.size.packed_bytes)
 
     def reported(self, key: str, result: dict[str, Any]) -> None:
-        one, _ = self._running[key]
+        """Send a running trial's curves to MLflow, and keep the last validation."""
+        planned, _ = self._running[key]
         for stage, points in result.get(POINTS, ()):
-            self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), runs.prefixed(stage, points))
+            self.outbox.put(target_of(planned.plan, label(planned.values), self.key), runs.prefixed(stage, points))
         if math.isfinite(result[LOSS]):
-            trial = self.trials[key]
             last = {STEP: float(result[STEP]), LOSS: float(result[LOSS])}
-            self.trials[key] = trial.model_copy(update={"last": last})
-            self._say(f"{label(one.values)}: step {result[STEP]}, validation {result[LOSS]:.3f} nats")
+            self.trials[key] = self.trials[key].model_copy(update={"last": last})
+            self._say(f"{label(planned.values)}: step {result[STEP]}, validation {result[LOSS]:.3f} nats")
 
     def ended(self, key: str, status: str, failure: str) -> None:
+        """Keep what became of a trial; register it if it is done. `status`: done, stopped, failed or lost."""
         if key not in self._running:  # it ended before, and what was said of it could not be kept
             return
-        one, start = self._running.pop(key)
+        planned, start = self._running.pop(key)
         trial = self.trials[key]
         trial = trial.model_copy(update={"seconds": trial.seconds + time.monotonic() - start, "failure": failure})
         if status == "lost":  # by no fault of its own: the same command tries it again
             self.failures[key] = failure
             self._keep(trial)
         elif status == "done":
-            self._register(one, trial)
+            self._register(planned, trial)
         else:
-            self._fail(one, trial.model_copy(update={"status": status}))
-        self._say(f"{label(one.values)}: {status}")
+            self._fail(planned, trial.model_copy(update={"status": status}))
+        self._say(f"{label(planned.values)}: {status}")
 
-    def refuse(self, candidates: Sequence[Candidate], failure: str) -> None:
-        """Trials that cannot run, for what they share cannot be made."""
-        for one in candidates:
-            trial = self.trials.get(one.key) or self._started(one)
-            self._fail(one, trial.model_copy(update={"status": "failed", "failure": failure}))
+    def refuse(self, group: Sequence[PlannedTrial], failure: str) -> None:
+        """Write down as failed the trials that cannot run, for what they share cannot be made."""
+        for planned in group:
+            self._fail(planned, self._started(planned).model_copy(update={"status": "failed", "failure": failure}))
 
-    def _fail(self, one: Candidate, trial: Trial) -> None:
+    def _fail(self, planned: PlannedTrial, trial: Trial) -> None:
         """Write down a trial that was stopped or failed, here and in MLflow."""
         self._keep(trial)
         ending = "KILLED" if trial.status == "stopped" else "FAILED"
-        self.outbox.put(flow.target_of(one.plan, label(one.values), self.key), [], ending)
+        self.outbox.put(target_of(planned.plan, label(planned.values), self.key), [], ending)
 
-    def _register(self, one: Candidate, trial: Trial) -> None:
-        """Everything but the registration is done: read the results, and register the package from here."""
-        config = one.plan.config
+    def _register(self, planned: PlannedTrial, trial: Trial) -> None:
+        """Read the results of a trial that is done but for its registration, and register the package from here."""
+        config, failure = planned.plan.config, ""
         alone = config.resources.model_copy(update={"workers": 0})  # in this process, by the trial's own keys
-        plan = replace(flow.plan(config), config=config.model_copy(update={"resources": alone}))
-        target = flow.target_of(plan, label(one.values), self.key)
-        failure = ""
+        plan = replace(plan_run(config), config=config.model_copy(update={"resources": alone}))
+        target = target_of(plan, label(planned.values), self.key)
         try:
-            version = plan.steps[-1].record
-            if version is None:
+            if (version := plan.last.record) is None:
                 self.outbox.flush()
                 runs.find_run(target)
             else:  # made by `compress`, or by another sweep, whose it remains
                 runs.nest(target, runs.client_of(target.uri).get_run(version.run_id))
-            flow.run(plan, LiveRun(Silent(), self.outbox, target))
+            run_plan(plan, MlflowListener(SilentListener(), self.outbox, target))
         except NotRegisteredError as error:
             failure = str(error)
         except (BitmillError, *runs.FAULTS) as error:
-            self.failures[one.key] = str(error)
+            self.failures[planned.key] = str(error)
             self._keep(trial)
             return
-        self._keep(described(flow.plan(config), trial.model_copy(update={"status": "done", "failure": failure})))
+        self._keep(described(plan_run(config), trial.model_copy(update={"status": "done", "failure": failure})))
 
-    def _started(self, one: Candidate) -> Trial:
-        places = {step.stage: step.place.key for step in one.plan.steps}
-        bits = one.plan.config.quant.bits
-        return Trial(key=one.key, bits=bits, values=one.values, status="running", workers=self._workers, places=places)
+    def _started(self, planned: PlannedTrial) -> Trial:
+        """Return what is known of a trial, or a new one."""
+        keys, bits = {step.name: step.key for step in planned.plan.steps}, planned.plan.config.quant.bits
+        return self.trials.get(planned.key) or Trial(
+            key=planned.key, bits=bits, values=planned.values, status="running", workers=self.workers, step_keys=keys
+        )
 
     def _keep(self, trial: Trial) -> None:
         """Write a trial down."""
         self.trials[trial.key] = trial
-        index = list(self.trials).index(trial.key)
-        entry = {"index": index, "trial": trial.model_dump(mode="json")}
-        self.place.write(f"trials/{trial.key}.json", json.dumps(entry).encode())
+        entry = {"index": list(self.trials).index(trial.key), "trial": trial.model_dump(mode="json")}
+        self.step_dir.write(f"trials/{trial.key}.json", json.dumps(entry).encode())
 
     def _say(self, note: str) -> None:
         self.advance(self.ended_count, self.total, note)
 
 
-def described(plan: flow.Plan, trial: Trial) -> Trial:
-    """The trial with what the records of its steps say."""
-    report, package, version = (plan.step(kind.stage).record for kind in (Report, Package, ModelVersion))
-    found: dict[str, Any] = {"teacher": report.teacher, "student": report.student, "size": package.size}
+def described(plan: RunPlan, trial: Trial) -> Trial:
+    """Return the trial with what the records of its steps say."""
+    evaluation, package, version = (plan.step(kind).record for kind in (Evaluation, Package, ModelVersion))
+    facts: dict[str, Any] = {"teacher": evaluation.teacher, "student": evaluation.student, "size": package.size}
     if version is not None:
-        found["version"] = {"name": version.name, "version": version.version, "aliases": list(version.aliases)}
-    return trial.model_copy(update=found)
+        facts["version"] = {"name": version.name, "version": version.version, "aliases": list(version.aliases)}
+    return trial.model_copy(update=facts)
 
 
-def worker_plan(plan: flow.Plan) -> flow.Plan:
-    """What a trial's worker runs: all but the registration; a single worker trains in the trial's own process.
+def worker_plan(plan: RunPlan) -> RunPlan:
+    """Return what a trial's worker runs: all but the registration; a single worker trains in the trial's own process,
+    where Ray Train would cost 20 seconds a trial.
 
     Several train by Ray Train, which must not start lost ones again by itself: when a trial is stopped and its
     placement group removed, it would make another that nobody knows of. Tune tries a trial that lost a worker again.
     """
     resources = plan.config.resources
-    if resources.workers == 1:
-        resources = resources.model_copy(update={"workers": 0})
-    elif resources.workers > 1:
-        resources = resources.model_copy(update={"max_failures": 0})
-    return replace(plan, steps=plan.steps[:-1], config=plan.config.model_copy(update={"resources": resources}))
+    changed = resources.model_copy(update={"workers": 0} if resources.workers == 1 else {"max_failures": 0})
+    steps = tuple(step for step in plan.steps if step.stage.record is not ModelVersion)
+    return replace(plan, steps=steps, config=plan.config.model_copy(update={"resources": changed}))
 
 
-def run_trial(plan: flow.Plan, report: Callable[[dict[str, Any]], None]) -> None:
+def run_trial(plan: RunPlan, report: Callable[[dict[str, Any]], None]) -> None:
     """Run a trial up to its package, in its own process; each validation of the student is reported."""
-    engine = Engine(plan.config.resources)
-    try:
-        flow.run(plan, Reporter(report, engine), engine=engine)
-    finally:
-        engine.close()
+    with contextlib.closing(Engine(plan.config.resources)) as engine:
+        run_plan(plan, TrialListener(report, engine), engine=engine)
 
 
-class Reporter(Silent):
-    """An observer that gathers curves and reports them with each validation of the student."""
+class TrialListener(SilentListener):
+    """A listener that gathers curves and reports them with each validation of the student."""
 
     def __init__(self, report: Callable[[dict[str, Any]], None], engine: Engine) -> None:
         self._report, self._engine = report, engine
         self._gathered: list[tuple[str, list[Point]]] = []
 
     def measured(self, stage: str, points: Sequence[Point]) -> None:
+        """Gather points; report what is gathered at a validation of the student."""
         self._gathered.append((stage, list(points)))
         validated = [point for point in points if LOSS in point]
         if stage == Student.stage and validated:
-            last = validated[-1]
-            gathered, self._gathered = self._gathered, []
-            self._report(
-                {STEP: int(last["step"]), LOSS: last[LOSS], POINTS: gathered, GROUPS: sorted(self._engine.groups)}
-            )
+            last = {STEP: int(validated[-1]["step"]), LOSS: validated[-1][LOSS]}
+            self._report({**last, POINTS: self._gathered, GROUPS: sorted(self._engine.groups)})
+            self._gathered = []

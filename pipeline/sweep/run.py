@@ -1,4 +1,4 @@
-"""A sweep: many runs of the flow that share what they can. What is tried and found is kept in a place of its own.
+"""A sweep: many runs of the flow that share what they can. What is tried and found is kept in its own step directory.
 
 A trial is an ordinary configuration with other values, so its steps have the keys that `compress` gives them. The
 driver makes the shared steps once, Tune runs the rest of each trial up to its package, and the driver registers it.
@@ -19,7 +19,8 @@ from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
-from pipeline.flow import run as flow
+from pipeline.flow.plan import RunPlan, plan_run, target_of
+from pipeline.flow.run import run_plan
 from pipeline.stages.stage import provenance
 from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
@@ -27,12 +28,13 @@ from pipeline.store.locations import anchored, scratch_dir, storage_uri
 from pipeline.store.records import SweepRecord, TeacherCache, Trial
 from pipeline.store.step_store import StepDir
 from pipeline.sweep import bit_budget
-from pipeline.sweep.pareto import front
-from pipeline.sweep.queue import Candidate, Feed, candidate, run_trial, stored_sharing, stored_trials
-from pipeline.sweep.trials import check_sweep, drawn, label, listed, scores, trial_config
+from pipeline.sweep.pareto import pareto_front
+from pipeline.sweep.queue import PlannedTrial, TrialQueue, plan_trial, run_trial, stored_sharing, stored_trials
+from pipeline.sweep.trials import check_sweep, drawn, label, listed, trial_config
 from pipeline.tracking import registry, runs
-from pipeline.tracking.listener import Observer
-from pipeline.tracking.outbox import LiveRun, Outbox, load_watched, outbox_folder, send_waiting
+from pipeline.tracking.listener import Listener, tell
+from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
+from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import Target
 
 VERSION = 1
@@ -48,27 +50,28 @@ class SweepPlan:
 
     config: Config
     sweep: Sweep
-    base: flow.Plan
-    place: StepDir
+    base: RunPlan
+    step_dir: StepDir
     recipe: dict[str, Any]
-    known: tuple[Candidate, ...]
+    known: tuple[PlannedTrial, ...]
     trials: dict[str, Trial]
     record: SweepRecord | None
     retry_failed: bool
 
     @property
     def key(self) -> str:
-        return self.place.key
+        """Return the sweep's key."""
+        return self.step_dir.key
 
     @property
     def at_most(self) -> int:
-        """Trials where they cannot be named beforehand."""
+        """Return the most trials that there may be, where they cannot be named beforehand."""
         if self.sweep.budget_mib is not None:
             return len(_combinations(self.sweep)) * self.sweep.proposals
         return self.sweep.at_most
 
 
-def plan(config: Config, retry_failed: bool = False) -> SweepPlan:
+def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     """Check the whole space and plan every trial that can be named; starts nothing.
 
     `retry_failed`: trials that failed are to run again.
@@ -78,21 +81,21 @@ def plan(config: Config, retry_failed: bool = False) -> SweepPlan:
     """
     sweep = check_sweep(config)
     config = config.model_copy(update={"resources": anchored(config.resources)})
-    base = flow.plan(config)
+    base = plan_run(config)
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
-    place = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
-    trials, record = stored_trials(place), place.record(SweepRecord)
+    step_dir = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
+    trials, record = stored_trials(step_dir), step_dir.record(SweepRecord)
     if retry_failed and any(_failed(trial) for trial in trials.values()):
         trials, record = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}, None
-    planned = SweepPlan(config, sweep, base, place, recipe, (), trials, record, retry_failed)
+    planned = SweepPlan(config, sweep, base, step_dir, recipe, (), trials, record, retry_failed)
     if planned.record is not None and all(_registered(planned, planned.record.trials)):
         return planned
     return replace(planned, known=_known(config, sweep), record=None)
 
 
-def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
-    """The trials that can be named before anything runs; two that come to the same are one."""
+def _known(config: Config, sweep: Sweep) -> tuple[PlannedTrial, ...]:
+    """Return the trials that can be named before anything runs; two that come to the same are one."""
     if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
         for combined in map(partial(trial_config, config), _combinations(sweep)):
             bit_budget.check_budget(combined, bit_budget.layout_of(combined), sweep.budget_mib)
@@ -100,24 +103,24 @@ def _known(config: Config, sweep: Sweep) -> tuple[Candidate, ...]:
     if sweep.search == "optuna":  # a few examples, so that a space that cannot work at all is found out
         _one_that_works(config, sweep)
         return ()
-    found = [candidate(config, values) for values in listed(sweep)]
-    return tuple({one.key: one for one in found}.values())
+    trials = [plan_trial(config, values) for values in listed(sweep)]
+    return tuple({trial.key: trial for trial in trials}.values())
 
 
-def _one_that_works(config: Config, sweep: Sweep) -> Candidate:
-    """The first of a few draws that can run. Raises ConfigError: none can, and why the first cannot."""
+def _one_that_works(config: Config, sweep: Sweep) -> PlannedTrial:
+    """Return the first of a few draws that can run. Raises ConfigError: none can, and why the first cannot."""
     first = None
     for index in range(EXAMPLES):
         try:
-            return candidate(config, drawn(sweep, index))
+            return plan_trial(config, drawn(sweep, index))
         except ConfigError as error:
             first = first or error
     raise first or ConfigError("sweep: nothing was drawn")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a sweep gave. `complete` is False if the cap of worker-hours left trials for another time."""
+class SweepResult:
+    """The result of a sweep. `complete` is False if the cap of worker-hours left trials for another time."""
 
     trials: tuple[Trial, ...]
     front: tuple[str, ...]
@@ -127,133 +130,129 @@ class Found:
     untold: str = ""  # what MLflow has not taken
 
 
-def run(planned: SweepPlan, observer: Observer, wait: bool = True) -> Found:
+def run_sweep(planned: SweepPlan, listener: Listener, wait: bool = True) -> SweepResult:
     """Run the trials that have not ended, at most as many as `max_worker_hours` allows, and register what is done.
 
     Raises:
         BitmillError: what went wrong; trials that ended are kept.
     """
-    record = planned.record
-    if record is not None:
-        spent = _hours(record.trials, stored_sharing(planned.place))
-        return Found(record.trials, record.front, True, spent, untold=send_waiting(planned.config.resources))
+    if (record := planned.record) is not None:
+        shared = sum(stored_sharing(planned.step_dir).values())
+        hours = (sum(trial.worker_seconds for trial in record.trials) + shared) / 3600
+        return SweepResult(record.trials, record.front, True, hours, untold=send_waiting(planned.config.resources))
     step_store.check_writable(storage_uri(planned.config.resources))
     parent = parent_of(planned)
     runs.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))
     engine = Engine(planned.config.resources)
-    workers = max(1, planned.config.resources.workers)
     try:
-        with planned.place.hold(wait, lambda owner: observer.waiting("sweep", owner)) as place, outbox:
-            live = LiveRun(observer, outbox, parent)
+        with planned.step_dir.hold(wait, lambda owner: listener.waiting("sweep", owner)) as step_dir, outbox:
+            curves = MlflowListener(listener, outbox, parent)
             with load_watched(outbox, parent):
                 begun = time.monotonic()
-                feed = _feed(_with_proposals(planned, live, wait), place, outbox, observer)
-                feed.charge(
-                    "proposals", (time.monotonic() - begun) * workers if planned.sweep.budget_mib is not None else 0.0
-                )
-                if feed.settle() and not feed.over():
-                    _run(planned, feed, engine, place, live, wait)
-                feed.capped = feed.capped or (feed.over() and bool(feed.left))
-            found = _conclude(planned, feed, place)
+                queue = _queue(_with_proposals(planned, curves, wait), step_dir, outbox, listener)
+                if planned.sweep.budget_mib is not None:
+                    queue.charge("proposals", (time.monotonic() - begun) * queue.workers)
+                if queue.settle() and not queue.over():
+                    _run(planned, queue, engine, step_dir, curves, wait)
+                queue.capped = queue.capped or (queue.over() and bool(queue.left))
+            result = _conclude(planned, queue, step_dir)
     except BitmillError as error:
         raise type(error)(" ".join(filter(None, [str(error), outbox.told()]))) from error
     finally:
         engine.close()
-    return replace(found, untold=outbox.told())
+    return replace(result, untold=outbox.told())
 
 
-def _feed(planned: SweepPlan, place: StepDir, outbox: Outbox, observer: Observer) -> Feed:
-    """What is known of the trials, under the lease; one whose version the registry lost is to be registered again."""
-
-    def advance(done: int, total: int, note: str) -> None:
-        observer.advanced(TRIALS, done, total, note)
-
-    trials = stored_trials(place)
+def _queue(planned: SweepPlan, step_dir: StepDir, outbox: Outbox, listener: Listener) -> TrialQueue:
+    """Queue the trials known, under the lease; one whose version the registry lost is to be registered again."""
+    trials = stored_trials(step_dir)
     held = _registered(planned, tuple(trials.values()))
     known = {
         key: trial if there and not (planned.retry_failed and _failed(trial)) else _again(trial)
         for (key, trial), there in zip(trials.items(), held, strict=True)
     }
     if planned.retry_failed or not all(held):  # a finished sweep some of whose trials are to run again
-        place.forget_record()
-        place.delete(PAGE)
-    return Feed(planned.config, planned.sweep, planned.key, place, planned.known, outbox, advance, known)
+        step_dir.forget_record()
+        step_dir.delete(PAGE)
+    advance = partial(tell, listener, TRIALS)
+    return TrialQueue(planned.config, planned.sweep, planned.key, step_dir, planned.known, outbox, advance, known)
 
 
 def _failed(trial: Trial) -> bool:
-    """Whether it may run again: values that no configuration takes have no steps."""
-    return trial.status == "failed" and bool(trial.places)
+    """Tell whether a trial failed and may run again: values that no configuration takes have no steps."""
+    return trial.status == "failed" and bool(trial.step_keys)
 
 
 def _again(trial: Trial) -> Trial:
     return trial.model_copy(update={"status": "running", "failure": ""})
 
 
-def _with_proposals(planned: SweepPlan, observer: Observer, wait: bool) -> SweepPlan:
-    """With the assignments of bits that fit `budget_mib` as trials, for each combination of the space."""
+def _with_proposals(planned: SweepPlan, listener: Listener, wait: bool) -> SweepPlan:
+    """Return the plan, its trials the assignments of bits that fit `budget_mib`, for each combination of the space."""
     sweep = planned.sweep
     if sweep.budget_mib is None:
         return planned
     known = {}
     for values in _combinations(sweep):
         config = trial_config(planned.config, values)
-        for bits in bit_budget.proposals(config, sweep.budget_mib, sweep.proposals, observer, wait):
-            one = candidate(planned.config, {**values, **bits})
-            known[one.key] = one
+        for bits in bit_budget.proposals(config, sweep.budget_mib, sweep.proposals, listener, wait):
+            trial = plan_trial(planned.config, {**values, **bits})
+            known[trial.key] = trial
     return replace(planned, known=tuple(known.values()))
 
 
 def _combinations(sweep: Sweep) -> list[dict[str, Any]]:
-    """Of the space beside a budget, which needs none."""
+    """Return the combinations of the space beside a budget, which needs none."""
     return listed(sweep) or [{}]
 
 
-def _run(planned: SweepPlan, feed: Feed, engine: Engine, place: StepDir, live: LiveRun, wait: bool) -> None:
-    """The steps that trials share, once each; then the trials. Where some trials share what cannot be made, the others
-    go on."""
-    workers = max(1, planned.config.resources.workers)
-    sharing: dict[str, list[Candidate]] = {}
-    for one in feed.waiting:
-        sharing.setdefault(one.plan.step(TeacherCache.stage).place.key, []).append(one)
-    for some in sharing.values() or [[]]:
-        if feed.over():
+def _run(
+    planned: SweepPlan, queue: TrialQueue, engine: Engine, step_dir: StepDir, listener: MlflowListener, wait: bool
+) -> None:
+    """Run the steps that trials share, once each; then the trials. Where some trials share what cannot be made, the
+    others go on."""
+    sharing: dict[str, list[PlannedTrial]] = {}
+    for trial in queue.waiting:
+        sharing.setdefault(trial.plan.step(TeacherCache).key, []).append(trial)
+    for group in sharing.values() or [[]]:
+        if queue.over():
             return
-        config = some[0].plan.config if some else planned.config
+        config = group[0].plan.config if group else planned.config
         begun = time.monotonic()
         try:
-            made = flow.run(flow.plan(config, TeacherCache.stage), live, wait, engine)
+            made = run_plan(plan_run(config, TeacherCache.stage), listener, wait, engine)
         except RunError as error:
-            feed.charge("failed", (time.monotonic() - begun) * workers)
-            if len(some) in (0, feed.total) or isinstance(error, PASSING):
+            queue.charge("failed", (time.monotonic() - begun) * queue.workers)
+            if len(group) in (0, queue.total) or isinstance(error, PASSING):
                 raise
-            feed.refuse(some, str(error))
+            queue.refuse(group, str(error))
         else:
-            feed.charge(made.done[TeacherCache.stage].place.key, made.worker_seconds)
-    live.started(TRIALS)
-    if feed.left:
-        ray_tune.run_trials(run_trial, feed, engine, place, planned.sweep.asha, planned.sweep.max_concurrent)
+            queue.charge(made.finished(TeacherCache).dir.key, made.worker_seconds)
+    listener.started(TRIALS)
+    if queue.left:
+        ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.asha, planned.sweep.max_concurrent)
 
 
-def _conclude(planned: SweepPlan, feed: Feed, place: StepDir) -> Found:
+def _conclude(planned: SweepPlan, queue: TrialQueue, step_dir: StepDir) -> SweepResult:
     """Register what could not be registered before, find the front, and commit the record if nothing is left."""
-    lost = feed.failures
-    feed.failures = {}
-    feed.settle()
-    reasons = {**lost, **feed.failures}
-    left = [trial for trial in feed.trials.values() if trial.status == "running"]
-    if left and not feed.capped:
+    lost, queue.failures = queue.failures, {}
+    queue.settle()
+    reasons = lost | queue.failures
+    left = [trial for trial in queue.trials.values() if trial.status == "running"]
+    if left and not queue.capped:
         why = reasons.get(left[0].key, "it was interrupted.")
         raise RunError(
-            f"{len(left)} of {feed.total} trials are not finished, first {label(left[0].values)}: {why} "
-            f"What is done is kept at {place.uri}; the same command goes on from there."
+            f"{len(left)} of {queue.total} trials are not finished, first {label(left[0].values)}: {why} "
+            f"What is done is kept at {step_dir.uri}; the same command goes on from there."
         )
-    trials = tuple(feed.trials.values())
-    best = _front(planned.sweep, trials)
-    _log_parent(planned, feed, trials, best)
-    if not feed.capped:
+    trials = tuple(queue.trials.values())
+    scored = {trial.key: point for trial in trials if (point := queue.scores(trial)) is not None}
+    best = tuple(list(scored)[index] for index in pareto_front(list(scored.values())))
+    _log_parent(planned, queue, trials, best)
+    if not queue.capped:
         record = SweepRecord(
-            key=place.key,
+            key=step_dir.key,
             stage_version=VERSION,
             recipe=planned.recipe,
             inputs={"register": planned.base.run_key},
@@ -263,23 +262,21 @@ def _conclude(planned: SweepPlan, feed: Feed, place: StepDir) -> Found:
             trials=trials,
             front=best,
         )
-        place.commit(record)
-    unfinished = tuple((label(feed.trials[key].values), why) for key, why in reasons.items())
-    return Found(trials, best, not feed.capped, feed.spent_s / 3600, unfinished)
+        step_dir.commit(record)
+    unfinished = tuple((label(queue.trials[key].values), why) for key, why in reasons.items())
+    return SweepResult(trials, best, not queue.capped, queue.spent_s / 3600, unfinished)
 
 
-def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best: tuple[str, ...]) -> None:
+def _log_parent(planned: SweepPlan, queue: TrialQueue, trials: tuple[Trial, ...], best: tuple[str, ...]) -> None:
     parent, sweep = parent_of(planned), planned.sweep
-    documents = {
-        "trials.json": [trial.model_dump(mode="json") for trial in trials],
-        "recipe.json": planned.config.model_dump(mode="json", by_alias=True, exclude={"resources"}),
-    }
-    feed.outbox.flush()
+    recipe = planned.config.model_dump(mode="json", by_alias=True, exclude={"resources"})
+    documents = {"trials.json": [trial.model_dump(mode="json") for trial in trials], "recipe.json": recipe}
+    queue.outbox.flush()
     try:
         runs.log_sweep(
             parent,
             {"search": sweep.search, "objectives": ", ".join(sweep.objectives), "paths": ", ".join(sweep.space)},
-            {"trials": len(trials), "front": len(best), "worker_hours": feed.spent_s / 3600},
+            {"trials": len(trials), "front": len(best), "worker_hours": queue.spent_s / 3600},
             {name: json.dumps(document, indent=1) for name, document in documents.items()},
         )
     except runs.FAULTS as error:
@@ -290,23 +287,13 @@ def _log_parent(planned: SweepPlan, feed: Feed, trials: tuple[Trial, ...], best:
 
 
 def parent_of(planned: SweepPlan) -> Target:
-    """The MLflow run of the sweep, in which its trials are nested."""
-    return replace(flow.target_of(planned.base, "sweep", None), key=planned.key)
-
-
-def _front(sweep: Sweep, trials: tuple[Trial, ...]) -> tuple[str, ...]:
-    """Keys of the trials that no other beats; stopped and failed ones are never among them."""
-    done = [trial for trial in trials if trial.status == "done" and trial.size is not None]
-    points = [scores(sweep.objectives, t.teacher, t.student, t.size.packed_bytes if t.size else 0) for t in done]
-    return tuple(done[index].key for index in front(points))
+    """Return the MLflow run of the sweep, in which its trials are nested."""
+    return replace(target_of(planned.base, "sweep", None), key=planned.key)
 
 
 def _registered(planned: SweepPlan, trials: Sequence[Trial]) -> list[bool]:
-    """False for a trial that was registered and that the registry does not hold now; one search a name."""
+    """Tell of each trial whether it needs no registration; False if it was registered and the registry does not hold it
+    now. One search a name."""
     names = {trial.version["name"] for trial in trials if trial.version is not None}
     held = {name: registry.held_keys(parent_of(planned).uri, name) for name in names}
     return [trial.version is None or trial.key in held[trial.version["name"]] for trial in trials]
-
-
-def _hours(trials: Sequence[Trial], sharing: dict[str, float]) -> float:
-    return (sum(trial.worker_seconds for trial in trials) + sum(sharing.values())) / 3600

@@ -1,4 +1,4 @@
-"""Suggestions by Optuna: what to try next, given what was tried and what it scored."""
+"""Values sampled by Optuna: what to try next, given what was tried and what it scored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.store.keys import canonical_json
 logging.getLogger("optuna").setLevel(logging.ERROR)
 
 
-def suggestion(
+def sample_values(
     sweep: Sweep, index: int, tried: Sequence[tuple[dict[str, Any], tuple[float, ...] | None]]
 ) -> dict[str, Any]:
-    """Values of trial number `index`: a function of the seed, the index and what is known.
+    """Return the values of trial number `index`: a function of the seed, the index and what is known.
 
     Args:
         tried: values of other trials with their scores, all to be minimised; None: it failed, or is still running.
@@ -30,8 +30,8 @@ def suggestion(
         if scores is not None:
             params = {path: _param(sweep.space[path], value) for path, value in values.items() if path in distributions}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, values=list(scores)))
-    found = study.ask(distributions).params
-    return {path: _value(sweep.space[path], param) for path, param in found.items()}
+    sampled = study.ask(distributions).params.items()
+    return {path: of[param] if isinstance(of := sweep.space[path], list) else param for path, param in sampled}
 
 
 def _distribution(values: list[Any] | Between) -> BaseDistribution:
@@ -44,7 +44,3 @@ def _distribution(values: list[Any] | Between) -> BaseDistribution:
 
 def _param(values: list[Any] | Between, value: Any) -> Any:
     return [canonical_json(v) for v in values].index(canonical_json(value)) if isinstance(values, list) else value
-
-
-def _value(values: list[Any] | Between, param: Any) -> Any:
-    return values[param] if isinstance(values, list) else param

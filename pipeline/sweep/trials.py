@@ -11,23 +11,18 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.presets import PRESETS, suited
 from pipeline.config.run import Config
-from pipeline.config.sweep import MORE_OBJECTIVES, OBJECTIVES, Between, Sweep
+from pipeline.config.sweep import Between, Sweep
 from pipeline.errors import ConfigError
+from pipeline.metrics import minimised, objectives
 from pipeline.store.keys import canonical_json
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
-LARGER_IS_BETTER = ("top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL")
-TASK_METRICS = {
-    "language_modeling": (),
-    "next_utterance": ("accuracy",),
-    "summarization": ("rouge1", "rouge2", "rougeL"),
-}
 LONGEST = 24  # characters of a mapping on the line that says a trial's values
 DRAWS_A_SAMPLE = 20  # tries to draw what was not drawn before, where few values are offered
 
 
 def check_sweep(config: Config) -> Sweep:
-    """The section `sweep`. Raises ConfigError if it is missing, or names an unknown path or a metric the task lacks."""
+    """Return the section `sweep`. Raises ConfigError if there is none, an unknown path, or a metric the task lacks."""
     sweep = config.sweep
     if sweep is None:
         raise ConfigError(
@@ -35,12 +30,12 @@ def check_sweep(config: Config) -> Sweep:
         )
     for path in sweep.space:
         _check_path(path)
-    offered = TASK_METRICS[config.task.name]
+    offered = objectives(config.task.name)
     for name in sweep.objectives:
-        if name in MORE_OBJECTIVES and name not in offered:
+        if name not in offered:
             raise ConfigError(
                 f"sweep.objectives: no trial of the task {config.task.name} reports {name!r}; valid: "
-                f"{', '.join((*OBJECTIVES, *offered))}"
+                f"{', '.join(offered)}"
             )
     if sweep.asha is not None and config.resources.workers == 0:
         raise ConfigError("sweep.asha stops trials that run side by side on Ray; set resources.workers to 1 or more")
@@ -48,7 +43,7 @@ def check_sweep(config: Config) -> Sweep:
 
 
 def trial_config(base: Config, values: dict[str, Any]) -> Config:
-    """The base with values at dotted paths; a mapping given for a section is laid over it.
+    """Return the base with values at dotted paths; a mapping given for a section is laid over it.
 
     Raises:
         ConfigError: the combination is impossible; it is named.
@@ -67,14 +62,14 @@ def trial_config(base: Config, values: dict[str, Any]) -> Config:
     except ValidationError as error:
         problem = error.errors()[0]
         reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]
-        place = ".".join(str(part) for part in problem["loc"])
+        field = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(
-            f"The trial {label(values)} is impossible: {place + ': ' if place else ''}{reason}"
+            f"The trial {label(values)} is impossible: {field + ': ' if field else ''}{reason}"
         ) from error
 
 
 def unfilled(base: Config) -> dict[str, Any]:
-    """Fields of a configuration that its preset can fill anew, as suits other widths or another quantizer."""
+    """Return a configuration's fields, which its preset can fill anew, as suits other widths or another quantizer."""
     fields = base.model_dump(mode="json", by_alias=True, exclude={"sweep"})
     preset = PRESETS[base.preset] if base.preset else {}
     for name, values in suited(preset, base.quant.bits, base.task.name).items():
@@ -84,20 +79,20 @@ def unfilled(base: Config) -> dict[str, Any]:
 
 
 def listed(sweep: Sweep) -> list[dict[str, Any]]:
-    """The values of all trials of a grid, or of a random search: a function of seed and index."""
+    """Return the values of all trials of a grid, or of a random search: a function of seed and index."""
     if sweep.search == "grid":
         return sweep.grid()
-    found: dict[str, dict[str, Any]] = {}
+    distinct: dict[str, dict[str, Any]] = {}
     for index in range((sweep.samples or 0) * DRAWS_A_SAMPLE):
         values = drawn(sweep, index)
-        found.setdefault(canonical_json(values), values)
-        if len(found) == sweep.samples:
+        distinct.setdefault(canonical_json(values), values)
+        if len(distinct) == sweep.samples:
             break
-    return list(found.values())
+    return list(distinct.values())
 
 
 def drawn(sweep: Sweep, index: int) -> dict[str, Any]:
-    """One value for each path, by hash."""
+    """Draw a value for each path, by hash."""
     return {path: _drawn(values, f"{sweep.seed}/{index}/{path}") for path, values in sweep.space.items()}
 
 
@@ -107,7 +102,7 @@ def _drawn(values: list[Any] | Between, name: str) -> Any:
 
 
 def label(values: dict[str, Any]) -> str:
-    """The values of a trial on one line, for people."""
+    """Return the values of a trial on one line, for people."""
     parts = []
     for path, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
@@ -118,11 +113,11 @@ def label(values: dict[str, Any]) -> str:
 
 
 def scores(
-    objectives: tuple[str, ...], teacher: dict[str, float], student: dict[str, float], packed_bytes: int
+    names: tuple[str, ...], teacher: dict[str, float], student: dict[str, float], packed_bytes: int
 ) -> tuple[float, ...]:
-    """A trial's objectives, each to be minimised; the gap is log(student's perplexity / teacher's), nats."""
+    """Return a trial's objectives, each to be minimised; the gap is log(student's perplexity / teacher's), nats."""
     known = {**student, "gap": math.log(student["perplexity"] / teacher["perplexity"]), "bytes": float(packed_bytes)}
-    return tuple(-known[name] if name in LARGER_IS_BETTER else known[name] for name in objectives)
+    return tuple(minimised(name, known[name]) for name in names)
 
 
 def _check_path(path: str) -> None:

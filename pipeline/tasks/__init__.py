@@ -7,7 +7,7 @@ from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from pipeline.tasks.task import Task
 
-TASKS: dict[str, Any] = {
+TASKS: dict[str, type[Task]] = {
     "language_modeling": LanguageModeling,
     "next_utterance": NextUtterance,
     "summarization": Summarization,
@@ -15,6 +15,5 @@ TASKS: dict[str, Any] = {
 
 
 def task_of(recipe: dict[str, Any]) -> Task:
-    """The task that the recipe of a tokenize step describes."""
-    task: Task = TASKS[recipe["task"]["name"]].of(recipe)
-    return task
+    """Return the task that the recipe of a tokenize step describes."""
+    return TASKS[recipe["task"]["name"]].of(recipe)

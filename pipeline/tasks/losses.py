@@ -1,4 +1,4 @@
-"""Terms of the losses of a batch, each a sum in nats; `Task.counts` says what each is divided by.
+"""The losses of a batch, each a sum in nats; `Task.counts` says what each is divided by.
 
 Candidates of next_utterance are scored without a head of their own: a candidate's score is the mean log-probability
 of its reply tokens, end-of-text included, given the context; the softmax over candidates takes it as it is, since a
@@ -12,42 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distill.losses import logit_distillation_loss, target_loss
-from pipeline.tasks.task import Batch
+from pipeline.tasks.batch import Batch
 
 NEXT_TOKEN, DISTILLATION, CONTRAST = "next_token_nats", "distillation_nats", "contrastive_nats"
 CANDIDATES = "candidates_nats"
-TEACHING = (NEXT_TOKEN, CANDIDATES)  # terms of full-precision training, where the task has them
+TEACHING = (NEXT_TOKEN, CANDIDATES)  # losses of full-precision training, where the task has them
 DISTILLING = (DISTILLATION, CONTRAST, CANDIDATES)
 
 
-def teaching_terms(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Next-token nats of the reference of each row and, where a row has candidates, nats of choosing it."""
-    terms = {NEXT_TOKEN: reference_nats(logits, batch)[0]}
+def teaching_losses(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return the next-token nats of the reference of each row and, where a row has candidates, nats of choosing it."""
+    losses = {NEXT_TOKEN: reference_nats(logits, batch)[0]}
     if batch.group > 1:
-        terms[CANDIDATES] = -candidate_scores(logits, batch).log_softmax(-1)[:, 0].sum()
-    return terms
+        losses[CANDIDATES] = -candidate_scores(logits, batch).log_softmax(-1)[:, 0].sum()
+    return losses
 
 
-def distilling_terms(student: Tensor, teacher: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Logit distillation over the distilled positions of all sequences and, where a row has candidates, the
-    cross-entropy between the teacher's and the student's distribution over them."""
-    terms = {DISTILLATION: logit_distillation_loss(student, teacher, batch.distilled)[0]}
+def distilling_losses(student: Tensor, teacher: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return the nats of logit distillation and, where a row has candidates, of the teacher's choice among them."""
+    losses = {DISTILLATION: logit_distillation_loss(student, teacher, batch.distilled)[0]}
     if batch.group > 1:
         ours = candidate_scores(student, batch).log_softmax(-1)
-        theirs = candidate_scores(teacher, batch).softmax(-1)
-        terms[CANDIDATES] = -(theirs * ours).sum()
-    return terms
+        losses[CANDIDATES] = -(candidate_scores(teacher, batch).softmax(-1) * ours).sum()
+    return losses
 
 
 def reference_nats(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Sum and count of the next-token nats of each row's first sequence."""
+    """Return sum and count of the next-token nats of each row's first sequence."""
     first = batch.references()
     return target_loss(logits[:: batch.group], first.targets, first.supervised)
 
 
 def candidate_scores(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean log-probability of each candidate's reply, nats per token, fp64 (rows, candidates)."""
+    """Return the mean log-probability of each candidate's reply, nats per token, fp64 (rows, candidates)."""
     predicted = logits[:, : batch.targets.shape[1]].float().flatten(0, 1)
     nats = F.cross_entropy(predicted, batch.targets.flatten(), reduction="none").view_as(batch.targets)
-    sums = (nats * batch.supervised).sum(1, dtype=torch.float64)
-    return -(sums / batch.supervised.sum(1)).view(-1, batch.group)
+    return -((nats * batch.supervised).sum(1, dtype=torch.float64) / batch.supervised.sum(1)).view(-1, batch.group)

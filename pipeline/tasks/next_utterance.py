@@ -1,38 +1,32 @@
 """Next utterance prediction: a plain causal language model tells the true reply of a conversation among candidates.
 
-A row is one example: each candidate is a sequence [context, reply, end-of-text], the true one first. A candidate's
-score is the mean log-probability of its reply tokens given the context (`terms`), so the model needs no head of its
-own. The place of the true one cannot help: sequences do not see each other, and a tie counts as a miss.
-
-Candidates that the data does not bring are replies of other conversations of the same split, drawn by a hash of the
-example from a sample of all replies that is chosen by hash: neither workers nor the cut into parts show.
+A row is one example: each candidate is a sequence [context, reply, end-of-text], the true one first, whose position
+cannot help: sequences do not see each other, and a tie counts as a miss. `losses` says how a candidate is scored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config import data
-from pipeline.config.data import Evaluate
+from pipeline.config.data import TaskSettings
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
-from pipeline.tasks.losses import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN, candidate_scores
-from pipeline.tasks.scoring import Scores, logits_for
-from pipeline.tasks.task import Batch, Encoded
-from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
+from pipeline.tasks.batch import Batch
+from pipeline.tasks.losses import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN
+from pipeline.tasks.task import Encoded, Task
+
+if TYPE_CHECKING:  # which takes long to import
+    from transformers import PreTrainedTokenizerBase
 
 PROTOCOL = (
     "accuracy, 0-1, of the highest mean log-probability of a reply's tokens, end-of-text included, a tie being a miss; "
@@ -40,29 +34,23 @@ PROTOCOL = (
 )
 POOL = 20_000  # replies of a split that candidates are drawn from
 DRAWS = 200  # tries for each candidate before the replies are said to be too few
-BYTES_A_TURN = 60  # a guess, for corpora not yet read
 
 
 @dataclass(frozen=True)
-class NextUtterance:
-    """Rows of the test split hold `candidates` sequences, those of the others `train_candidates`."""
+class NextUtterance(Task):
+    """Candidates side by side: rows of the test split hold `candidates` sequences, others `train_candidates`."""
 
-    settings: data.Task
     given: bool = False  # whether the data brings candidates
-    special_tokens = (END_OF_TEXT,)
-    encoder_decoder = False
+    document: ClassVar[str] = "conversation of two turns"
+    bytes_a_row: ClassVar[int] = 60  # a guess at those of a turn, for corpora not yet read
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> NextUtterance:
-        return cls(data.Task.model_validate(recipe["task"]), recipe["data"].get("candidates_column") is not None)
+        return cls(TaskSettings.model_validate(recipe["task"]), recipe["data"].get("candidates_column") is not None)
 
     @property
     def collects(self) -> bool:
         return not self.given
-
-    @property
-    def positions(self) -> dict[str, int]:
-        return {"task.block_length": self.settings.block_length}
 
     @property
     def states(self) -> int:
@@ -72,23 +60,20 @@ class NextUtterance:
     def protocol(self) -> str:
         return f"{self.settings.candidates} candidates: {PROTOCOL}"
 
-    @property
-    def shape(self) -> str:
-        return f"block length {self.settings.block_length}"
-
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         names = data["text_column"], data.get("persona_column"), data.get("candidates_column")
         return tuple(name for name in names if name is not None)
 
     def kept_together(self, document: Any) -> Any:
-        """Of a row that is one example, first turn and persona: others of its conversation hold its reply."""
+        """Return, of a row that is one example, first turn and persona: others of its conversation hold its reply."""
         return [lines_of(document[0])[:1], *document[1:-1]] if self.given else document
 
     def strings(self, document: Any) -> Iterable[str]:
         return (turn for field in document for turn in turns_of(field))
 
     def collect(self, documents: Iterable[Any], split: str) -> Any:
-        """A sample of the split's replies, each with its conversation: those of the lowest hash, in that order.
+        """Return a sample of the split's replies, each with its conversation: those of the lowest hash, in that order.
+        Neither workers nor the cut into parts show.
 
         Raises:
             ConfigError: there is an example whose other candidates cannot all come from other conversations.
@@ -112,7 +97,6 @@ class NextUtterance:
         return pool
 
     def _count(self, split: str) -> int:
-        """Candidates of a row."""
         return self.settings.candidates if split == "test" else self.settings.train_candidates
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,19 +106,19 @@ class NextUtterance:
             )
 
     def encode(
-        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
+        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, collected: Any, unit: str
     ) -> Encoded:
         count = self._count(split)
         encoder = _Encoder(tokenizer, self.settings.block_length, count)
         text_bytes = 0
         for document in documents:
             text_bytes += sum(len(turn.encode()) for turn in self.strings(document))
-            for context, replies in self._examples(document, split, shared, count):
+            for context, replies in self._examples(document, split, collected, count):
                 encoder.add(context, replies)
         return *encoder.rows(), text_bytes
 
-    def _examples(self, document: Any, split: str, shared: Any, count: int) -> Iterator[tuple[list[str], list[str]]]:
-        """Each context of a document with its candidate replies, the true one first."""
+    def _examples(self, document: Any, split: str, collected: Any, count: int) -> Iterator[tuple[list[str], list[str]]]:
+        """Yield each context of a document with its candidate replies, the true one first."""
         turns, more = turns_of(document[0]), [turns_of(field) for field in document[1:]]
         if self.given:
             before, candidates = [turn for field in more[:-1] for turn in field], lines_of(document[-1])
@@ -153,22 +137,11 @@ class NextUtterance:
             return
         before = [turn for field in more for turn in field]
         for place in range(1, len(turns)):
-            others = draw_others(shared, identity(document), place, turns[place], count - 1, split)
+            others = draw_others(collected, identity(document), place, turns[place], count - 1, split)
             yield [*before, *turns[:place]], [turns[place], *others]
 
     def tokens(self, lengths: NDArray[np.int32]) -> int:
         return int(lengths[:, : lengths.shape[1] // 2].sum())
-
-    def shortage(self, split: str, rows: int, tokens: int) -> str | None:
-        if rows:
-            return None
-        return f"The {split} split holds no conversation of two turns. Give more data, or raise data.holdout."
-
-    def estimated_rows(self, text_bytes: float) -> int:
-        return max(1, int(text_bytes / BYTES_A_TURN))
-
-    def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
-        return {}
 
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
         group, width = lengths.shape[1] // 2, self.settings.block_length
@@ -181,57 +154,27 @@ class NextUtterance:
     def counts(self, lengths: Tensor) -> dict[str, int]:
         group = lengths.shape[1] // 2
         replies = lengths[:, :group] - lengths[:, group:]
-        return {
-            NEXT_TOKEN: int(replies[:, 0].sum()),
-            CANDIDATES: len(lengths),
-            DISTILLATION: int(replies.sum()),
-            CONTRAST: int(lengths[:, :group].sum()),
-        }
+        counts = {NEXT_TOKEN: int(replies[:, 0].sum()), CANDIDATES: len(lengths), DISTILLATION: int(replies.sum())}
+        return {**counts, CONTRAST: int(lengths[:, :group].sum())}
 
-    def scoring(self, evaluate: Evaluate) -> dict[str, Any]:
-        return {}
-
-    @torch.no_grad()
-    def score(
-        self,
-        rows: Iterable[tuple[Tensor, Tensor]],
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        evaluate: Evaluate,
-    ) -> tuple[Scores, Scores]:
-        bytes_of = token_bytes(tokenizer).to(model.device)
-        ours, theirs = Scores(), Scores()
+    def passes(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         for ids, lengths in rows:
             few = max(1, 2 * len(ids) // lengths.shape[1])  # the batch counts sequences here
-            for batch in map(self.batch, ids.split(few), lengths.split(few)):
-                batch = batch.to(model.device)
-                first = batch.references()
-                logits, reference = logits_for(model, batch), logits_for(teacher, batch)
-                ours.average({"accuracy": chosen(candidate_scores(logits, batch))}, len(first.ids))
-                theirs.average({"accuracy": chosen(candidate_scores(reference, batch))}, len(first.ids))
-                logits, reference = logits[:: batch.group], reference[:: batch.group]
-                ours.add(logits, first, bytes_of)
-                theirs.add(reference, first, bytes_of)
-                ours.compare(logits, reference, first)
-        return ours, theirs
-
-
-def chosen(scores: Tensor) -> int:
-    """How many rows of (rows, candidates) have their first score above all others."""
-    return int((scores[:, :1] > scores[:, 1:]).all(1).sum())
+            yield from map(self.batch, ids.split(few), lengths.split(few))
 
 
 def turns_of(field: Any) -> list[str]:
-    """The turns of a conversation: a list, or a text of one turn a line; empty ones are left out."""
+    """Return the turns of a conversation: a list, or a text of one turn a line; empty ones are left out."""
     return [turn for turn in lines_of(field) if turn.strip()]
 
 
 def lines_of(field: Any) -> list[str]:
+    """Return the turns of a conversation as `turns_of` does, empty ones among them."""
     return field.splitlines() if isinstance(field, str) else list(field)
 
 
 def identity(document: Any) -> str:
+    """Return 32 hex digits that tell a document from others."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:32]
 
 
@@ -240,24 +183,19 @@ def _hash(text: str) -> int:
 
 
 def draw_others(pool: list[list[str]], conversation: str, place: int, reply: str, count: int, split: str) -> list[str]:
-    """`count` different replies of other conversations, a function of the pool and of the example alone.
-
-    Raises:
-        ConfigError: the pool has too few.
-    """
-    found: list[str] = []
-    for number in itertools.count():
-        if len(found) == count:
-            return found
-        if number == DRAWS * count or not pool:
-            break
+    """Draw replies of other conversations, by pool and example alone. Raises ConfigError if there are too few."""
+    drawn: list[str] = []
+    for number in range(DRAWS * count if pool else 0):
         other, text = pool[_hash(f"{conversation}/{place}/{number}") % len(pool)]
-        if other != conversation and text != reply and text not in found:
-            found.append(text)
+        if other != conversation and text != reply and text not in drawn:
+            drawn.append(text)
+            if len(drawn) == count:
+                return drawn
     raise ConfigError(too_few(pool, count + 1, split))
 
 
 def too_few(pool: list[list[str]], count: int, split: str) -> str:
+    """Return the message for a split whose pool has too few replies for rows of `count` candidates."""
     return (
         f"The {split} split has {len(pool)} different replies, too few for {count - 1} of other conversations. "
         f"Lower task.{'candidates' if split == 'test' else 'train_candidates'}, or give more conversations."
@@ -274,7 +212,7 @@ class _Encoder:
         self._lengths: list[list[int]] = []
 
     def add(self, context: list[str], replies: list[str]) -> None:
-        """One row. A reply takes at most half of the width; the context's end fills what the longest leaves."""
+        """Add one row. A reply takes at most half of the width; the context's end fills what the longest leaves."""
         end_of_text = self.tokenizer.eos_token_id
         ends = [[*self._turn(reply)[:-1][: self.width // 2 - 1], end_of_text] for reply in replies]
         room = self.width - max(map(len, ends))
@@ -287,12 +225,12 @@ class _Encoder:
         self._lengths.append([*(len(start) + len(end) for end in ends), *([len(start)] * self.count)])
 
     def rows(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        if not self._ids:
-            return np.zeros((0, self.count * self.width), np.int32), np.zeros((0, 2 * self.count), np.int32)
-        return np.stack(self._ids), np.array(self._lengths, np.int32)
+        """Return ids (rows, count * width), and (rows, 2 * count) ends of the sequences, then starts of replies."""
+        ids, lengths = np.array(self._ids, np.int32), np.array(self._lengths, np.int32)
+        return ids.reshape(-1, self.count * self.width), lengths.reshape(-1, 2 * self.count)
 
     def _turn(self, text: str) -> list[int]:
-        """Tokens of a turn and end-of-text."""
+        """Return the tokens of a turn and end-of-text."""
         if text not in self._known:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             self._known[text] = [*ids, self.tokenizer.eos_token_id]

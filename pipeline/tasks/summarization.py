@@ -8,62 +8,56 @@ of the target, as transformers' shift_tokens_right has it; the last token predic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config import data
-from pipeline.config.data import Evaluate
+from pipeline.config.data import Evaluate, TaskSettings
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
+from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
-from pipeline.tasks.rouge import rouge
 from pipeline.tasks.scoring import Scores, score_tokens
-from pipeline.tasks.task import Batch, Encoded
+from pipeline.tasks.task import Encoded, Task
 from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, token_bytes
 
-PROTOCOL = (
-    "teacher-forced token metrics over the summary; ROUGE F-measure with stemming, 0-100, of beam search (length "
-    "penalty 1, no trigram twice) against the summary cut to its row"
-)
+if TYPE_CHECKING:  # which takes long to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 ENCODE_DOCUMENTS = 64
-BYTES_A_DOCUMENT = 2000  # a guess, for corpora not yet read
+ROUGES = ("rouge1", "rouge2", "rougeL")  # ROUGE-Lsum would need a download at run time
 
 
 @dataclass(frozen=True)
-class Summarization:
-    """`start` is what the decoder reads first; None: the tokenizer's end-of-text, as in BART."""
+class Summarization(Task):
+    """Sources and summaries. `start` is what the decoder reads first; None: the tokenizer's end-of-text, as in BART."""
 
-    settings: data.Task
     start: int | None = None
-    special_tokens = (END_OF_TEXT, PADDING)
-    encoder_decoder = True
-    collects = False
+    special_tokens: ClassVar[tuple[str, ...]] = (END_OF_TEXT, PADDING)
+    encoder_decoder: ClassVar[bool] = True
+    document: ClassVar[str] = "document with a summary"
+    bytes_a_row: ClassVar[int] = 2000  # a guess, for corpora not yet read
+    protocol: ClassVar[str] = (
+        "teacher-forced token metrics over the summary; ROUGE F-measure with stemming, 0-100, of beam search (length "
+        "penalty 1, no trigram twice) against the summary cut to its row"
+    )
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Summarization:
-        return cls(data.Task.model_validate(recipe["task"]), recipe.get("decoder_start"))
+        return cls(TaskSettings.model_validate(recipe["task"]), recipe.get("decoder_start"))
 
     @property
     def positions(self) -> dict[str, int]:
-        return {
-            "task.source_length": self.settings.source_length,
-            "task.target_length": self.settings.target_length,
-        }
+        return {"task.source_length": self.settings.source_length, "task.target_length": self.settings.target_length}
 
     @property
     def states(self) -> int:
         return self.settings.target_length - 1
-
-    @property
-    def protocol(self) -> str:
-        return PROTOCOL
 
     @property
     def shape(self) -> str:
@@ -72,14 +66,8 @@ class Summarization:
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         return data["text_column"], data.get("summary_column", "summary")
 
-    def kept_together(self, document: Any) -> Any:
-        return document
-
     def strings(self, document: Any) -> Iterable[str]:
         return (text_of(field) for field in document)
-
-    def collect(self, documents: Iterable[Any], split: str) -> Any:
-        return None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
@@ -89,7 +77,7 @@ class Summarization:
             )
 
     def encode(
-        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
+        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, collected: Any, unit: str
     ) -> Encoded:
         end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
         source_length, target_length = self.settings.source_length, self.settings.target_length
@@ -100,8 +88,8 @@ class Summarization:
         start = end if self.start is None else self.start
         for first in range(0, len(pairs), ENCODE_DOCUMENTS):
             sources, targets = zip(*pairs[first : first + ENCODE_DOCUMENTS], strict=True)
-            found = zip(tokenizer(list(sources))["input_ids"], tokenizer(list(targets))["input_ids"], strict=True)
-            for row, (source, target) in enumerate(found, start=first):
+            encoded = zip(tokenizer(list(sources))["input_ids"], tokenizer(list(targets))["input_ids"], strict=True)
+            for row, (source, target) in enumerate(encoded, start=first):
                 source = ended(source, end, source_length)
                 target = [start, *ended(target, end, target_length - 1)]
                 ids[row, : len(source)] = source
@@ -109,37 +97,16 @@ class Summarization:
                 lengths[row] = len(source), len(target)
         return ids, lengths, sum(len(text.encode()) for pair in pairs for text in pair)
 
-    def tokens(self, lengths: NDArray[np.int32]) -> int:
-        return int(lengths.sum())
-
-    def shortage(self, split: str, rows: int, tokens: int) -> str | None:
-        if rows:
-            return None
-        return f"The {split} split holds no document with a summary. Give more data, or raise data.holdout."
-
-    def estimated_rows(self, text_bytes: float) -> int:
-        return max(1, int(text_bytes / BYTES_A_DOCUMENT))
-
     def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
-        return {
-            "pad_token_id": padding,
-            "decoder_start_token_id": end_of_text if self.start is None else self.start,
-            "forced_eos_token_id": end_of_text,
-        }
+        start = end_of_text if self.start is None else self.start
+        return {"pad_token_id": padding, "decoder_start_token_id": start, "forced_eos_token_id": end_of_text}
 
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
         width = self.settings.source_length
         source, target = ids[:, :width], ids[:, width:]
-        valid = valid_tokens(lengths[:, 1] - 1, target.shape[1] - 1)
-        return Batch(
-            ids=target[:, :-1],
-            lengths=lengths[:, 1] - 1,
-            targets=target[:, 1:],
-            supervised=valid,
-            distilled=valid,
-            source_ids=source,
-            source_mask=valid_tokens(lengths[:, 0], width).long(),
-        )
+        ends, mask = lengths[:, 1] - 1, valid_tokens(lengths[:, 0], width).long()
+        valid = valid_tokens(ends, target.shape[1] - 1)
+        return Batch(target[:, :-1], ends, target[:, 1:], valid, distilled=valid, source_ids=source, source_mask=mask)
 
     def counts(self, lengths: Tensor) -> dict[str, int]:
         return dict.fromkeys((NEXT_TOKEN, DISTILLATION, CONTRAST), int((lengths[:, 1] - 1).sum()))
@@ -158,8 +125,8 @@ class Summarization:
         batches = [self.batch(ids, lengths).to(model.device) for ids, lengths in rows]
         ours, reference = score_tokens(batches, model, token_bytes(tokenizer), teacher)
         theirs = reference or Scores()
-        for one, scores in ((model, ours), (teacher, theirs)):
-            written, expected = self._write(batches, one, tokenizer, evaluate)
+        for writer, scores in ((model, ours), (teacher, theirs)):
+            written, expected = self._write(batches, writer, tokenizer, evaluate)
             means = rouge(written, expected)
             scores.average({name: mean * len(written) for name, mean in means.items()}, len(written))
         return ours, theirs
@@ -167,31 +134,40 @@ class Summarization:
     def _write(
         self, batches: list[Batch], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
     ) -> tuple[list[str], list[str]]:
-        """What beam search writes for the first `generated_rows` rows, and their summaries."""
+        """Return what beam search writes for the first `generated_rows` rows, and their summaries."""
         left = math.inf if evaluate.generated_rows is None else evaluate.generated_rows
+        texts = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        padding = torch.tensor(tokenizer.pad_token_id)
         written: list[str] = []
         expected: list[str] = []
         for batch in batches:
             count = int(min(len(batch.ids), left - len(written)))
             if count > 0 and batch.source_ids is not None and batch.source_mask is not None:
                 source, mask = batch.source_ids[:count], batch.source_mask[:count]
-                start = int(batch.ids[0, 0])
-                ids = summaries(model, source, mask, self.settings.target_length, evaluate.beams, start)
-                written += _texts(tokenizer, ids)
-                expected += _texts(
-                    tokenizer, batch.targets[:count].where(batch.supervised[:count], _padding(tokenizer))
-                )
+                length, start = self.settings.target_length, int(batch.ids[0, 0])
+                written += texts(summaries(model, source, mask, length, evaluate.beams, start).tolist())
+                expected += texts(batch.targets[:count].where(batch.supervised[:count], padding).tolist())
         return written, expected
 
 
+def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """Return the mean F-measure, 0-100, of each text against its one reference; words are stemmed (Porter)."""
+    if not written:
+        return {}
+    from torchmetrics.functional.text import rouge_score  # on use: its import takes seconds
+
+    measures = rouge_score(list(written), [[text] for text in expected], rouge_keys=ROUGES, use_stemmer=True)
+    return {name: 100 * float(measures[f"{name}_fmeasure"]) for name in ROUGES}
+
+
 def ended(ids: list[int], end: int, length: int) -> list[int]:
-    """Ids cut to at most `length` tokens, of which the last is end-of-text."""
+    """Return ids cut to at most `length` tokens, of which the last is end-of-text."""
     body = ids[:-1] if ids and ids[-1] == end else ids
     return [*body[: length - 1], end]
 
 
 def text_of(field: Any) -> str:
-    """The text of a field; a list of texts is one after the other."""
+    """Return the text of a field; a list of texts is one after the other."""
     return field if isinstance(field, str) else " ".join(field)
 
 
@@ -199,39 +175,25 @@ def text_of(field: Any) -> str:
 def summaries(
     model: PreTrainedModel, source_ids: Tensor, source_mask: Tensor, length: int, beams: int, start: int | None = None
 ) -> Tensor:
-    """Token ids (batch, at most `length`) that beam search writes; the source's common padding is left out.
+    """Return ids (batch, at most `length`) that beam search writes; `start` None: as the model's configuration says."""
+    from transformers import GenerationConfig
 
-    `start` is what the decoder reads first; None: what the model's configuration says.
-    """
     config = model.config
     longest = int(source_mask.sum(1).max())
-    how = GenerationConfig(
+    settings = GenerationConfig(
         num_beams=beams,
         do_sample=False,
         early_stopping=beams > 1,
         length_penalty=1.0,
         no_repeat_ngram_size=3,
         max_new_tokens=length - 1,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
+        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         decoder_start_token_id=config.decoder_start_token_id if start is None else start,
     )
-    own, model.generation_config = model.generation_config, how  # which would fill what is not said here
+    own, model.generation_config = model.generation_config, settings  # which would fill what is not said here
     try:
         source = {"input_ids": source_ids[:, :longest], "attention_mask": source_mask[:, :longest]}
-        ids: Tensor = model.generate(**source, generation_config=how)
+        ids: Tensor = model.generate(**source, generation_config=settings)
     finally:
         model.generation_config = own
     return ids
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    found: list[str] = tokenizer.batch_decode(
-        ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return found
-
-
-def _padding(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    return torch.tensor(tokenizer.pad_token_id)

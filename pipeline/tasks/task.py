@@ -1,135 +1,153 @@
-"""What a task is: a value that says how text becomes rows, what a batch of rows asks of a model, and how it is scored.
+"""A task: a value that says how text becomes rows, what a batch of rows asks of a model, and how it is scored.
 
 Shared code asks the value; it never asks for the task's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import starmap
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.data import Evaluate
+from pipeline.config.data import Evaluate, TaskSettings
+from pipeline.errors import ConfigError
+from pipeline.tasks.batch import Batch
+from pipeline.tasks.scoring import Scores, score_tokens
+from pipeline.tasks.tokenizers import END_OF_TEXT, token_bytes
 
-if TYPE_CHECKING:  # which knows the batch
-    from pipeline.tasks.scoring import Scores
+if TYPE_CHECKING:  # which takes long to import, for those who only plan
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.int32], int]  # rows of ids, their lengths, UTF-8 bytes of the text
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows as the model sees them. A row may hold several sequences side by side, the reference first.
+class Task(ABC):
+    """A task on plain text with a decoder alone, unless a subclass says otherwise."""
 
-    `targets` follows `ids` by one token and may lack the last position. `supervised` says where a target is to be
-    learned and scored, `distilled` where the teacher's distribution is.
-    """
+    settings: TaskSettings = field(default_factory=TaskSettings)
 
-    ids: Tensor  # (sequences, length): what the decoder reads
-    lengths: Tensor  # (sequences,): those that are not padding
-    targets: Tensor  # (sequences, length or length - 1)
-    supervised: Tensor  # bool, as targets
-    distilled: Tensor  # bool (sequences, length)
-    source_ids: Tensor | None = None  # (sequences, source length): what the encoder reads
-    source_mask: Tensor | None = None  # int64, 1 where the source is not padding
-    group: int = 1  # sequences of a row
+    special_tokens: ClassVar[tuple[str, ...]] = (END_OF_TEXT,)  # of a tokenizer that is learned, end-of-text first
+    encoder_decoder: ClassVar[bool] = False
+    document: ClassVar[str] = "text"  # that gives a row, for people
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the model is called with."""
-        if self.source_ids is None or self.source_mask is None:
-            return (self.ids,)
-        return self.ids, self.source_ids, self.source_mask
+    def bytes_a_row(self) -> int:
+        """Return a guess at the bytes of text behind a row, for corpora not yet read."""
+        return 4 * self.settings.block_length
 
-    def to(self, device: torch.device) -> Batch:
-        return self._with(lambda tensor: tensor.to(device), self.group)
-
-    def references(self) -> Batch:
-        """The first sequence of each row alone."""
-        return self._with(lambda tensor: tensor[:: self.group], 1)
-
-    def _with(self, change: Callable[[Tensor], Tensor], group: int) -> Batch:
-        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **changed, group=group)
-
-
-class Task(Protocol):
-    """The three of them are in `pipeline.tasks`."""
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Special tokens of a tokenizer that is learned for the task, end-of-text first."""
-
-    @property
-    def encoder_decoder(self) -> bool:
-        """Whether the model has an encoder."""
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> Task:
+        """Return the task that the recipe of a tokenize step describes."""
+        return cls(TaskSettings.model_validate(recipe["task"]))
 
     @property
     def collects(self) -> bool:
-        """Whether `collect` has to be asked, which reads all text once more."""
+        """Tell whether `collect` has to be asked, which reads all text once more."""
+        return False
 
     @property
     def positions(self) -> dict[str, int]:
-        """Positions that the model needs, by the knob that says so."""
+        """Return the positions that the model needs, by the knob that says so."""
+        return {"task.block_length": self.settings.block_length}
 
     @property
     def states(self) -> int:
-        """Positions of a training row whose teacher's states are cached."""
+        """Return how many positions of a training row have the teacher's states cached."""
+        return self.settings.block_length
 
     @property
+    @abstractmethod
     def protocol(self) -> str:
-        """How a model is scored; it enters the key of the evaluation."""
+        """Return the protocol by which a model is scored; it enters the key of the evaluation."""
 
     @property
     def shape(self) -> str:
-        """How long rows are, for people."""
+        """Describe the length of rows, for people."""
+        return f"block length {self.settings.block_length}"
 
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
-        """Columns of a row of data that make a document; None: running text."""
+        """Return the columns of a row of data that make a document; None: running text."""
+        return None
 
     def kept_together(self, document: Any) -> Any:
-        """What decides which split a document goes to where some are held out: mostly all of it."""
+        """Return what decides which split a document goes to where some are held out."""
+        return document
 
     def strings(self, document: Any) -> Iterable[str]:
-        """All text of a document, for a tokenizer that is learned."""
+        """Return all text of a document, for a tokenizer that is learned."""
+        return (document,)
 
     def collect(self, documents: Iterable[Any], split: str) -> Any:
-        """What must be known of a whole split before its rows are made, as JSON; mostly nothing."""
+        """Return what must be known of a whole split before its rows are made, as JSON."""
+        return None
+
+    def check_model(
+        self, config: PreTrainedConfig, given: Collection[str], encoder_decoders: Mapping[str, bool]
+    ) -> None:
+        """Raise ConfigError for another kind of model (`encoder_decoders` says it of each family), too few positions,
+        or `given` settings of an architecture that the tokenizer decides."""
+        if self.encoder_decoder != bool(config.is_encoder_decoder):
+            needs = "an encoder and a decoder" if self.encoder_decoder else "a decoder alone"
+            fitting = [name for name, has_encoder in encoder_decoders.items() if has_encoder == self.encoder_decoder]
+            raise ConfigError(
+                f"task.name is {self.settings.name}, which needs {needs}, and model.source is a {config.model_type} "
+                f"model. Use a model of the families {', '.join(fitting)}, or another task."
+            )
+        for name in {"bos_token_id", "eos_token_id", *self.model_settings(None, None)}.intersection(given):
+            raise ConfigError(f"model.source.{name}: the tokenizer decides it; leave it out")
+        longest = getattr(config, "max_position_embeddings", None)
+        for knob, length in self.positions.items():
+            if longest is not None and length > longest:
+                raise ConfigError(f"{knob} is {length}, and the model has {longest} positions; lower it.")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ConfigError for one that lacks a token which the task needs."""
+        """Raise ConfigError for a tokenizer that lacks a token which the task needs."""
+        _ = tokenizer  # any will do
 
+    @abstractmethod
     def encode(
-        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, shared: Any, unit: str
+        self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, collected: Any, unit: str
     ) -> Encoded:
-        """Rows of a part of a split. Raises ConfigError for documents that cannot become rows."""
+        """Return rows of a part of a split. Raises ConfigError for documents that cannot become rows."""
 
     def tokens(self, lengths: NDArray[np.int32]) -> int:
-        """Tokens that are not padding."""
+        """Count the tokens that are not padding."""
+        return int(lengths.sum())
 
     def shortage(self, split: str, rows: int, tokens: int) -> str | None:
-        """What is wrong with a split that is too small, or None."""
+        """Return what is wrong with a split that is too small, or None."""
+        return None if rows else f"The {split} split holds no {self.document}. Give more data, or raise data.holdout."
 
     def estimated_rows(self, text_bytes: float) -> int:
-        """About how many rows so much text gives."""
+        """Estimate the number of rows that so much text gives."""
+        return max(1, int(text_bytes / self.bytes_a_row))
 
     def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
-        """Settings of an untrained model that the tokenizer decides beside vocabulary and end-of-text."""
+        """Return settings of an untrained model that the tokenizer decides beside vocabulary and end-of-text."""
+        return {}
 
+    @abstractmethod
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
-        """Stored rows as the model sees them."""
+        """Return stored rows as the model sees them."""
 
+    @abstractmethod
     def counts(self, lengths: Tensor) -> dict[str, int]:
-        """What each term of the losses is divided by: a function of the rows' lengths alone."""
+        """Return what each loss is divided by: a function of the rows' lengths alone."""
 
     def scoring(self, evaluate: Evaluate) -> dict[str, Any]:
-        """The part of the section `evaluate` that changes the scores."""
+        """Return the part of the section `evaluate` that changes the scores."""
+        return {}
+
+    def passes(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Iterable[Batch]:
+        """Return the batches that a model scores at once, from rows of ids and lengths."""
+        return starmap(self.batch, rows)
 
     def score(
         self,
@@ -139,5 +157,6 @@ class Task(Protocol):
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
     ) -> tuple[Scores, Scores]:
-        """A model and the teacher beside it, over rows of ids and lengths, on the device where both are. Scores of
-        several pieces of a text add up."""
+        """Score model and teacher on their device over rows of ids and lengths; scores of pieces of a text add up."""
+        scores, reference = score_tokens(self.passes(rows), model, token_bytes(tokenizer), teacher)
+        return scores, reference or Scores()

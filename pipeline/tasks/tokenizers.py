@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:  # which takes long to import
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Raises ConfigError if the folder holds no tokenizer."""
+    """Return the tokenizer of a folder. Raises ConfigError if there is none."""
+    from transformers import AutoTokenizer
+
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -33,15 +37,16 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
 def train_bpe(
     texts: Iterable[str], size: int, special_tokens: tuple[str, ...] = (END_OF_TEXT,)
 ) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of at most `size` tokens, special ones included; every text can be encoded."""
+    """Learn a byte-level BPE of at most `size` tokens, special ones included; every text can be encoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[*special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, special_tokens=[*special_tokens], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     padding = {"pad_token": PADDING} if PADDING in special_tokens else {}
@@ -49,7 +54,7 @@ def train_bpe(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """UTF-8 bytes that each token id stands for, int64 (vocabulary,); special tokens stand for none."""
+    """Count the UTF-8 bytes that each token id stands for, int64 (vocabulary,); special tokens stand for none."""
     special, added = set(tokenizer.all_special_ids), set(tokenizer.get_added_vocab())
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])

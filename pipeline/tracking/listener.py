@@ -1,4 +1,4 @@
-"""Who is told how a run goes."""
+"""Listeners, which are told how a run goes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,27 @@ from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
 
-class Observer(Protocol):
-    """Who is told how the run goes."""
+class Listener(Protocol):
+    """A listener is told how the run goes."""
+
+    def started(self, stage: str) -> None:
+        """Hear that a stage begins."""
+
+    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
+        """Hear that a stage goes on: done of how many, and a word on how it goes."""
+
+    def measured(self, stage: str, points: Sequence[Point]) -> None:
+        """Hear of points of a stage's curves."""
+
+    def finished(self, stage: str, status: str, seconds: float) -> None:
+        """Hear that a stage ends."""
+
+    def waiting(self, stage: str, owner: Owner) -> None:
+        """Hear that another process runs the step."""
+
+
+class SilentListener:
+    """A listener that says nothing."""
 
     def started(self, stage: str) -> None: ...
     def advanced(self, stage: str, done: int, total: int, note: str) -> None: ...
@@ -19,27 +38,8 @@ class Observer(Protocol):
     def waiting(self, stage: str, owner: Owner) -> None: ...
 
 
-class Silent:
-    """An observer that says nothing."""
-
-    def started(self, stage: str) -> None:
-        """A stage begins."""
-
-    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
-        """A stage goes on."""
-
-    def measured(self, stage: str, points: Sequence[Point]) -> None:
-        """Points of its curves."""
-
-    def finished(self, stage: str, status: str, seconds: float) -> None:
-        """A stage ends."""
-
-    def waiting(self, stage: str, owner: Owner) -> None:
-        """Another process runs the step."""
-
-
-def tell(observer: Observer, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
+def tell(listener: Listener, stage: str, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
     """Pass on what a stage says as `Advance`."""
-    observer.advanced(stage, done, total, note)
+    listener.advanced(stage, done, total, note)
     if points:
-        observer.measured(stage, points)
+        listener.measured(stage, points)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from pipeline.errors import ConfigError, RunError
 
@@ -45,11 +43,7 @@ class Target:
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of the command's own tracking server and registry; a SQLite store is created with its folder.
-
-    Raises:
-        ConfigError: it cannot be reached.
-    """
+    """Return a client of the command's own server; a SQLite store is created. Raises ConfigError as `client_of`."""
     # Parts of MLflow resolve models:/ URIs through its global setting, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
@@ -57,11 +51,7 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def client_of(tracking_uri: str) -> MlflowClient:
-    """A client of any server, which leaves MLflow's global setting alone.
-
-    Raises:
-        ConfigError: it cannot be reached.
-    """
+    """Return a client of any server; MLflow's global setting stays. Raises ConfigError if it cannot be reached."""
     database = sqlite_file(tracking_uri)
     try:
         if database is not None:
@@ -77,30 +67,29 @@ def client_of(tracking_uri: str) -> MlflowClient:
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
-    """The file of a SQLite store, or None for a server."""
+    """Return the file of a SQLite store, or None for a server."""
     prefix = "sqlite:///"
     return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_uri: str | None) -> str:
-    """The id of the project's experiment, created at first use."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(name, artifact_location=artifact_uri))
-    except MlflowException:  # another process was faster
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    """Return the id of the project's experiment, created at first use."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_uri))
+        except MlflowException:  # another process was faster
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)
 
 
 def find_or_create_run(client: MlflowClient, experiment: str, key: str, name: str) -> Run:
-    """The run tagged with the key."""
+    """Return the run tagged with the key."""
     with _ONE_AT_A_TIME:  # two threads that look before either creates would make two
-        found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        return found[0] if found else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
+        tagged = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return tagged[0] if tagged else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
 
 
 def log_run(
@@ -111,23 +100,26 @@ def log_run(
     metrics: dict[str, float],
     curves: Mapping[str, Sequence[dict[str, float]]],
 ) -> None:
-    """A dozen params, the whole recipe as JSON, final metrics and curves with steps; then the run is finished.
-
-    Raises:
-        RunError: the server refused.
-    """
-    run_id = run.info.run_id
+    """Log params, the recipe, final metrics and curves; then the run is finished. Raises RunError if refused."""
     try:
-        for name, value in params.items():
-            if name not in run.data.params:
-                client.log_param(run_id, name, value)
-        client.log_text(run_id, json.dumps(recipe, indent=1, sort_keys=True), "recipe.json")
         points = [point for stage, history in curves.items() for point in prefixed(stage, history)]
         Curves(client, run).log(points, int(time.time() * 1000), None)
-        _log_points(client, run_id, [Metric(name, float(value), 0, 0) for name, value in metrics.items()])
-        client.set_terminated(run_id)
+        _complete(client, run, params, metrics, {"recipe.json": json.dumps(recipe, indent=1, sort_keys=True)}, 0)
     except MlflowException as error:
-        raise RunError(f"MLflow refused the run {run_id}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"MLflow refused the run {run.info.run_id}: {str(error).splitlines()[0]}") from error
+
+
+def _complete(
+    client: MlflowClient, run: Run, params: dict[str, Any], metrics: dict[str, float], texts: dict[str, str], ms: int
+) -> None:
+    run_id = run.info.run_id
+    for name, value in params.items():
+        if name not in run.data.params:
+            client.log_param(run_id, name, value)
+    for name, text in texts.items():
+        client.log_text(run_id, text, name)
+    _log_points(client, run_id, [Metric(name, float(value), ms, 0) for name, value in metrics.items()])
+    client.set_terminated(run_id)
 
 
 def _log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> None:
@@ -137,15 +129,12 @@ def _log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> 
 
 
 def prefixed(stage: str, points: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Points with the stage before each name, as a run has them."""
+    """Return points with the stage before each name, as a run has them."""
     return [{name if name == "step" else f"{stage}/{name}": v for name, v in point.items()} for point in points]
 
 
 class Curves:
-    """A run that is going on, and which steps of each of its curves it has.
-
-    A driver that is killed loses points on their way to it, which its next life may send after later ones.
-    """
+    """A run that goes on, and the steps it has of each curve: a killed driver loses points, which may be sent later."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self._client, self._run_id = client, run.info.run_id
@@ -168,16 +157,12 @@ class Curves:
 
 
 def open_curves(target: Target) -> Curves:
-    """The curves of a run as `find_run` gives it."""
+    """Return the curves of a run as `find_run` gives it."""
     return Curves(MlflowClient(target.uri, target.uri), find_run(target))
 
 
 def find_run(target: Target) -> Run:
-    """The run of a key, found or created; one that is in no other yet is nested in the run of the key `parent`.
-
-    Raises:
-        ConfigError, MlflowException: the server cannot be reached.
-    """
+    """Return the run of a key, found or created, nested as `nest` does. Raises ConfigError, MlflowException."""
     client = client_of(target.uri)
     where = experiment_id(client, target.experiment, target.artifacts)
     run = find_or_create_run(client, where, target.key, target.name)
@@ -194,50 +179,45 @@ def nest(target: Target, run: Run) -> None:
         client.set_tag(run.info.run_id, PARENT_TAG, outer.info.run_id)
 
 
+@contextlib.contextmanager
+def refusal(what: str, advice: str = "") -> Iterator[None]:
+    """Turn what MLflow raises into a RunError that begins with `what` and ends with `advice`."""
+    try:
+        yield
+    except MlflowException as error:
+        raise RunError(f"{what}: {str(error).splitlines()[0]}. {advice}".rstrip()) from error
+
+
 def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
-    """The parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
+    """Log the parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
     run = find_run(target)
-    client, run_id = MlflowClient(target.uri, target.uri), run.info.run_id
-    for name, value in params.items():
-        if name not in run.data.params:
-            client.log_param(run_id, name, value)
-    for name, text in documents.items():
-        client.log_text(run_id, text, name)
-    _log_points(
-        client, run_id, [Metric(name, float(value), int(time.time() * 1000), 0) for name, value in metrics.items()]
-    )
-    client.set_terminated(run_id)
+    _complete(MlflowClient(target.uri, target.uri), run, params, metrics, documents, int(time.time() * 1000))
 
 
 def log_page(target: Target, file: str, text: str) -> None:
-    """A page as an artifact of the run that `find_run` gives.
-
-    Raises:
-        RunError: the server refused.
-    """
-    try:
-        run = find_run(target)
-        MlflowClient(target.uri, target.uri).log_text(run.info.run_id, text, file)
-    except MlflowException as error:
-        raise RunError(f"MLflow refused {file}: {str(error).splitlines()[0]}. The same command tries again.") from error
+    """Log a page as an artifact of the run that `find_run` gives. Raises RunError: the server refused."""
+    with refusal(f"MLflow refused {file}", "The same command tries again."):
+        MlflowClient(target.uri, target.uri).log_text(find_run(target).info.run_id, text, file)
 
 
 def system_load() -> Callable[[], dict[str, float]]:
-    """What measures this machine's processors, memory, disk and network, by the names that MLflow gives them."""
-    monitors = (CPUMonitor(), DiskMonitor(), NetworkMonitor())
+    """Return what measures this machine's processors, memory, disk and network, by the names that MLflow gives them."""
+    from mlflow.system_metrics.metrics import cpu_monitor, disk_monitor, network_monitor
+
+    monitors = (cpu_monitor.CPUMonitor(), disk_monitor.DiskMonitor(), network_monitor.NetworkMonitor())
 
     def sample() -> dict[str, float]:
-        found: dict[str, float] = {}
+        load: dict[str, float] = {}
         for monitor in monitors:
             monitor.collect_metrics()
-            found |= monitor.aggregate_metrics()
+            load |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return found
+        return load
 
     return sample
 
 
 def log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, Any]) -> None:
-    """Matplotlib figures as pictures of a run, by file name."""
+    """Log Matplotlib figures as pictures of a run, by file name."""
     for name, figure in figures.items():
         client.log_figure(run_id, figure, f"pictures/{name}")

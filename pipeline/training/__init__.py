@@ -1,1 +1,1 @@
-"""The one training loop, and what varies in it as values."""
+"""The one trainer, and what varies in it as values."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in its step's own place: fenced, checksummed, and no pickle in them.
+"""Checkpoints of a training job in the directory of its step: fenced, checksummed, and no pickle in them.
 
 A checkpoint is a file of tensors and, written last, a small JSON that names it. There is one at a time, and the best
 weights so far beside it.
@@ -24,7 +24,7 @@ from pipeline.store.step_store import StepDir
 
 @dataclass
 class Progress:
-    """How far a run is; what a checkpoint holds beside tensors."""
+    """How far a training job is; what a checkpoint holds beside tensors."""
 
     step: int = 0
     best_step: int = -1
@@ -35,64 +35,64 @@ class Progress:
     modules: list[dict[str, Any]] = field(default_factory=list)  # what `diagnostics.Watch` saw
 
 
-def write_checkpoint(place: StepDir, tensors: dict[str, Tensor], progress: Progress) -> None:
+def write_checkpoint(step_dir: StepDir, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Store a checkpoint, then drop the one before it."""
-    state, marker = f"attempt/state-{progress.step:09d}-{place.fence}.safetensors", _marker(progress.step)
-    stored = store_tensors(place, state, tensors)
+    state = f"attempt/state-{progress.step:09d}-{step_dir.fence}.safetensors"
+    marker = f"attempt/checkpoint-{progress.step:09d}.json"
+    stored = store_tensors(step_dir, state, tensors)
     fields = {"file": state, "stored": stored.model_dump(), "progress": vars(progress)}
-    place.write(marker, json.dumps(fields).encode())
+    step_dir.write(marker, json.dumps(fields).encode())
     for prefix in ("attempt/checkpoint-", "attempt/state-", "attempt/best-"):
-        for old in set(place.sizes(prefix)) - {state, marker, progress.best_file}:
-            place.delete(old)
+        for old in set(step_dir.sizes(prefix)) - {state, marker, progress.best_file}:
+            step_dir.delete(old)
 
 
-def latest_checkpoint(place: StepDir) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, as `load_checkpoint` takes it."""
-    for name in sorted(place.sizes("attempt/checkpoint-"), reverse=True):
+def latest_checkpoint(step_dir: StepDir) -> dict[str, Any] | None:
+    """Return the newest checkpoint that is whole, as `load_checkpoint` takes it."""
+    for name in sorted(step_dir.sizes("attempt/checkpoint-"), reverse=True):
         try:
-            fields: dict[str, Any] = json.loads(place.read(name))
-            place.local(fields["file"], StoredFile(**fields["stored"]))
+            fields: dict[str, Any] = json.loads(step_dir.read(name))
+            step_dir.local(fields["file"], StoredFile(**fields["stored"]))
         except (FileNotFoundError, DamagedError, ValueError):
             continue
         return fields
     return None
 
 
-def load_checkpoint(place: StepDir, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
-    path = place.local(fields["file"], StoredFile(**fields["stored"]))
+def load_checkpoint(step_dir: StepDir, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:
+    """Return the tensors and the progress of a checkpoint that `latest_checkpoint` returned."""
+    path = step_dir.local(fields["file"], StoredFile(**fields["stored"]))
     return load_file(path), Progress(**fields["progress"])
 
 
-def _marker(step: int) -> str:
-    return f"attempt/checkpoint-{step:09d}.json"
-
-
-def store_tensors(place: StepDir, name: str, tensors: dict[str, Tensor]) -> StoredFile:
-    with tempfile.TemporaryDirectory(dir=place.scratch_dir()) as folder:
+def store_tensors(step_dir: StepDir, name: str, tensors: dict[str, Tensor]) -> StoredFile:
+    """Store tensors as a safetensors file of a step directory."""
+    with tempfile.TemporaryDirectory(dir=step_dir.scratch_dir()) as folder:
         path = Path(folder) / "tensors.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-        return place.upload(name, path)
+        return step_dir.upload(name, path)
 
 
-def finish(place: StepDir, progress: Progress, steps: int, files: dict[str, StoredFile]) -> None:
-    """Rank 0, when its weights are stored as `files`: what the stage needs for its record."""
-    files = files | {"history.json": place.write("history.json", json.dumps(progress.history).encode())}
+def finish(step_dir: StepDir, progress: Progress, steps: int, files: dict[str, StoredFile], **facts: str) -> None:
+    """Write what the stage needs for its record, on rank 0, when its weights are stored as `files`."""
+    files = files | {"history.json": step_dir.write("history.json", json.dumps(progress.history).encode())}
     if progress.modules:
-        files = files | {"modules.json": place.write("modules.json", json.dumps(progress.modules).encode())}
+        files = files | {"modules.json": step_dir.write("modules.json", json.dumps(progress.modules).encode())}
     result = {
         "steps": steps,
         "best_step": progress.best_step,
         "validation_nats": progress.best_nats,
         "files": {name: stored.model_dump() for name, stored in files.items()},
+        **facts,
     }
-    place.write("attempt/result.json", json.dumps(result).encode())
+    step_dir.write("attempt/result.json", json.dumps(result).encode())
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, by the rest of their names."""
+    """Return the tensors whose names start with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def weights(model: WithStates) -> dict[str, Tensor]:
-    """Every parameter of the wrapped model by name, a tied one once."""
+    """Return every parameter of the wrapped model by name, a tied one once."""
     return dict(model.model.named_parameters())

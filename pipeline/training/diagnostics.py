@@ -12,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.quant.layers import quantizers
+from pipeline.quant.modules import quantizers
+from pipeline.quant.quantizers.base import mean_abs
 
 BINS, WIDEST = 60, 6.0  # of a histogram of weights, in multiples of the mean magnitude
 
 
 def token_cosine(states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines between different tokens of the same row, summed over rows' means, and how many rows had two tokens.
-
-    Args:
-        states: (batch, length, hidden).
-        lengths: (batch,), valid tokens of each row.
-    """
+    """Return cosines between different tokens of the same row, summed over rows' means, and the number of rows that had
+    two tokens: states (batch, length, hidden), and lengths (batch,), valid tokens of each row."""
     total, count = states.new_zeros((), dtype=torch.float64), lengths.new_zeros(())
     for row, length in zip(states, lengths.tolist(), strict=True):
         if length < 2:
@@ -42,38 +39,38 @@ class Watch:
 
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> dict[str, dict[str, float]]:
-        """By module: `gamma`, the outermost level over mean |w| (of rows: their mean), the share of `zeros`, and the
-        share of codes `changed_per_100_steps`, absent at the first look."""
+        """Return by module `gamma`, the outermost level over mean |w| (of several scales: their mean), the share of
+        `zeros`, and the share of codes `changed_per_100_steps`, absent at the first look."""
         facts = {}
         for name, weight, quantizer in quantizers(model):
-            codes, size = quantizer.freeze(weight)
-            edge = size * quantizer.grid.edge
-            magnitude = weight.abs().mean(1, keepdim=True) if len(size) > 1 else weight.abs().mean()
-            alive = (magnitude > 0).expand_as(edge)
-            found = {
+            codes, scale = quantizer.freeze(weight)
+            edge = quantizer.granularity.fold_scale(scale) * quantizer.grid.edge
+            magnitude = mean_abs(quantizer.granularity.fold(weight))
+            alive = magnitude > 0
+            measures = {
                 "gamma": float((edge / magnitude)[alive].mean()),
                 "zeros": float((codes == 0).float().mean()) if quantizer.grid.shift == 0 else 0.0,
             }
             if name in self.codes and step > self.step:
                 changed = float((codes != self.codes[name]).float().mean())
-                found["changed_per_100_steps"] = changed * 100 / (step - self.step)
-            self.codes[name], facts[name] = codes.clone(), found
+                measures["changed_per_100_steps"] = changed * 100 / (step - self.step)
+            self.codes[name], facts[name] = codes.clone(), measures
         self.step = step
         return facts
 
 
 @torch.no_grad()
 def weight_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By module: counts of latent weights in equal bins over -6..6 mean |w|, the outer bins holding what lies beyond,
-    and where the outermost levels are in the same unit."""
-    found = {}
+    """Return by module counts of latent weights in equal bins over -6..6 mean |w|, the outer bins holding what lies
+    beyond, and the outermost levels in the same unit."""
+    histograms = {}
     for name, weight, quantizer in quantizers(model):
         mean = weight.abs().mean()
-        _, size = quantizer.freeze(weight)
+        _, scale = quantizer.freeze(weight)
         relative = (weight / torch.where(mean == 0, 1, mean)).clamp(-WIDEST, WIDEST)
-        found[name] = {
+        histograms[name] = {
             "counts": [int(n) for n in torch.histc(relative.float().cpu(), BINS, -WIDEST, WIDEST)],
-            "highest_level": float(size.mean() * (quantizer.grid.high + quantizer.grid.shift) / mean),
-            "lowest_level": float(size.mean() * (quantizer.grid.low + quantizer.grid.shift) / mean),
+            "highest_level": float(scale.mean() * (quantizer.grid.high + quantizer.grid.shift) / mean),
+            "lowest_level": float(scale.mean() * (quantizer.grid.low + quantizer.grid.shift) / mean),
         }
-    return found
+    return histograms

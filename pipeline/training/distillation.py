@@ -9,20 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.training import Distill
+from pipeline.distill import negatives
 from pipeline.distill.losses import contrastive_loss, valid_tokens
 from pipeline.distill.memory_bank import MemoryBank
-from pipeline.distill.negatives import (
-    Negatives,
-    draw_ids,
-    draw_offsets,
-    draw_partner,
-    draw_positions,
-    other_positions,
-    other_tokens,
-)
 from pipeline.errors import RunError
-from pipeline.tasks.losses import CONTRAST, distilling_terms
-from pipeline.tasks.task import Batch
+from pipeline.tasks.batch import Batch
+from pipeline.tasks.losses import CONTRAST, distilling_losses
 
 ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
 
@@ -40,7 +32,7 @@ class Distillation:
     teacher: Callable[..., tuple[Tensor, Tensor]] | None
     bank: MemoryBank
 
-    def terms(
+    def losses(
         self,
         step: int,
         rows: Tensor,
@@ -51,7 +43,7 @@ class Distillation:
         logits: Tensor,
         read: ReadRow,
     ) -> dict[str, Tensor]:
-        """The terms of the loss of a micro-batch, each a sum in nats.
+        """Return the losses of a micro-batch by name, each a sum in nats.
 
         Args:
             step: optimizer step. rows: row ids of the whole global batch. row_ids: those of this micro-batch.
@@ -61,49 +53,42 @@ class Distillation:
         with torch.no_grad():
             last, layer = self._teacher_states(batch, cached)
             teacher_logits = self.head(last)
-        terms = distilling_terms(logits, teacher_logits, batch)
+        losses = distilling_losses(logits, teacher_logits, batch)
         contrast = states.new_zeros((), dtype=torch.float64)
         if self.recipe.contrast_weight:
-            negatives = [
-                self._negatives(step, rows, row, place, batch, i, layer[i], states[i], read)
-                for i, (row, place) in enumerate((row, place) for row in row_ids for place in range(batch.group))
+            apart = [
+                self._negatives(step, rows, row_ids[i // batch.group], batch, i, layer[i], states[i], read)
+                for i in range(len(row_ids) * batch.group)
             ]
             query = self.bank.query(batch.ids, states)
-            contrast, _ = contrastive_loss(query, layer, batch.lengths, negatives, self.recipe.temperature)
+            contrast, _ = contrastive_loss(query, layer, batch.lengths, apart, self.recipe.temperature)
             self.bank.accumulate(batch.ids, states, valid_tokens(batch.lengths, batch.ids.shape[1]))
-        return terms | {CONTRAST: contrast}
+        return losses | {CONTRAST: contrast}
 
     def _negatives(
-        self,
-        step: int,
-        rows: Tensor,
-        row: int,
-        place: int,
-        batch: Batch,
-        index: int,
-        teacher: Tensor,
-        student: Tensor,
-        read: ReadRow,
-    ) -> Negatives:
-        """Those of the sequence at `place` of its row, at `index` of the batch, as `negatives_from` says; the student's
-        own states let the gradient through on both sides."""
+        self, step: int, rows: Tensor, row: int, batch: Batch, i: int, teacher: Tensor, student: Tensor, read: ReadRow
+    ) -> negatives.Negatives:
+        """Return the negatives, as `negatives_from` says, of a row's sequence that is number `i` of the batch; the
+        student's own states let the gradient through on both sides."""
         seed, count, chosen = self.recipe.seed, self.recipe.negatives, self.recipe.negatives_from
+        place = i % batch.group
         sequence = row * batch.group + place
-        ids = batch.ids[index, : int(batch.lengths[index])]
+        ids = batch.ids[i, : int(batch.lengths[i])]
         if chosen in ("teacher", "student"):
-            offsets = draw_offsets(seed, step, sequence, len(ids), count)
-            return other_positions(teacher if chosen == "teacher" else student, len(ids), offsets)
+            offsets = negatives.draw_offsets(seed, step, sequence, len(ids), count)
+            return negatives.other_positions(teacher if chosen == "teacher" else student, len(ids), offsets)
         if chosen == "vocabulary":
             seen = self.bank.seen.nonzero()[:, 0]
-            drawn = seen[draw_ids(seed, step, sequence, len(seen), count + 1).to(seen.device)]
-            return other_tokens(self.bank.states[drawn], ids, drawn)
-        partner = draw_partner(seed, step, row, rows)
+            drawn = seen[negatives.draw_ids(seed, step, sequence, len(seen), count + 1).to(seen.device)]
+            return negatives.other_tokens(self.bank.states[drawn], ids, drawn)
+        partner = negatives.draw_partner(seed, step, row, rows)
         if partner is None:
-            return Negatives(teacher[:0])
+            return negatives.Negatives(teacher[:0])
         others, cached = read(partner)
         with torch.no_grad():
             _, states = self._teacher_states(others, cached)
-        return Negatives(states[place, draw_positions(seed, step, sequence, int(others.lengths[place]), count)])
+        positions = negatives.draw_positions(seed, step, sequence, int(others.lengths[place]), count)
+        return negatives.Negatives(states[place, positions])
 
     def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:

@@ -21,7 +21,7 @@ MOST_HISTOGRAMS = 48
 
 
 def module_curves(looks: Sequence[dict[str, Any]]) -> Figure:
-    """Gamma, share of zeros and codes changed of every module over the steps; modules of a kind share a colour."""
+    """Plot gamma, share of zeros and codes changed of every module over the steps; modules of a kind share a colour."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     modules = list(looks[-1]["modules"])
     kinds = sorted({module.rpartition(".")[2] for module in modules})
@@ -37,7 +37,7 @@ def module_curves(looks: Sequence[dict[str, Any]]) -> Figure:
 
 
 def cosine_curve(history: Sequence[dict[str, float]]) -> Figure:
-    """Mean cosine between the representations of different tokens over the steps."""
+    """Plot the mean cosine between the representations of different tokens over the steps."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     points = [(entry["step"], entry["token_cosine"]) for entry in history if "token_cosine" in entry]
@@ -47,17 +47,17 @@ def cosine_curve(history: Sequence[dict[str, float]]) -> Figure:
 
 
 def weight_histograms(histograms: dict[str, Any]) -> Figure:
-    """Latent weights of each module in multiples of their mean magnitude, with the outermost levels as lines."""
+    """Plot latent weights of each module in multiples of their mean magnitude, with the outermost levels as lines."""
     shown = list(histograms.items())[:MOST_HISTOGRAMS]
     columns = min(6, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(2.4 * columns, 1.8 * rows), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns)).flatten()
-    for axes, (name, found) in zip(grid, shown, strict=False):
-        edges = np.linspace(-WIDEST, WIDEST, len(found["counts"]) + 1)
-        axes.stairs(found["counts"], edges, fill=True)
+    for axes, (name, histogram) in zip(grid, shown, strict=False):
+        edges = np.linspace(-WIDEST, WIDEST, len(histogram["counts"]) + 1)
+        axes.stairs(histogram["counts"], edges, fill=True)
         for level in ("lowest_level", "highest_level"):
-            axes.axvline(found[level], color="black", linewidth=0.8)
+            axes.axvline(histogram[level], color="black", linewidth=0.8)
         axes.set_title(name, fontsize=6)
         axes.tick_params(labelsize=5)
     for axes in grid[len(shown) :]:

@@ -1,4 +1,4 @@
-"""The optimizers of a run: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+"""The optimizers of a training job: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
-from pipeline.quant.layers import quantizers
+from pipeline.quant.modules import quantizers
 from pipeline.training.schedule import learning_rate
 
 MUON_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
@@ -46,48 +46,44 @@ class Optimizers:
         self.clipped = [*matrices, *tables, *vectors]
 
     def step(self, step: int, steps: int) -> None:
-        """One step of all, at the rates of optimizer step `step` (from 0) of `steps`."""
+        """Move all parameters by one step, at the rates of optimizer step `step` (from 0) of `steps`."""
+        recipe = self._recipe
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    step, steps, group["peak"], self._recipe.warmup_steps, self._recipe.schedule
-                )
+                group["lr"] = learning_rate(step, steps, group["peak"], recipe.warmup_steps, recipe.schedule)
             optimizer.step()
 
     def zero_grad(self) -> None:
+        """Clear the gradients of all parameters."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
     def second_moment(self, weight: nn.Parameter) -> Tensor | None:
-        """Adam's, of a weight that Adam moves."""
-        found: Tensor | None = self._state(weight).get("exp_avg_sq")
-        return found
+        """Return Adam's second moment of a weight; None if Adam does not move it."""
+        moment: Tensor | None = self._state(weight).get("exp_avg_sq")
+        return moment
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as `KEY.PARAMETER`."""
-        return {
-            f"{key}.{name}": value
-            for parameter, name in self._names.items()
-            for key, value in self._state(parameter).items()
-        }
+        """Return the state, named `KEY.PARAMETER`."""
+        names = self._names.items()
+        return {f"{key}.{name}": value for p, name in names for key, value in self._state(p).items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """What `tensors` gave."""
+        """Restore the state that `tensors` returned."""
         parameters = {name: parameter for parameter, name in self._names.items()}
         owners = {p: o for o in self.all for group in o.param_groups for p in group["params"]}
         for name, tensor in tensors.items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            device = parameter.device if key != "step" else "cpu"
-            owners[parameter].state[parameter][key] = tensor.to(device)
+            owners[parameter].state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return next((o.state[parameter] for o in self.all if parameter in o.state), {})
 
 
 def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.optim.Optimizer:
-    """One group a matrix: an update moves it by about `muon_lr` times its own root mean square at the start, whatever
-    its shape and size."""
+    """Return Muon with one group a matrix: an update moves it by about `muon_lr` times its own root mean square at the
+    start, whatever its shape and size. A 2-bit code changes when a weight has moved by a share of its scale."""
     groups = []
     for matrix in matrices:
         rms = float(matrix.detach().square().mean().sqrt())

@@ -1,64 +1,19 @@
-"""Learning-rate schedule and order of the data: pure functions of the step."""
+"""Learning rates: a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 from pipeline.config.training import Schedule
-from pipeline.distill.random import draw
 
 FINAL_LR = 1e-6  # Tao et al. 2022, appendix: linear decay to 1e-6
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: Schedule = "linear") -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up to `peak`, then linear or cosine decay to 1e-6."""
+    """Return the rate of optimizer step `step` (from 0): linear warm-up to `peak`, then decay to 1e-6 by `schedule`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     if schedule == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return peak + (min(FINAL_LR, peak) - peak) * done
-
-
-class DataOrder:
-    """Which rows make up each global batch: a function of (seed, epoch, batch) and of nothing else.
-
-    Each epoch permutes the shards and then the rows within a window of shards, so that a reader needs only
-    `window` shards at a time, however large the corpus. The epochs follow each other without a gap: a batch may
-    take its last rows from the next epoch, and no row is dropped.
-    """
-
-    def __init__(self, shard_rows: list[int], seed: int, window: int = 16) -> None:
-        self.first_row = torch.tensor([0, *shard_rows]).cumsum(0)
-        self.rows = int(self.first_row[-1])
-        self.seed, self.window = seed, window
-        self._epochs: dict[int, Tensor] = {}
-
-    def batch(self, step: int, batch_size: int) -> Tensor:
-        """Global row ids of batch `step`, in order, int64."""
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = positions // self.rows
-        return torch.cat([self.epoch(int(e))[positions[epochs == e] % self.rows] for e in epochs.unique_consecutive()])
-
-    def epoch(self, epoch: int) -> Tensor:
-        """All row ids in the order of one epoch."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:
-                del self._epochs[min(self._epochs)]
-            generator = draw("order", self.seed, epoch)
-            shards = torch.randperm(len(self.first_row) - 1, generator=generator)
-            windows = shards.split(self.window)
-            self._epochs[epoch] = torch.cat([self._mixed(window, generator) for window in windows])
-        return self._epochs[epoch]
-
-    def _mixed(self, shards: Tensor, generator: torch.Generator) -> Tensor:
-        rows = torch.cat([torch.arange(int(self.first_row[s]), int(self.first_row[s + 1])) for s in shards])
-        return rows[torch.randperm(len(rows), generator=generator)]
-
-
-def share(rows: Tensor, rank: int, world: int) -> Tensor:
-    """The contiguous part of a global batch that one worker takes; sizes differ by one at most."""
-    return rows.tensor_split(world)[rank]

@@ -1,4 +1,4 @@
-"""The one training loop: full-precision training and quantization-aware distillation, one worker or many.
+"""The one trainer: full-precision training and quantization-aware distillation, one worker or many.
 
 What varies arrives as values: the recipe, and a `Distillation` or none. Batches are a function of (seed, step);
 losses are sums divided by a count of the whole global batch; so worker count and micro-batch change float order
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,42 +20,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
-from pipeline.distill.memory_bank import alone
 from pipeline.distill.random import draw
 from pipeline.errors import RunError
-from pipeline.models.build import load_parameters
 from pipeline.models.hidden_states import WithStates, last_states, logits_of
-from pipeline.quant.layers import quantizers
+from pipeline.models.student import load_parameters
+from pipeline.quant.modules import quantizers
 from pipeline.store.records import Advance, Shard, StoredFile
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import StepDir
+from pipeline.tasks.batch import Batch
 from pipeline.tasks.language_modeling import LanguageModeling
-from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_terms
-from pipeline.tasks.task import Batch, Task
-from pipeline.training.checkpoints import (
-    Progress,
-    latest_checkpoint,
-    load_checkpoint,
-    store_tensors,
-    under,
-    weights,
-    write_checkpoint,
-)
+from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_losses
+from pipeline.tasks.task import Task
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import Progress, under, weights
+from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
 from pipeline.training.optimizers import Optimizers
-from pipeline.training.schedule import DataOrder, share
 
 HISTORY_POINTS = 1000
-DIAGNOSES = 50  # looks at the modules over a run, about
+DIAGNOSES = 50  # looks at the modules over a training job, about
 
 
 @dataclass(frozen=True)
-class Run:
-    """What every worker of a training run is told; small and picklable."""
+class TrainingJob:
+    """What every worker of a training job is told; small and picklable."""
 
     recipe: Finetune | Distill
-    place: StepDir
+    dir: StepDir
     tokens: StepDir
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
@@ -66,47 +58,51 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps; epochs count rows of the training split."""
+        """Count the optimizer steps; epochs count rows of the training split."""
         if self.recipe.steps is not None:
             return self.recipe.steps
         rows = sum(shard.rows for shard in self.train)
         return max(1, math.ceil((self.recipe.epochs or 0) * rows / self.recipe.batch_size))
 
 
-def fit(
-    model: WithStates, run: Run, distillation: Distillation | None, device: torch.device, report: Advance
+def train(
+    model: WithStates, job: TrainingJob, distillation: Distillation | None, device: torch.device, report: Advance
 ) -> Progress | None:
     """Train to the last step, resuming from the last checkpoint. On rank 0, `model` ends with its best weights and
     the progress is returned; other ranks return None."""
-    loop = Loop(model, run, distillation, device, report)
-    loop.run()
-    return loop.progress if loop.rank == 0 else None
+    trainer = Trainer(model, job, distillation, device, report)
+    trainer.run()
+    return trainer.progress if trainer.rank == 0 else None
 
 
-class Loop:
-    """State of one worker of one run."""
+class Trainer:
+    """State of one worker of one training job."""
 
     def __init__(
-        self, model: WithStates, run: Run, distillation: Distillation | None, device: torch.device, report: Advance
+        self,
+        model: WithStates,
+        job: TrainingJob,
+        distillation: Distillation | None,
+        device: torch.device,
+        report: Advance,
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.plan, self.recipe, self.device, self.report = run, run.recipe, device, report
-        self.distillation = distillation
-        self.model = model.to(device)
-        if run.resources.activation_checkpointing:
+        self.job, self.recipe, self.device, self.report = job, job.recipe, device, report
+        self.distillation, self.model = distillation, model.to(device)
+        if job.resources.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.replica: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
         self.optimizers = Optimizers(model, self.recipe)
-        self.rows = Rows(run.tokens, run.train, run.cache)
-        self.validation = Rows(run.tokens, run.validation)
-        self.order = DataOrder([shard.rows for shard in run.train], self.recipe.seed)
-        self.progress = Progress()
-        self.watch = Watch()
+        self.rows = Rows(job.tokens, job.train, job.cache)
+        self.validation = Rows(job.tokens, job.validation)
+        self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
+        self.progress, self.watch = Progress(), Watch()
 
     def run(self) -> None:
+        """Train as `train` does."""
         self._resume()
-        steps = self.plan.steps
+        steps = self.job.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
         if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be the best
             self._validate()
@@ -117,24 +113,24 @@ class Loop:
             self.progress.step += 1
             self._after_step(losses, steps)
         if self.rank == 0:
-            best = self.plan.place.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
+            best = self.job.dir.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
             load_parameters(self.model.model, load_file(best))
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One optimizer step over one global batch; means of the terms in nats."""
+        """Take one optimizer step over one global batch; return the mean losses in nats."""
         if self.distillation is not None and self.distillation.recipe.fade_in > 0:
-            faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.plan.steps))
+            faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.job.steps))
             for _, _, quantizer in quantizers(self.model):
-                quantizer.share = faded_in
+                quantizer.blend = faded_in
         losses = self.backward(step)
         self._refuse_divergence(losses["loss"], "loss", step)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
-        self.optimizers.step(step, self.plan.steps)
+        self.optimizers.step(step, self.job.steps)
         for _, weight, quantizer in quantizers(self.model):
             quantizer.after_step(weight, self.optimizers.second_moment(weight))
         if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
-            self.distillation.bank.update(self._gather if self.world > 1 else alone)
+            self.distillation.bank.update(self._gather)
         return losses
 
     def _refuse_divergence(self, nats: float, what: str, step: int) -> None:
@@ -145,45 +141,46 @@ class Loop:
             )
 
     def backward(self, step: int) -> dict[str, float]:
-        """Gradients of one global batch, micro-batch by micro-batch, synchronised with the last; mean losses."""
+        """Compute the gradients of one global batch, micro-batch by micro-batch, synchronised with the last; return the
+        mean losses."""
         self.replica.train()
         self.optimizers.zero_grad()
-        row_ids = share(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        counted = self.plan.task.counts(self.rows.lengths(row_ids.tolist()))
+        row_ids = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
+        counted = self.job.task.counts(self.rows.lengths(row_ids.tolist()))
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
         sums = torch.zeros(len(names), dtype=torch.float64)
-        micro_batches = row_ids.split(self.plan.resources.micro_batch)
+        micro_batches = row_ids.split(self.job.resources.micro_batch)
         for index, micro in enumerate(micro_batches):
-            with self._no_sync(last=index == len(micro_batches) - 1):
+            replica = None if index == len(micro_batches) - 1 else self.replica
+            with replica.no_sync() if isinstance(replica, DistributedDataParallel) else contextlib.nullcontext():
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
-                terms = self._terms(step, micro.tolist())
-                # DistributedDataParallel averages over workers; each term is a mean over the tokens of all of them.
-                parts = [self._weight(n) * terms[n] * self.world / c for n, c in zip(names, counts, strict=True)]
+                losses = self._losses(step, micro.tolist())
+                # DistributedDataParallel averages over workers; each loss is a mean over the tokens of all of them.
+                parts = [self._weight(n) * losses[n] * self.world / c for n, c in zip(names, counts, strict=True)]
                 torch.stack(parts).sum().backward()
-            sums += torch.stack([terms[name].detach().cpu() for name in names])
+            sums += torch.stack([losses[name].detach().cpu() for name in names])
         means = dict(zip(names, (self._all_reduce(sums) / counts).tolist(), strict=True))
         total = sum(self._weight(name) * mean for name, mean in means.items())
         return {"loss": total} if len(names) == 1 else {"loss": total, **means}
 
-    def _weight(self, term: str) -> float:
-        return self.distillation.recipe.contrast_weight if term == CONTRAST and self.distillation is not None else 1.0
+    def _weight(self, loss: str) -> float:
+        return self.distillation.recipe.contrast_weight if loss == CONTRAST and self.distillation is not None else 1.0
 
-    def _terms(self, step: int, row_ids: list[int]) -> dict[str, Tensor]:
-        """The terms of the loss of one micro-batch, each a sum in nats."""
-        ids, lengths, states = self.rows.get(row_ids)
-        batch = self.plan.task.batch(ids, lengths).to(self.device)
+    def _losses(self, step: int, row_ids: list[int]) -> dict[str, Tensor]:
+        """Return the losses of one micro-batch by name, each a sum in nats."""
+        batch, states = self._read(*row_ids)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             student_states, logits = self.replica(*batch.inputs)
         if self.distillation is None:
-            return teaching_terms(logits, batch)
+            return teaching_losses(logits, batch)
         rows = self.order.batch(step, self.recipe.batch_size)
-        return self.distillation.terms(step, rows, row_ids, batch, states, student_states, logits, self._read)
+        return self.distillation.losses(step, rows, row_ids, batch, states, student_states, logits, self._read)
 
-    def _read(self, row: int) -> tuple[Batch, Tensor | None]:
-        ids, lengths, states = self.rows.get([row])
-        return self.plan.task.batch(ids, lengths).to(self.device), states
+    def _read(self, *row_ids: int) -> tuple[Batch, Tensor | None]:
+        ids, lengths, states = self.rows.get([*row_ids])
+        return self.job.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, losses: dict[str, float], steps: int) -> None:
         progress, step, known = self.progress, self.progress.step, len(self.progress.history)
@@ -193,9 +190,9 @@ class Loop:
         note = f"loss {losses['loss']:.3f}"
         if last or step % self.recipe.eval_every == 0:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
-        if last or step % self.recipe.eval_every == 0 or step % self.plan.resources.checkpoint_steps == 0:
+        if last or step % self.recipe.eval_every == 0 or step % self.job.resources.checkpoint_steps == 0:
             if self.rank == 0:
-                write_checkpoint(self.plan.place, self._tensors(), progress)
+                checkpoints.write_checkpoint(self.job.dir, self._tensors(), progress)
             self._barrier()
         if self.rank == 0:
             self.report(step, steps, note, progress.history[known:])
@@ -208,37 +205,37 @@ class Loop:
         entry = {"step": step, "validation_nats": nats}
         if self.distillation is not None:
             entry["token_cosine"] = cosine
-            apart = self.plan.steps / DIAGNOSES
-            if self.rank == 0 and (step == self.plan.steps or step - self.watch.step >= apart or not self.watch.codes):
+            apart = self.job.steps / DIAGNOSES
+            if self.rank == 0 and (step == self.job.steps or step - self.watch.step >= apart or not self.watch.codes):
                 progress.modules.append({"step": step, "modules": self.watch.look(self.model.model, step)})
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
-            progress.best_file = f"attempt/best-{step}-{self.plan.place.fence}.safetensors"
+            progress.best_file = f"attempt/best-{step}-{self.job.dir.fence}.safetensors"
             if self.rank == 0:
-                stored = store_tensors(self.plan.place, progress.best_file, weights(self.model))
+                stored = checkpoints.store_tensors(self.job.dir, progress.best_file, weights(self.model))
                 progress.best_stored = stored.model_dump()
         return nats
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Mean next-token nats over the first `eval_rows` rows of the validation split, and the mean cosine between
-        the last states of different tokens of a row, whichever layer's are contrasted."""
+        """Return the mean next-token nats over the first `eval_rows` rows of the validation split, and the mean cosine
+        between the last states of different tokens of a row, whichever layer's are contrasted."""
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
-        for micro in share(rows, self.rank, self.world).split(self.plan.resources.inference_batch):
+        for micro in rank_rows(rows, self.rank, self.world).split(self.job.resources.inference_batch):
             if len(micro):
-                batch = self.plan.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
+                batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
                 states = last_states(self.model.model, *batch.inputs)
                 logits = logits_of(self.model.model, states)
-                found = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
-                sums += torch.tensor([value.item() for value in found], dtype=torch.float64)
+                measures = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
+                sums += torch.tensor([value.item() for value in measures], dtype=torch.float64)
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on."""
+        """Return every tensor that the next step depends on."""
         tensors = {f"model.{name}": parameter for name, parameter in weights(self.model).items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.tensors().items()}
         if self.distillation is not None:
@@ -247,11 +244,11 @@ class Loop:
         return tensors
 
     def _resume(self) -> None:
-        found = [latest_checkpoint(self.plan.place) if self.rank == 0 else None]
+        newest = [checkpoints.latest_checkpoint(self.job.dir) if self.rank == 0 else None]
         if self.world > 1:  # rank 0 chooses, so that all go on from the same step
-            dist.broadcast_object_list(found)
-        if found[0] is not None:
-            tensors, self.progress = load_checkpoint(self.plan.place, found[0])
+            dist.broadcast_object_list(newest)
+        if newest[0] is not None:
+            tensors, self.progress = checkpoints.load_checkpoint(self.job.dir, newest[0])
             load_parameters(self.model.model, under("model.", tensors))
             self.optimizers.load(under("optimizer.", tensors))
             if self.distillation is not None:
@@ -260,23 +257,17 @@ class Loop:
             self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
         self._barrier()
 
-    @contextlib.contextmanager
-    def _no_sync(self, last: bool) -> Iterator[None]:
-        if last or not isinstance(self.replica, DistributedDataParallel):
-            yield
-        else:
-            with self.replica.no_sync():
-                yield
-
     def _all_reduce(self, tensor: Tensor) -> Tensor:
-        if self.world > 1:
-            moved = tensor.to(self.device)
-            dist.all_reduce(moved)
-            return moved.cpu()
-        return tensor
+        if self.world == 1:
+            return tensor
+        moved = tensor.to(self.device)
+        dist.all_reduce(moved)
+        return moved.cpu()
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor of every rank, in rank order; the first dimensions may differ."""
+        """Return a tensor of every rank, in rank order; the first dimensions may differ."""
+        if self.world == 1:
+            return [tensor]
         sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
         longest = max(int(size) for size in sizes)

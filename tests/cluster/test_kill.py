@@ -110,7 +110,7 @@ class Project:
 
     def digests(self) -> dict[str, str]:
         """Content of everything that a run hands on."""
-        kept = ("**/rows/*.parquet", "**/rows/*.arrow", "finetune/*/model/model.safetensors", "distill/*/weights*")
+        kept = ("**/rows/*.parquet", "**/rows/*.arrow", "finetune/*/model/model.safetensors", "distill/*/*.safetensors")
         files = [path for pattern in kept for path in self.store.glob(pattern)]
         files += self.store.glob("pack/*/package/model.safetensors")
         return {str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

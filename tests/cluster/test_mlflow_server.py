@@ -18,10 +18,12 @@ import pytest
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import run as flow
-from pipeline.sweep import run as sweep
-from pipeline.tracking import outbox, runs
-from pipeline.tracking.outbox import LiveRun, Outbox
+from pipeline.flow.plan import plan_run, target_of
+from pipeline.flow.run import run_plan
+from pipeline.sweep.run import plan_sweep, run_sweep
+from pipeline.tracking import runs
+from pipeline.tracking.mlflow_listener import MlflowListener
+from pipeline.tracking.outbox import Outbox, outbox_folder
 from tests.conftest import Recorder
 from tests.store.test_step_store import serve_s3
 
@@ -121,13 +123,13 @@ def test_training_outlives_the_server_and_nothing_is_lost(
     server: Server, tiny_config: Callable[..., Config], cloned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(cloned, distill={"seed": 5}, resources={"tracking_uri": server.uri})
-    plan = flow.plan(config)
-    with Outbox(outbox.outbox_folder(config.resources)) as sender:
-        outage = Outage(server, sender)
-        outcome = flow.run(plan, LiveRun(outage, sender, flow.target_of(plan, "2-2-8", None)))
+    plan = plan_run(config)
+    with Outbox(outbox_folder(config.resources)) as outbox:
+        outage = Outage(server, outbox)
+        outcome = run_plan(plan, MlflowListener(outage, outbox, target_of(plan, "2-2-8", None)))
     assert outage.while_away >= 10
-    assert sender.unsent == {}
-    version = outcome.done["register"].record
+    assert outbox.unsent == {}
+    version = outcome.steps["register"].record
     client = runs.connect(server.uri)
     history = client.get_metric_history(version.run_id, "distill/loss")
     assert [metric.step for metric in history] == list(range(1, 13))
@@ -137,7 +139,7 @@ def test_training_outlives_the_server_and_nothing_is_lost(
 
     swept = {"space": {"quant.bits": ["2-2-8", "8-8-8"]}}
     config = tiny_config(cloned, distill={"seed": 5}, resources={"tracking_uri": server.uri}, sweep=swept)
-    found = sweep.run(sweep.plan(config), Recorder())
+    found = run_sweep(plan_sweep(config), Recorder())
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert found.untold == ""
     logged = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])

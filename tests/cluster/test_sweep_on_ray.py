@@ -23,7 +23,7 @@ from ray.util import placement_group_table
 
 from pipeline.config.run import Config
 from pipeline.store.locations import tracking_uri
-from pipeline.sweep import run as sweep
+from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
 
@@ -72,7 +72,7 @@ def test_stopped_trials_of_many_workers_free_their_cpus(
             "asha": {"grace_steps": 10, "reduction_factor": 2},
         },
     )
-    found = sweep.run(sweep.plan(config), Recorder())
+    found = run_sweep(plan_sweep(config), Recorder())
     assert sorted(trial.status for trial in found.trials) == ["done", "stopped", "stopped"]
     assert found.front == (found.trials[0].key,)
     for stopped in found.trials[1:]:
@@ -106,7 +106,7 @@ def test_a_trial_whose_worker_was_killed_is_tried_again(
         sweep={"space": {"distill.seed": [1, 2]}},
     )
     killing = Killing()
-    found = sweep.run(sweep.plan(config), killing)
+    found = run_sweep(plan_sweep(config), killing)
     assert killing.killed
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert_all_cpus_are_freed()
@@ -174,13 +174,13 @@ def swept(folder: Path, tiny_fields: Callable[..., dict[str, Any]], workers: int
 @pytest.fixture(scope="module")
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, finished: Any, tiny_fields: Callable[..., dict[str, Any]]
-) -> sweep.Found:
+) -> SweepResult:
     folder = with_shared_steps(tmp_path_factory.mktemp("undisturbed"), finished)
     config = Config.model_validate(swept(folder, tiny_fields, workers=0))
-    return sweep.run(sweep.plan(config), Recorder())
+    return run_sweep(plan_sweep(config), Recorder())
 
 
-def check(project: Project, document: dict[str, Any], undisturbed: sweep.Found) -> None:
+def check(project: Project, document: dict[str, Any], undisturbed: SweepResult) -> None:
     """Trials, their results, MLflow's runs and versions are those of a sweep that nobody disturbed."""
     expected = {trial.key: trial for trial in undisturbed.trials}
     assert {trial["trial_key"]: trial["metrics"]["student"] for trial in document["trials"]} == {
@@ -214,11 +214,11 @@ def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
     return project.finish()
 
 
-def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: sweep.Found) -> None:
+def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult) -> None:
     check(project, killed_then_finished(project, seed=1), undisturbed)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
-def test_driver_killed_at_random_moments(project: Project, undisturbed: sweep.Found, seed: int) -> None:
+def test_driver_killed_at_random_moments(project: Project, undisturbed: SweepResult, seed: int) -> None:
     check(project, killed_then_finished(project, seed=10 + seed), undisturbed)

@@ -35,7 +35,10 @@ NOTHING = {"name": "n", "model": {"source": "a/b"}, "data": {"source": "*.txt"},
     ("sections", "needle"),
     [
         ({"quant": {"quantizer": "laq"}, "distill": {"steps": 3, "optimizer": "muon"}}, "laq_uniform"),
-        ({"quant": {"quantizer": "laq_uniform", "gamma_init": "one"}}, "gamma_init is one, and the quantizer laq_uni"),
+        (
+            {"quant": {"quantizer": "laq_uniform", "gamma_init": "one"}},
+            "gamma_init is one, which the quantizer laq_uni",
+        ),
         ({"quant": {"bits": "2-2-32", "attention": "qkv"}}, "attention is qkv and has no effect"),
         ({"quant": {"bits": "2-2-32", "activation_range": "tensor"}}, "activation_range is tensor and has no effect"),
         ({"distill": {"steps": 3, "negatives_from": "batch", "batch_size": 1}}, "no other sequence"),
@@ -47,8 +50,3 @@ NOTHING = {"name": "n", "model": {"source": "a/b"}, "data": {"source": "*.txt"},
 def test_what_would_do_nothing_is_refused(sections, needle):
     with pytest.raises(ValueError, match=needle):
         Config.model_validate({**NOTHING, **sections})
-
-
-@pytest.mark.parametrize("quantizer", ["laq", "laq_uniform", "twn", "statistics"])
-def test_a_package_that_says_it_all_the_same_is_read(quantizer):
-    assert Quant.model_validate({"quantizer": quantizer, "gamma_init": "one"}).spec().quantizer == quantizer

@@ -15,13 +15,13 @@ from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
-from pipeline.flow import run as flow
+from pipeline.flow.plan import plan_run
 from pipeline.package.package import load
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
 THE_PAPERS: dict[str, dict[str, Any]] = {
-    "quant": {"quantizer": "quantgpt", "granularity": "tensor", "gamma_init": "one"},
+    "quant": {"quantizer": "quantgpt", "granularity": "per_tensor", "gamma_init": "one"},
     "distill": {"gamma_lr": 1e-3, "contrast_weight": 0.1, "temperature": 0.1, "negatives": 64, "momentum": 0.5},
 }
 every_preset = pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -89,9 +89,11 @@ def test_values_that_another_optimizer_does_not_take_are_left_out() -> None:
 @every_preset
 def test_what_the_file_sets_wins(preset: str) -> None:
     found = config(
-        preset=preset, quant={"granularity": "row", "bits": "2-2-32"}, distill={"steps": 4, "contrast_weight": 0.7}
+        preset=preset,
+        quant={"granularity": "per_channel", "bits": "2-2-32"},
+        distill={"steps": 4, "contrast_weight": 0.7},
     )
-    assert (found.quant.granularity, found.quant.bits) == ("row", "2-2-32")
+    assert (found.quant.granularity, found.quant.bits) == ("per_channel", "2-2-32")
     assert (found.distill.contrast_weight, found.distill.steps) == (0.7, 4)
     assert found.quant.gamma_init == PRESETS[preset]["quant"]["gamma_init"]
     assert config(preset="smallest", pack={"encoding": "dense"}).pack.encoding == "dense"
@@ -154,7 +156,7 @@ Make = Callable[..., Config]
 
 
 def keys(config: Config) -> list[str]:
-    return [step.place.key for step in flow.plan(config).steps]
+    return [step.dir.key for step in plan_run(config).steps]
 
 
 @every_preset
@@ -176,14 +178,12 @@ def test_a_preset_goes_through_the_line(
     assert list(ran.outcome.status.values()) == ["reused"] * 3 + ["done"] * 3
     recipe = ran.record("distill").recipe
     for section, kind in (("quant", Quant), ("distill", Distill)):
-        trained = kind.model_validate(
-            recipe[section] | (ran.record("pack").recipe["ship"] if section == "quant" else {})
-        )
+        trained = kind.model_validate(recipe[section])
         values = {name: value for name, value in PRESETS[preset][section].items() if name != "lr"}
         assert {name: getattr(trained, name) for name in values} == values
     assert load(ran.package).config.model_type == "gpt2"
-    report = ran.record("evaluate")
-    assert report.student["perplexity"] < 1.5 * report.teacher["perplexity"]
+    scored = ran.record("evaluate")
+    assert scored.student["perplexity"] < 1.5 * scored.teacher["perplexity"]
     if preset == "smallest":
         assert ran.record("pack").recipe["encoding"] == "base3"
         dense = run_flow(

@@ -1,4 +1,4 @@
-"""A GPT-2, a Llama and a BART of width 256, trained for seconds on the tiny corpus, as packages."""
+"""GPT-2, Llama and BART of width 256, trained for seconds on the tiny corpus, as packages."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ SOURCES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 80,
     },
 }
+SOURCES["llama in groups"] = SOURCES["llama"]
 QUANT: dict[str, dict[str, Any]] = {
     "gpt2": {"bits": "2-2-8"},
-    "llama": {"bits": "2-2-8", "quantizer": "seq", "granularity": "row"},
-    "bart": {"bits": "2-2-8", "granularity": "row"},
+    "llama": {"bits": "2-2-8", "quantizer": "seq", "granularity": "per_channel"},
+    "llama in groups": {"bits": "2-2-8", "quantizer": "seq", "granularity": {"per_group": 32}},
+    "bart": {"bits": "2-2-8", "granularity": "per_channel"},
 }
 # 512 is the default, which says that it is not set: this task has its own lengths
 SUMMARIES = {"name": "summarization", "block_length": 512, "source_length": 40, "target_length": 24}
@@ -45,8 +47,8 @@ SUMMARIES = {"name": "summarization", "block_length": 512, "source_length": 40, 
 
 @pytest.fixture(scope="session")
 def trained(trained_run: Callable[[str], Ran]) -> Callable[[str], Path]:
-    """`trained(family)`: the package of a run, made once."""
-    return lambda family: trained_run(family).package
+    """`trained(name)`: the package of a run of SOURCES, made once."""
+    return lambda name: trained_run(name).package
 
 
 @pytest.fixture(scope="session")
@@ -56,24 +58,24 @@ def trained_run(
     run_flow: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Ran]:
-    """`trained_run(family)`: a run as far as its package, made once."""
+    """`trained_run(name)`: a run of SOURCES as far as its package, made once."""
     made: dict[str, Ran] = {}
 
-    def run(family: str) -> Ran:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            more = sums_up(corpus, folder) if family == "bart" else {}
+    def run(name: str) -> Ran:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+            more = sums_up(corpus, folder) if name == "bart" else {}
             config = tiny_config(
                 folder,
-                model={"source": SOURCES[family], "tokenizer": {"train_bpe": 300}},
+                model={"source": SOURCES[name], "tokenizer": {"train_bpe": 300}},
                 finetune={"steps": 40, "lr": 2e-3, "eval_every": 40},
                 cache={"mode": "online"},
-                quant=QUANT[family],
+                quant=QUANT[name],
                 distill={"steps": 20, "lr": 1e-3, "eval_every": 20, "contrast_weight": 0},
                 **more,
             )
-            made[family] = run_flow(config, until="pack")
-        return made[family]
+            made[name] = run_flow(config, until="pack")
+        return made[name]
 
     return run
 

@@ -19,9 +19,11 @@ from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.vocabulary import write_vocabulary
-from pipeline.models.build import FAMILIES, build, make_student, read_config
-from pipeline.package import package as artifact
-from pipeline.quant.layers import FrozenTensors, freeze
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import make_student
+from pipeline.package.package import load, read_package, write_package
+from pipeline.quant.frozen import FrozenTensors, freeze
 from tests.conftest import ROOT
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
@@ -49,7 +51,7 @@ def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_pa
     assert (verdict["prompts"], verdict["steps"], verdict["disagreements"]) == (20, 64, 0)
     assert verdict["covered"] >= 0.5
     assert abs(verdict["perplexity_export"] / verdict["perplexity_packed"] - 1) < 0.005
-    frozen, _, _ = artifact.read(package)
+    frozen, _, _ = read_package(package)
     assert verdict["tensors_read_back"] == len(frozen.codes)
     assert verdict["read_back_error"] < 2**-11
     assert json.loads((out / "verdict.json").read_text())["digest"] == frozen.digest()
@@ -63,17 +65,17 @@ def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_pa
 @torch.no_grad()
 def test_with_fp32_activations_on_both_sides_logits_agree_to_a_thousandth(trained, family, tmp_path):
     """The weights that the codes stand for as fp32 tensors, so that llama.cpp has nothing to quantize for."""
-    frozen, config, _ = artifact.read(trained(family))
+    frozen, config, _ = read_package(trained(family))
     dense = FrozenTensors(rest={**frozen.rest, **{f"{name}.weight": frozen.weight(name) for name in frozen.codes}})
     folder, out = tmp_path / "package", tmp_path / "out"
     folder.mkdir(), out.mkdir()
     for path in trained(family).glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
-    artifact.write(folder, dense, config, Quant(bits="32-32-32"), "dense", family, FACTS)
+    write_package(folder, dense, config, Quant(bits="32-32-32"), "dense", family, FACTS)
     assert exporter.write(folder, out) == []
     assert set(types_of(out).values()) == {"F32"}
     ids = torch.randint(300, (40,), generator=torch.Generator().manual_seed(0))
-    ours = torch.log_softmax(artifact.load(folder)(ids[None]).logits[0], -1).numpy()
+    ours = torch.log_softmax(load(folder)(ids[None]).logits[0], -1).numpy()
     assert np.abs(ours - exporter.open_logits(out, 1)(ids.tolist())).max() < 1e-3
 
 
@@ -105,9 +107,9 @@ def test_every_grid_runs_in_rows_of_any_length(trained, tmp_path, bits, quantize
         (package / path.name).write_bytes(path.read_bytes())
     source = {"architecture": "gpt2", "n_layer": 1, "n_embd": 96, "n_head": 4, "n_positions": 80, "n_inner": 80}
     model, quant = build(read_config(source, vocab_size=300), seed=1), Quant(bits=bits, quantizer=quantizer)
-    make_student(model, quant.spec(), FAMILIES["gpt2"])
+    make_student(model, quant.spec(), family_named("gpt2"))
     frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
-    artifact.write(package, frozen, model.config, quant, "dense", "gpt2", FACTS)
+    write_package(package, frozen, model.config, quant, "dense", "gpt2", FACTS)
     notes, kinds = exporter.write(package, out), types_of(out)
     if bits != "32-4-8":
         assert kinds["blk.0.ffn_down.weight"] == "F16"
@@ -116,7 +118,7 @@ def test_every_grid_runs_in_rows_of_any_length(trained, tmp_path, bits, quantize
         )
     assert exporter.read_back(package, out)[0] <= 2**-10
     ids = list(range(20, 60))
-    ours = torch.log_softmax(artifact.load(package)(torch.tensor([ids])).logits[0], -1).numpy()
+    ours = torch.log_softmax(load(package)(torch.tensor([ids])).logits[0], -1).numpy()
     assert np.abs(ours - exporter.open_logits(out, 1)(ids)).max() < 0.02
 
 
@@ -150,8 +152,8 @@ def test_a_sentencepiece_like_tokenizer_splits_as_transformers_does(pieces, corp
     }
     tokenizer = AutoTokenizer.from_pretrained(pieces)
     model, quant = build(read_config(source, vocab_size=len(tokenizer)), seed=1), Quant(bits="8-8-8")
-    make_student(model, quant.spec(), FAMILIES["llama"])
-    artifact.write(
+    make_student(model, quant.spec(), family_named("llama"))
+    write_package(
         pieces, freeze(model, quant.spec(), torch.float32, torch.float32), model.config, quant, "dense", "llama", FACTS
     )
     exporter.write(pieces, tmp_path)

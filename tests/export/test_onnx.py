@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx as onnx_files
 import pytest
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from jobs.export import export
 from pipeline.config.resources import Resources
 from pipeline.export import onnx
 from pipeline.package import manifest
-from pipeline.package import package as artifact
+from pipeline.package.package import read_package
 from pipeline.runtime import Runtime
 from tests.packages import WIDE, package, packed_logits, rms
 
@@ -25,26 +26,40 @@ def source_of(family):
     return SOURCE if family == "bart" else None
 
 
-@pytest.fixture(scope="module", params=WIDE)
+@pytest.fixture(
+    scope="module",
+    params=[(family, granularity) for family in WIDE for granularity in ("per_channel", {"per_group": 32})],
+    ids=lambda case: f"{case[0]}, {'one scale a row' if case[1] == 'per_channel' else 'in groups'}",
+)
 def exported(request, tmp_path_factory):
     """family, package, export, notes."""
-    folder = tmp_path_factory.mktemp(request.param)
-    packed = package(folder / "package", WIDE[request.param], quantizer="seq", attention="qkv")
-    return request.param, packed, folder / "onnx", onnx.write(packed, folder / "onnx")
+    family, granularity = request.param
+    folder = tmp_path_factory.mktemp(family)
+    packed = package(folder / "package", WIDE[family], quantizer="seq", attention="qkv", granularity=granularity)
+    return family, packed, folder / "onnx", onnx.write(packed, folder / "onnx")
 
 
 def test_tensors_read_back_are_scale_times_level_exactly(exported):
     _, packed, folder, _ = exported
-    assert onnx.read_back(packed, folder) == (0.0, len(artifact.read(packed)[0].codes))
+    assert onnx.read_back(packed, folder) == (0.0, len(read_package(packed)[0].codes))
+
+
+def place_of_codes(folder):
+    """The file that holds a matrix's codes, and where in it they begin."""
+    graph = min(folder.glob("*.onnx"))
+    model = onnx_files.load(graph, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    codes = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    place = {entry.key: entry.value for entry in codes.external_data}
+    return graph.with_name(place["location"]), int(place["offset"])
 
 
 def test_a_changed_code_is_read_back_as_one(exported, tmp_path):
     _, packed, folder, _ = exported
     changed = shutil.copytree(folder, tmp_path / "onnx")
-    data = sorted(changed.glob("*.data"))[0]
+    data, first = place_of_codes(changed)
     content = bytearray(data.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 4096] = bytes(byte ^ 3 for byte in content[middle : middle + 4096])
+    content[first : first + 4096] = bytes(byte ^ 3 for byte in content[first : first + 4096])
     data.write_bytes(content)
     assert onnx.read_back(packed, changed)[0] > 0.1
 
@@ -54,11 +69,13 @@ def test_logits_with_fp32_activations_agree(exported):
     found = onnx.open_logits(folder, 1, activations=32)(IDS, source_of(family))
     wanted = Runtime(packed, activations=32).logits(IDS, source_of(family))
     assert np.abs(found - wanted).max() < 1e-5
-    plain = package(packed.parent / "plain", WIDE[family], quantizer="seq")  # attention operands in fp32
+    settings = json.loads((packed / "config.json").read_text())["quantization_config"]["quant"]
+    settings["attention"] = "none"  # operands in fp32
+    plain = package(packed.parent / "plain", WIDE[family], **settings)
     assert np.abs(found - packed_logits(plain, IDS, source_of(family), activations=32)).max() < 1e-4
 
 
-@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("family", [*WIDE, "llama in groups"])
 def test_a_trained_model_is_the_same_in_onnx_runtime(trained, family, tmp_path):
     """Tensors exactly; logits with fp32 activations on both sides; teacher-forced over 20 x 64 greedy steps, of which
     a decoder's first is given; perplexity."""
@@ -72,7 +89,7 @@ def test_a_trained_model_is_the_same_in_onnx_runtime(trained, family, tmp_path):
     found = onnx.open_logits(tmp_path / "out", 1, activations=32)(IDS, source_of(family))
     assert np.abs(found - packed_logits(package, IDS, source_of(family), activations=32)).max() < 1e-3
     assert verdict["read_back_error"] == 0
-    assert verdict["tensors_read_back"] == len(artifact.read(package)[0].codes)
+    assert verdict["tensors_read_back"] == len(read_package(package)[0].codes)
 
 
 def test_it_runs_as_the_package_does(exported):

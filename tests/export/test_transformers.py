@@ -16,9 +16,11 @@ from pipeline.config.resources import Resources
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
-from pipeline.models.build import FAMILIES, build, make_student, read_config
-from pipeline.package import package as artifact
-from pipeline.quant.layers import freeze
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import make_student
+from pipeline.package.package import load, read_package, write_package
+from pipeline.quant.frozen import freeze
 from tests.conftest import ARCHITECTURES
 
 FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
@@ -35,12 +37,18 @@ assert "pipeline" not in sys.modules
 @torch.no_grad()
 def exact(package):
     """The packed model's weights with activations untouched, as the format's runtime has them."""
-    frozen, config, quantization = artifact.read(package)
+    frozen, config, quantization = read_package(package)
     return dequantized.plain_model(frozen, config, quantization["family"])(torch.arange(40)[None]).logits.numpy()
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("gpt2", "transformers"), ("llama", "transformers"), ("llama", "compressed-tensors")]
+    ("family", "name"),
+    [
+        ("gpt2", "transformers"),
+        ("llama", "transformers"),
+        ("llama in groups", "transformers"),
+        ("llama", "compressed-tensors"),
+    ],
 )
 def test_an_export_loads_in_plain_transformers_without_our_code(trained, tmp_path, family, name):
     out = tmp_path / "out"
@@ -77,9 +85,9 @@ def test_each_grid_takes_the_width_that_holds_its_levels(trained, tmp_path, bits
         build(read_config(ARCHITECTURES["llama"], vocab_size=300), seed=1),
         Quant(bits=bits, quantizer=quantizer),
     )
-    make_student(model, quant.spec(), FAMILIES["llama"])
+    make_student(model, quant.spec(), family_named("llama"))
     frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
-    artifact.write(package, frozen, model.config, quant, "dense", "llama", FACTS)
+    write_package(package, frozen, model.config, quant, "dense", "llama", FACTS)
     compressed_tensors.write(package, out)
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == widths
@@ -91,11 +99,11 @@ def test_bart_goes_to_plain_transformers_too(tmp_path):
     package.mkdir(), out.mkdir()
     torch.manual_seed(0)
     model, quant = build(read_config(ARCHITECTURES["bart"], vocab_size=300), seed=1), Quant(bits="4-4-8")
-    make_student(model, quant.spec(), FAMILIES["bart"])
+    make_student(model, quant.spec(), family_named("bart"))
     frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
-    artifact.write(package, frozen, model.config, quant, "dense", "bart", FACTS)
+    write_package(package, frozen, model.config, quant, "dense", "bart", FACTS)
     dequantized.write(package, out)
-    packed = artifact.load(package)
+    packed = load(package)
     measured = measure(packed, dequantized.open_logits(out, 1), make_probes(packed, None))
     assert (measured["prompts"], measured["disagreements"]) == (20, 0)
     assert not [reason for reason in reasons_against(measured, None) if "steps are decided" not in reason]

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import FORMATS, dequantized, format_named, gguf
 from pipeline.export.probes import Probes, lengths, make_probes
 from pipeline.export.verify import measure, reasons_against
-from pipeline.package import package as artifact
+from pipeline.package.package import load
 from pipeline.store.locations import tracking_uri
 from pipeline.tracking import registry, runs
 
@@ -60,7 +60,7 @@ def test_each_reason_is_said_with_its_numbers(change, error, reason):
 
 def test_a_runtime_is_measured_against_independent_arithmetic(finished):
     """A runtime that shifts every logit and disturbs one token: the shift does not count, the disturbance does."""
-    model = artifact.load(finished.package)
+    model = load(finished.package)
     probes = make_probes(model, None)
     prompt, steps = lengths(32)
     assert probes.paths.shape == probes.rows.shape == (20, prompt + steps)
@@ -86,7 +86,7 @@ def test_a_runtime_is_measured_against_independent_arithmetic(finished):
 
 def test_an_export_that_computes_otherwise_is_deleted_and_the_reasons_are_said(trained, tmp_path, monkeypatch):
     honest = gguf.pack_blocks
-    monkeypatch.setattr(gguf, "pack_blocks", lambda codes, step, *rest: honest(codes, step * 1.05, *rest))
+    monkeypatch.setattr(gguf, "pack_blocks", lambda codes, scale, *rest: honest(codes, scale * 1.05, *rest))
     done = bitmill("export", trained("gpt2"), "--format", "gguf", "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "was deleted: a tensor reads back 0.05 off its levels" in done.stderr
@@ -114,6 +114,14 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, che
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "link"]
 
 
+@pytest.mark.parametrize("name", ["gguf", "compressed-tensors"])
+def test_formats_of_one_scale_a_row_refuse_scales_of_groups(trained, tmp_path, name):
+    package = trained("llama in groups")
+    with pytest.raises(ConfigError, match=rf"--format {name} .* per_group 32\. Valid for it: onnx, transformers\."):
+        export(str(package), name, tmp_path / "out", None, 1, Resources(), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_text_may_be_the_probe_and_a_short_one_is_refused(trained, corpus, tmp_path):
     done = bitmill(
         "export", trained("gpt2"), "--format", "transformers", "--out", tmp_path / "a", "--data", corpus, "--json"
@@ -134,10 +142,7 @@ def test_verdicts_of_a_registered_model_are_kept_with_it(tiny_config, trained, r
     client = runs.connect(tracking_uri(resources))
     experiment = runs.experiment_id(client, "x", (tmp_path / "artifacts").as_uri())
     run = runs.find_or_create_run(client, experiment, "k", "x")
-    version, model_id = registry.register_package(
-        client, run.info.run_id, experiment, "x", "k", trained("gpt2"), {}, {}
-    )
-    registry.crown(client, "x")
+    version, model_id = registry.register_package(client, run, "x", "k", trained("gpt2"), {}, {})
 
     def formats():
         tags = client.get_model_version("x", version.version).tags, client.get_logged_model(model_id).tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,26 +10,30 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.errors import ConfigError, RunError
-from pipeline.flow import run as flow
-from pipeline.flow.run import STAGES
+from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.flow.line import LINE, STAGES
+from pipeline.flow.plan import plan_run, reasons
+from pipeline.models.student import load_frozen, save_frozen
 from pipeline.package.package import load
+from pipeline.store.locations import tracking_uri
+from pipeline.store.records import Package, Student, TeacherCache
+from pipeline.store.step_store import checksum
 from pipeline.tracking import registry, runs
 
 FROM_DISTILL = ["distill", "evaluate", "pack", "register"]
-ALL = list(STAGES)
+ALL = ["tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"]
 
 
 def keys(plan):
-    return {step.stage: step.place.key for step in plan.steps}
+    return {step.name: step.key for step in plan.steps}
 
 
 def changed(plan, other):
-    return [stage for stage in STAGES if keys(plan)[stage] != keys(other)[stage]]
+    return [stage for stage in ALL if keys(plan)[stage] != keys(other)[stage]]
 
 
 def statuses(ran):
-    return [ran.outcome.status[stage] for stage in STAGES]
+    return [ran.outcome.status[stage] for stage in ALL]
 
 
 def tree(folder):
@@ -36,21 +41,21 @@ def tree(folder):
 
 
 def versions(config):
-    return runs.connect(flow.tracking_uri(config.resources)).search_model_versions("name = 'tiny'")
+    return runs.connect(tracking_uri(config.resources)).search_model_versions("name = 'tiny'")
 
 
 def test_all_seven_stages_are_done_in_order(finished):
-    assert STAGES == ("tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register")
-    assert finished.observer.events == [(what, stage) for stage in STAGES for what in ("started", "done")]
+    assert [stage.name for stage in LINE] == ALL
+    assert finished.listener.events == [(what, stage) for stage in ALL for what in ("started", "done")]
     for step in finished.plan.steps:
-        record = finished.record(step.stage)
-        assert (record.stage, record.key, record.recipe) == (step.stage, step.place.key, step.recipe)
-        assert record.inputs == {stage: finished.plan.step(stage).place.key for stage in step.inputs}
+        record = finished.record(step.name)
+        assert (record.stage, record.key, record.recipe) == (step.name, step.key, step.recipe)
+        assert record.inputs == {stage: keys(finished.plan)[stage] for stage in step.inputs}
     assert finished.plan.run_key == finished.record("register").key
 
 
-def test_the_observer_is_told_how_far_each_long_stage_is(finished):
-    assert finished.observer.progress == {
+def test_the_listener_is_told_how_far_each_long_stage_is(finished):
+    assert finished.listener.progress == {
         "tokenize": (3, 3),
         "finetune": (20, 20),
         "cache": (1, 1),
@@ -62,7 +67,7 @@ def test_the_observer_is_told_how_far_each_long_stage_is(finished):
 def test_the_first_version_is_champion(finished):
     version = finished.record("register")
     assert (version.name, version.version, version.aliases) == ("tiny", 1, ("champion",))
-    client = runs.connect(flow.tracking_uri(finished.plan.config.resources))
+    client = runs.connect(tracking_uri(finished.plan.config.resources))
     assert registry.find_version(client, "tiny", version.key).version == 1
     run = client.get_run(version.run_id)
     assert run.data.metrics["perplexity"] == pytest.approx(finished.record("evaluate").student["perplexity"])
@@ -73,11 +78,11 @@ def test_a_second_run_reuses_everything_and_starts_nothing(finished, run_flow):
     store = Path(finished.plan.config.resources.storage_uri)
     before = tree(store)
     again = run_flow(finished.plan.config)
-    assert [step.reason for step in again.plan.steps] == ["done before"] * 7
+    assert list(reasons(again.plan).values()) == ["done before"] * 7
     assert again.plan.rows == finished.record("tokenize").splits["train"].rows
-    assert again.plan.rows_are_exact
-    assert again.observer.events == [("reused", stage) for stage in STAGES]
-    assert [again.record(stage) for stage in STAGES] == [finished.record(stage) for stage in STAGES]
+    assert again.plan.tokens == finished.record("tokenize")
+    assert again.listener.events == [("reused", stage) for stage in ALL]
+    assert [again.record(stage) for stage in ALL] == [finished.record(stage) for stage in ALL]
     assert tree(store) == before
     assert not ray.is_initialized()
 
@@ -88,8 +93,8 @@ def test_a_second_run_reuses_everything_and_starts_nothing(finished, run_flow):
         ({"quant": {"bits": "4-4-8"}}, FROM_DISTILL),
         ({"quant": {"gamma_init": "mse"}}, FROM_DISTILL),
         ({"distill": {"seed": 1}}, FROM_DISTILL),
-        ({"quant": {"scale_dtype": "float16"}}, ["evaluate", "pack", "register"]),
-        ({"quant": {"rest_dtype": "bfloat16"}}, ["evaluate", "pack", "register"]),
+        ({"quant": {"scale_dtype": "float16"}}, FROM_DISTILL),  # the student is frozen where it is trained
+        ({"quant": {"rest_dtype": "bfloat16"}}, FROM_DISTILL),
         ({"pack": {"encoding": "base3"}}, ["pack", "register"]),
         ({"register": {"gate": {"max_perplexity_ratio": 9.0}}}, ["register"]),
         ({"cache": {"dtype": "float32"}}, ["cache", *FROM_DISTILL]),
@@ -104,44 +109,43 @@ def test_a_second_run_reuses_everything_and_starts_nothing(finished, run_flow):
     ids=str,
 )
 def test_a_setting_changes_its_own_key_and_those_after_it(finished, tiny_config, tmp_path, overrides, expected):
-    assert changed(flow.plan(tiny_config(tmp_path, **overrides)), finished.plan) == expected
+    assert changed(plan_run(tiny_config(tmp_path, **overrides)), finished.plan) == expected
 
 
 def test_data_enters_by_content_and_not_by_place(finished, tiny_config, corpus, tmp_path):
     moved = shutil.copyfile(corpus, tmp_path / "moved.txt")
-    assert changed(flow.plan(tiny_config(tmp_path, data={"source": str(moved)})), finished.plan) == []
+    assert changed(plan_run(tiny_config(tmp_path, data={"source": str(moved)})), finished.plan) == []
     moved.write_text(moved.read_text() + "\n\nOne more paragraph.\n")
-    assert changed(flow.plan(tiny_config(tmp_path, data={"source": str(moved)})), finished.plan) == ALL
+    assert changed(plan_run(tiny_config(tmp_path, data={"source": str(moved)})), finished.plan) == ALL
 
 
 def test_until_stops_after_a_stage_and_the_rest_goes_on_from_there(tiny_config, run_flow, tmp_path):
     config = tiny_config(tmp_path)
     first = run_flow(config, until="tokenize")
-    assert first.observer.events == [("started", "tokenize"), ("done", "tokenize")]
-    assert list(first.outcome.done) == ["tokenize"]
+    assert first.listener.events == [("started", "tokenize"), ("done", "tokenize")]
+    assert list(first.outcome.steps) == ["tokenize"]
     second = run_flow(config, until="finetune")
     assert second.outcome.status == {"tokenize": "reused", "finetune": "done"}
     with pytest.raises(ConfigError, match="'nonsense' is not a stage; valid: tokenize, finetune"):
-        flow.plan(config, "nonsense")
+        plan_run(config, "nonsense")
 
 
 def test_the_plan_says_why_a_step_would_run(finished, tiny_config, tmp_path):
-    fresh = flow.plan(tiny_config(tmp_path))
-    assert fresh.step("tokenize").reason == "never run before"
-    assert fresh.step("finetune").reason == "follows tokenize"
+    fresh = reasons(plan_run(tiny_config(tmp_path)))
+    assert fresh["tokenize"] == "never run before"
+    assert fresh["finetune"] == "follows tokenize"
     store = finished.plan.config.resources
-    other = flow.plan(
-        tiny_config(tmp_path, quant={"bits": "4-4-8"}, distill={"lr": 1e-3}, resources=store.model_dump())
-    )
-    assert [step.reason for step in other.steps[:3]] == ["done before"] * 3
-    assert other.step("distill").reason == 'distill.lr: 0.002 -> 0.001; quant.bits: "2-2-8" -> "4-4-8"'
-    assert other.step("evaluate").reason == "follows distill"
-    assert other.step("register").reason == "follows distill, evaluate, pack"
+    config = tiny_config(tmp_path, quant={"bits": "4-4-8"}, distill={"lr": 1e-3}, resources=store.model_dump())
+    other = reasons(plan_run(config))
+    assert [other[stage] for stage in ALL[:3]] == ["done before"] * 3
+    assert other["distill"] == 'distill.lr: 0.002 -> 0.001; quant.bits: "2-2-8" -> "4-4-8"'
+    assert other["evaluate"] == "follows distill"
+    assert other["register"] == "follows distill, evaluate, pack"
 
 
 def test_a_lost_registry_is_filled_again_and_only_the_first_version_gets_an_alias(tiny_config, run_flow, cloned):
     config = tiny_config(cloned)
-    reason = flow.plan(config).step("register").reason
+    reason = reasons(plan_run(config))["register"]
     assert "the registry at sqlite:///" in reason
     assert reason.endswith("does not hold it")
     again = run_flow(config)
@@ -158,7 +162,7 @@ def test_a_lost_registry_is_filled_again_and_only_the_first_version_gets_an_alia
 def test_a_version_deleted_from_the_registry_is_registered_again(tiny_config, run_flow, cloned):
     config = tiny_config(cloned)
     run_flow(config)
-    client = runs.connect(flow.tracking_uri(config.resources))
+    client = runs.connect(tracking_uri(config.resources))
     client.delete_registered_model_alias("tiny", registry.CHAMPION)
     client.delete_model_version("tiny", "1")
     assert statuses(run_flow(config)) == ["reused"] * 6 + ["done"]
@@ -167,7 +171,7 @@ def test_a_version_deleted_from_the_registry_is_registered_again(tiny_config, ru
 
 def test_a_student_that_fails_the_gate_is_kept_and_not_registered(tiny_config, run_flow, cloned):
     config = tiny_config(cloned, register={"gate": {"max_perplexity_ratio": 1.0001}})
-    package = Path(flow.plan(config).step("pack").place.uri)
+    package = Path(plan_run(config).step(Package).dir.uri)
     with pytest.raises(RunError, match=r"max_perplexity_ratio \(1\.0001\).* not registered; .* kept at") as error:
         run_flow(config)
     assert str(package) in str(error.value)
@@ -184,25 +188,83 @@ def test_what_was_scored_must_be_what_was_packed(finished, tiny_config, run_flow
     assert versions(tiny_config(cloned)) == []
 
 
-@pytest.mark.parametrize(("gib_per_hour", "mode", "other"), [(1e12, "states", 1e-12), (1e-12, "online", 1e12)])
-def test_auto_is_resolved_in_the_plan_and_kept_once_begun(tiny_config, run_flow, tmp_path, gib_per_hour, mode, other):
-    def auto(price):
-        distill = {"steps": 1000}  # more uses of the teacher than rows, so that states save something
-        resources = {"cache_gib_per_teacher_hour": price}
-        return tiny_config(tmp_path, cache={"mode": "auto"}, distill=distill, resources=resources)
+def test_student_scores_package_and_version_carry_one_digest(finished):
+    student = finished.record("distill")
+    frozen = load_frozen(finished.folder("distill") / Student.FROZEN)
+    assert frozen.digest() == student.digest
+    assert finished.record("evaluate").digest == finished.record("pack").digest == student.digest
+    assert json.loads((finished.package / "manifest.json").read_text())["digest"] == student.digest
+    client = runs.connect(tracking_uri(finished.plan.config.resources))
+    assert registry.find_version(client, "tiny", finished.plan.run_key).tags["bitmill.digest"] == student.digest
 
-    plan = flow.plan(auto(gib_per_hour))
-    assert plan.step("cache").recipe["cache"]["mode"] == mode
-    assert plan.cache_reason.startswith(f"{mode}: states save 8000 - ")
+
+@pytest.mark.parametrize(
+    ("its_checksum_too", "error", "message", "kept"),
+    [
+        (False, DamagedError, r"frozen\.safetensors of the distill step .* does not match its checksum", []),
+        (True, RunError, r"does not unpack to the tensors that were scored; nothing was stored", ["evaluate"]),
+    ],
+)
+def test_another_file_in_place_of_the_frozen_student_is_noticed(
+    tiny_config, run_flow, cloned, its_checksum_too, error, message, kept
+):
+    config = tiny_config(cloned)
+    plan = plan_run(config)
+    steps = {name: Path(plan.step(STAGES[name].record).dir.uri) for name in ("distill", "evaluate", "pack")}
+    path, record = steps["distill"] / Student.FROZEN, steps["distill"] / "record.json"
+    frozen = load_frozen(path)
+    other = copy.deepcopy(frozen)
+    next(iter(other.rest.values())).flatten()[0] += 1.0
+    assert other.digest() != frozen.digest()
+    save_frozen(other, path)
+    if its_checksum_too:
+        fields = json.loads(record.read_text())
+        fields["files"][Student.FROZEN] = checksum(path).model_dump()
+        record.write_text(json.dumps(fields))
+    for name in ("evaluate", "pack"):
+        shutil.rmtree(steps[name])
+    with pytest.raises(error, match=message):
+        run_flow(config)
+    assert [name for name in ("evaluate", "pack") if (steps[name] / "record.json").exists()] == kept
+    assert versions(config) == []
+
+
+@pytest.mark.parametrize(("most_gib", "mode", "other"), [(50.0, "states", 1e-6), (1e-6, "online", 50.0)])
+def test_auto_is_resolved_in_the_plan_and_kept_once_begun(tiny_config, run_flow, tmp_path, most_gib, mode, other):
+    def auto(limit):
+        distill = {"steps": 1000}  # every row is read more than twice
+        return tiny_config(tmp_path, cache={"mode": "auto"}, distill=distill, resources={"max_cache_gib": limit})
+
+    plan = plan_run(auto(most_gib))
+    assert plan.step(TeacherCache).recipe["cache"]["mode"] == mode
+    assert plan.cache_mode[0] == mode
+    assert plan.cache_mode[1].startswith(f"{mode}: each row is read about ")
     assert (plan.cache_bytes > 0) == (mode == "states")
-    explicit = flow.plan(tiny_config(tmp_path, cache={"mode": mode}, distill={"steps": 1000}))
+    explicit = plan_run(tiny_config(tmp_path, cache={"mode": mode}, distill={"steps": 1000}))
     assert keys(plan) == keys(explicit)
-    assert flow.plan(auto(other)).step("cache").place.key != plan.step("cache").place.key
+    assert plan_run(auto(other)).step(TeacherCache).key != plan.step(TeacherCache).key
 
-    assert run_flow(auto(gib_per_hour), until="cache").record("cache").mode == mode
-    later = flow.plan(auto(other))
+    assert run_flow(auto(most_gib), until="cache").record("cache").mode == mode
+    later = plan_run(auto(most_gib))
+    assert later.rows != later.pinned.estimated_rows  # they are counted by now, which must not change the mode
     assert keys(later) == keys(plan)
-    assert later.step("cache").reason == "done before"
+    assert reasons(later)["cache"] == "done before"
+
+
+def test_auto_stores_states_that_are_read_twice_and_fit(tiny_config, tmp_path):
+    def mode(most_gib=50.0, layer=-1, **length):
+        distill = {"steps": None, "epochs": None, "batch_size": 8, "contrast_layer": layer} | length
+        cache, resources = {"mode": "auto", "dtype": "float32"}, {"max_cache_gib": most_gib}
+        plan = plan_run(tiny_config(tmp_path, cache=cache, distill=distill, resources=resources))
+        return plan.step(TeacherCache).recipe["cache"]["mode"]
+
+    rows = plan_run(tiny_config(tmp_path)).rows
+    enough = -(-2 * rows // 8)
+    assert (mode(steps=enough), mode(steps=enough - 1)) == ("states", "online")
+    assert (mode(epochs=2), mode(epochs=1)) == ("states", "online")
+    assert mode(epochs=2, layer=-2) == "online"  # the states of the last layer are stored
+    size = rows * 32 * 32 * 4 / 2**30
+    assert (mode(size, epochs=2), mode(size * 0.999, epochs=2)) == ("states", "online")
 
 
 def test_online_distills_without_a_cache_to_a_like_student(finished, tiny_config, run_flow, cloned):
@@ -234,7 +296,7 @@ def test_a_checkpoint_is_the_teacher_as_it_is(finished, tiny_config, run_flow, c
     assert ran.record("finetune").steps == 0
     assert ran.record("evaluate").teacher == finished.record("evaluate").teacher
     moved = {"source": str(shutil.copytree(checkpoint, tmp_path / "moved")), "tokenizer": None}
-    assert keys(flow.plan(tiny_config(tmp_path, model=moved, finetune=None), "evaluate")) == keys(ran.plan)
+    assert keys(plan_run(tiny_config(tmp_path, model=moved, finetune=None), "evaluate")) == keys(ran.plan)
     further = run_flow(tiny_config(tmp_path, model=model, finetune={"steps": 3}), until="finetune")
     assert further.outcome.status == {"tokenize": "reused", "finetune": "done"}
     assert further.record("finetune").validation_nats < finished.record("finetune").validation_nats

@@ -11,21 +11,25 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BusyError, DamagedError
-from pipeline.flow import run as flow
+from pipeline.flow.line import STAGES
+from pipeline.flow.plan import plan_run
+from pipeline.flow.run import run_plan
+from pipeline.store.records import Evaluation, Teacher
+from tests.conftest import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.store.records import Report, read_record
-from pipeline.store.step_store import Place
+from pipeline.store.records import Evaluation, read_record
+from pipeline.store.step_store import StepDir
 
 storage, stage, key, scratch, release, record = sys.argv[1:]
-with Place(storage, stage, key, scratch).hold(True, print) as place:
+with StepDir(storage, stage, key, scratch).hold(True, print) as held:
     print("held", flush=True)
     while not Path(release).exists():
         time.sleep(0.05)
     if record:
-        place.commit(read_record(Path(record).read_bytes(), Report, record))
+        held.commit(read_record(Path(record).read_bytes(), Evaluation, record))
 """
 
 
@@ -87,7 +91,7 @@ def test_a_damaged_shard_is_remade_and_the_student_is_the_same(
     sharded, undamaged, tiny_config, run_flow, tmp_path, stage, pattern, damage
 ):
     config = copy_of(sharded, tiny_config, tmp_path)
-    folder = Path(flow.plan(config, "cache").step(stage).place.uri)
+    folder = Path(plan_run(config, "cache").step(STAGES[stage].record).dir.uri)
     shard = sorted(folder.glob(pattern))[0]
     before = contents(folder / "rows")
     times = {path: path.stat().st_mtime_ns for path in before}
@@ -103,7 +107,7 @@ def test_a_damaged_shard_is_remade_and_the_student_is_the_same(
 def test_two_damaged_stages_are_both_repaired(sharded, undamaged, tiny_config, run_flow, tmp_path):
     config = copy_of(sharded, tiny_config, tmp_path)
     for stage, pattern in (("tokenize", "rows/*.parquet"), ("cache", "rows/*.arrow")):
-        for shard in Path(flow.plan(config).step(stage).place.uri).glob(pattern):
+        for shard in Path(plan_run(config).step(STAGES[stage].record).dir.uri).glob(pattern):
             truncate(shard)
     ran = run_flow(config, until="distill")
     assert sha256(ran.folder("distill") / "weights.safetensors") == undamaged
@@ -111,14 +115,14 @@ def test_two_damaged_stages_are_both_repaired(sharded, undamaged, tiny_config, r
 
 def test_damaged_weights_are_never_read(tiny_config, run_flow, cloned):
     config = tiny_config(cloned, quant={"bits": "4-4-8"})
-    weights = Path(flow.plan(config).step("finetune").place.uri) / "model" / "model.safetensors"
+    weights = Path(plan_run(config).step(Teacher).dir.uri) / "model" / "model.safetensors"
     flip(weights)
     with pytest.raises(DamagedError, match=r"model/model\.safetensors.*does not match its checksum"):
         run_flow(config)
 
 
 class Releasing:
-    """An observer that lets the other process go once it has been told of it."""
+    """A listener that lets the other process go once it has been told of it."""
 
     def __init__(self, release):
         self.release, self.owners, self.statuses = release, [], {}
@@ -144,9 +148,9 @@ class Releasing:
 def evaluation(tiny_config, cloned):
     """A plan whose only step to run is evaluate; the record that was there is at `cloned`/record.json."""
     config = tiny_config(cloned)
-    place = flow.plan(config, "evaluate").step("evaluate").place
-    shutil.move(Path(place.uri) / "record.json", cloned / "record.json")
-    return flow.plan(config, "evaluate")
+    step_dir = plan_run(config, "evaluate").step(Evaluation).dir
+    shutil.move(Path(step_dir.uri) / "record.json", cloned / "record.json")
+    return plan_run(config, "evaluate")
 
 
 @pytest.fixture
@@ -155,10 +159,10 @@ def held(evaluation, cloned):
     processes = []
 
     def hold(record=""):
-        place = evaluation.step("evaluate").place
-        names = [place.storage_uri, place.stage, place.key, place.scratch, str(cloned / "release"), str(record)]
+        step = evaluation.step(Evaluation).dir
+        names = [step.storage_uri, step.stage, step.key, step.scratch, str(cloned / "release"), str(record)]
         command = [sys.executable, "-c", HOLD, *names]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(flow.__file__).parents[2])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -170,34 +174,34 @@ def held(evaluation, cloned):
 
 
 def test_a_step_held_by_a_live_process_is_waited_for_by_name_and_then_run(finished, evaluation, held, cloned):
-    process, observer = held(), Releasing(cloned / "release")
-    outcome = flow.run(evaluation, observer)
-    [(stage, owner)] = observer.owners
+    process, listener = held(), Releasing(cloned / "release")
+    outcome = run_plan(evaluation, listener)
+    [(stage, owner)] = listener.owners
     assert (stage, owner.pid) == ("evaluate", process.pid)
     assert str(process.pid) in str(owner)
-    assert observer.statuses["evaluate"] == "done"
-    assert outcome.done["evaluate"].record.student == finished.record("evaluate").student
+    assert listener.statuses["evaluate"] == "done"
+    assert outcome.steps["evaluate"].record.student == finished.record("evaluate").student
 
 
 def test_what_the_live_process_finished_is_adopted(finished, evaluation, held, cloned):
     held(cloned / "record.json")
-    observer = Releasing(cloned / "release")
-    outcome = flow.run(evaluation, observer)
-    assert observer.statuses == dict.fromkeys(("tokenize", "finetune", "cache", "distill", "evaluate"), "reused")
-    assert outcome.done["evaluate"].record == finished.record("evaluate")
+    listener = Releasing(cloned / "release")
+    outcome = run_plan(evaluation, listener)
+    assert listener.statuses == dict.fromkeys(("tokenize", "finetune", "cache", "distill", "evaluate"), "reused")
+    assert outcome.steps["evaluate"].record == finished.record("evaluate")
 
 
 def test_a_caller_who_does_not_wait_is_told_who_is_busy(evaluation, held, cloned):
-    process, observer = held(), Releasing(cloned / "release")
+    process, listener = held(), Releasing(cloned / "release")
     with pytest.raises(BusyError, match=f"evaluate step .* is being run by process {process.pid} on "):
-        flow.run(evaluation, observer, wait=False)
-    assert observer.owners == []
+        run_plan(evaluation, listener, wait=False)
+    assert listener.owners == []
 
 
 def test_a_step_of_a_killed_process_is_taken_over(evaluation, held, cloned):
     process = held()
     process.kill()
     process.wait()
-    observer = Releasing(cloned / "release")
-    flow.run(evaluation, observer, wait=False)
-    assert (observer.owners, observer.statuses["evaluate"]) == ([], "done")
+    listener = Releasing(cloned / "release")
+    run_plan(evaluation, listener, wait=False)
+    assert (listener.owners, listener.statuses["evaluate"]) == ([], "done")

@@ -3,7 +3,7 @@
 import torch
 
 import pipeline
-from pipeline.flow.run import STAGES
+from pipeline.flow.line import LINE
 from tests.store.test_step_store import serve_s3
 
 
@@ -15,17 +15,17 @@ def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, 
             "local_cache_dir": str(tmp_path / "scratch"),
             "workers": 0,
         }
-        config = tiny_config(tmp_path, resources=resources)
+        config, stages = tiny_config(tmp_path, resources=resources), [stage.name for stage in LINE]
         first = run_flow(config)
-        assert [first.outcome.status[stage] for stage in STAGES] == ["done"] * 7
+        assert [first.outcome.status[stage] for stage in stages] == ["done"] * 7
         assert first.plan.run_key == finished.plan.run_key
-        here, there = first.outcome.done["pack"].record, finished.outcome.done["pack"].record
+        here, there = first.outcome.steps["pack"].record, finished.outcome.steps["pack"].record
         assert here.digest == there.digest
         again = run_flow(config)
-        assert [again.outcome.status[stage] for stage in STAGES] == ["reused"] * 7
-        place = first.outcome.done["pack"].place
-        model = pipeline.load(place.uri_of("package/"))
+        assert [again.outcome.status[stage] for stage in stages] == ["reused"] * 7
+        packed = first.outcome.steps["pack"].dir
+        model = pipeline.load(packed.uri_of("package/"))
         ids = torch.arange(8).unsqueeze(0)
-        local = finished.outcome.done["pack"].place
+        local = finished.outcome.steps["pack"].dir
         assert torch.equal(model(ids).logits, pipeline.load(local.uri_of("package")).eval()(ids).logits)
-        assert not place.sizes("attempt/")
+        assert not packed.sizes("attempt/")

@@ -18,16 +18,20 @@ from jobs.evaluate import evaluate
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import run as flow
-from pipeline.models.build import build, read_config, restore_frozen
-from pipeline.package import package as artifact
-from pipeline.stages.evaluate import SPANS_A_WORKER
-from pipeline.store.shards import read_tokens
+from pipeline.flow.plan import plan_run
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_for
+from pipeline.models.student import restore_frozen
+from pipeline.package.package import read_package
+from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER
+from pipeline.store.records import Tokens
+from pipeline.store.shards import Rows, read_tokens
 from pipeline.tasks import task_of
+from pipeline.tasks.samples import PROMPTS, samples
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 from tests.conftest import ARCHITECTURES, Ran
-from tests.stages.test_evaluate import Evaluation
+from tests.stages.test_evaluate import CutEvaluation
 
 TRAINING = {"steps": 6, "batch_size": 4, "lr": 2e-3, "eval_every": 3}
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -82,27 +86,36 @@ def finished_task(
 
 
 def test_a_run_ends_in_a_registered_model_with_the_metrics_of_its_task(finished_task: Ran) -> None:
-    report, name = finished_task.record("evaluate"), finished_task.plan.config.task.name
+    evaluation, name = finished_task.record("evaluate"), finished_task.plan.config.task.name
     own = {"rouge1", "rouge2", "rougeL"} if name == "summarization" else {"accuracy"}
-    assert own | {"perplexity", "kl_nats", "top1_agreement"} <= set(report.student)
-    assert own | {"perplexity"} <= set(report.teacher)
-    assert report.digest == finished_task.record("pack").digest
+    assert own | {"perplexity", "kl_nats", "top1_agreement"} <= set(evaluation.student)
+    assert own | {"perplexity"} <= set(evaluation.teacher)
+    assert evaluation.digest == finished_task.record("pack").digest
     assert finished_task.record("register").version == 1
     assert finished_task.record("tokenize").splits["test"].rows > 3
     manifest = json.loads((finished_task.package / "manifest.json").read_text())
-    assert manifest["metrics"]["student"] == report.student
+    assert manifest["metrics"]["student"] == evaluation.student
     states = finished_task.record("cache")
     rows = finished_task.record("tokenize").splits["train"].rows
     assert states.bytes >= rows * task_of(finished_task.record("tokenize").recipe).states * 32 * 2
 
 
+def test_the_package_writes_what_the_scored_student_wrote(finished_task: Ran) -> None:
+    tokens = finished_task.outcome.finished(Tokens)
+    rows = Rows(tokens.dir, tokens.record.splits["validation"].shards)
+    model, words = pipeline.load(finished_task.package), read_tokenizer(finished_task.package)
+    written = samples(model, words, task_of(tokens.record.recipe), rows)
+    assert written == (finished_task.folder("evaluate") / SAMPLES).read_text()
+    assert written.count("--- student") == PROMPTS
+
+
 def test_shards_of_the_test_split_add_up_to_its_scores(finished_task: Ran, tmp_path: Path) -> None:
     whole = finished_task.record("evaluate")
-    cut = Evaluation(finished_task, tmp_path, rows=2)  # of which the second holds the last row that is generated
+    cut = CutEvaluation(finished_task, tmp_path, rows=2)  # of which the second holds the last row that is generated
     assert len(cut.shards) >= 4
-    report = cut.run()
-    assert (report.digest, report.protocol) == (whole.digest, whole.protocol)
-    for found, expected in ((report.student, whole.student), (report.teacher, whole.teacher)):
+    evaluation = cut.run()
+    assert (evaluation.digest, evaluation.protocol) == (whole.digest, whole.protocol)
+    for found, expected in ((evaluation.student, whole.student), (evaluation.teacher, whole.teacher)):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
     assert cut.advanced[-1] == (SPANS_A_WORKER, SPANS_A_WORKER)
 
@@ -111,8 +124,8 @@ def test_a_second_run_does_nothing_and_scoring_is_keyed_apart(finished_task: Ran
     config = finished_task.plan.config
     again = run_flow(config)
     assert set(again.outcome.status.values()) == {"reused"}
-    wider = flow.plan(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"beams": 3})}))
-    changed = [step.stage for step in wider.steps if step.record is None]
+    wider = plan_run(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"beams": 3})}))
+    changed = [step.name for step in wider.steps if step.record is None]
     expected = ["evaluate", "pack", "register"] if config.task.name == "summarization" else []
     assert changed == expected
 
@@ -122,9 +135,9 @@ def test_beam_search_runs_from_the_packed_model_as_from_the_frozen_student(finis
     folder = finished_task.package
     tokens, quant = finished_task.record("tokenize"), finished_task.plan.config.quant
     task, tokenizer = task_of(tokens.recipe), read_tokenizer(folder)
-    frozen, _, quantization = artifact.read(folder)
+    frozen, _, quantization = read_package(folder)
     config = read_config(finished_task.folder("finetune") / "model")
-    student = restore_frozen(config, quant.spec(), artifact.family_of(config), frozen)
+    student = restore_frozen(config, quant.spec(), family_for(config.model_type), frozen)
     packed = pipeline.load(folder)
     assert quantization["family"] == "bart"
     text = ["ba na du ro", "ki ti lo na ba du"]
@@ -195,7 +208,7 @@ def test_a_tokenizer_without_the_tokens_of_the_task_is_refused(
     words.save_pretrained(tmp_path / "words")
     given = fields(tmp_path, "summarization", model={"source": str(pretrained), "tokenizer": str(tmp_path / "words")})
     with pytest.raises(ConfigError, match=r"padding token, and this tokenizer has .* pad_token None"):
-        flow.plan(Config.model_validate(given))
+        plan_run(Config.model_validate(given))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +255,7 @@ def test_what_cannot_work_is_said_when_the_plan_is_made(
     fields: Callable[..., dict[str, Any]], tmp_path: Path, task: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        flow.plan(Config.model_validate(fields(tmp_path, task, **overrides)))
+        plan_run(Config.model_validate(fields(tmp_path, task, **overrides)))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +275,7 @@ def test_data_without_the_columns_is_refused_before_anything_runs(
 ) -> None:
     given = fields(tmp_path, task)
     with pytest.raises(ConfigError, match=message):
-        flow.plan(Config.model_validate(given | {"data": given["data"] | data}))
+        plan_run(Config.model_validate(given | {"data": given["data"] | data}))
 
 
 @pytest.mark.parametrize("finished_task", ["summarization"], indirect=True)

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import jobs
 from jobs.cli import app
-from pipeline.flow import run as flow
-from pipeline.flow.run import STAGES
+from pipeline.flow.line import LINE
+from pipeline.flow.plan import plan_run
 from pipeline.stages.tokenize import documents_of, split_parts
+from pipeline.store.locations import tracking_uri
+from pipeline.store.records import Package, Tokens
 
 ROOT = Path(jobs.__file__).parents[1]
 
@@ -65,7 +67,7 @@ def test_a_real_run_gives_one_document_on_stdout_and_all_else_on_stderr(tiny_fie
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document.keys() >= {"run_key", "stages", "metrics", "size", "package_uri", "model_version"}
-    assert [stage["stage"] for stage in document["stages"]] == list(STAGES)
+    assert [stage["stage"] for stage in document["stages"]] == [stage.name for stage in LINE]
     for stage in document["stages"]:
         assert stage.keys() >= {"stage", "key", "status", "seconds", "uri"}
         assert stage["status"] == "done"
@@ -93,7 +95,7 @@ assert "ray" not in sys.modules, "ray was imported"
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [stage["status"] for stage in document["stages"]] == ["reused"] * 7
-    assert [stage["key"] for stage in document["stages"]] == [step.place.key for step in finished.plan.steps]
+    assert [stage["key"] for stage in document["stages"]] == [step.key for step in finished.plan.steps]
     assert document["metrics"]["student"] == finished.record("evaluate").student
 
 
@@ -103,7 +105,7 @@ def test_a_plan_starts_nothing(bitmill, tiny_fields, tmp_path):
     shown = bitmill("compress", path, "--plan", "--json", "--until", "distill")
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
-    assert [(stage["stage"], stage["status"]) for stage in document["stages"]] == [(s, "run") for s in STAGES[:4]]
+    assert [(stage["stage"], stage["status"]) for stage in document["stages"]] == [(s.name, "run") for s in LINE[:4]]
     assert document["stages"][0]["reason"] == "never run before"
     assert document["rows"] > 100
     assert document["parameters"] == 36096
@@ -139,7 +141,7 @@ def test_a_failed_gate_is_exit_status_1_with_advice(bitmill, tiny_config, cloned
     failed = bitmill("compress", path, "--set", "register.gate.max_perplexity_ratio=1.0001", "--json")
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert "register.gate.max_perplexity_ratio" in failed.stderr
-    assert str(flow.plan(tiny_config(cloned)).step("pack").place.uri) in failed.stderr
+    assert str(plan_run(tiny_config(cloned)).step(Package).dir.uri) in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -151,7 +153,7 @@ def test_the_debug_option_shows_the_traceback(bitmill, tmp_path):
 @pytest.fixture
 def test_text(finished, tmp_path):
     """The documents of the test split of `finished`, one a row."""
-    step = finished.plan.step("tokenize")
+    step = finished.plan.step(Tokens)
     parts = [part for part in split_parts(step.recipe, step.locations) if part.split == "test"]
     rows = [text for part in parts for text in documents_of(part, step.recipe, str(tmp_path))]
     path = tmp_path / "test.jsonl"
@@ -161,15 +163,15 @@ def test_text(finished, tmp_path):
 
 @pytest.mark.parametrize("model", ["package", "checkpoint", "tiny@champion", "tiny/1"])
 def test_evaluate_gives_the_reported_numbers(finished, checkpoint, bitmill, test_text, monkeypatch, model):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", flow.tracking_uri(finished.plan.config.resources))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(finished.plan.config.resources))
     where = {"package": finished.package, "checkpoint": checkpoint}.get(model, model)
     shown = bitmill("evaluate", where, "--data", test_text, "--json", "--batch", 5)
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
-    report = finished.record("evaluate")
-    reported = report.teacher if model == "checkpoint" else report.student
+    evaluation = finished.record("evaluate")
+    reported = evaluation.teacher if model == "checkpoint" else evaluation.student
     for name in ("perplexity", "bits_per_byte"):
         assert document["metrics"][name] == pytest.approx(reported[name], rel=1e-5)
-    assert document["protocol"] == report.protocol
+    assert document["protocol"] == evaluation.protocol
     assert document["tokens"] > 100
     assert "perplexity" in shown.stderr

@@ -76,9 +76,9 @@ def holds(message, *needles):
         ({"finetune": {"batch_size": 2}, "resources": {"workers": 3}}, ["finetune.batch_size", "resources.workers"]),
         ({"resources": {"storage_uri": "gs://bucket/x"}}, ["resources.storage_uri", "gs://bucket/x", "s3://"]),
         ({"resources": {"storage_uri": 7}}, ["resources.storage_uri", "7"]),
-        ({"model": {"source": {"architecture": "gpt5"}}}, ["model.source.architecture is 'gpt5'", "gpt2, llama"]),
+        ({"model": {"source": {"architecture": "gpt5"}}}, ["model.source.architecture is 'gpt5'", "gpt2", "llama"]),
         ({"model": {"source": {"architecture": "gpt2", "layers": 2}}}, ["model.source.layers", "n_layer"]),
-        ({"model": {"source": {"architecture": "gpt_neox"}}}, ["'gpt_neox'", "gpt2, llama", "model.family"]),
+        ({"model": {"source": {"architecture": "gpt_neox"}}}, ["'gpt_neox'", "gpt2", "llama", "model.family"]),
         ({"model": {"source": NEOX, "family": "gpt2"}}, ["gpt2", "layer", "gpt_neox"]),
         ({"model": {"source": {"architecture": "llama", "hidden_size": 30}}}, ["model.source", "hidden size"]),
         ({"model": {"source": {"architecture": "gpt2", "n_layer": "two"}}}, ["model.source", "n_layer", "two"]),
@@ -162,7 +162,7 @@ def test_no_space_for_the_cache(refused, monkeypatch, tmp_path, plan):
 
 
 def test_no_space_is_needed_online(tiny_fields, monkeypatch, tmp_path):
-    monkeypatch.setattr(StepDir, "free_bytes", lambda place: 5000)
+    monkeypatch.setattr(StepDir, "free_bytes", lambda step_dir: 5000)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_fields(tmp_path, cache={"mode": "online"})))
     shown = CliRunner().invoke(app, ["compress", str(path), "--plan", "--json"])

@@ -22,7 +22,7 @@ def test_the_document_says_what_was_measured(lookup, finished):
     done = lookup("--max-size-mib", 40, "--json")
     assert done.exit_code == 0, done.stderr
     (found,) = json.loads(done.stdout)
-    report, package = finished.record("evaluate"), finished.record("pack")
+    evaluation, package = finished.record("evaluate"), finished.record("pack")
     assert found.keys() == {
         *("name", "version", "aliases", "task", "bits", "quantizer", "size_mib"),
         *("metrics", "package_uri", "formats", "created_at"),
@@ -30,7 +30,7 @@ def test_the_document_says_what_was_measured(lookup, finished):
     assert (found["name"], found["version"], found["aliases"]) == ("tiny", 1, ["champion"])
     assert (found["task"], found["bits"], found["quantizer"]) == ("language_modeling", "2-2-8", "quantgpt")
     assert found["size_mib"] * 2**20 == package.size.packed_bytes
-    for name, value in report.student.items():
+    for name, value in evaluation.student.items():
         assert found["metrics"][name] == pytest.approx(value)
     assert found["package_uri"] == f"{finished.package}/"
     assert found["formats"] == ["bitmill"]

@@ -6,7 +6,9 @@ import torch
 from transformers import AttentionInterface
 
 from pipeline.models.attention import use_quantized_attention
-from pipeline.models.build import build, family_of, make_student, read_config
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_for
+from pipeline.models.student import make_student
 from pipeline.quant.spec import BitWidths, QuantSpec
 
 ARCHITECTURES = {
@@ -36,7 +38,9 @@ def model_of(name):
 
 def student_of(name, attention, bits="4-4-8", **options):
     model = model_of(name)
-    make_student(model, QuantSpec(BitWidths.parse(bits), attention=attention, **options), family_of(model.config))
+    make_student(
+        model, QuantSpec(BitWidths.parse(bits), attention=attention, **options), family_for(model.config.model_type)
+    )
     return model
 
 

@@ -2,30 +2,35 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError
 from pipeline.models.build import (
-    FAMILIES,
     build,
-    family_of,
     fp32_bytes,
-    frozen_student,
     load_model,
-    make_student,
     parameters,
     read_config,
-    restore_frozen,
     set_dropout,
-    sites,
     skeleton,
 )
+from pipeline.models.family import family_for, family_named
 from pipeline.models.hidden_states import WithStates, last_states
-from pipeline.quant.layers import QuantizedEmbedding, freeze
+from pipeline.models.student import (
+    freeze_student,
+    load_frozen,
+    load_parameters,
+    make_student,
+    quant_targets,
+    restore_frozen,
+    save_frozen,
+)
+from pipeline.quant.frozen import freeze
+from pipeline.quant.modules import QuantizedEmbedding
 from tests.conftest import ARCHITECTURES
 
-BART = FAMILIES["bart"]
+BART = family_named("bart")
 SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
 ATTENTION = [f"{x}_proj" for x in ("q", "k", "v", "out")]
 GENERATOR = torch.Generator().manual_seed(3)
@@ -58,7 +63,7 @@ def trained_student(folder, quant):
 
 
 def test_every_linear_of_both_sides_and_one_shared_table():
-    found = sites(skeleton(config_of()), BART)
+    found = quant_targets(skeleton(config_of()), BART)
     expected = {}
     for side, attentions in (("encoder", ["self_attn"]), ("decoder", ["self_attn", "encoder_attn"])):
         for layer in range(2):
@@ -71,16 +76,16 @@ def test_every_linear_of_both_sides_and_one_shared_table():
         ("model.decoder.embed_tokens", "tied_embedding"),
         ("lm_head", "tied_head"),
     ]
-    assert not any(site.transposed for site in found)
+    assert not any(target.transposed for target in found)
 
 
 @pytest.mark.parametrize("sibling", ["mbart", "m2m_100"])
 def test_siblings_are_taken_by_name(sibling):
     config = config_of(architecture=sibling)
-    with pytest.raises(ConfigError, match=r"known families: gpt2, llama, bart.*model\.family"):
-        family_of(config)
+    with pytest.raises(ConfigError, match=r"known families: bart, .*llama.*model\.family"):
+        family_for(config.model_type)
     model = build(config, 0).eval()
-    make_student(model, Quant(bits="4-4-8").spec(), family_of(config, "bart"))
+    make_student(model, Quant(bits="4-4-8").spec(), family_for(config.model_type, "bart"))
     logits = WithStates(model)(IDS, SOURCE, MASK.long())[1]
     assert logits.shape == (3, 9, 64)
     assert torch.isfinite(logits).all()
@@ -88,7 +93,7 @@ def test_siblings_are_taken_by_name(sibling):
 
 def test_separate_tables_are_refused():
     with pytest.raises(ConfigError, match="tie_word_embeddings is false"):
-        sites(skeleton(config_of(tie_word_embeddings=False)), BART)
+        quant_targets(skeleton(config_of(tie_word_embeddings=False)), BART)
 
 
 def test_states_and_logits_are_the_models_own():
@@ -184,9 +189,14 @@ def test_the_bias_of_the_logits_is_counted_and_saved(tmp_path):
 def test_the_frozen_student_is_the_trained_student(tmp_path, bits):
     quant = Quant(bits=bits, attention="qkv", overrides={r".*encoder_attn\..*": 8})
     student = trained_student(tmp_path, quant)
-    save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
-    frozen = frozen_student(tmp_path, tmp_path / "weights.safetensors", quant, BART)
+    save_frozen(freeze_student(student, quant, BART), tmp_path / "frozen.safetensors")
+    frozen = load_frozen(tmp_path / "frozen.safetensors")
     assert frozen.digest() == freeze(student, quant.spec(), torch.float32, torch.float32).digest()
+    save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
+    again = load_model(tmp_path)
+    make_student(again, quant.spec(), BART)
+    load_parameters(again, load_file(tmp_path / "weights.safetensors"))
+    assert freeze_student(again, quant, BART).digest() == frozen.digest()
     assert {"final_logits_bias", "model.encoder.embed_positions.weight"} <= set(frozen.rest)
     assert not any("embed_tokens" in name or "lm_head" in name for name in {**frozen.rest, **frozen.codes})
     restored = restore_frozen(read_config(tmp_path), quant.spec(), BART, frozen)

@@ -7,24 +7,20 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
-from pipeline.models.build import (
-    FAMILIES,
-    build,
+from pipeline.models.build import build, load_model, parameters, read_config, set_dropout, skeleton
+from pipeline.models.family import family_for, family_named
+from pipeline.models.hidden_states import WithStates, last_states
+from pipeline.models.student import (
     check_spec,
-    family_of,
-    frozen_student,
-    load_model,
+    freeze_student,
+    load_frozen,
     load_parameters,
     make_student,
-    parameters,
-    read_config,
+    quant_targets,
     restore_frozen,
-    set_dropout,
-    sites,
-    skeleton,
+    save_frozen,
 )
-from pipeline.models.hidden_states import WithStates, last_states
-from pipeline.quant.layers import freeze
+from pipeline.quant.frozen import freeze
 from pipeline.quant.spec import BitWidths, QuantSpec
 
 GPT2 = {"architecture": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}
@@ -42,8 +38,8 @@ MODELS = {
     for source in (GPT2, LLAMA)
     for tied in (True, False)
 }
-GPT2_SITES = {"attn.c_attn": True, "attn.c_proj": True, "mlp.c_fc": True, "mlp.c_proj": False}
-LLAMA_SITES = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
+GPT2_TARGETS = {"attn.c_attn": True, "attn.c_proj": True, "mlp.c_fc": True, "mlp.c_proj": False}
+LLAMA_TARGETS = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
 each_model = pytest.mark.parametrize("source", MODELS.values(), ids=MODELS)
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -57,20 +53,20 @@ def built(source, seed=0):
 
 
 @each_model
-def test_the_sites_of_a_family_are_complete(source):
+def test_the_targets_of_a_family_are_complete(source):
     model = skeleton(config_of(source))
-    family = family_of(model.config)
-    found = sites(model, family)
+    family = family_for(model.config.model_type)
+    found = quant_targets(model, family)
     if source["architecture"] == "gpt2":
-        linears = {f"transformer.h.{i}.{name}": sym for i in range(2) for name, sym in GPT2_SITES.items()}
+        linears = {f"transformer.h.{i}.{name}": sym for i in range(2) for name, sym in GPT2_TARGETS.items()}
     else:
-        linears = {f"model.layers.{i}.{name}": True for i in range(2) for name in LLAMA_SITES}
+        linears = {f"model.layers.{i}.{name}": True for i in range(2) for name in LLAMA_TARGETS}
     assert {s.name: s.symmetric_input for s in found if s.role == "linear"} == linears
     assert {s.transposed for s in found if s.role == "linear"} == {source["architecture"] == "gpt2"}
     roles = [(s.name, s.role) for s in found if s.role != "linear"]
     head = "tied_head" if source["tie_word_embeddings"] else "head"
     assert sorted(roles) == sorted([(family.embedding, "embedding"), ("lm_head", head)])
-    quantized = {f"{site.name}.weight" for site in found}
+    quantized = {f"{target.name}.weight" for target in found}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             assert name in quantized or name.removesuffix(".weight") in family.unquantized
@@ -78,31 +74,33 @@ def test_the_sites_of_a_family_are_complete(source):
 
 def test_a_model_with_the_modules_of_a_family_is_taken_by_its_name():
     config = config_of({**LLAMA, "architecture": "mistral", "head_dim": 4})
-    with pytest.raises(ConfigError, match=r"'mistral' model are not known; known families: gpt2, llama.*model\.family"):
-        family_of(config)
-    family = family_of(config, "llama")
-    assert len(sites(skeleton(config), family)) == 2 * len(LLAMA_SITES) + 2
+    with pytest.raises(
+        ConfigError, match=r"'mistral' model are not known; known families: bart, .*llama.*model\.family"
+    ):
+        family_for(config.model_type)
+    family = family_for(config.model_type, "llama")
+    assert len(quant_targets(skeleton(config), family)) == 2 * len(LLAMA_TARGETS) + 2
 
 
 def test_an_unknown_layer_is_refused_by_name():
     crossed = skeleton(config_of({**GPT2, "add_cross_attention": True}))
     with pytest.raises(ConfigError, match=r"does not know the layer transformer\.h\.0\.crossattention\.\w+ \(Conv1D\)"):
-        sites(crossed, FAMILIES["gpt2"])
+        quant_targets(crossed, family_named("gpt2"))
     with pytest.raises(ConfigError, match=r"family llama does not know the layer transformer\.wte"):
-        sites(skeleton(config_of(GPT2)), FAMILIES["llama"])
+        quant_targets(skeleton(config_of(GPT2)), family_named("llama"))
 
 
 def test_matrices_that_are_no_layers_are_not_left_out_in_silence():
     # The experts of Mixtral are bare parameters; a family that skips them would leave most of the model as it is.
     mixtral = skeleton(config_of({**LLAMA, "architecture": "mixtral", "num_local_experts": 2}))
     with pytest.raises(ConfigError, match=r"experts|gate"):
-        sites(mixtral, FAMILIES["llama"])
+        quant_targets(mixtral, family_named("llama"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gpt9"}, r"architecture is 'gpt9'; valid: gpt2, llama"),
+        ({"architecture": "gpt9"}, r"architecture is 'gpt9'; valid: bart, .*llama"),
         ({"architecture": 2}, r"architecture is 2; valid"),
         ({"architecture": ["gpt2"]}, r"architecture is \['gpt2'\]; valid"),
         ({"layers": 3}, r"model\.source\.layers: gpt2 has no such setting; valid: .*n_layer"),
@@ -204,30 +202,95 @@ def test_dropout_can_be_set_everywhere(source):
 
 
 def test_an_override_names_a_module_or_is_refused():
-    model, family = skeleton(config_of(GPT2)), FAMILIES["gpt2"]
+    model, family = skeleton(config_of(GPT2)), family_named("gpt2")
     check_spec(model, family, QuantSpec(BitWidths(2, 2, 8), overrides=((r".*\.1\.mlp\..*", 8), ("transformer.wte", 4))))
     for pattern in (r"h\.1", "lm_head"):  # not a full match; a tied head has no table of its own
         with pytest.raises(ConfigError, match=re.escape(repr(pattern)) + r" matches no module; .*transformer\.wte"):
             check_spec(model, family, QuantSpec(BitWidths(2, 2, 8), overrides=((pattern, 8),)))
 
 
-@each_model
-def test_the_frozen_student_is_the_trained_student(tmp_path, source):
-    built(source).save_pretrained(tmp_path)
-    family = FAMILIES[source["architecture"]]
-    quant = Quant(bits="4-2-8", granularity="row", attention="qkv", overrides={r".*1\.mlp\..*": 8})
-    student = load_model(tmp_path)
-    make_student(student, quant.spec(), family)
+@pytest.mark.parametrize(("source", "layer", "columns"), [(GPT2, "c_attn", 16), (LLAMA, "down_proj", 96)])
+def test_rows_that_are_no_whole_groups_are_refused(source, layer, columns):
+    wide = {"n_embd": 16} if source is GPT2 else {"hidden_size": 64, "intermediate_size": 96}
+    model, family = skeleton(config_of({**source, **wide})), family_named(source["architecture"])
+    size = 32 if source is GPT2 else 64
+    with pytest.raises(ConfigError, match=rf"is per_group {size}, and the rows of .*{layer} have {columns} weights"):
+        check_spec(model, family, Quant(granularity={"per_group": size}).spec())
+    fits = {"n_embd": 32} if source is GPT2 else {"hidden_size": 64, "intermediate_size": 128}
+    check_spec(skeleton(config_of({**source, **fits})), family, Quant(granularity={"per_group": 32}).spec())
+
+
+def trained_student(folder, source, quant):
+    """A student whose weights moved, its latent weights beside the teacher it started from."""
+    built(source).save_pretrained(folder)
+    student = load_model(folder)
+    make_student(student, quant.spec(), family_named(source["architecture"]))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    save_file(dict(student.named_parameters()), folder / "weights.safetensors")
+    return student
+
+
+def saved(frozen, folder):
+    """Frozen tensors as their file gives them back."""
+    save_frozen(frozen, folder / "frozen.safetensors")
+    return load_frozen(folder / "frozen.safetensors")
+
+
+@each_model
+def test_the_frozen_student_is_the_trained_student(tmp_path, source):
+    family = family_named(source["architecture"])
+    quant = Quant(bits="4-2-8", granularity="per_channel", attention="qkv", overrides={r".*1\.mlp\..*": 8})
+    student = trained_student(tmp_path, source, quant)
     expected = freeze(student, quant.spec(), torch.float32, torch.float32)
-    save_file(dict(student.named_parameters()), tmp_path / "weights.safetensors")
-    frozen = frozen_student(tmp_path, tmp_path / "weights.safetensors", quant, family)
+    frozen = saved(freeze_student(student, quant, family), tmp_path)
     assert frozen.digest() == expected.digest()
     restored = restore_frozen(read_config(tmp_path), quant.spec(), family, frozen)
     with torch.no_grad():
         assert torch.equal(restored(IDS).logits, student.eval()(IDS).logits)
+
+
+def of_all_groups(frozen):
+    return {(group, n): t for group in ("codes", "scales", "rest") for n, t in getattr(frozen, group).items()}
+
+
+@each_model
+@pytest.mark.parametrize(
+    "ships",
+    [
+        {"quantizer": "seq"},
+        {"scale_dtype": "float16", "rest_dtype": "bfloat16", "quantizer": "lsq"},
+        {"scale_dtype": "bfloat16", "positions": "int8"},
+    ],
+    ids=str,
+)
+def test_a_file_of_frozen_tensors_gives_back_each_in_its_own_dtype(tmp_path, source, ships):
+    quant = Quant(bits="2-4-8", **ships)
+    student = trained_student(tmp_path, source, quant)
+    frozen = freeze_student(student, quant, family_named(source["architecture"]))
+    again = saved(frozen, tmp_path)
+    assert again.digest() == frozen.digest()
+    assert (again.bits, again.levels) == (frozen.bits, frozen.levels)
+    stored, given = of_all_groups(again), of_all_groups(frozen)
+    assert stored.keys() == given.keys()
+    for place, tensor in given.items():
+        assert stored[place].dtype == tensor.dtype
+        assert torch.equal(stored[place], tensor)
+    assert {t.dtype for t in again.scales.values()} == {getattr(torch, quant.scale_dtype)}
+    assert {t.dtype for t in again.rest.values()} == {getattr(torch, quant.rest_dtype)}
+
+
+@each_model
+@pytest.mark.parametrize("quantizer", ["quantgpt", "pact", "lsq", "laq", "seq"])
+def test_a_student_frozen_from_its_latent_weights_is_the_same(tmp_path, source, quantizer):
+    family, quant = family_named(source["architecture"]), Quant(bits="4-2-8", quantizer=quantizer)
+    frozen = freeze_student(trained_student(tmp_path, source, quant), quant, family)
+    student = load_model(tmp_path)
+    make_student(student, quant.spec(), family)
+    assert freeze_student(student, quant, family).digest() != frozen.digest()
+    load_parameters(student, load_file(tmp_path / "weights.safetensors"))
+    assert freeze_student(student, quant, family).digest() == frozen.digest()
 
 
 def test_weights_of_another_model_are_refused():

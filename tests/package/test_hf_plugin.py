@@ -13,9 +13,11 @@ import pipeline
 import pipeline.plugin
 from pipeline.config.quant import Quant
 from pipeline.errors import DamagedError, RunError
-from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
-from pipeline.package import package as artifact
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student
 from pipeline.package.manifest import REFUSED
+from pipeline.package.package import write_package
 from pipeline.store.step_store import checksum
 from tests.conftest import ARCHITECTURES
 from tests.package.test_package import FACTS
@@ -31,15 +33,15 @@ HOSTILE = {
 SHORT = {"scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"}
 
 
-def packed(folder, architecture, bits="2-2-8", encoding="base3", tied=True, **ships):
+def packed(folder, architecture, bits="2-2-8", encoding="base3", tied=True, granularity="per_channel", **ships):
     """A package of random weights; the table of words may be tied to the head or not."""
-    quant = Quant(bits=bits, quantizer="lsq_symmetric", granularity="row", **ships)
+    quant = Quant(bits=bits, quantizer="lsq_symmetric", granularity=granularity, **ships)
     config = read_config(ARCHITECTURES[architecture], vocab_size=300, tie_word_embeddings=tied)
     model = build(config, seed=0)
-    make_student(model, quant.spec(), FAMILIES[architecture])
+    make_student(model, quant.spec(), family_named(architecture))
     folder.mkdir()
-    frozen = freeze_student(model, quant, FAMILIES[architecture])
-    artifact.write(folder, frozen, config, quant, encoding, architecture, FACTS)
+    frozen = freeze_student(model, quant, family_named(architecture))
+    write_package(folder, frozen, config, quant, encoding, architecture, FACTS)
     return folder
 
 
@@ -59,6 +61,7 @@ def logits(model):
     [
         ("gpt2", True, "2-2-8", "base3", SHORT),
         ("gpt2", False, "4-8-8", "dense", {}),
+        ("gpt2", True, "2-4-8", "base3", {"granularity": {"per_group": 32}}),
         ("llama", True, "8-8-8", "dense", SHORT),
         ("llama", False, "2-2-8", "base3", {}),
         ("bart", True, "2-2-8", "base3", SHORT),
@@ -143,7 +146,7 @@ def said(**values):
         in_config(family="llama"),
         in_config(levels="full"),
         in_config(quant={"bits": "3-3-8"}),
-        in_config(format_version="3"),
+        in_config(format_version="1"),
         said(n_embd=64),
         said(n_head=0),
         said(layer_norm_epsilon=float("nan")),
@@ -170,10 +173,10 @@ def test_both_ways_refuse_settings_that_the_tensors_do_not_fit(tmp_path, setting
 
 def test_both_ways_refuse_a_newer_format(tmp_path):
     package = packed(tmp_path / "package", "gpt2")
-    in_config(format_version=4)(package)
+    in_config(format_version=2)(package)
     signed(package)
     for load in (pipeline.load, plain):
-        with pytest.raises(RunError, match="format_version 4; this bitmill reads up to 3"):
+        with pytest.raises(RunError, match="format_version 2; this bitmill reads up to 1"):
             load(package)
 
 

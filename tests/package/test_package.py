@@ -9,22 +9,28 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import pipeline
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, build, frozen_student, load_parameters, make_student, read_config
-from pipeline.package import package as artifact
-from pipeline.quant.layers import freeze
+from pipeline.export.dequantized import plain_model
+from pipeline.flow.line import STAGES
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import load_frozen, load_parameters, make_student
+from pipeline.package.package import read_package, write_package
+from pipeline.quant.frozen import freeze
 from pipeline.quant.packing import unpack
 from pipeline.stages.evaluate import batches
-from pipeline.store.records import Student
+from pipeline.store.records import Student, Tokens
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import checksum
 from pipeline.tasks.language_modeling import score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
+from tests.packages import WIDE, package, packed_logits
 
 ROOT = Path(pipeline.__file__).parents[1]
 FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
@@ -43,7 +49,7 @@ for folder in sys.argv[1:]:
 
 
 def rows_of(ran, split="test"):
-    return Rows(ran.plan.step("tokenize").place, ran.record("tokenize").splits[split].shards)
+    return Rows(ran.plan.step(Tokens).dir, ran.record("tokenize").splits[split].shards)
 
 
 def python(code, *arguments):
@@ -54,15 +60,12 @@ def python(code, *arguments):
 
 @pytest.fixture(scope="module")
 def frozen(finished):
-    student = finished.record("distill")
-    quant = Quant.model_validate(finished.plan.config.quant.model_dump())
-    weights = finished.folder("distill") / Student.WEIGHTS
-    return frozen_student(finished.folder("finetune") / "model", weights, quant, FAMILIES[student.family])
+    return load_frozen(finished.folder("distill") / Student.FROZEN)
 
 
 def packed(folder, frozen, config, quant, encoding="dense"):
     folder.mkdir()
-    return artifact.write(folder, frozen, config, quant, encoding, config.model_type, FACTS)
+    return write_package(folder, frozen, config, quant, encoding, config.model_type, FACTS)
 
 
 def test_the_files_are_those_of_the_contract(finished):
@@ -73,17 +76,18 @@ def test_the_files_are_those_of_the_contract(finished):
     assert "tokenizer.json" in names
 
     manifest = json.loads((finished.package / "manifest.json").read_text())
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 1
     assert (manifest["bits"], manifest["quantizer"]) == ("2-2-8", "quantgpt")
     assert manifest["files"] == {
         name: checksum(finished.package / name).model_dump() for name in sorted(names - {"manifest.json"})
     }
     assert manifest["digest"] == finished.record("evaluate").digest == finished.record("pack").digest
-    report = finished.record("evaluate")
-    assert (manifest["metrics"]["teacher"], manifest["metrics"]["student"]) == (report.teacher, report.student)
+    assert manifest["digest"] == finished.record("distill").digest
+    scored = finished.record("evaluate")
+    assert (manifest["metrics"]["teacher"], manifest["metrics"]["student"]) == (scored.teacher, scored.student)
     assert manifest["size"] == finished.record("pack").size.model_dump()
     stages = ("tokenize", "finetune", "distill", "evaluate", "pack")
-    assert manifest["lineage"] == {stage: finished.plan.step(stage).place.key for stage in stages}
+    assert manifest["lineage"] == {stage: finished.plan.step(STAGES[stage].record).dir.key for stage in stages}
 
 
 def test_sizes_are_what_lies_on_the_disk(finished):
@@ -138,7 +142,7 @@ def test_the_package_gives_the_logits_of_the_trained_student_bit_for_bit(finishe
     folder = finished.folder("finetune") / "model"
     student = build(read_config(folder), seed=1)
     spec = replace(finished.plan.config.quant.spec(), gamma_init="one")
-    make_student(student, spec, FAMILIES["gpt2"])
+    make_student(student, spec, family_named("gpt2"))
     load_parameters(student, load_file(finished.folder("distill") / Student.WEIGHTS))
     ids, _, _ = rows_of(finished).get(range(4))
     loaded = pipeline.load(finished.package)
@@ -161,13 +165,13 @@ def test_both_encodings_hold_the_same_tensors(finished, frozen, tmp_path):
 @pytest.mark.parametrize(("bits", "architecture"), [("8-8-8", "llama"), ("4-8-32", "llama"), ("32-2-8", "gpt2")])
 def test_every_width_and_family_loads_as_it_was_frozen(tiny_config, tiny_llama, tmp_path, bits, architecture):
     made = {"llama": tiny_llama, "gpt2": tiny_config}[architecture](tmp_path, quant={"bits": bits})
-    quant, family = made.quant, FAMILIES[architecture]
+    quant, family = made.quant, family_named(architecture)
     model = build(read_config(made.model.source, vocab_size=300), seed=0)
     make_student(model, quant.spec(), family)
     manifest = packed(
         tmp_path / "package", freeze(model, quant.spec(), torch.float16, torch.bfloat16), model.config, quant
     )
-    frozen, _, _ = artifact.read(tmp_path / "package")
+    frozen, _, _ = read_package(tmp_path / "package")
     assert frozen.digest() == manifest["digest"]
     assert {scale.dtype for scale in frozen.scales.values()} == {torch.float16}
     assert pipeline.load(tmp_path / "package")(torch.arange(8)[None]).logits.isfinite().all()
@@ -177,15 +181,15 @@ def test_every_width_and_family_loads_as_it_was_frozen(tiny_config, tiny_llama, 
 @pytest.mark.parametrize("bits", ["2-2-8", "4-8-8"])
 @torch.no_grad()
 def test_grids_with_all_patterns_load_as_they_were_frozen(tiny_config, tmp_path, quantizer, levels, bits):
-    quant = Quant(bits=bits, quantizer=quantizer, granularity="row")
+    quant = Quant(bits=bits, quantizer=quantizer, granularity="per_channel")
     made = tiny_config(tmp_path)
     student = build(read_config(made.model.source, vocab_size=300), seed=0)
     config = read_config(made.model.source, vocab_size=300)
-    make_student(student, quant.spec(), FAMILIES["gpt2"])
+    make_student(student, quant.spec(), family_named("gpt2"))
     frozen = freeze(student, quant.spec(), torch.float32, torch.float32)
     assert min(int(codes.min()) for codes in frozen.codes.values()) < 1 - 2 ** (int(bits[0]) - 1)
     manifest = packed(tmp_path / "package", frozen, config, quant)
-    read, _, quantization = artifact.read(tmp_path / "package")
+    read, _, quantization = read_package(tmp_path / "package")
     assert (manifest["quantizer"], quantization["levels"], read.levels) == (quantizer, levels, levels)
     assert read.digest() == manifest["digest"] == frozen.digest()
     ids = torch.arange(24).reshape(2, 12)
@@ -195,11 +199,33 @@ def test_grids_with_all_patterns_load_as_they_were_frozen(tiny_config, tmp_path,
             packed(tmp_path / "base3", frozen, config, quant, "base3")
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("architecture", WIDE)
+def test_every_group_of_a_row_has_its_own_scale_but_for_embedding_and_head(tmp_path, architecture, size):
+    folder = package(tmp_path / "package", WIDE[architecture], quantizer="lsq", granularity={"per_group": size})
+    frozen, config, quantization = read_package(folder)
+    tensors, family = load_file(folder / "model.safetensors"), family_named(architecture)
+    assert quantization["quant"]["granularity"] == {"per_group": size}
+    for name, codes in frozen.codes.items():
+        (rows, columns), scale = codes.shape, tensors[f"{name}.weight_scale"]
+        assert tuple(scale.shape) == (rows, 1 if name in (family.embedding, family.head) else columns // size)
+        levels = codes.float() * scale.repeat_interleave(columns // scale.shape[1], 1)
+        assert torch.equal(frozen.weight(name), levels)
+    ids, source = [5, 9, 2, 40, 7, 11], [3, 8, 30, 2]
+    given = {"input_ids": torch.tensor([ids])}
+    if architecture == "bart":
+        given = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([ids])}
+    with torch.inference_mode():
+        wanted = plain_model(frozen, config, architecture)(**given).logits[0].numpy()
+    found = packed_logits(folder, ids, source if architecture == "bart" else None, activations=32)
+    assert np.abs(found - wanted).max() < 1e-5
+
+
 def test_a_plain_transformers_load_fails_loudly(finished, tiny_llama, tmp_path, checkpoint):
     """8-bit codes have the very shape of the weights they stand for, so shapes alone do not give them away."""
     made = tiny_llama(tmp_path, quant={"bits": "8-8-8"})
     model = build(read_config(made.model.source, vocab_size=300), seed=0)
-    make_student(model, made.quant.spec(), FAMILIES["llama"])
+    make_student(model, made.quant.spec(), family_named("llama"))
     frozen = freeze(model, made.quant.spec(), torch.float32, torch.float32)
     packed(tmp_path / "package", frozen, model.config, made.quant)
     done = python(LOAD_ALL, checkpoint, finished.package, tmp_path / "package")

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM
 import pipeline.plugin  # noqa: F401 - which teaches transformers the format
 from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, DamagedError
-from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config
-from pipeline.package import package as artifact
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student
+from pipeline.package.package import load, read_package, write_package
 from pipeline.runtime import Runtime
 from pipeline.runtime.weights import read_weights
 from pipeline.store.step_store import checksum
@@ -46,14 +48,18 @@ DTYPES = ["U8", "I8", "F16", "F32", "F64", "BOOL", "F8_E4M3", "I64", "X9", "", 3
 
 def package(folder, architecture):
     quant = Quant(
-        quantizer="lsq_symmetric", granularity="row", scale_dtype="float16", rest_dtype="float16", positions="int8"
+        quantizer="lsq_symmetric",
+        granularity="per_channel",
+        scale_dtype="float16",
+        rest_dtype="float16",
+        positions="int8",
     )
     config = read_config(ARCHITECTURES[architecture] | SMALL[architecture], vocab_size=24)
     model = build(config, seed=0)
-    make_student(model, quant.spec(), FAMILIES[architecture])
-    frozen = freeze_student(model, quant, FAMILIES[architecture])
+    make_student(model, quant.spec(), family_named(architecture))
+    frozen = freeze_student(model, quant, family_named(architecture))
     folder.mkdir()
-    artifact.write(folder, frozen, config, quant, "base3", architecture, FACTS)
+    write_package(folder, frozen, config, quant, "base3", architecture, FACTS)
     return folder
 
 
@@ -181,7 +187,7 @@ def little_memory():
 def test_no_mutation_gives_other_tensors_a_foreign_error_or_a_large_allocation(tmp_path, architecture, little_memory):
     folder = package(tmp_path / "package", architecture)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    expected, digest = artifact.load(folder).state_dict(), artifact.read(folder)[0].digest()
+    expected, digest = load(folder).state_dict(), read_package(folder)[0].digest()
     draw, outcomes, messages = random.Random(architecture), Counter(), Counter()
     mutations = MUTATIONS[architecture]
     for number in range(mutations):
@@ -191,9 +197,9 @@ def test_no_mutation_gives_other_tensors_a_foreign_error_or_a_large_allocation(t
             sign(folder)
         try:
             if name == "config.json":
-                state = artifact.load(folder).state_dict()
+                state = load(folder).state_dict()
             else:  # the same without a model, which takes most of the time and which config.json alone decides
-                state = expected if artifact.read(folder)[0].digest() == digest else {}
+                state = expected if read_package(folder)[0].digest() == digest else {}
         except BitmillError as error:
             outcomes[kind.__name__, "refused"] += 1
             messages["checksum" if "does not match the manifest" in str(error) else "deeper"] += 1

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, fp32_bytes, freeze_student, make_student, parameters
+from pipeline.models.build import fp32_bytes, parameters
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student
 from pipeline.package import manifest
-from pipeline.package import package as artifact
 from pipeline.package.codec import encode
+from pipeline.package.package import load, read_package, sizes, write_package
 from pipeline.package.safe_read import read_tensors
 
 MIB = 2**20
@@ -46,23 +48,23 @@ def frozen_at(model, bits, family="gpt2", **settings):
     """gamma 1 everywhere: its search changes scales, not sizes."""
     quant = Quant(bits=bits, gamma_init="one", **settings)
     student = copy.deepcopy(model)
-    make_student(student, quant.spec(), FAMILIES[family])
-    return freeze_student(student, quant, FAMILIES[family]), quant
+    make_student(student, quant.spec(), family_named(family))
+    return freeze_student(student, quant, family_named(family)), quant
 
 
 def size_of(folder, model, bits, encoding, family="gpt2", **settings):
     """What a package of it weighs; what is read back is what was written."""
     frozen, quant = frozen_at(model, bits, family, **settings)
     facts = {"name": family, "teacher_bytes": fp32_bytes(model), "lineage": {}, "metrics": NOTHING}
-    size = artifact.write(folder, frozen, model.config, quant, encoding, family, facts)["size"]
+    size = write_package(folder, frozen, model.config, quant, encoding, family, facts)["size"]
     assert size["packed_bytes"] == (folder / manifest.WEIGHTS).stat().st_size
-    assert artifact.read(folder)[0].digest() == frozen.digest()
+    assert read_package(folder)[0].digest() == frozen.digest()
     return size
 
 
 @pytest.mark.parametrize(("bits", "mib", "ratio"), [("4-4-8", 62.4, 7.6), ("8-8-8", 121.3, 3.9)])
 def test_wider_codes_give_the_sizes_of_the_paper(gpt2_small, bits, mib, ratio):
-    size = artifact.sizes(frozen_at(gpt2_small, bits)[0], packed_bytes=1, teacher_bytes=TEACHER_BYTES)
+    size = sizes(frozen_at(gpt2_small, bits)[0], packed_bytes=1, teacher_bytes=TEACHER_BYTES)
     assert round(size.paper_bytes / MIB, 1) == mib
     assert round(size.paper_ratio, 1) == ratio
 
@@ -77,7 +79,9 @@ def test_gpt2_at_two_bits_has_the_size_of_the_paper_and_about_that_on_disk(gpt2_
 
 def test_the_smallest_gpt2_is_under_25_mib(gpt2_small, tmp_path):
     """With a scale for each row, as the preset has it: more bytes than one a matrix."""
-    size = size_of(tmp_path, gpt2_small, "2-2-8", "base3", quantizer="lsq_symmetric", granularity="row", **SHORT)
+    size = size_of(
+        tmp_path, gpt2_small, "2-2-8", "base3", quantizer="lsq_symmetric", granularity="per_channel", **SHORT
+    )
     assert size["packed_bytes"] <= 25.0 * MIB
     assert size["ratio"] >= 19.0
     assert round(size["paper_ratio"], 1) == 14.4  # which counts positions in fp32, however they ship
@@ -86,7 +90,7 @@ def test_the_smallest_gpt2_is_under_25_mib(gpt2_small, tmp_path):
 @pytest.mark.parametrize(("bits", "mib", "ratio"), [("4-4-8", 72.4, 7.3), ("8-8-8", 138.1, 3.9)])
 def test_bart_base_has_the_sizes_of_the_paper(bart_base, bits, mib, ratio):
     frozen, _ = frozen_at(bart_base, bits, "bart")
-    size = artifact.sizes(frozen, packed_bytes=1, teacher_bytes=fp32_bytes(bart_base))
+    size = sizes(frozen, packed_bytes=1, teacher_bytes=fp32_bytes(bart_base))
     assert round(size.paper_bytes / MIB, 1) == mib
     assert round(size.paper_ratio, 1) == ratio
 
@@ -99,7 +103,9 @@ def test_bart_base_at_two_bits_has_the_size_of_the_paper_and_about_that_on_disk(
 
 
 def test_the_smallest_bart_base_is_under_29_and_a_half_mib(bart_base, tmp_path):
-    size = size_of(tmp_path, bart_base, "2-2-8", "base3", "bart", quantizer="lsq_symmetric", granularity="row", **SHORT)
+    size = size_of(
+        tmp_path, bart_base, "2-2-8", "base3", "bart", quantizer="lsq_symmetric", granularity="per_channel", **SHORT
+    )
     assert size["packed_bytes"] <= 29.5 * MIB
     assert size["ratio"] >= 18.0
     assert round(size["paper_ratio"], 1) == 13.4
@@ -115,8 +121,8 @@ def test_a_final_bias_is_stored_only_where_it_says_something(tmp_path):
         size_of(tmp_path / name, model, "2-2-8", "dense", "bart")
         stored = load_file(tmp_path / name / manifest.WEIGHTS)
         assert ("final_logits_bias" in stored) == (name == "other")
-        assert torch.equal(artifact.read(tmp_path / name)[0].rest["final_logits_bias"], model.final_logits_bias)
-        assert torch.equal(artifact.load(tmp_path / name).final_logits_bias, model.final_logits_bias)
+        assert torch.equal(read_package(tmp_path / name)[0].rest["final_logits_bias"], model.final_logits_bias)
+        assert torch.equal(load(tmp_path / name).final_logits_bias, model.final_logits_bias)
 
 
 def test_packed_bytes_are_mapped_not_copied(tmp_path):

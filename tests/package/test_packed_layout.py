@@ -8,10 +8,13 @@ import re
 import pytest
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, skeleton
-from pipeline.package import package as artifact
+from pipeline.models.build import build, read_config, skeleton
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student
+from pipeline.package.package import write_package
 from pipeline.package.size import layout
 from tests.conftest import ARCHITECTURES
+from tests.packages import WIDE
 
 NOTHING = {"teacher": {}, "student": {}, "protocol": ""}
 MODELS = {
@@ -21,31 +24,41 @@ MODELS = {
     "bart": ARCHITECTURES["bart"],
 }
 SETTINGS = [
-    {"granularity": "tensor"},
-    {"granularity": "row", "scale_dtype": "float16"},
-    {"granularity": "row", "scale_dtype": "bfloat16", "rest_dtype": "float16"},
-    {"granularity": "tensor", "rest_dtype": "bfloat16"},
-    {"granularity": "row", "rest_dtype": "float16", "positions": "fp32"},
-    {"granularity": "row", "scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"},
+    {"granularity": "per_tensor"},
+    {"granularity": "per_channel", "scale_dtype": "float16"},
+    {"granularity": "per_channel", "scale_dtype": "bfloat16", "rest_dtype": "float16"},
+    {"granularity": "per_tensor", "rest_dtype": "bfloat16"},
+    {"granularity": "per_channel", "rest_dtype": "float16", "positions": "fp32"},
+    {"granularity": "per_channel", "scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"},
 ]
 
 
 def written_bytes(config, family, quant, folder):
     folder.mkdir()
     model = build(config, seed=0)
-    make_student(model, quant.spec(), FAMILIES[family])
+    make_student(model, quant.spec(), family_named(family))
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.fill_(0.5)  # all zero, it would be left out
-    frozen = freeze_student(model, quant, FAMILIES[family])
+    frozen = freeze_student(model, quant, family_named(family))
     facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NOTHING}
-    return artifact.write(folder, frozen, config, quant, "dense", family, facts)["size"]["packed_bytes"]
+    return write_package(folder, frozen, config, quant, "dense", family, facts)["size"]["packed_bytes"]
 
 
-@pytest.mark.parametrize("quant", SETTINGS, ids=str)
-@pytest.mark.parametrize("source", MODELS.values(), ids=MODELS)
+CASES = {
+    **{f"{name}, {quant}": (source, quant) for name, source in MODELS.items() for quant in SETTINGS},
+    **{
+        f"{name}, groups of {size}": (source, {"granularity": {"per_group": size}, "scale_dtype": dtype})
+        for name, source in WIDE.items()
+        for size, dtype in ((32, "float16"), (64, "float32"), (128, "bfloat16"))
+    },
+}
+
+
+@pytest.mark.parametrize(("source", "quant"), CASES.values(), ids=CASES)
 def test_the_file_is_as_long_as_predicted_at_any_widths(source, quant, tmp_path):
-    config, family = read_config(source, vocab_size=301), source["architecture"]
-    found = layout(skeleton(config), FAMILIES[family], Quant(**quant))
+    source, family = {**source, "vocab_size": 301}, source["architecture"]
+    config = read_config(source)
+    found = layout(skeleton(config), family_named(family), Quant(**quant))
     draws = {name: itertools.cycle(widths) for name, widths in {"same": [4], "mixed": [2, 8, 4, 32, 2, 4]}.items()}
     for label, draw in draws.items():
         widths = {name: next(draw) for name in found.modules}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
-from pipeline.quant.quantizers import QUANTIZERS, StepQuantizer
+from pipeline.quant.granularity import Granularity
+from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
 from pipeline.quant.spec import BitWidths, QuantSpec
 
-GRANULARITIES = ("tensor", "row")
+GRANULARITIES = ("per_tensor", "per_channel")
 
 
-def make(name: str, weight: torch.Tensor, bits: int = 2, granularity: str = "tensor", **options: str) -> StepQuantizer:
-    spec = QuantSpec(BitWidths(bits, bits, 32), quantizer=name, granularity=granularity, **options)
-    return QUANTIZERS[name](weight, bits, granularity, spec)
+def make(
+    name: str, weight: torch.Tensor, bits: int = 2, granularity: str | Mapping[str, int] = "per_tensor", **options: str
+) -> WeightQuantizer:
+    """A quantizer of a weight; the granularity is given as a configuration writes it."""
+    parsed = Granularity.parse(granularity)
+    spec = QuantSpec(BitWidths(bits, bits, 32), quantizer=name, granularity=parsed, **options)
+    return QUANTIZERS[name](weight, bits, parsed, spec)
 
 
 def example(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +32,14 @@ def example(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[tor
 
 def clipping_steps(weight: torch.Tensor, bits: int, granularity: str) -> torch.Tensor:
     """Steps for which some weights lie beyond the grid at any width, each a little different."""
-    magnitude = weight.abs().mean(1, keepdim=True) if granularity == "row" else weight.abs().mean().reshape(1, 1)
+    magnitude = (
+        weight.abs().mean(1, keepdim=True) if granularity == "per_channel" else weight.abs().mean().reshape(1, 1)
+    )
     factors = 0.8 + torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(3))
     return magnitude * factors.to(weight.dtype) / 2 ** (bits - 2)
 
 
-def passed(quantizer: StepQuantizer, weight: torch.Tensor, upstream: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def passed(quantizer: WeightQuantizer, weight: torch.Tensor, upstream: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The quantized weight and the gradient of the weight; those of parameters are left in their `grad`."""
     latent = weight.clone().requires_grad_()
     quantized = quantizer(latent)
@@ -39,11 +48,11 @@ def passed(quantizer: StepQuantizer, weight: torch.Tensor, upstream: torch.Tenso
 
 
 def total(values: np.ndarray, granularity: str) -> np.ndarray:
-    return values.sum(axis=1, keepdims=True) if granularity == "row" else values.sum().reshape(1, 1)
+    return values.sum(axis=1, keepdims=True) if granularity == "per_channel" else values.sum().reshape(1, 1)
 
 
 def mean(values: np.ndarray, granularity: str) -> np.ndarray:
-    return values.mean(axis=1, keepdims=True) if granularity == "row" else values.mean().reshape(1, 1)
+    return values.mean(axis=1, keepdims=True) if granularity == "per_channel" else values.mean().reshape(1, 1)
 
 
 def nearest(places: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -52,7 +61,7 @@ def nearest(places: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def trained(
-    quantizer: StepQuantizer, weight: torch.Tensor, upstream: torch.Tensor, steps: int = 5, lr: float = 1e-2
+    quantizer: WeightQuantizer, weight: torch.Tensor, upstream: torch.Tensor, steps: int = 5, lr: float = 1e-2
 ) -> torch.Tensor:
     """The latent weight after some steps of Adam along `upstream`, as the training loop takes them."""
     latent = torch.nn.Parameter(weight.clone())

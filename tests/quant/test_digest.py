@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.quant.layers import FrozenTensors
+from pipeline.quant.frozen import FrozenTensors
 
 
 @pytest.fixture
@@ -50,5 +50,5 @@ def test_the_digest_does_not_depend_on_insertion_order_or_memory_layout(frozen):
     assert backwards.digest() == strided.digest() == copied.digest() == frozen.digest()
 
 
-def test_tensors_on_the_symmetric_grid_keep_the_digest_of_packages_that_do_not_name_their_levels(frozen):
+def test_the_digest_of_tensors_once_packed_stays_as_it_is(frozen):
     assert frozen.digest() == "89c6e0f19aeb1ebbd944c4223f2e611228f242c8703eb04668de0d0dd9327289"

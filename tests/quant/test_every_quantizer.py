@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -14,13 +13,15 @@ import pipeline
 from pipeline.config.presets import PRESETS
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
-from pipeline.models.build import FAMILIES, build, load_parameters, make_student, read_config
-from pipeline.package import package as artifact
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import load_parameters, make_student
+from pipeline.package.package import read_package
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
-from pipeline.quant.quantizers.step import REACH
+from pipeline.quant.quantizers.base import REACH
 from pipeline.quant.spec import QuantizerName, levels_of
-from pipeline.store.records import Student
+from pipeline.store.records import Student, Tokens
 from pipeline.store.shards import Rows
 from pipeline.training.checkpoints import latest_checkpoint, load_checkpoint
 from tests.quant.cases import GRANULARITIES, example, make, passed, trained
@@ -52,7 +53,7 @@ def test_what_is_learned_and_what_is_computed(name):
     quantizer = make(name, example()[0])
     assert {key for key, p in quantizer.named_parameters() if p.requires_grad} == LEARNED[name]
     computed = {key for key, p in quantizer.named_parameters() if not p.requires_grad}
-    assert computed == ({"size"} if name.startswith("laq") else {"start"} if name in LEARN_A_RATIO else set())
+    assert computed == ({"scale"} if name.startswith("laq") else {"first"} if name in LEARN_A_RATIO else set())
     assert list(quantizer.buffers()) == []
 
 
@@ -64,7 +65,7 @@ def test_freeze_gives_the_numbers_of_the_forward_pass_before_and_after_training(
     for latent in (weight, trained(quantizer, weight, upstream, lr=1e-2 * scale)):
         codes, step = quantizer.freeze(latent)
         assert codes.dtype == torch.int8
-        assert step.shape == ((9, 1) if granularity == "row" else (1, 1))
+        assert step.shape == ((9, 1) if granularity == "per_channel" else (1, 1))
         shipped, forward = dequantize(codes, step, quantizer.grid), quantizer(latent).detach()
         assert torch.equal(shipped.view(torch.int32), forward.view(torch.int32))
         assert quantizer.grid.low <= int(codes.min()) <= int(codes.max()) <= quantizer.grid.high
@@ -98,7 +99,7 @@ def test_nothing_but_weight_and_parameters_decides_what_ships(name, bits, granul
 @pytest.mark.parametrize(("name", "bits"), dict.fromkeys((name, bits) for name, bits, _ in CASES))
 def test_one_row_does_not_depend_on_the_others(name, bits):
     weight, upstream = example(torch.float32)
-    together, alone = make(name, weight, bits, "row"), make(name, weight[3:4], bits, "row")
+    together, alone = make(name, weight, bits, "per_channel"), make(name, weight[3:4], bits, "per_channel")
     latent, latent_row = trained(together, weight, upstream), trained(alone, weight[3:4], upstream[3:4])
     torch.testing.assert_close(latent[3:4], latent_row)
     torch.testing.assert_close(together(latent)[3:4], alone(latent_row))
@@ -109,7 +110,7 @@ def test_one_row_does_not_depend_on_the_others(name, bits):
 def test_zero_rows_give_zeros_and_finite_gradients_and_stay_zeros(name, bits, granularity, gamma_init):
     """A padding row gets no gradient through an embedding."""
     weight, upstream = example(torch.float32)
-    rows = slice(1, 2) if granularity == "row" else slice(None)
+    rows = slice(1, 2) if granularity == "per_channel" else slice(None)
     weight[rows] = 0
     quantizer = make(name, weight, bits, granularity, gamma_init=gamma_init)
     quantized, dw = passed(quantizer, weight, upstream)
@@ -132,7 +133,7 @@ def test_zero_rows_give_zeros_and_finite_gradients_and_stay_zeros(name, bits, gr
 def test_where_the_gradient_ends_at_the_grid_a_zero_row_gets_none(name):
     weight, upstream = example(torch.float32)
     weight[1] = 0
-    latent = trained(make(name, weight, 2, "row"), weight, upstream)
+    latent = trained(make(name, weight, 2, "per_channel"), weight, upstream)
     assert not latent[1].any()
     assert (latent[0] != weight[0]).any()
 
@@ -150,7 +151,9 @@ def test_a_row_that_comes_alive_stays_finite(name, granularity):
     codes, step = quantizer.freeze(latent)
     assert codes.isfinite().all()
     assert step.isfinite().all()
-    if name in ("laq", "laq_uniform", "twn", "statistics") and granularity == "row":  # whose step follows the weights
+    if (
+        name in ("laq", "laq_uniform", "twn", "statistics") and granularity == "per_channel"
+    ):  # whose step follows the weights
         assert latent[1].any()
         assert codes[1].any()
         assert step[1] > 0
@@ -225,18 +228,18 @@ def test_a_run_with_any_quantizer_ends_in_a_package_of_the_trained_student(name,
         **dict.fromkeys(("tokenize", "finetune", "cache"), "reused"),
         **dict.fromkeys(("distill", "evaluate", "pack"), "done"),
     }
-    report = ran.record("evaluate").student
-    assert all(math.isfinite(value) for value in report.values())
-    assert report["perplexity"] < 300  # tokens of the vocabulary
+    scores = ran.record("evaluate").student
+    assert all(math.isfinite(value) for value in scores.values())
+    assert scores["perplexity"] < 300  # tokens of the vocabulary
 
-    frozen, _, quantization = artifact.read(ran.package)
+    frozen, _, quantization = read_package(ran.package)
     assert frozen.levels == quantization["levels"] == levels_of(name)
     assert len(frozen.codes) == 2 * 4 + 1
 
     student = build(read_config(ran.folder("finetune") / "model"), seed=1)
-    make_student(student, replace(config.quant.spec(), gamma_init="one"), FAMILIES["gpt2"])
+    make_student(student, config.quant.spec(), family_named("gpt2"))
     load_parameters(student, load_file(ran.folder("distill") / Student.WEIGHTS))
-    ids, _, _ = Rows(ran.plan.step("tokenize").place, ran.record("tokenize").splits["test"].shards).get(range(4))
+    ids, _, _ = Rows(ran.plan.step(Tokens).dir, ran.record("tokenize").splits["test"].shards).get(range(4))
     with torch.no_grad():
         assert torch.equal(pipeline.load(ran.package)(ids).logits, student.eval()(ids).logits)
 
@@ -253,7 +256,7 @@ BEST = PRESETS["best"]
     ("options", "values"),
     [
         ({"quantizer": "laq"}, {}),
-        ({"quantizer": "lsq", "granularity": "row"}, {}),
+        ({"quantizer": "lsq", "granularity": "per_channel"}, {}),
         (BEST["quant"], BEST["distill"]),  # Muon's momentum, and quantization that fades in
     ],
     ids=["laq", "lsq", "best"],
@@ -267,15 +270,15 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
     for name, stop_at in (("undisturbed", ()), ("disturbed", (6, 11))):
         run = case.run(recipe, f"{name}-{quant.quantizer}", checkpoint_steps=4)
         weights_after(case, run, quant, stop_at)
-        found = latest_checkpoint(run.place)
+        found = latest_checkpoint(run.dir)
         assert found is not None
-        tensors, progress = load_checkpoint(run.place, found)
+        tensors, progress = load_checkpoint(run.dir, found)
         assert progress.step == 14
         ended.append(tensors)
     undisturbed, disturbed = ended
     assert undisturbed.keys() == disturbed.keys()
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
     started = case.loop(case.run(recipe, f"start-{quant.quantizer}"), quant).model.model
-    sizes = {name: p for name, p in started.named_parameters() if name.endswith(("quantizer.size", "quantizer.gamma"))}
+    sizes = {name: p for name, p in started.named_parameters() if name.endswith(("quantizer.scale", "quantizer.gamma"))}
     assert len(sizes) == 2 * 4 + 1
     assert all((undisturbed[f"model.{name}"] != size).any() for name, size in sizes.items())

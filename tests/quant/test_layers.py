@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.quant.layers import Site, freeze, prepare, quantizers, thaw
+from pipeline.quant.frozen import freeze, thaw
+from pipeline.quant.granularity import Granularity
+from pipeline.quant.modules import QuantTarget, prepare, quantizers
 from pipeline.quant.spec import BitWidths, QuantSpec
 
 IDS = torch.randint(0, 64, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
-def spec(bits="2-2-8", **options):
-    return QuantSpec(BitWidths.parse(bits), **options)
+def spec(bits="2-2-8", granularity="per_tensor", **options):
+    return QuantSpec(BitWidths.parse(bits), granularity=Granularity.parse(granularity), **options)
 
 
 def gpt2(seed=0, layers=2):
@@ -40,23 +42,23 @@ def shaken(model):
     return model.eval()
 
 
-def sites_of(model):
+def targets_of(model):
     if isinstance(model, GPT2LMHeadModel):
         inner = [
-            Site(f"transformer.h.{i}.{name}", "linear", symmetric_input=name != "mlp.c_proj", transposed=True)
+            QuantTarget(f"transformer.h.{i}.{name}", "linear", symmetric_input=name != "mlp.c_proj", transposed=True)
             for i in range(model.config.n_layer)
             for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         ]
-        return [Site("transformer.wte", "embedding"), *inner, Site("lm_head", "tied_head")]
+        return [QuantTarget("transformer.wte", "embedding"), *inner, QuantTarget("lm_head", "tied_head")]
     attention = [f"self_attn.{x}_proj" for x in "qkvo"]
     feed_forward = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    inner = [Site(f"model.layers.{i}.{name}", "linear") for i in range(2) for name in attention + feed_forward]
-    head = Site("lm_head", "tied_head" if model.config.tie_word_embeddings else "head")
-    return [Site("model.embed_tokens", "embedding"), *inner, head]
+    inner = [QuantTarget(f"model.layers.{i}.{name}", "linear") for i in range(2) for name in attention + feed_forward]
+    head = QuantTarget("lm_head", "tied_head" if model.config.tie_word_embeddings else "head")
+    return [QuantTarget("model.embed_tokens", "embedding"), *inner, head]
 
 
 def prepared(model, spec):
-    prepare(model, sites_of(model), spec)
+    prepare(model, targets_of(model), spec)
     return model
 
 
@@ -73,7 +75,7 @@ def test_embedding_and_tied_head_share_one_gradient():
     below, above = (embedding.table().detach().clone().requires_grad_() for _ in range(2))
     (F.linear(F.embedding(ids, below).tanh(), above) * target).sum().backward()
     quantizer = embedding.quantizer
-    inside = embedding.weight.abs() < quantizer.step(embedding.weight) * quantizer.grid.high
+    inside = embedding.weight.abs() < quantizer.scale_of(embedding.weight) * quantizer.grid.high
     assert below.grad.any()
     assert above.grad.any()
     torch.testing.assert_close(embedding.weight.grad, (below.grad + above.grad) * inside)
@@ -82,7 +84,7 @@ def test_embedding_and_tied_head_share_one_gradient():
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_tied_table_is_stored_once(name):
     model = prepared(MODELS[name](), spec("4-4-8"))
-    table = sites_of(model)[0].name
+    table = targets_of(model)[0].name
     shape = model.get_submodule(table).weight.shape
     assert [n for n, p in model.named_parameters(remove_duplicate=False) if p.shape == shape] == [f"{table}.weight"]
     assert not [key for key in model.state_dict() if key.startswith("lm_head")]
@@ -99,8 +101,8 @@ def test_a_tied_table_is_stored_once(name):
 def test_scales_follow_the_role(name):
     model = prepared(MODELS[name](), spec("2-4-8"))
     found = {n: (q.bits, tuple(q.gamma.shape)) for n, _, q in quantizers(model)}
-    tables = [s.name for s in sites_of(model) if s.role in ("embedding", "head")]
-    linears = [s.name for s in sites_of(model) if s.role == "linear"]
+    tables = [s.name for s in targets_of(model) if s.role in ("embedding", "head")]
+    linears = [s.name for s in targets_of(model) if s.role == "linear"]
     assert found == dict.fromkeys(tables, (4, (64, 1))) | dict.fromkeys(linears, (2, (1, 1)))
 
 
@@ -115,15 +117,15 @@ def test_prepare_starts_gamma_at_one_for_ternary_modules_only():
     "options",
     [
         spec("2-2-8"),
-        spec("4-4-8", granularity="row", gamma_init="mse"),
+        spec("4-4-8", granularity="per_channel", gamma_init="mse"),
         spec("8-8-8", activation_range="tensor"),
         spec("2-32-8"),
         spec("32-4-32", overrides=((r".*\.1\..*", 8),)),
         spec("2-2-8", quantizer="lsq"),
-        spec("4-8-8", quantizer="lsq", granularity="row"),
+        spec("4-8-8", quantizer="lsq", granularity="per_channel"),
         spec("2-4-8", quantizer="seq"),
         spec("2-2-8", quantizer="twn"),
-        spec("2-2-8", quantizer="statistics", granularity="row"),
+        spec("2-2-8", quantizer="statistics", granularity="per_channel"),
         spec("2-4-8", quantizer="pact", gamma_init="mse"),
         spec("2-8-8", quantizer="laq"),
     ],
@@ -134,7 +136,7 @@ def test_a_thawed_model_is_the_prepared_model_bit_for_bit(name, options):
     frozen = freeze(student, options, torch.float32, torch.float32)
     assert {n: q.bits for n, _, q in quantizers(student)} == frozen.bits
     thawed = MODELS[name](seed=7)
-    thaw(thawed, sites_of(thawed), options, frozen)
+    thaw(thawed, targets_of(thawed), options, frozen)
     with torch.no_grad():
         assert torch.equal(thawed(IDS).logits, student(IDS).logits)
 
@@ -146,7 +148,7 @@ def test_freeze_casts_to_what_ships_and_thaw_reads_exactly_that():
     assert {t.dtype for t in frozen.scales.values()} == {torch.float16}
     assert {t.dtype for t in frozen.rest.values()} == {torch.bfloat16}
     thawed = gpt2(seed=7)
-    thaw(thawed, sites_of(thawed), spec(), frozen)
+    thaw(thawed, targets_of(thawed), spec(), frozen)
     state = thawed.state_dict()
     assert state.keys() == frozen.rest.keys() | {f"{n}.weight" for n in frozen.codes}
     for key, tensor in frozen.rest.items():
@@ -200,4 +202,4 @@ def test_thaw_refuses_the_tensors_of_another_architecture():
         (gpt2(), dataclasses.replace(frozen, rest=foreign), r"transformer\.h\.9\.bias \(3,\)"),
     ):
         with pytest.raises(ValueError, match=f"do not fit the architecture; first mismatch: {mismatch}"):
-            thaw(model, sites_of(model), spec(), tensors)
+            thaw(model, targets_of(model), spec(), tensors)

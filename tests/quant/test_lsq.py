@@ -23,7 +23,7 @@ def reference(w, s, g, name, bits, granularity, clipped=True):
     quantized = np.rint(np.clip(w / s, -negative, positive)) * s
     inside = (-negative < w / s) & (w / s < positive)
     slope = np.where(inside, np.rint(w / s) - w / s, np.where(w / s <= -negative, -negative, positive))
-    weights = w.shape[1] if granularity == "row" else w.size
+    weights = w.shape[1] if granularity == "per_channel" else w.size
     ds = total(g * slope, granularity) / np.sqrt(weights * positive)
     return quantized, np.where(inside, g, 0) if clipped else g, ds
 
@@ -34,26 +34,26 @@ def reference(w, s, g, name, bits, granularity, clipped=True):
 def test_values_and_gradients_match_the_formulas(name, bits, granularity, ste, dtype, tolerance):
     weight, upstream = example(dtype)
     quantizer = make(name, weight, bits, granularity, ste=ste)
-    quantizer.start.data = clipping_steps(weight, bits, granularity)
+    quantizer.first.data = clipping_steps(weight, bits, granularity)
     quantized, dw = passed(quantizer, weight, upstream)
-    given = [t.detach().double().numpy() for t in (weight, quantizer.start, upstream)]
+    given = [t.detach().double().numpy() for t in (weight, quantizer.first, upstream)]
     expected = reference(*given, name, bits, granularity, ste != "identity")
     assert 0 < (reference(*given, name, bits, granularity)[1] == 0).sum() < weight.numel()
-    for ours, theirs in zip((quantized, dw, (quantizer.gamma.grad / quantizer.start).numpy()), expected, strict=True):
+    for ours, theirs in zip((quantized, dw, (quantizer.gamma.grad / quantizer.first).numpy()), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @each_case
-def test_the_step_starts_as_published(name, bits, granularity):
+def test_the_scale_starts_as_published(name, bits, granularity):
     weight, _ = example()
     expected = 2 * mean(np.abs(weight.numpy()), granularity) / math.sqrt(ends(name, bits)[1])
-    np.testing.assert_allclose(make(name, weight, bits, granularity).start.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(make(name, weight, bits, granularity).first.detach().numpy(), expected, rtol=1e-12)
 
 
 @each_case
-def test_the_step_may_start_at_the_least_squared_error(name, bits, granularity):
+def test_the_scale_may_start_at_the_least_squared_error(name, bits, granularity):
     weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0)) * 0.05
-    found = make(name, weight, bits, granularity, gamma_init="mse").start.detach().double().numpy()
+    found = make(name, weight, bits, granularity, gamma_init="mse").first.detach().double().numpy()
     w, (negative, positive) = weight.double().numpy(), ends(name, bits)
 
     def error(s):
@@ -68,36 +68,36 @@ def test_two_bits_have_four_levels_or_three():
     weight = torch.linspace(-4, 4, 33).unsqueeze(0)
     for name, levels in (("lsq", [-2, -1, 0, 1]), ("lsq_symmetric", [-1, 0, 1])):
         quantizer = make(name, weight)
-        quantizer.start.data = torch.ones(1, 1)
+        quantizer.first.data = torch.ones(1, 1)
         assert quantizer(weight).unique().tolist() == levels
 
 
 def test_the_ends_of_the_published_grid_are_outside_each_on_its_side():
     weight = torch.tensor([[-1.0, -0.75, 0.25, 0.5]], requires_grad=True)
     quantizer = make("lsq", weight.detach())
-    quantizer.start.data = torch.tensor([[0.5]])
+    quantizer.first.data = torch.tensor([[0.5]])
     assert quantizer(weight).tolist() == [[-1, -1, 0, 0.5]]
     quantizer(weight).backward(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
     assert weight.grad.tolist() == [[0, 10, 100, 0]]
     slopes = 1 * -2 + 10 * (-2 + 1.5) + 100 * (0 - 0.5) + 1000 * 1
-    assert quantizer.gamma.grad.item() == pytest.approx(0.5 * slopes / math.sqrt(4))  # the step is gamma times 0.5
+    assert quantizer.gamma.grad.item() == pytest.approx(0.5 * slopes / math.sqrt(4))  # the scale is gamma times 0.5
 
 
 @pytest.mark.parametrize("name", ["lsq", "lsq_symmetric", "seq"])
-def test_a_step_stays_positive_and_what_is_above_stays_as_it_is(name):
+def test_a_scale_stays_positive_and_what_is_above_stays_as_it_is(name):
     weight, _ = example(torch.float32)
-    quantizer = make(name, weight, 2, "row")
+    quantizer = make(name, weight, 2, "per_channel")
     quantizer.gamma.data[:3] = torch.tensor([[-1.0], [0.0], [1e-30]])
     quantizer.after_step(weight, None)
     assert quantizer.gamma[:3].flatten().tolist() == [pytest.approx(SMALLEST_GAMMA)] * 3
     assert torch.equal(quantizer.gamma[3:], torch.ones(len(weight) - 3, 1))
     assert quantizer.gamma.requires_grad
-    assert not quantizer.start.requires_grad
+    assert not quantizer.first.requires_grad
 
 
-def test_a_step_driven_down_stays_positive():
+def test_a_scale_driven_down_stays_positive():
     weight, _ = example(torch.float32)
-    quantizer = make("lsq", weight, 2, "row")
+    quantizer = make("lsq", weight, 2, "per_channel")
     upstream = quantizer.grid.high * weight.sign()  # growing levels grow the loss
     trained(quantizer, weight, upstream, steps=30, lr=1.0)
-    assert (quantizer.step(weight) > 0).all()
+    assert (quantizer.scale_of(weight) > 0).all()

@@ -12,7 +12,7 @@ def reference(w, low, high, g, bits, granularity):
     """x_c = clip(x, c-, c+), x_q = round(x_c S) / S with S = n / max |x_c|; the gradients of x, c- and c+."""
     n = 2 ** (bits - 1) - 1
     clipped = np.minimum(np.maximum(w, low), high)
-    largest = np.abs(clipped).max(axis=1, keepdims=True) if granularity == "row" else np.abs(clipped).max()
+    largest = np.abs(clipped).max(axis=1, keepdims=True) if granularity == "per_channel" else np.abs(clipped).max()
     quantized = nearest(clipped * n / largest, np.arange(-n, n + 1.0)) * largest / n
     above, below = w >= high, w <= low
     dw = np.where(above | below, 0, g)
@@ -24,7 +24,7 @@ def reference(w, low, high, g, bits, granularity):
 def test_values_and_gradients_match_the_formulas_with_ends_of_their_own(bits, granularity, dtype, tolerance):
     weight, upstream = example(dtype)
     generator = torch.Generator().manual_seed(2)
-    rows = 9 if granularity == "row" else 1
+    rows = 9 if granularity == "per_channel" else 1
     low, high = (-0.4 - 0.3 * torch.rand(rows, 1, generator=generator), 1 + torch.rand(rows, 1, generator=generator))
     quantizer = make("pact", weight, bits, granularity)
     quantizer.low.data, quantizer.high.data = low.to(dtype), high.to(dtype)
@@ -49,7 +49,7 @@ def test_weights_exactly_at_an_end_belong_to_that_end():
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_ends_start_at_two_and_a_half(granularity):
     quantizer = make("pact", example()[0], 4, granularity)
-    shape = (9, 1) if granularity == "row" else (1, 1)
+    shape = (9, 1) if granularity == "per_channel" else (1, 1)
     assert torch.equal(quantizer.high, torch.full(shape, 2.5, dtype=torch.float64))
     assert torch.equal(quantizer.low, -quantizer.high)
 
@@ -71,7 +71,7 @@ def test_the_ends_may_start_at_the_least_squared_error(bits, granularity):
 
 
 def test_the_ends_do_not_cross_zero():
-    quantizer = make("pact", torch.ones(3, 2), 2, "row")
+    quantizer = make("pact", torch.ones(3, 2), 2, "per_channel")
     quantizer.high.data, quantizer.low.data = torch.tensor([[-0.5], [0.0], [1.5]]), torch.tensor([[-0.5], [0.0], [1.5]])
     quantizer.after_step(torch.ones(3, 2), None)
     assert quantizer.high.flatten().tolist() == [0, 0, 1.5]

@@ -7,7 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import FAMILIES, build, freeze_student, make_student, read_config, restore_frozen
+from pipeline.models.build import build, read_config
+from pipeline.models.family import family_named
+from pipeline.models.student import freeze_student, make_student, restore_frozen
 from pipeline.store.keys import recipe_of
 from tests.conftest import ARCHITECTURES
 
@@ -23,7 +25,7 @@ def student(quantizer="lsq_symmetric"):
         model.transformer.wpe.weight[0] = 0.0  # a row of zeros must stay one
         model.transformer.wpe.weight[1] *= 1000
     latent = model.transformer.wpe.weight.detach().clone()
-    make_student(model, quant.spec(), FAMILIES["gpt2"])
+    make_student(model, quant.spec(), family_named("gpt2"))
     return model, quant, latent, config
 
 
@@ -32,7 +34,7 @@ def student(quantizer="lsq_symmetric"):
 def test_eight_bits_are_the_nearest_levels_with_one_scale_a_row(quantizer, levels, scale_dtype, slack):
     model, quant, latent, _ = student(quantizer)
     quant = quant.model_copy(update={"positions": "int8", "scale_dtype": scale_dtype})
-    frozen = freeze_student(model, quant, FAMILIES["gpt2"])
+    frozen = freeze_student(model, quant, family_named("gpt2"))
     assert f"{WPE}.weight" not in frozen.rest
     assert (frozen.bits[WPE], tuple(frozen.scales[WPE].shape)) == (8, (12, 1))
     assert frozen.scales[WPE].dtype == getattr(torch, scale_dtype)
@@ -54,7 +56,7 @@ def test_eight_bits_are_the_nearest_levels_with_one_scale_a_row(quantizer, level
 )
 def test_unless_said_otherwise_positions_ship_as_all_other_tensors(ships, positions, norms):
     model, quant, latent, _ = student()
-    frozen = freeze_student(model, quant.model_copy(update=ships), FAMILIES["gpt2"])
+    frozen = freeze_student(model, quant.model_copy(update=ships), family_named("gpt2"))
     assert frozen.rest[f"{WPE}.weight"].dtype == positions
     assert frozen.rest["transformer.ln_f.weight"].dtype == norms
     assert torch.equal(frozen.rest[f"{WPE}.weight"], latent.to(positions))
@@ -64,8 +66,8 @@ def test_unless_said_otherwise_positions_ship_as_all_other_tensors(ships, positi
 def test_what_is_scored_is_what_ships():
     model, quant, _, config = student()
     quant = quant.model_copy(update={"positions": "int8"})
-    frozen = freeze_student(model, quant, FAMILIES["gpt2"])
-    restored = restore_frozen(config, quant.spec(), FAMILIES["gpt2"], frozen)
+    frozen = freeze_student(model, quant, family_named("gpt2"))
+    restored = restore_frozen(config, quant.spec(), family_named("gpt2"), frozen)
     model.transformer.wpe.weight.copy_(frozen.weight(WPE))
     ids = torch.arange(12)[None]
     assert torch.equal(restored(ids).logits, model.eval()(ids).logits)
@@ -75,12 +77,12 @@ def test_what_is_scored_is_what_ships():
 def test_families_have_none_or_two_tables_of_positions(architecture, tables):
     quant = Quant(positions="int8")
     model = build(read_config(ARCHITECTURES[architecture], vocab_size=60), seed=0)
-    make_student(model, quant.spec(), FAMILIES[architecture])
-    frozen = freeze_student(model, quant, FAMILIES[architecture])
+    make_student(model, quant.spec(), family_named(architecture))
+    frozen = freeze_student(model, quant, family_named(architecture))
     assert sum("position" in name for name in frozen.codes) == tables
     assert not any("position" in name for name in frozen.rest)
 
 
-def test_keys_from_before_positions_could_be_chosen_stay_valid():
-    assert "positions" not in recipe_of(Quant())
+def test_how_positions_ship_is_part_of_the_recipe():
+    assert recipe_of(Quant())["positions"] is None
     assert recipe_of(Quant(positions="int8"))["positions"] == "int8"

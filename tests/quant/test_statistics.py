@@ -37,6 +37,6 @@ def test_the_grid_follows_the_weights_and_not_where_they_were_at_the_start(granu
 def test_a_weight_exactly_at_the_clip_counts_as_outside():
     weight = torch.tensor([[-4.0, 4.0, 1.0, -1.0, 4.0, -4.0, 3.0, -3.0]], requires_grad=True)  # mean 0, spread 3
     quantizer = make("statistics", weight.detach())
-    assert quantizer.step(weight.detach()).item() == 4
+    assert quantizer.scale_of(weight.detach()).item() == 4
     quantizer(weight).backward(torch.ones(1, 8))
     assert weight.grad.tolist() == [[0, 0, 1, 1, 0, 0, 1, 1]]

@@ -51,4 +51,4 @@ def test_a_weight_at_the_threshold_is_not_beyond_it():
 
 def test_equal_magnitudes_are_kept_as_they_are():
     weight = torch.tensor([[0.5, -0.5, 0.5], [-2.0, -2.0, 2.0]])
-    assert torch.equal(make("twn", weight, 2, "row")(weight), weight)
+    assert torch.equal(make("twn", weight, 2, "per_channel")(weight), weight)

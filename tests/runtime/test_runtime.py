@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from pipeline.errors import BitmillError, ConfigError, DamagedError
 from pipeline.package import manifest
-from pipeline.package import package as artifact
-from pipeline.quant.layers import InputQuantizer
+from pipeline.package.package import load
+from pipeline.quant.modules import InputQuantizer
 from pipeline.runtime import Runtime
 from tests.conftest import ARCHITECTURES
 from tests.packages import WIDE, package, packed_logits, rms, signed
@@ -28,7 +28,7 @@ NARROW = {name: {**fields, "vocab_size": 300} for name, fields in ARCHITECTURES.
 NARROW["llama"]["pad_token_id"] = None
 VARIANTS = [
     {"bits": "2-2-8"},
-    {"bits": "2-2-8", "granularity": "tensor"},
+    {"bits": "2-2-8", "granularity": "per_tensor"},
     {"bits": "2-2-8", "encoding": "base3"},
     {"bits": "2-2-8", "quantizer": "lsq"},
     {"bits": "2-2-8", "quantizer": "seq"},
@@ -63,6 +63,39 @@ def test_weights_are_those_of_the_packed_model(family, variant, tmp_path):
     assert np.abs(found - wanted).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("size", "quant"),
+    [(32, {"quantizer": quantizer}) for quantizer in ("quantgpt", "lsq", "seq")]
+    + [
+        (32, {"encoding": "base3"}),
+        (32, {"bits": "4-4-8", "overrides": {r".*(c_proj|v_proj|down_proj)": 8}, "quantizer": "seq"}),
+        (64, {"bits": "4-8-8", "quantizer": "seq", "scale_dtype": "float16"}),
+        (64, {"bits": "8-8-8", "quantizer": "lsq"}),
+        (128, {"quantizer": "seq"}),
+        (128, {"quantizer": "lsq"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", WIDE)
+def test_weights_with_a_scale_a_group_are_those_of_the_packed_model(family, size, quant, tmp_path):
+    """Levels with a half as well, for which each group of the input has a sum of its own."""
+    folder = package(tmp_path / "package", WIDE[family], granularity={"per_group": size}, **quant)
+    (name, shape), *_ = (
+        (n, m["shape"]) for n, m in modules_of(folder).items() if n.endswith(("c_fc", "fc1", "up_proj"))
+    )
+    scale = load_file(folder / manifest.WEIGHTS)[f"{name}.weight_scale"]
+    assert tuple(scale.shape) == (shape[0], shape[1] // size)
+    assert size == shape[1] or (scale[:, 0] != scale[:, -1]).all()
+    found = Runtime(folder, activations=32).logits(IDS, source_of(family))
+    wanted = packed_logits(folder, IDS, source_of(family), activations=32)
+    assert wanted.std() > 0.3
+    assert np.abs(found - wanted).max() < 1e-4
+
+
+def modules_of(folder):
+    return json.loads((folder / manifest.CONFIG).read_text())["quantization_config"]["modules"]
+
+
 @pytest.mark.parametrize("encoding", ["dense", "base3"])
 @pytest.mark.parametrize("family", NARROW)
 def test_widths_that_are_no_whole_blocks(family, encoding, tmp_path):
@@ -71,12 +104,13 @@ def test_widths_that_are_no_whole_blocks(family, encoding, tmp_path):
     assert np.abs(found - packed_logits(folder, IDS, source_of(family), activations=32)).max() < 1e-4
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", {"per_group": 32}], ids=str)
 @pytest.mark.parametrize("quantizer", ["quantgpt", "lsq", "seq"])
 @pytest.mark.parametrize("family", WIDE)
-def test_eight_bit_activations_cost_what_they_cost_the_student(family, quantizer, tmp_path):
+def test_eight_bit_activations_cost_what_they_cost_the_student(family, quantizer, granularity, tmp_path):
     """A range a block against a range a token. Each deviates from fp32 activations by rounding; the stated tolerance
     is that the runtime does so by at most 1.5 times as much as the student, and is within twice that of the student."""
-    folder = package(tmp_path / "package", WIDE[family], quantizer=quantizer)
+    folder = package(tmp_path / "package", WIDE[family], quantizer=quantizer, granularity=granularity)
     exact = packed_logits(folder, IDS, source_of(family), activations=32)
     student = packed_logits(folder, IDS, source_of(family))
     found = Runtime(folder).logits(IDS, source_of(family))
@@ -98,7 +132,7 @@ def test_decoding_with_a_cache_gives_what_a_whole_pass_gives(family, packages):
 
 @pytest.mark.parametrize("family", WIDE)
 def test_the_same_tokens_as_transformers_generates(family, packages):
-    model, runtime = artifact.load(packages[family]), Runtime(packages[family], activations=32)
+    model, runtime = load(packages[family]), Runtime(packages[family], activations=32)
     for module in model.modules():
         if isinstance(module, InputQuantizer):
             module.bits = 32
@@ -187,11 +221,16 @@ def with_tensor(name, change):
         (described(bits=3), "bits"),
         (described(shape=[512.0, 128]), "not a whole number"),
         (described(shape=[10**12, 10**12]), "packed bytes"),
-        (with_tensor("transformer.h.1.mlp.c_fc.weight_scale", torch.neg), "zero or more"),
+        (with_tensor("transformer.h.1.mlp.c_fc.weight_scale", torch.neg), "not finite, or below zero"),
+        (
+            with_tensor("transformer.h.1.mlp.c_fc.weight_scale", lambda t: t.expand(-1, 8).contiguous()),
+            "a scale of shape",
+        ),
+        (with_tensor("transformer.h.1.mlp.c_fc.weight_scale", lambda t: t[:-1].clone()), "a scale of shape"),
         (with_tensor("transformer.ln_f.weight", lambda t: t.to(torch.float8_e4m3fn)), "in which no package holds it"),
         (with_tensor("transformer.ln_f.weight", lambda t: t[None]), "do not fit the architecture|other tensors"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_a_package_that_is_not_what_its_config_says_is_refused(packages, tmp_path, damage, message):
     """By both that load packages, even with checksums that agree."""
@@ -201,7 +240,15 @@ def test_a_package_that_is_not_what_its_config_says_is_refused(packages, tmp_pat
     with pytest.raises(DamagedError, match=message):
         Runtime(folder)
     with pytest.raises(DamagedError, match=message):
-        artifact.load(folder)
+        load(folder)
+
+
+def test_a_table_with_a_scale_a_group_is_refused(packages, tmp_path):
+    folder = shutil.copytree(packages["gpt2"], tmp_path / "package")
+    with_tensor("transformer.wte.weight_scale", lambda t: t.expand(-1, 4).contiguous())(folder)
+    signed(folder)
+    with pytest.raises(DamagedError, match=r"transformer\.wte is a table with one scale a group"):
+        Runtime(folder)
 
 
 @pytest.mark.parametrize("ids", [[3, 300], [-1], [5] * 129, []])

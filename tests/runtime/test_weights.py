@@ -15,10 +15,11 @@ from pipeline.runtime.weights import Matrix, _matrix, _refuse_lowest_code
 
 def levels_of(matrix: Matrix) -> np.ndarray:
     """Every weight, decoded code by code."""
-    codes = np.unpackbits(matrix.data, axis=-1, bitorder="little").reshape(matrix.rows, -1, matrix.block, matrix.bits)
+    rows = len(matrix.data)
+    codes = np.unpackbits(matrix.data, axis=-1, bitorder="little").reshape(rows, -1, matrix.block, matrix.bits)
     whole = (codes * (1 << np.arange(matrix.bits))).sum(-1) - (1 << matrix.bits - 1)
     weights = (whole + matrix.shift) * matrix.scales[..., None]
-    return weights.reshape(matrix.rows, -1)[:, : matrix.columns]
+    return weights.reshape(rows, -1)[:, : matrix.columns]
 
 
 @pytest.mark.parametrize("columns", [3, 5, 32, 48, 64, 96, 128, 130, 256, 640])
@@ -35,6 +36,32 @@ def test_weights_are_those_of_the_codes(columns, bits, levels, encoding):
     packed = pack(codes, bits, encoding, levels)
     matrix = _matrix(Packed(packed, scales, bits, columns, encoding), levels)
     assert np.array_equal(levels_of(matrix).astype(np.float32), dequantize(codes, scales, chosen).numpy())
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("groups", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("bits", "levels", "encoding"),
+    [(2, "symmetric", "base3"), (2, "midpoint", "dense"), (4, "full", "dense"), (8, "symmetric", "dense")],
+)
+def test_a_block_has_the_scale_of_its_group(size, groups, bits, levels, encoding):
+    torch.manual_seed(size)
+    chosen, columns = grid(levels, bits), groups * size
+    codes = torch.randint(chosen.low, chosen.high + 1, (7, columns), dtype=torch.int8)
+    scales = torch.rand(7, groups)
+    matrix = _matrix(Packed(pack(codes, bits, encoding, levels), scales, bits, columns, encoding), levels)
+    assert matrix.grouped
+    assert size % matrix.block == 0
+    expected = (codes.float() + chosen.shift).reshape(7, groups, size) * scales[..., None]
+    assert np.array_equal(levels_of(matrix).astype(np.float32), expected.reshape(7, columns).numpy())
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(62, 2), (96, 2), (160, 2), (64, 4), (96, 0)])
+def test_groups_of_a_size_that_no_student_has_are_refused(columns, groups):
+    """A block of 32 could lie in two groups of 31."""
+    packed = pack(torch.zeros(7, columns, dtype=torch.int8), 2)
+    with pytest.raises(ValueError, match="is not one a matrix, a row or a group"):
+        _matrix(Packed(packed, torch.ones(7, groups), 2, columns, "dense"), "symmetric")
 
 
 @pytest.mark.parametrize("columns", [8, 11])

@@ -15,14 +15,16 @@ import pytest
 import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import Scorer, spans_of
-from pipeline.stages.stage import Done, Step
-from pipeline.store.records import Report, Shard, Split, Tokens
+from pipeline.stages.evaluate import SPANS_A_WORKER, Scorer, spans_of
+from pipeline.stages.stage import Step
+from pipeline.store.records import Evaluation, Shard, Split, Student, Tokens
 from pipeline.store.shards import commit_shard, open_shard, read_tokens, write_tokens
+from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.scoring import Scores
 from tests.conftest import Ran
 
@@ -51,33 +53,33 @@ def test_scores_of_two_texts_are_those_of_both() -> None:
     assert without.metrics()["accuracy"] == 0.5
 
 
-class Evaluation:
+class CutEvaluation:
     """The evaluation of a finished run, in a store of its own, with the test split cut into shards of few rows."""
 
     def __init__(self, ran: Ran, folder: Path, rows: int) -> None:
-        self.planned, self.done = ran.plan.step("evaluate"), dict(ran.outcome.done)
+        self.planned, self.steps = ran.plan.step(Evaluation), dict(ran.outcome.steps)
         self.storage_uri, self.engine = str(folder / "store"), Engine(ran.plan.config.resources)
-        tokens: Tokens = self.done["tokenize"].record
+        tokens: Tokens = self.steps["tokenize"].record
         shutil.copytree(ran.folder("tokenize"), folder / "store" / "tokenize" / tokens.key)
-        place = replace(self.done["tokenize"].place, storage_uri=self.storage_uri)
+        cut = replace(self.steps["tokenize"].dir, storage_uri=self.storage_uri)
         shards = []
-        with place.hold(True, lambda owner: None) as held:
+        with cut.hold(True, lambda owner: None) as held:
             for shard in tokens.splits["test"].shards:
-                ids, lengths = read_tokens(open_shard(place, shard.name))
+                ids, lengths = read_tokens(open_shard(cut, shard.name))
                 for start in range(0, len(ids), rows):
                     some, valid = ids[start : start + rows], lengths[start : start + rows]
                     write = partial(write_tokens, ids=some, lengths=valid)
                     shards.append(commit_shard(held, f"rows/cut-{len(shards):05d}.parquet", len(some), 1, write))
         splits = tokens.splits | {"test": Split(shards=tuple(shards))}
-        self.done["tokenize"] = Done(tokens.model_copy(update={"splits": splits}), place)
+        self.steps["tokenize"] = FinishedStep(tokens.model_copy(update={"splits": splits}), cut)
         self.shards = shards
         self.advanced: list[tuple[int, int]] = []
 
-    def run(self) -> Report:
-        place = replace(self.planned.place, storage_uri=self.storage_uri)
-        with place.hold(True, lambda owner: None) as held:
-            inputs = {name: self.done[name] for name in self.planned.inputs}
-            step = Step(1, self.planned.recipe, inputs, held, self.engine, self._advance)
+    def run(self) -> Evaluation:
+        step_dir = replace(self.planned.dir, storage_uri=self.storage_uri)
+        with step_dir.hold(True, lambda owner: None) as held:
+            inputs = {name: self.steps[name] for name in self.planned.inputs}
+            step = Step(self.planned.recipe, inputs, held, self.engine.resources, {}, 1, self.engine, self._advance)
             return evaluate.run(step)
 
     def _advance(self, done: int, total: int, note: str, points: Any = ()) -> None:
@@ -101,8 +103,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_an_interrupted_evaluation_goes_on_where_it_was(
     finished: Ran, tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = Evaluation(finished, tmp_path / "undisturbed", rows=3).run()
-    evaluation = Evaluation(finished, tmp_path, rows=3)
+    undisturbed = CutEvaluation(finished, tmp_path / "undisturbed", rows=3).run()
+    evaluation = CutEvaluation(finished, tmp_path, rows=3)
     scored.clear()
     sound = Scorer.score
 
@@ -116,23 +118,58 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         with pytest.raises(RunError, match="lost"):
             evaluation.run()
     assert len(scored) == 3 < len(evaluation.shards)
-    report = evaluation.run()
+    evaluated = evaluation.run()
     assert scored == [shard.name for shard in evaluation.shards]
-    assert (report.student, report.teacher) == (undisturbed.student, undisturbed.teacher)
+    assert (evaluated.student, evaluated.teacher) == (undisturbed.student, undisturbed.teacher)
 
 
 def test_what_another_student_left_is_not_added(finished: Ran, tmp_path: Path, scored: list[str]) -> None:
-    evaluation = Evaluation(finished, tmp_path, rows=3)
+    evaluation = CutEvaluation(finished, tmp_path, rows=3)
     evaluation.run()
     made = len(scored)
     evaluation.run()
     assert len(scored) == made  # all of it was there
-    student = evaluation.done["distill"]
-    weights = student.record.files["weights.safetensors"].model_copy(update={"sha256": "0" * 64})
-    other = student.record.model_copy(update={"files": student.record.files | {"weights.safetensors": weights}})
-    evaluation.done["distill"] = replace(student, record=other)
+    student = evaluation.steps["distill"]
+    frozen = student.record.files[Student.FROZEN].model_copy(update={"sha256": "0" * 64})
+    files = student.record.files | {Student.FROZEN: frozen}
+    other = student.record.model_copy(update={"files": files, "digest": "0" * 64})
+    evaluation.steps["distill"] = replace(student, record=other)
     with pytest.raises(DamagedError, match="does not match its checksum"):
         evaluation.run()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """How each model was made, and the device of its weights; on meta a model takes no memory."""
+    found: list[tuple[str, str]] = []
+
+    def counted(name: str) -> Any:
+        make = getattr(AutoModelForCausalLM, name)
+
+        def making(*args: Any, **kwargs: Any) -> Any:
+            given = make(*args, **kwargs)
+            model = given[0] if isinstance(given, tuple) else given
+            found.append((name, next(model.parameters()).device.type))
+            return given
+
+        return making
+
+    for name in ("from_config", "from_pretrained"):
+        monkeypatch.setattr(AutoModelForCausalLM, name, counted(name))
+    return found
+
+
+def test_no_span_of_an_evaluation_builds_three_models(
+    finished: Ran, tmp_path: Path, built: list[tuple[str, str]]
+) -> None:
+    evaluation = CutEvaluation(finished, tmp_path, rows=3)
+    evaluation.run()
+    spans = len(spans_of(evaluation.shards, SPANS_A_WORKER))
+    assert len(evaluation.shards) > spans > 1
+    assert built == [("from_config", "cpu"), ("from_pretrained", "cpu")] * spans  # the student and its teacher
+    built.clear()
+    evaluation.run()
+    assert built == []  # all scores were there
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +180,11 @@ def two_cpus() -> Iterator[None]:
 
 
 def test_shards_are_scored_by_tasks_of_ray(two_cpus: None, finished: Ran, tmp_path: Path) -> None:
-    alone = Evaluation(finished, tmp_path / "alone", rows=3).run()
-    evaluation = Evaluation(finished, tmp_path / "ray", rows=3)
+    alone = CutEvaluation(finished, tmp_path / "alone", rows=3).run()
+    evaluation = CutEvaluation(finished, tmp_path / "ray", rows=3)
     evaluation.engine = Engine(finished.plan.config.resources.model_copy(update={"workers": 2}))
-    report = evaluation.run()
-    assert (report.student, report.teacher, report.digest) == (alone.student, alone.teacher, alone.digest)
+    evaluated = evaluation.run()
+    assert (evaluated.student, evaluated.teacher, evaluated.digest) == (alone.student, alone.teacher, alone.digest)
     assert evaluation.advanced[-1][0] == evaluation.advanced[-1][1] > 1
 
 
@@ -162,19 +199,19 @@ def timed(folder: Path, number: int, wrong: int | None = None) -> tuple[int, flo
 
 def test_tasks_run_as_many_at_once_as_there_are_workers(two_cpus: None, finished: Ran, tmp_path: Path) -> None:
     engine = Engine(finished.plan.config.resources.model_copy(update={"workers": 1}))
-    place, advanced = finished.plan.step("evaluate").place, []
+    step_dir, advanced = finished.plan.step(Evaluation).dir, []
 
     def advance(done: int, total: int, note: str, points: Any = ()) -> None:
         advanced.append((done, total))
 
     (tmp_path / "sound").mkdir()
-    found = engine.tasks(timed, [{"folder": tmp_path / "sound", "number": i} for i in range(4)], place, advance, 0)
+    found = engine.tasks([partial(timed, tmp_path / "sound", i) for i in range(4)], step_dir, advance, 0)
     assert [number for number, _, _ in found] == [0, 1, 2, 3]
     assert all(end <= begun for (_, _, end), (_, begun, _) in pairwise(found))  # Ray would have run two
     assert advanced == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    broken = [{"folder": tmp_path, "number": i, "wrong": 1} for i in range(10, 10 + 2)]
+    broken = [partial(timed, tmp_path, i, 1) for i in range(10, 10 + 2)]
     with pytest.raises(RunError, match=r"^number 11 is lost$"):
-        engine.tasks(timed, [*broken[:1], broken[1] | {"wrong": 11}, *broken], place, advance, 0)
+        engine.tasks([broken[0], partial(timed, tmp_path, 11, 11), *broken], step_dir, advance, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11", "sound"]
     with pytest.raises(ConfigError, match="GPU"):
-        Engine(engine.resources.model_copy(update={"gpus_per_worker": 1.0})).tasks(timed, [{}], place, advance, 1.0)
+        Engine(engine.resources.model_copy(update={"gpus_per_worker": 1.0})).tasks([timed], step_dir, advance, 1.0)

@@ -6,9 +6,9 @@ from pydantic import ValidationError
 from pipeline.errors import RunError
 from pipeline.store.records import (
     SCHEMA_VERSION,
+    Evaluation,
     ModelVersion,
     Package,
-    Report,
     Shard,
     Size,
     Split,
@@ -31,11 +31,11 @@ COMMON = {
 }
 TRAINED = {"parameters": 10, "steps": 4, "best_step": 2, "validation_nats": 1.25, "family": "gpt2"}
 RECORDS = [
-    Tokens(**COMMON, block_length=8, vocabulary=9, end_of_text=0, splits={"train": Split(shards=SHARDS)}),
+    Tokens(**COMMON, vocabulary=9, end_of_text=0, splits={"train": Split(shards=SHARDS)}),
     Teacher(**COMMON, **TRAINED, fp32_bytes=40, hidden=8),
-    Student(**COMMON, **TRAINED),
+    Student(**COMMON, **TRAINED, digest="d"),
     TeacherCache(**COMMON, mode="states", dtype="float16", hidden=8, shards=SHARDS, bytes=5, kl_nats=1e-8),
-    Report(**COMMON, protocol="p", digest="d", teacher={"perplexity": 2.0}, student={"perplexity": 1e300}),
+    Evaluation(**COMMON, protocol="p", digest="d", teacher={"perplexity": 2.0}, student={"perplexity": 1e300}),
     Package(**COMMON, digest="d", size=Size(teacher_bytes=9, packed_bytes=3, ratio=3, paper_bytes=2, paper_ratio=4.5)),
     ModelVersion(**COMMON, name="n", version=2, aliases=("champion",), run_id="r", model_id="m"),
 ]
@@ -55,7 +55,7 @@ def test_records_are_frozen_and_closed():
     with pytest.raises(ValidationError, match="frozen"):
         RECORDS[0].key = "other"
     with pytest.raises(ValidationError, match="surprise"):
-        Student(**COMMON, **TRAINED, surprise=1)
+        Student(**COMMON, **TRAINED, digest="d", surprise=1)
 
 
 def test_a_split_adds_up_its_shards():
@@ -90,7 +90,7 @@ def test_a_newer_schema_is_refused_with_advice():
         RECORDS[0].to_json()[:-20],
         changed(RECORDS[0], schema_version="1"),
         changed(RECORDS[0], surprise=1),
-        changed(RECORDS[0], block_length="wide"),
+        changed(RECORDS[0], vocabulary="wide"),
     ],
 )
 def test_a_damaged_record_is_named(data):

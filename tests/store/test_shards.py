@@ -36,13 +36,13 @@ def random_rows(rows, seed=0):
 
 
 @pytest.fixture
-def place(tmp_path):
+def step_dir(tmp_path):
     with StepDir(str(tmp_path / "store"), "tokenize", "0" * 32, str(tmp_path / "scratch")).hold(False, print) as held:
         yield held
 
 
 @pytest.fixture
-def corpus(place):
+def corpus(step_dir):
     """Shards of unequal sizes with their states, and what they hold as whole arrays."""
     ids, lengths = random_rows(sum(SIZES))
     states = torch.randn(sum(SIZES), BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -51,8 +51,10 @@ def corpus(place):
         here = slice(start, start + rows)
         name = f"rows/train-{number}.parquet"
         tokens = int(lengths[here].sum())
-        shards.append(commit_shard(place, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
-        commit_shard(place, states_name(name), rows, tokens, lambda p, h=here: write_states(p, states[h], "bfloat16"))
+        shards.append(commit_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
+        commit_shard(
+            step_dir, states_name(name), rows, tokens, lambda p, h=here: write_states(p, states[h], "bfloat16")
+        )
         start += rows
     return shards, torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
 
@@ -116,9 +118,9 @@ def test_states_are_mapped_and_not_copied(tmp_path, dtype):
     assert mapped[0, 0, 1] != 0
 
 
-def test_rows_are_found_across_shards(place, corpus):
+def test_rows_are_found_across_shards(step_dir, corpus):
     shards, ids, lengths, states = corpus
-    rows = Rows(place, shards, place)
+    rows = Rows(step_dir, shards, step_dir)
     assert rows.rows == sum(SIZES)
     for wanted in ([0], range(sum(SIZES)), [14, 0, 3, 3, 2, 4, 9], [7, 8]):
         wanted = list(wanted)
@@ -131,96 +133,96 @@ def test_rows_are_found_across_shards(place, corpus):
     assert found[2].dtype == torch.float32
 
 
-def test_rows_without_a_cache_have_no_states(place, corpus):
+def test_rows_without_a_cache_have_no_states(step_dir, corpus):
     shards, ids, _, _ = corpus
-    found = Rows(place, shards).get([1, 12])
+    found = Rows(step_dir, shards).get([1, 12])
     assert torch.equal(found[0], ids[[1, 12]])
     assert found[2] is None
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_a_bounded_number_of_shards_stays_open(place, corpus, limit):
+def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, limit):
     shards, ids, _, states = corpus
-    rows = Rows(place, shards, place, open_shards=limit)
+    rows = Rows(step_dir, shards, step_dir, open_shards=limit)
     order = torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(0)).tolist()
     for row in order * 2:
         found = rows.get([row])
         assert torch.equal(found[0][0], ids[row])
         assert torch.equal(found[2][0], states[row])
         with open("/proc/self/maps") as maps:
-            assert len({line.split()[-1] for line in maps if place.key in line}) <= limit
+            assert len({line.split()[-1] for line in maps if step_dir.key in line}) <= limit
 
 
-def test_a_shard_that_is_open_is_not_read_again(place, corpus):
+def test_a_shard_that_is_open_is_not_read_again(step_dir, corpus):
     shards, ids, _, _ = corpus
-    rows = Rows(place, shards, open_shards=2)
+    rows = Rows(step_dir, shards, open_shards=2)
     rows.get([0, 3])
-    place.delete(shards[0].name)
+    step_dir.delete(shards[0].name)
     assert torch.equal(rows.get([1])[0], ids[[1]])
     rows.get([4, 8])
     with pytest.raises(DamagedError):
         rows.get([0])
 
 
-def spoil(place, name, how):
+def spoil(step_dir, name, how):
     if how == "missing":
-        place.delete(name)
+        step_dir.delete(name)
     elif how == "without its sidecar":
-        place.delete(f"{name}.json")
+        step_dir.delete(f"{name}.json")
     elif how.startswith("sidecar "):
-        place.write(f"{name}.json", how.removeprefix("sidecar ").encode())
+        step_dir.write(f"{name}.json", how.removeprefix("sidecar ").encode())
     else:
-        data = bytearray(place.read(name))
+        data = bytearray(step_dir.read(name))
         data[len(data) // 2] ^= 1
-        place.write(name, bytes(data) if how == "flipped" else bytes(data[:-1]))
+        step_dir.write(name, bytes(data) if how == "flipped" else bytes(data[:-1]))
 
 
 @pytest.mark.parametrize(
     "how", ["missing", "flipped", "cut", "without its sidecar", "sidecar {", "sidecar []", "sidecar {}", "sidecar \x00"]
 )
 @pytest.mark.parametrize("kind", ["tokens", "states"])
-def test_a_damaged_shard_is_refused_and_counts_as_absent(place, corpus, how, kind):
+def test_a_damaged_shard_is_refused_and_counts_as_absent(step_dir, corpus, how, kind):
     shards, ids, _, _ = corpus
     name = shards[1].name if kind == "tokens" else states_name(shards[1].name)
-    assert committed_shard(place, name).rows == SIZES[1]
-    spoil(place, name, how)
+    assert committed_shard(step_dir, name).rows == SIZES[1]
+    spoil(step_dir, name, how)
     with pytest.raises(DamagedError, match=name.split("/")[1]):
-        open_shard(place, name)
-    assert committed_shard(place, name) is None
-    rows = Rows(place, shards, place)
+        open_shard(step_dir, name)
+    assert committed_shard(step_dir, name) is None
+    rows = Rows(step_dir, shards, step_dir)
     assert torch.equal(rows.get([0])[0], ids[[0]])
     with pytest.raises(DamagedError):
         rows.get([SIZES[0]])
 
 
-def test_a_damaged_shard_can_be_made_again(place, corpus):
+def test_a_damaged_shard_can_be_made_again(step_dir, corpus):
     shards, _, _, _ = corpus
-    spoil(place, shards[0].name, "cut")
+    spoil(step_dir, shards[0].name, "cut")
     ids, lengths = random_rows(SIZES[0], seed=9)
-    again = commit_shard(place, shards[0].name, 3, int(lengths.sum()), lambda path: write_tokens(path, ids, lengths))
-    assert committed_shard(place, shards[0].name) == again
-    np.testing.assert_array_equal(read_tokens(open_shard(place, shards[0].name))[0], ids)
+    again = commit_shard(step_dir, shards[0].name, 3, int(lengths.sum()), lambda path: write_tokens(path, ids, lengths))
+    assert committed_shard(step_dir, shards[0].name) == again
+    np.testing.assert_array_equal(read_tokens(open_shard(step_dir, shards[0].name))[0], ids)
 
 
-def test_a_shard_is_committed_by_its_sidecar_and_leaves_no_scratch(place):
+def test_a_shard_is_committed_by_its_sidecar_and_leaves_no_scratch(step_dir):
     ids, lengths = random_rows(2)
-    shard = commit_shard(place, "rows/a.parquet", 2, 9, lambda path: write_tokens(path, ids, lengths))
+    shard = commit_shard(step_dir, "rows/a.parquet", 2, 9, lambda path: write_tokens(path, ids, lengths))
     assert (shard.name, shard.rows, shard.tokens) == ("rows/a.parquet", 2, 9)
-    entry = json.loads(place.read("rows/a.parquet.json"))
-    assert place.local("rows/a.parquet", StoredFile.model_validate(entry["file"])).is_file()
-    assert os.listdir(place.scratch) == []
+    entry = json.loads(step_dir.read("rows/a.parquet.json"))
+    assert step_dir.local("rows/a.parquet", StoredFile.model_validate(entry["file"])).is_file()
+    assert os.listdir(step_dir.scratch) == []
 
 
-def test_a_shard_whose_writing_fails_is_not_committed(place):
+def test_a_shard_whose_writing_fails_is_not_committed(step_dir):
     def fail(path):
         path.write_bytes(b"half")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        commit_shard(place, "rows/a.parquet", 2, 9, fail)
-    assert place.sizes("rows/") == {}
-    assert committed_shard(place, "rows/a.parquet") is None
-    assert os.listdir(place.scratch) == []
+        commit_shard(step_dir, "rows/a.parquet", 2, 9, fail)
+    assert step_dir.sizes("rows/") == {}
+    assert committed_shard(step_dir, "rows/a.parquet") is None
+    assert os.listdir(step_dir.scratch) == []
 
 
 def test_shards_are_of_bounded_size():

@@ -15,9 +15,9 @@ import pytest
 from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import open_objects
-from pipeline.store.records import Report, StoredFile
+from pipeline.store.records import Evaluation, StoredFile
 from pipeline.store.step_store import StepDir, checksum, records
-from tests.store.test_step_store import EVERYWHERE, KEY, at_once, file_of, report, serve_s3
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, evaluation, file_of, serve_s3
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +34,29 @@ def uri(request, tmp_path):
 
 
 @pytest.fixture
-def place(uri, tmp_path):
-    """A step's place, its lease held by this process."""
-    with StepDir(uri, Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as held:
+def step_dir(uri, tmp_path):
+    """A step's directory, its lease held by this process."""
+    with StepDir(uri, Evaluation.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as held:
         yield held
 
 
 def test_what_a_killed_writer_left_is_neither_listed_nor_read(tmp_path):
-    place = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
-    folder = tmp_path / Report.stage / KEY
+    step_dir = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
+    folder = tmp_path / Evaluation.stage / KEY
     folder.mkdir(parents=True)
-    (folder / f".record.json.{uuid.uuid4().hex}.tmp").write_bytes(report("half").to_json()[:40])
-    assert place.record(Report) is None
-    assert place.sizes() == {}
-    assert records(str(tmp_path), Report) == []
+    (folder / f".record.json.{uuid.uuid4().hex}.tmp").write_bytes(evaluation("half").to_json()[:40])
+    assert step_dir.record(Evaluation) is None
+    assert step_dir.sizes() == {}
+    assert records(str(tmp_path), Evaluation) == []
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
 def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path, ends):
-    killed = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
-    with contextlib.suppress(ZeroDivisionError), killed.hold(False, print) as place:
-        place.write("rows/a", b"whole")
+    killed = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
+    with contextlib.suppress(ZeroDivisionError), killed.hold(False, print) as step_dir:
+        step_dir.write("rows/a", b"whole")
         for name in ("rows/.b", ".weights"):
-            (tmp_path / Report.stage / KEY / f"{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
+            (tmp_path / Evaluation.stage / KEY / f"{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
         if ends == "badly":
             raise ZeroDivisionError
     assert killed.read("rows/a") == b"whole"
@@ -64,7 +64,7 @@ def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path
 
 
 def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_path, monkeypatch):
-    step = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
+    step = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
     first = threading.Event()
     sync = objects_module._sync
 
@@ -78,8 +78,8 @@ def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_
     monkeypatch.setattr(objects_module, "_sync", late)
 
     def second():
-        with step.hold(True, print) as place:
-            return place.fence
+        with step.hold(True, print) as step_dir:
+            return step_dir.fence
 
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(second)  # has seen no lease, and is writing its own
@@ -91,104 +91,106 @@ def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_
 
 
 def test_whoever_was_taken_over_clears_nothing_away(tmp_path):
-    place = StepDir(str(tmp_path), Report.stage, KEY, str(tmp_path / "scratch"))
-    temporary = tmp_path / Report.stage / KEY / f".weights.{uuid.uuid4().hex}.tmp"
-    with place.hold(False, print):
-        mine = open_objects(str(tmp_path)).read(f"{Report.stage}/{KEY}/lease.json")
+    step_dir = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
+    temporary = tmp_path / Evaluation.stage / KEY / f".weights.{uuid.uuid4().hex}.tmp"
+    with step_dir.hold(False, print):
+        mine = open_objects(str(tmp_path)).read(f"{Evaluation.stage}/{KEY}/lease.json")
         theirs = json.dumps(json.loads(mine) | {"fence": 2}).encode()
-        open_objects(str(tmp_path)).write(f"{Report.stage}/{KEY}/lease.json", theirs)
+        open_objects(str(tmp_path)).write(f"{Evaluation.stage}/{KEY}/lease.json", theirs)
         temporary.write_bytes(b"being written")
     assert temporary.exists()
 
 
-def test_a_record_is_none_until_it_is_committed_once(place):
-    assert place.record(Report) is None
-    assert place.commit(report("first")) == report("first")
-    assert place.commit(report("second")) == report("first")
-    assert place.record(Report) == report("first")
-    place.forget_record()
-    assert place.record(Report) is None
-    assert place.commit(report("third")) == report("third")
+def test_a_record_is_none_until_it_is_committed_once(step_dir):
+    assert step_dir.record(Evaluation) is None
+    assert step_dir.commit(evaluation("first")) == evaluation("first")
+    assert step_dir.commit(evaluation("second")) == evaluation("first")
+    assert step_dir.record(Evaluation) == evaluation("first")
+    step_dir.forget_record()
+    assert step_dir.record(Evaluation) is None
+    assert step_dir.commit(evaluation("third")) == evaluation("third")
 
 
-def test_whoever_loses_the_race_to_commit_adopts_the_winners_record(place):
-    winners = at_once(lambda i: place.commit(report(str(i))))
-    assert winners == [place.record(Report)] * 8
+def test_whoever_loses_the_race_to_commit_adopts_the_winners_record(step_dir):
+    winners = at_once(lambda i: step_dir.commit(evaluation(str(i))))
+    assert winners == [step_dir.record(Evaluation)] * 8
 
 
-def test_commit_removes_what_the_attempt_left_and_keeps_the_rest(place):
-    place.write("attempt/checkpoint/1", b"x")
-    place.write("weights", b"w")
-    path, filesystem = place.run_folder()
+def test_commit_removes_what_the_attempt_left_and_keeps_the_rest(step_dir):
+    step_dir.write("attempt/checkpoint/1", b"x")
+    step_dir.write("weights", b"w")
+    path, filesystem = step_dir.run_folder()
     if filesystem is None:
         Path(path, "trial").write_bytes(b"y")
     else:
         with filesystem.open_output_stream(f"{path}/trial") as stream:
             stream.write(b"y")
-    assert place.sizes("attempt/") == {"attempt/checkpoint/1": 1, "attempt/trial": 1}
-    place.commit(report("d"))
-    assert place.sizes("attempt/") == {}
-    assert {"weights", "record.json"} <= set(place.sizes())
+    assert step_dir.sizes("attempt/") == {"attempt/checkpoint/1": 1, "attempt/trial": 1}
+    step_dir.commit(evaluation("d"))
+    assert step_dir.sizes("attempt/") == {}
+    assert {"weights", "record.json"} <= set(step_dir.sizes())
 
 
-def test_records_of_a_stage_skip_the_damaged_ones(uri, place):
-    place.commit(report("d"))
-    open_objects(uri).write(f"{Report.stage}/{'1' * 32}/record.json", b"{")
-    open_objects(uri).write(f"{Report.stage}/{KEY}/package/record.json", report("inner").to_json())
-    assert records(uri, Report) == [report("d")]
+def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):
+    step_dir.commit(evaluation("d"))
+    open_objects(uri).write(f"{Evaluation.stage}/{'1' * 32}/record.json", b"{")
+    open_objects(uri).write(f"{Evaluation.stage}/{KEY}/package/record.json", evaluation("inner").to_json())
+    assert records(uri, Evaluation) == [evaluation("d")]
 
 
-def test_a_place_without_a_fence_reads_only(place):
-    place.write("a", b"x")
-    reader = pickle.loads(pickle.dumps(replace(place, fence=None)))
+def test_a_step_dir_without_a_fence_reads_only(step_dir):
+    step_dir.write("a", b"x")
+    reader = pickle.loads(pickle.dumps(replace(step_dir, fence=None)))
     assert reader.read("a") == b"x"
     with pytest.raises(FencedOffError):
         reader.write("a", b"y")
 
 
-def test_a_stored_file_is_checked_before_it_is_read(place, tmp_path):
-    stored = place.upload("weights", file_of(tmp_path, b"sound"))
+def test_a_stored_file_is_checked_before_it_is_read(step_dir, tmp_path):
+    stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
     assert (stored.bytes, stored) == (5, checksum(file_of(tmp_path, b"sound")))
-    assert place.local("weights", stored).read_bytes() == b"sound"
+    assert step_dir.local("weights", stored).read_bytes() == b"sound"
     for other in (StoredFile(bytes=6, sha256=stored.sha256), StoredFile(bytes=5, sha256="0" * 64)):
         with pytest.raises(DamagedError, match="weights"):
-            place.local("weights", other)
+            step_dir.local("weights", other)
 
 
 @pytest.mark.parametrize("damaged", [b"Sound", b"soun", b"sound!", b"", None], ids=repr)
-def test_a_damaged_file_is_refused(uri, place, tmp_path, damaged):
-    stored = place.upload("weights", file_of(tmp_path, b"sound"))
-    name = f"{Report.stage}/{KEY}/weights"
+def test_a_damaged_file_is_refused(uri, step_dir, tmp_path, damaged):
+    stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
+    name = f"{Evaluation.stage}/{KEY}/weights"
     if damaged is None:
         open_objects(uri).delete(name)
     else:
         open_objects(uri).write(name, damaged)
     with pytest.raises(DamagedError, match=f"weights.*{KEY}|{KEY}.*weights"):
-        place.local("weights", stored)
+        step_dir.local("weights", stored)
     with pytest.raises(DamagedError):
-        place.folder({"weights": stored}, "")
+        step_dir.folder({"weights": stored}, "")
 
 
 def test_a_spoilt_scratch_copy_of_a_sound_object_is_fetched_again(s3, tmp_path):
-    with StepDir(f"{s3}/{uuid.uuid4()}", Report.stage, KEY, str(tmp_path / "scratch")).hold(False, print) as place:
-        stored = place.upload("weights", file_of(tmp_path, b"sound"))
-        copy = place.local("weights", stored)
+    with StepDir(f"{s3}/{uuid.uuid4()}", Evaluation.stage, KEY, str(tmp_path / "scratch")).hold(
+        False, print
+    ) as step_dir:
+        stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
+        copy = step_dir.local("weights", stored)
         assert copy.is_relative_to(tmp_path / "scratch")
         for spoilt in (b"SOUND", b"s"):
             copy.write_bytes(spoilt)
             os.utime(copy, ns=(1, 1))
-            assert place.local("weights", stored).read_bytes() == b"sound"
+            assert step_dir.local("weights", stored).read_bytes() == b"sound"
 
 
-def test_a_rewritten_file_is_read_as_the_new_one(place, tmp_path):
+def test_a_rewritten_file_is_read_as_the_new_one(step_dir, tmp_path):
     for data in (b"first", b"second"):
-        stored = place.upload("weights", file_of(tmp_path, data))
-        assert place.local("weights", stored).read_bytes() == data
-        assert place.write("weights", data) == stored
+        stored = step_dir.upload("weights", file_of(tmp_path, data))
+        assert step_dir.local("weights", stored).read_bytes() == data
+        assert step_dir.write("weights", data) == stored
 
 
-def test_a_folder_holds_the_listed_files_and_no_others(place, tmp_path):
-    files = {f"model/{name}": place.upload(f"model/{name}", file_of(tmp_path, name.encode())) for name in ("a", "b")}
-    place.write("model/left-by-an-earlier-attempt", b"unchecked")
-    folder = place.folder(files | {"other": files["model/a"]}, "model/")
+def test_a_folder_holds_the_listed_files_and_no_others(step_dir, tmp_path):
+    files = {f"model/{name}": step_dir.upload(f"model/{name}", file_of(tmp_path, name.encode())) for name in ("a", "b")}
+    step_dir.write("model/left-by-an-earlier-attempt", b"unchecked")
+    folder = step_dir.folder(files | {"other": files["model/a"]}, "model/")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"a", "b": b"b"}

@@ -15,7 +15,7 @@ from werkzeug.serving import make_server
 from pipeline.errors import ConfigError, RunError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import Directory, open_objects
-from pipeline.store.records import Report
+from pipeline.store.records import Evaluation
 from pipeline.store.step_store import check_writable
 
 KEY = "0" * 32
@@ -70,9 +70,9 @@ def objects(uri):
     return open_objects(uri)
 
 
-def report(digest):
+def evaluation(digest):
     common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
-    return Report(**common, protocol="p", digest=digest, teacher={}, student={})
+    return Evaluation(**common, protocol="p", digest=digest, teacher={}, student={})
 
 
 def file_of(tmp_path, data):

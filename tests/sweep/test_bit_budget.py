@@ -9,8 +9,10 @@ import pytest
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import run as flow
-from pipeline.store.records import Sensitivity
+from pipeline.flow.plan import plan_run
+from pipeline.flow.run import run_plan
+from pipeline.stages.sensitivity import ROWS
+from pipeline.store.records import Sensitivity, TeacherCache
 from pipeline.store.shards import states_name
 from pipeline.sweep import bit_budget
 from tests.conftest import Recorder
@@ -33,9 +35,9 @@ def bytes_at(config, bits):
 
 
 def run(config):
-    observer = Recorder()
-    planned = bit_budget.plan(config)
-    return planned, flow.run(planned, observer), observer
+    listener = Recorder()
+    planned = bit_budget.plan_sensitivities(config)
+    return planned, run_plan(planned, listener), listener
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +54,10 @@ def measured(finished, tiny_config, tmp_path_factory):
 
 def test_a_sensitivity_is_measured_beside_the_line_for_each_module_and_width(measured):
     config, outcome = measured
-    found = outcome.done["sensitivity"].record
+    found = outcome.steps["sensitivity"].record
     assert outcome.status == {"tokenize": "reused", "finetune": "reused", "cache": "reused", "sensitivity": "done"}
     assert found.kl_nats.keys() == bit_budget.layout_of(config).modules.keys()
-    assert 0 < found.tokens <= bit_budget.ROWS * 32
+    assert 0 < found.tokens <= ROWS * 32
     sums = [sum(of[bits] for of in found.kl_nats.values()) for bits in WIDTHS]
     assert sums[0] > 4 * sums[1] > 16 * sums[2] >= 0
     for of in found.kl_nats.values():
@@ -64,19 +66,19 @@ def test_a_sensitivity_is_measured_beside_the_line_for_each_module_and_width(mea
 
 def test_a_sensitivity_is_measured_once_and_the_same_in_any_batches(measured, tiny_config, tmp_path):
     config, outcome = measured
-    _, again, observer = run(config)
+    _, again, listener = run(config)
     assert set(again.status.values()) == {"reused"}
-    assert ("started", "sensitivity") not in observer.events
+    assert ("started", "sensitivity") not in listener.events
     shutil.copytree(config.resources.storage_uri, tmp_path / "store", ignore=shutil.ignore_patterns("sensitivity"))
     found = []
     for batch in (16, 5):
         other = tiny_config(tmp_path, resources={"inference_batch": batch})
         planned, made, _ = run(other)
-        record = made.done["sensitivity"].record
-        assert record.key == outcome.done["sensitivity"].record.key
+        record = made.steps["sensitivity"].record
+        assert record.key == outcome.steps["sensitivity"].record.key
         found.append(record.kl_nats)
-        shutil.rmtree(planned.step("sensitivity").place.uri)
-    assert found[0] == outcome.done["sensitivity"].record.kl_nats
+        shutil.rmtree(planned.step(Sensitivity).dir.uri)
+    assert found[0] == outcome.steps["sensitivity"].record.kl_nats
     for name, of in found[1].items():
         assert of == pytest.approx(found[0][name], rel=1e-3, abs=1e-7)
 
@@ -85,12 +87,12 @@ def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_p
     config, outcome = measured
     shutil.copytree(config.resources.storage_uri, tmp_path / "store", ignore=shutil.ignore_patterns("sensitivity"))
     other = tiny_config(tmp_path)
-    shards = outcome.done["tokenize"].record.splits["train"].shards
-    cache = bit_budget.plan(other).step("cache").place
+    shards = outcome.steps["tokenize"].record.splits["train"].shards
+    cache = bit_budget.plan_sensitivities(other).step(TeacherCache).dir
     path = tmp_path / "store" / "cache" / cache.key / states_name(shards[0].name)
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
     _, made, _ = run(other)
-    assert made.done["sensitivity"].record.kl_nats == outcome.done["sensitivity"].record.kl_nats
+    assert made.steps["sensitivity"].record.kl_nats == outcome.steps["sensitivity"].record.kl_nats
 
 
 def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
@@ -100,12 +102,10 @@ def test_proposals_are_configurations_that_fit_the_budget(measured, run_flow):
     assert len(found) == 3
     assert found == bit_budget.proposals(config, limit / 2**20, 3, Recorder())
     trials = [laid_over(config, dotted) for dotted in found]
-    keys = {flow.plan(trial, "pack").run_key for trial in trials}
+    keys = {plan_run(trial, "pack").run_key for trial in trials}
     assert len(keys) == 3
-    shape, record = (
-        bit_budget.layout_of(config),
-        flow.run(bit_budget.plan(config), Recorder()).done["sensitivity"].record,
-    )
+    shape, (_, outcome, _) = bit_budget.layout_of(config), run(config)
+    record = outcome.finished(Sensitivity).record
     expected = bit_budget.best(config, shape, record, limit, 3)
     assert [e.dotted() for e in expected] == found
     assert all(e.packed_bytes <= limit for e in expected)
@@ -120,9 +120,8 @@ def test_with_all_the_room_there_is_everything_is_8_bits(measured):
     config, _ = measured
     assert bit_budget.proposals(config, 100, 1, Recorder()) == [{"quant.bits": "8-8-8", "quant.overrides": {}}]
     exact = bytes_at(config, 2)
-    assert bit_budget.proposals(config, exact / 2**20, 5, Recorder()) == [
-        {"quant.bits": "2-2-8", "quant.overrides": {}}
-    ]
+    least = bit_budget.proposals(config, exact / 2**20, 5, Recorder())
+    assert least == [{"quant.bits": "2-2-8", "quant.overrides": {}}]
 
 
 def test_a_width_set_by_name_is_kept(measured):
@@ -159,5 +158,5 @@ def test_what_leaves_no_choice_of_widths_is_refused(tiny_config, tmp_path, overr
 
 def test_a_sensitivity_is_read_back_as_it_was(measured):
     _, outcome = measured
-    done = outcome.done["sensitivity"]
-    assert done.place.record(Sensitivity) == done.record
+    done = outcome.steps["sensitivity"]
+    assert done.dir.record(Sensitivity) == done.record

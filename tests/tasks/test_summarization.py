@@ -7,12 +7,11 @@ import pytest
 import torch
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from pipeline.config.data import Evaluate, Task
+from pipeline.config.data import Evaluate, TaskSettings
 from pipeline.errors import ConfigError
 from pipeline.models.build import build, read_config
 from pipeline.tasks import task_of
-from pipeline.tasks.rouge import rouge
-from pipeline.tasks.summarization import Summarization, ended, summaries
+from pipeline.tasks.summarization import Summarization, ended, rouge, summaries
 from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, read_tokenizer, train_bpe
 from tests.conftest import ARCHITECTURES
 
@@ -23,7 +22,7 @@ DOCUMENTS = [
     for _ in range(9)
 ]
 SOURCE, TARGET = 24, 10
-TASK = Summarization(Task(name="summarization", source_length=SOURCE, target_length=TARGET))
+TASK = Summarization(TaskSettings(name="summarization", source_length=SOURCE, target_length=TARGET))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
-"""The terms of a batch against their definitions, one number after another in fp64."""
+"""The losses of a batch against their definitions, one number after another in fp64."""
 
 import math
 
 import pytest
 import torch
 
-from pipeline.tasks.losses import candidate_scores, distilling_terms, reference_nats, teaching_terms
-from pipeline.tasks.task import Batch
+from pipeline.tasks.batch import Batch
+from pipeline.tasks.losses import candidate_scores, distilling_losses, reference_nats, teaching_losses
 
 VOCABULARY, LENGTH, ROWS, GROUP = 11, 6, 3, 4
 DRAW = torch.Generator().manual_seed(1)
@@ -48,7 +48,7 @@ def test_scores_are_mean_log_probabilities_of_replies():
 
 
 def test_teaching_counts_the_true_reply_and_the_choice():
-    found = teaching_terms(STUDENT, batch())
+    found = teaching_losses(STUDENT, batch())
     expected = sum(sum(nats_of(STUDENT, row * GROUP)) for row in range(ROWS))
     assert float(found["next_token_nats"]) == pytest.approx(expected, rel=1e-5)
     choice = -sum(log_softmax(scores)[0] for scores in scores_of(STUDENT))
@@ -59,7 +59,7 @@ def test_teaching_counts_the_true_reply_and_the_choice():
 
 
 def test_distilling_compares_tokens_and_choices_with_the_teacher():
-    found = distilling_terms(STUDENT, TEACHER, batch())
+    found = distilling_losses(STUDENT, TEACHER, batch())
     tokens = 0.0
     for sequence in range(ROWS * GROUP):
         for i in range(STARTS[sequence] - 1, LENGTHS[sequence] - 1):
@@ -75,7 +75,7 @@ def test_distilling_compares_tokens_and_choices_with_the_teacher():
 
 def test_the_gradient_of_the_choice_reaches_every_candidate():
     logits = STUDENT.float().requires_grad_()
-    distilling_terms(logits, TEACHER.float(), batch())["candidates_nats"].backward()
+    distilling_losses(logits, TEACHER.float(), batch())["candidates_nats"].backward()
     touched = logits.grad.abs().sum((1, 2)) > 0
     assert touched.all()
     assert not logits.grad[~batch().distilled].any()
@@ -84,5 +84,5 @@ def test_the_gradient_of_the_choice_reaches_every_candidate():
 def test_one_sequence_a_row_has_no_choice():
     alone = batch().references()
     assert alone.group == 1
-    assert set(teaching_terms(STUDENT[::GROUP], alone)) == {"next_token_nats"}
-    assert set(distilling_terms(STUDENT[::GROUP], TEACHER[::GROUP], alone)) == {"distillation_nats"}
+    assert set(teaching_losses(STUDENT[::GROUP], alone)) == {"next_token_nats"}
+    assert set(distilling_losses(STUDENT[::GROUP], TEACHER[::GROUP], alone)) == {"distillation_nats"}

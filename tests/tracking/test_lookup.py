@@ -19,8 +19,8 @@ import pipeline
 from pipeline.errors import ConfigError
 from pipeline.tracking import lookup as lookups
 from pipeline.tracking import runs
-from pipeline.tracking.lookup import matches, nearest, reach
-from pipeline.tracking.query import MIB, Found, Wanted, ordered, shortcomings
+from pipeline.tracking.lookup import matches, nearest_misses, reach
+from pipeline.tracking.query import MIB, Query, RegisteredModel, ranked, shortcomings
 
 # name, bits, task, MiB, perplexity, accuracy, formats
 MODELS = [
@@ -85,7 +85,7 @@ def client(uri):
 
 @pytest.fixture(scope="module")
 def everything(client):
-    return matches(client, Wanted(), None, None)
+    return matches(client, Query(), None, None)
 
 
 def _answers(address):
@@ -122,7 +122,7 @@ def server(uri, tmp_path_factory):
 
 @pytest.fixture(params=[1, 3, 1000], ids=lambda size: f"pages of {size}")
 def pages(request, monkeypatch):
-    monkeypatch.setattr(lookups, "PAGE", request.param)
+    monkeypatch.setattr("pipeline.tracking.registry.PAGE", request.param)
     monkeypatch.setattr(lookups, "RUNS_A_CALL", max(1, request.param // 2))
     monkeypatch.setattr(lookups, "EXPERIMENTS_A_CALL", min(2, request.param))
     monkeypatch.setattr(lookups, "FEW_RUNS", 0 if request.param == 3 else 500)
@@ -152,7 +152,7 @@ def test_the_best_model_under_40_mib_and_perplexity_18_now(uri):
 
 
 def test_a_join_on_pages_of_any_size_finds_all_of_ours(client, pages):
-    found = matches(client, Wanted(), None, None)
+    found = matches(client, Query(), None, None)
     assert len(found) == len(MODELS)
     by_place = {one.package_uri: one for one in found}
     for number, (name, bits, task, mib, perplexity, accuracy, formats) in enumerate(MODELS):
@@ -167,12 +167,12 @@ def test_a_join_on_pages_of_any_size_finds_all_of_ours(client, pages):
 
 
 def test_a_server_gives_the_same_answers_as_its_database(server, everything, monkeypatch):
-    monkeypatch.setattr(lookups, "PAGE", 3)
+    monkeypatch.setattr("pipeline.tracking.registry.PAGE", 3)
     remote = reach(server)
-    assert matches(remote, Wanted(), None, None) == everything
-    fitting = matches(remote, Wanted(max_size_mib=40, max_perplexity=18), None, None)
+    assert matches(remote, Query(), None, None) == everything
+    fitting = matches(remote, Query(max_size_mib=40, max_perplexity=18), None, None)
     assert names(fitting) == ["chat/4", "chat/1"]
-    assert names(matches(remote, Wanted(name="o'brien"), None, None)) == ["o'brien/1"]
+    assert names(matches(remote, Query(name="o'brien"), None, None)) == ["o'brien/1"]
 
 
 def maybe(strategy):
@@ -193,7 +193,7 @@ def maybe(strategy):
 def test_what_matches_is_what_a_plain_filter_finds(
     client, everything, name, bits, task, mib, perplexity, accuracy, form, alias
 ):
-    wanted = Wanted(name, task, bits, form, alias, mib, perplexity, accuracy)
+    wanted = Query(name, task, bits, form, alias, mib, perplexity, accuracy)
     expected = {
         one.package_uri
         for one in everything
@@ -208,37 +208,37 @@ def test_what_matches_is_what_a_plain_filter_finds(
     }
     assert {one.package_uri for one in matches(client, wanted, None, None)} == expected
     if not expected:
-        misses = nearest(client, wanted, 100)
+        misses = nearest_misses(client, wanted, 100)
         assert len(misses) == len(everything)
         assert all(miss.reasons for miss in misses)
 
 
 def model(number, **metrics):
     size = metrics.pop("mib", 10.0)
-    return Found("m", number, (), "", "2-2-8", "seq", size, metrics, "", (), f"2026-01-{number:02}")
+    return RegisteredModel("m", number, (), "", "2-2-8", "seq", size, metrics, "", (), f"2026-01-{number:02}")
 
 
 def test_each_metric_has_its_natural_direction():
     found = [model(1, perplexity=3.0, rougeL=10.0), model(2, perplexity=2.0, rougeL=30.0), model(3), model(4, mib=None)]
-    assert [one.version for one in ordered(found, "perplexity", True)][:2] == [2, 1]
-    assert [one.version for one in ordered(found, "rougeL", True)][:2] == [2, 1]
-    assert [one.version for one in ordered(found, "size_mib", True)] == [3, 2, 1, 4]  # equals: the newest first
+    assert [one.version for one in ranked(found, "perplexity", True)][:2] == [2, 1]
+    assert [one.version for one in ranked(found, "rougeL", True)][:2] == [2, 1]
+    assert [one.version for one in ranked(found, "size_mib", True)] == [3, 2, 1, 4]  # equals: the newest first
 
 
 def test_a_metric_nobody_has_is_named_with_those_there_are(client):
     with pytest.raises(ConfigError, match=r"--order-by 'bleu'.*perplexity.*size_mib"):
-        matches(client, Wanted(), "bleu", None)
-    assert len(matches(client, Wanted(), "accuracy", 3)) == 3
+        matches(client, Query(), "bleu", None)
+    assert len(matches(client, Query(), "accuracy", 3)) == 3
 
 
 def test_near_misses_come_by_failed_constraints_and_then_by_how_far(client):
-    misses = nearest(client, Wanted(max_size_mib=40, max_perplexity=16))
-    assert [miss.found.metrics["perplexity"] for miss in misses] == [16.9, 17.5, 19.0]
+    misses = nearest_misses(client, Query(max_size_mib=40, max_perplexity=16))
+    assert [miss.model.metrics["perplexity"] for miss in misses] == [16.9, 17.5, 19.0]
     assert misses[0].reasons == ("16.9 is 5.6% above max_perplexity 16",)
-    (reason,) = shortcomings(model(1, accuracy=0.4), Wanted(min_accuracy=0.5))
+    (reason,) = shortcomings(model(1, accuracy=0.4), Query(min_accuracy=0.5))
     assert reason == ("0.4 is 20.0% below min_accuracy 0.5", pytest.approx(0.2))
-    assert shortcomings(model(1), Wanted(min_rouge_l=5.0)) == [("rougeL was not measured", 1.0)]
-    assert shortcomings(model(1), Wanted(name="n", format="gguf", alias="a")) == [
+    assert shortcomings(model(1), Query(min_rouge_l=5.0)) == [("rougeL was not measured", 1.0)]
+    assert shortcomings(model(1), Query(name="n", format="gguf", alias="a")) == [
         ("name is m, wanted n", 1.0),
         ("format: has none, wanted gguf", 1.0),
         ("alias: has none, wanted a", 1.0),
@@ -246,9 +246,9 @@ def test_near_misses_come_by_failed_constraints_and_then_by_how_far(client):
 
 
 def test_what_best_means_depends_on_the_question():
-    assert Wanted().measure == "perplexity"
-    assert Wanted(task="summarization").measure == Wanted(min_rouge_l=1.0).measure == "rougeL"
-    assert Wanted(task="next_utterance").measure == Wanted(min_accuracy=0.1).measure == "accuracy"
+    assert Query().measure == "perplexity"
+    assert Query(task="summarization").measure == Query(min_rouge_l=1.0).measure == "rougeL"
+    assert Query(task="next_utterance").measure == Query(min_accuracy=0.1).measure == "accuracy"
 
 
 @pytest.mark.parametrize(

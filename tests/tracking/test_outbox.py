@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.store.lease import Owner
 from pipeline.tracking import outbox, runs
-from pipeline.tracking.outbox import LiveRun, Outbox
+from pipeline.tracking.mlflow_listener import MlflowListener
+from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.runs import Target
 from tests.conftest import Recorder
 
@@ -51,7 +52,7 @@ def uri(tmp_path):
 def test_points_arrive_with_their_steps_and_the_run_is_nested(uri, tmp_path):
     recorder = Recorder()
     with Outbox(tmp_path / "outbox") as outbox:
-        run = LiveRun(recorder, outbox, target(uri, parent="p" * 32))
+        run = MlflowListener(recorder, outbox, target(uri, parent="p" * 32))
         run.measured("distill", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "validation_nats": 1.5}])
         run.advanced("distill", 2, 9, "note")
         outbox.put(target(uri), [{"system/cpu_utilization_percentage": 50.0}])

@@ -31,7 +31,7 @@ from pipeline.store.step_store import StepDir
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
 from pipeline.training.distillation import Distillation
-from pipeline.training.trainer import Loop, Run
+from pipeline.training.trainer import Trainer, TrainingJob
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
 ARCHITECTURE = {
@@ -45,9 +45,9 @@ ARCHITECTURE = {
 
 
 def fenced(root: Path, stage: str, key: str = "0" * 32) -> StepDir:
-    """A place whose lease this process holds until it ends."""
-    place = StepDir(str(root / "store"), stage, key, str(root / "scratch"))
-    with place.hold(False, lambda owner: None) as held:
+    """A step's directory whose lease this process holds until it ends."""
+    step_dir = StepDir(str(root / "store"), stage, key, str(root / "scratch"))
+    with step_dir.hold(False, lambda owner: None) as held:
         pass
     owner = json.dumps(vars(Owner.this_process()))
     lease = f'{{"owner": {owner}, "fence": {held.fence}, "heartbeat": 0}}'
@@ -95,20 +95,19 @@ class Case:
 
     def cache(self, dtype: str) -> StepDir:
         self.runs += 1
-        place = fenced(self.root, "cache", f"{dtype}-{self.runs}")
+        step_dir = fenced(self.root, "cache", f"{dtype}-{self.runs}")
         worker = CacheShard.__new__(CacheShard)
-        worker.place, worker.tokens, worker.dtype, worker.batch = place, self.tokens, dtype, 7
-        worker.task = self.task
+        worker.dir, worker.tokens, worker.task, worker.dtype, worker.batch = step_dir, self.tokens, self.task, dtype, 7
         worker.device, worker.model = torch.device("cpu"), load_model(self.teacher).eval()
         for shard in self.train:
             worker(shard)
-        return place
+        return step_dir
 
-    def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> Run:
+    def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> TrainingJob:
         self.runs += 1
-        return Run(
+        return TrainingJob(
             recipe=recipe,
-            place=fenced(self.root, "distill", f"{name}-{self.runs}"),
+            dir=fenced(self.root, "distill", f"{name}-{self.runs}"),
             tokens=self.tokens,
             train=self.train,
             validation=self.validation,
@@ -117,7 +116,7 @@ class Case:
             task=self.task,
         )
 
-    def loop(self, run: Run, quant: Quant) -> Loop:
+    def loop(self, run: TrainingJob, quant: Quant) -> Trainer:
         cpu = torch.device("cpu")
         student, distillation = (
             distill_stage.make(run, self.teacher, self.family, quant, cpu)
@@ -131,7 +130,7 @@ class Case:
             with torch.no_grad():
                 for parameter in student.parameters():
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return Loop(student, run, distillation, cpu, lambda done, total, note, points=(): None)
+        return Trainer(student, run, distillation, cpu, lambda done, total, note, points=(): None)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -153,7 +152,7 @@ def _worker(rank: int, world: int, meeting: str, root: str, work: Callable[[int]
     dist.destroy_process_group()
 
 
-def steps_of(loop: Loop, steps: int) -> dict[str, Any]:
+def steps_of(loop: Trainer, steps: int) -> dict[str, Any]:
     """Take steps and tell the losses, the rows that were read, and the bank at the end."""
     rows: list[int] = []
     get = loop.rows.get
@@ -177,7 +176,7 @@ def steps_of(loop: Loop, steps: int) -> dict[str, Any]:
     }
 
 
-def gradients(loop: Loop) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(loop: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
     """First-step loss and gradients."""
     loss = loop.backward(0)["loss"]
     return loss, {name: p.grad.clone() for name, p in loop.model.named_parameters() if p.grad is not None}

@@ -13,10 +13,12 @@ from torch import nn
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
-from pipeline.models.build import FAMILIES, load_model, load_parameters, make_student
-from pipeline.quant.layers import InputQuantizer, QuantizedLinear
+from pipeline.models.build import load_model
+from pipeline.models.family import family_named
+from pipeline.models.student import load_parameters, make_student
+from pipeline.quant.modules import InputQuantizer, QuantizedLinear
 from pipeline.training.diagnostics import Watch, token_cosine, weight_histograms
-from pipeline.training.trainer import fit
+from pipeline.training.trainer import train
 from tests.conftest import Ran
 from tests.quant.cases import make
 from tests.training.cases import Case
@@ -79,7 +81,7 @@ def looked(linear: QuantizedLinear) -> tuple[np.ndarray, np.ndarray]:
     return codes.numpy().astype(np.float64), step.double().numpy()
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize(("quantizer", "bits", "grid"), CASES)
 def test_a_look_tells_what_direct_computation_tells(
     quantizer: str, bits: int, grid: tuple[int, int, float], granularity: str
@@ -89,7 +91,7 @@ def test_a_look_tells_what_direct_computation_tells(
     watch = Watch()
     codes, step = looked(linear)
     weight = linear.weight.detach().double().numpy()
-    magnitude = np.abs(weight).mean(1, keepdims=True) if granularity == "row" else np.abs(weight).mean()
+    magnitude = np.abs(weight).mean(1, keepdims=True) if granularity == "per_channel" else np.abs(weight).mean()
     outermost = step * max(abs(low + shift), abs(high + shift))
     facts = watch.look(model, 30)
     assert facts.keys() == {"layer"}
@@ -108,7 +110,7 @@ def test_a_look_tells_what_direct_computation_tells(
 
 
 def test_a_row_of_zeros_has_no_gamma() -> None:
-    model, linear = layer("quantgpt", 2, "row")
+    model, linear = layer("quantgpt", 2, "per_channel")
     plain = Watch().look(model, 0)["layer"]
     with torch.no_grad():
         linear.weight[2] = 0
@@ -120,7 +122,7 @@ def test_a_row_of_zeros_has_no_gamma() -> None:
 
 
 def test_a_look_leaves_the_model_alone_and_remembers_copies() -> None:
-    model, linear = layer("lsq", 2, "row")
+    model, linear = layer("lsq", 2, "per_channel")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     watch = Watch()
     watch.look(model, 0)
@@ -141,7 +143,7 @@ def test_a_histogram_holds_every_weight_and_where_the_grid_ends(
     quantizer: str, bits: int, grid: tuple[int, int, float]
 ) -> None:
     low, high, shift = grid
-    model, linear = layer(quantizer, bits, "row")
+    model, linear = layer(quantizer, bits, "per_channel")
     weight = linear.weight.detach().double().numpy()
     found = weight_histograms(model)["layer"]
     relative = np.clip(weight / np.abs(weight).mean(), -6, 6)
@@ -172,7 +174,7 @@ def test_a_finished_run_has_its_modules_and_histograms(finished: Ran) -> None:
             assert ("changed_per_100_steps" in facts) == (look["step"] > 0)
             assert 0 < facts["zeros"] < 1
     model = load_model(finished.folder("finetune") / "model")
-    make_student(model, finished.plan.config.quant.spec(), FAMILIES["gpt2"])
+    make_student(model, finished.plan.config.quant.spec(), family_named("gpt2"))
     if looks[-1]["step"] != record.best_step:
         looks = [look for look in looks if look["step"] == record.best_step]
     load_parameters(model, load_file(folder / "weights.safetensors"))
@@ -202,7 +204,7 @@ def looks_of(case: Case, recipe: Distill, name: str, stop_at: tuple[int, ...] = 
                 raise InterruptedError
 
         try:
-            progress = fit(loop.model, run, loop.distillation, torch.device("cpu"), report)
+            progress = train(loop.model, run, loop.distillation, torch.device("cpu"), report)
         except InterruptedError:
             continue
         assert progress is not None

@@ -18,12 +18,13 @@ from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, draw_positions
 from pipeline.errors import ConfigError, RunError
-from pipeline.flow import run as flow
+from pipeline.flow.plan import plan_run
 from pipeline.models.build import build, load_model, read_config
 from pipeline.models.hidden_states import WithStates, layer_states
-from pipeline.tasks.task import Batch
+from pipeline.store.records import TeacherCache
+from pipeline.tasks.batch import Batch
 from pipeline.training.distillation import Distillation
-from pipeline.training.trainer import Loop
+from pipeline.training.trainer import Trainer
 from tests.conftest import ARCHITECTURES
 from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers
 
@@ -64,7 +65,7 @@ class Example:
         every = torch.ones_like(ids, dtype=torch.bool)
         return Batch(ids, lengths, ids[:, 1:], every[:, 1:], every, group=self.group)
 
-    def terms(self, rows: list[int], student: Tensor, of: list[int] | None = None) -> Tensor:
+    def loss(self, rows: list[int], student: Tensor, of: list[int] | None = None) -> Tensor:
         def read(row: int) -> tuple[Batch, Tensor]:
             self.read.append(row)
             return self.batch([row]), self.states[row]
@@ -74,7 +75,7 @@ class Example:
         logits = torch.zeros(*student.shape[:2], IDS)
         everything = torch.tensor(self.rows if of is None else of)
         # Two sequences a row would be candidates of next_utterance, whose scores are tested elsewhere.
-        return distillation.terms(STEP, everything, rows, self.batch(rows), cached, student, logits, read)[
+        return distillation.losses(STEP, everything, rows, self.batch(rows), cached, student, logits, read)[
             "contrastive_nats"
         ]
 
@@ -122,12 +123,12 @@ def test_the_contrast_and_its_gradient_match_the_definition(
 ) -> None:
     if group > 1:
         monkeypatch.setattr(
-            "pipeline.training.distillation.distilling_terms", lambda *_: {}
+            "pipeline.training.distillation.distilling_losses", lambda *_: {}
         )  # candidates: tested elsewhere
     example = Example(group, source, momentum, negatives)
     given = torch.cat([example.student[row] for row in example.rows])
     student, exact = given.clone().requires_grad_(), given.double().requires_grad_()
-    loss, expected = example.terms(example.rows, student), example.reference(example.rows, exact)
+    loss, expected = example.loss(example.rows, student), example.reference(example.rows, exact)
     loss.backward()
     expected.backward()
     assert loss.dtype == torch.float64
@@ -145,14 +146,14 @@ def test_the_gradient_reaches_the_students_valid_tokens_alone() -> None:
         for tensor in (*example.states.values(), example.head.weight):
             tensor.requires_grad_()
         student = example.student[20].clone().requires_grad_()
-        example.terms([20], student).backward()
+        example.loss([20], student).backward()
         assert all(tensor.grad is None for tensor in (*example.states.values(), example.head.weight))
         assert not example.bank.states.requires_grad
         assert student.grad is not None
         assert (student.grad[0, : ROWS[20][0]].norm(dim=-1) > 0).all()
         # Of row 5 only token 0 is valid: no loss reaches padding, whatever the source.
         student = example.student[5].clone().requires_grad_()
-        example.terms([5], student).backward()
+        example.loss([5], student).backward()
         assert student.grad is not None
         assert student.grad[0, 1:].norm() == 0
 
@@ -160,10 +161,10 @@ def test_the_gradient_reaches_the_students_valid_tokens_alone() -> None:
 @every_source
 def test_rows_cut_into_micro_batches_add_up(source: str) -> None:
     whole = Example(1, source)
-    total = whole.terms(whole.rows, torch.cat([whole.student[row] for row in whole.rows]))
+    total = whole.loss(whole.rows, torch.cat([whole.student[row] for row in whole.rows]))
     parts = Example(1, source)
     cut = sum(
-        parts.terms(rows, torch.cat([parts.student[row] for row in rows])) for rows in ([31], [8, 20], [5])
+        parts.loss(rows, torch.cat([parts.student[row] for row in rows])) for rows in ([31], [8, 20], [5])
     )  # another order, too
     assert float(cut) == pytest.approx(float(total), rel=1e-6)
     assert (len(whole.read) > 0) == (source == "batch")
@@ -172,7 +173,7 @@ def test_rows_cut_into_micro_batches_add_up(source: str) -> None:
 def test_a_partner_may_lie_in_a_micro_batch_of_another_worker() -> None:
     example = Example(1, "batch")
     for row in example.rows:
-        example.terms([row], example.student[row])
+        example.loss([row], example.student[row])
     assert len(example.read) == 4
     assert all(partner != row for row, partner in zip(example.rows, example.read, strict=True))
 
@@ -181,7 +182,7 @@ def test_a_partner_may_lie_in_a_micro_batch_of_another_worker() -> None:
 def test_a_batch_of_one_row_has_no_negatives_and_costs_nothing(batch: list[int]) -> None:
     example = Example(1, "batch")
     student = example.student[8].clone().requires_grad_()
-    loss = example.terms([8], student, of=batch)
+    loss = example.loss([8], student, of=batch)
     loss.backward()
     assert loss.item() == 0
     assert student.grad is not None
@@ -192,7 +193,7 @@ def test_a_batch_of_one_row_has_no_negatives_and_costs_nothing(batch: list[int])
 def test_a_bank_that_has_seen_nothing_gives_no_negatives() -> None:
     example = Example(1, "vocabulary")
     example.bank.seen[:] = False
-    assert example.terms([20], example.student[20]).item() == 0
+    assert example.loss([20], example.student[20]).item() == 0
 
 
 def test_neither_states_nor_a_teacher_is_an_error_of_ours() -> None:
@@ -200,10 +201,10 @@ def test_neither_states_nor_a_teacher_is_an_error_of_ours() -> None:
     distillation = Distillation(example.recipe, example.head, None, example.bank)
     student, rows = example.student[20], torch.tensor(example.rows)
     with pytest.raises(RunError, match="neither cached states nor a teacher"):
-        distillation.terms(STEP, rows, [20], example.batch([20]), None, student, torch.zeros(1, WIDTH, IDS), None)
+        distillation.losses(STEP, rows, [20], example.batch([20]), None, student, torch.zeros(1, WIDTH, IDS), None)
 
 
-def primed(loop: Loop) -> Loop:
+def primed(loop: Trainer) -> Trainer:
     """With a bank that has seen half of the vocabulary, as in the middle of a run."""
     assert loop.distillation is not None
     bank = loop.distillation.bank
@@ -351,8 +352,8 @@ def test_states_of_another_layer_are_not_in_the_cache(tiny_config: Make, tmp_pat
 def test_where_nothing_is_contrasted_no_layer_is_asked_for(tiny_config: Make, tmp_path: Path) -> None:
     found = {"contrast_layer": -2, "contrast_weight": 0.0}
     assert tiny_config(tmp_path, distill=found, cache={"mode": "states"}).distill.contrast_layer == -2
-    plan = flow.plan(tiny_config(tmp_path, distill=found, cache={"mode": "auto"}))
-    assert "distill.contrast_layer" not in plan.cache_reason
+    plan = plan_run(tiny_config(tmp_path, distill=found, cache={"mode": "auto"}))
+    assert "distill.contrast_layer" not in plan.cache_mode[1]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -363,9 +364,9 @@ def test_layers_are_counted_from_the_end(tiny_config: Make, tmp_path: Path, laye
 
 def test_a_layer_that_is_not_there_is_refused_by_the_plan(tiny_config: Make, tmp_path: Path) -> None:
     for mode in ("online", "auto"):
-        flow.plan(tiny_config(tmp_path, distill={"contrast_layer": -3}, cache={"mode": mode}))
+        plan_run(tiny_config(tmp_path, distill={"contrast_layer": -3}, cache={"mode": mode}))
         with pytest.raises(ConfigError, match=r"contrast_layer is -4, and the model has 2 decoder layers.*-1 to -3"):
-            flow.plan(tiny_config(tmp_path, distill={"contrast_layer": -4}, cache={"mode": mode}))
+            plan_run(tiny_config(tmp_path, distill={"contrast_layer": -4}, cache={"mode": mode}))
     assert not list(tmp_path.rglob("record.json"))
 
 
@@ -373,17 +374,20 @@ def test_auto_runs_the_teacher_where_another_layer_is_wanted(
     tiny_config: Make, run_flow: Callable[..., Any], cloned: Path
 ) -> None:
     """Also where states are the cheaper, and where they lie there already."""
+    often = {"steps": None, "epochs": 3}  # in which each row is read
+    assert plan_run(tiny_config(cloned, cache={"mode": "auto"}, distill=often)).cache_mode[0] == "states"
+    for length in ({"steps": 2}, often):
+        distill = {"contrast_layer": -2, **length}
+        plan = plan_run(tiny_config(cloned, cache={"mode": "auto"}, distill=distill))
+        assert plan.step(TeacherCache).recipe == {"cache": {"mode": "online"}}
+        mode, reason = plan.cache_mode
+        assert mode == "online"
+        assert "distill.contrast_layer" in reason
+        assert plan.cache_bytes == 0
+        explicit = plan_run(tiny_config(cloned, cache={"mode": "online"}, distill=distill))
+        assert explicit.run_key == plan.run_key
     distill = {"contrast_layer": -2, "steps": 2}
-    resources = {"cache_gib_per_teacher_hour": 1e12}
-    config = tiny_config(cloned, cache={"mode": "auto"}, distill=distill, resources=resources)
-    plan = flow.plan(config)
-    assert plan.step("cache").recipe == {"cache": {"mode": "online"}}
-    assert plan.cache_reason.startswith("online: ")
-    assert "distill.contrast_layer" in plan.cache_reason
-    assert plan.cache_bytes == 0
-    explicit = flow.plan(tiny_config(cloned, cache={"mode": "online"}, distill=distill, resources=resources))
-    assert explicit.run_key == plan.run_key
-    ran = run_flow(config, until="distill")
+    ran = run_flow(tiny_config(cloned, cache={"mode": "auto"}, distill=distill), until="distill")
     assert ran.record("cache").mode == "online"
     assert ran.record("distill").recipe["distill"]["contrast_layer"] == -2
     # The diagnosis is of the last states, whichever layer is contrasted: students start alike.

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from torch import nn
 
-from pipeline.flow import run as flow
-from pipeline.quant.layers import InputQuantizer, QuantizedLinear
+from pipeline.quant.modules import InputQuantizer, QuantizedLinear
+from pipeline.store.locations import tracking_uri
 from pipeline.tracking import runs
 from pipeline.training import figures
 from pipeline.training.diagnostics import Watch, weight_histograms
@@ -79,7 +79,7 @@ def test_the_cosine_is_drawn_where_it_was_measured(steps: list[int], tmp_path: P
 
 
 def client_of(ran: Ran) -> MlflowClient:
-    return runs.connect(flow.tracking_uri(ran.plan.config.resources))
+    return runs.connect(tracking_uri(ran.plan.config.resources))
 
 
 def test_a_registered_run_has_its_pictures_and_the_curve_of_every_module(finished: Ran) -> None:

@@ -1,4 +1,4 @@
-"""Options of the training sections reach the parameters they name, and stay out of keys where they say nothing new."""
+"""Options of the training sections reach the parameters they name, and are part of the recipe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
-from pipeline.quant.layers import on_grid, quantizers
+from pipeline.quant.granularity import PER_CHANNEL
+from pipeline.quant.modules import on_grid, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName
 from pipeline.store.keys import recipe_of
-from pipeline.training.trainer import Loop
+from pipeline.training.trainer import Trainer
 from tests.training.cases import WIDTH, Case
 
 LR, GAMMA_LR = 1e-3, 3e-3
@@ -28,11 +29,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case.make(tmp_path_factory.mktemp("optimizers"))
 
 
-def made(case: Case, recipe: Finetune | Distill, quantizer: QuantizerName = "quantgpt") -> Loop:
+def made(case: Case, recipe: Finetune | Distill, quantizer: QuantizerName = "quantgpt") -> Trainer:
     return case.loop(case.run(recipe, "options"), Quant(quantizer=quantizer))
 
 
-def kinds(loop: Loop) -> dict[str, str]:
+def kinds(loop: Trainer) -> dict[str, str]:
     """What each trained parameter is, by its name alone."""
     found = {}
     for name, parameter in loop.model.named_parameters():
@@ -47,7 +48,7 @@ def kinds(loop: Loop) -> dict[str, str]:
     return found
 
 
-def groups(loop: Loop) -> Iterable[dict[str, Any]]:
+def groups(loop: Trainer) -> Iterable[dict[str, Any]]:
     return [group for optimizer in loop.optimizers.all for group in optimizer.param_groups]
 
 
@@ -70,7 +71,7 @@ def test_every_parameter_that_learns_is_in_one_group_with_its_own_rate(case: Cas
     assert set(of.values()) == {"matrix", "table", "vector"} | ({"scale"} if learns(loop) else set())
 
 
-def learns(loop: Loop) -> bool:
+def learns(loop: Trainer) -> bool:
     return any(p.requires_grad for _, _, quantizer in quantizers(loop.model) for p in quantizer.parameters())
 
 
@@ -119,7 +120,7 @@ def test_betas_make_the_second_step_what_adam_says(case: Case) -> None:
         torch.testing.assert_close(weight.detach().double(), before - rate * update, rtol=1e-4, atol=1e-7)
 
 
-ADDED: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
+OPTIONS: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
     *(
         (kind, *option)
         for kind in (Finetune, Distill)
@@ -137,12 +138,12 @@ ADDED: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "option", "default", "other"), ADDED)
-def test_an_option_added_later_is_in_keys_only_where_it_says_something(
+@pytest.mark.parametrize(("kind", "option", "default", "other"), OPTIONS)
+def test_an_option_changes_itself_alone_in_the_recipe_and_its_default_nothing(
     kind: Any, option: str, default: Any, other: Any
 ) -> None:
     old = recipe_of(kind(steps=3))
-    assert option not in old
+    assert old[option] == (list(default) if isinstance(default, tuple) else default)
     assert recipe_of(kind(steps=3, **{option: default})) == old
     changed = recipe_of(kind(steps=3, **{option: other}))
     assert changed == {**old, option: list(other) if isinstance(other, tuple) else other}
@@ -196,7 +197,7 @@ def test_muon_moves_each_matrix_by_its_rate_times_its_own_size_and_adam_the_rest
             torch.testing.assert_close(parameter.detach() - before[name], 2 * moved, rtol=1e-3, atol=1e-6)
 
 
-def test_muons_settings_are_in_keys_where_they_differ_and_refused_without_it() -> None:
+def test_muons_settings_are_in_the_recipe_and_refused_without_it() -> None:
     old = recipe_of(Distill(steps=3, optimizer="muon"))
     changed = recipe_of(Distill(steps=3, optimizer="muon", muon_momentum=0.9, muon_lr=0.1))
     assert changed == {**old, "muon_momentum": 0.9, "muon_lr": 0.1}
@@ -205,27 +206,27 @@ def test_muons_settings_are_in_keys_where_they_differ_and_refused_without_it() -
             Distill(steps=3, **{knob: 0.3})
 
 
-def test_quantization_fades_in_over_its_share_of_the_steps_and_never_shows_outside_of_training(case: Case) -> None:
+def test_quantization_fades_in_over_a_fraction_of_the_steps_and_never_shows_outside_of_training(case: Case) -> None:
     loop = made(case, Distill(**{**DISTILL, "steps": 8}, fade_in=0.5))
     ids = torch.arange(WIDTH).view(1, -1)
-    shares = []
+    blends = []
     for step in range(6):
         loop.train_step(step)
-        shares.append({quantizer.share for _, _, quantizer in quantizers(loop.model)})
+        blends.append({quantizer.blend for _, _, quantizer in quantizers(loop.model)})
         loop.model.eval()
         faded = loop.model(ids)[1]
         for _, _, quantizer in quantizers(loop.model):
-            quantizer.share = 1.0
+            quantizer.blend = 1.0
         loop.model.train()
         assert torch.equal(faded, loop.model(ids)[1])  # what is validated is quantized in full
-    assert shares == [{0.0}, {0.25}, {0.5}, {0.75}, {1.0}, {1.0}]
+    assert blends == [{0.0}, {0.25}, {0.5}, {0.75}, {1.0}, {1.0}]
 
 
-def test_a_share_lies_between_the_weight_and_its_level() -> None:
+def test_a_blend_lies_between_the_weight_and_its_level() -> None:
     weight = torch.randn(4, 6)
-    quantizer = QUANTIZERS["seq"](weight, 2, "row", Quant(quantizer="seq").spec())
+    quantizer = QUANTIZERS["seq"](weight, 2, PER_CHANNEL, Quant(quantizer="seq").spec())
     level = quantizer(weight)
-    quantizer.share = 0.25
+    quantizer.blend = 0.25
     torch.testing.assert_close(on_grid(weight, quantizer, training=True), 0.75 * weight + 0.25 * level)
     assert torch.equal(on_grid(weight, quantizer, training=False), level)
 
@@ -262,5 +263,6 @@ def test_an_option_that_a_quantizer_does_not_take_is_refused(quantizer: str, opt
 
 @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
 def test_defaults_go_with_every_quantizer(quantizer: str) -> None:
-    Quant(quantizer=quantizer, gamma_init="auto", gamma_gradient="both", ste="auto")
-    assert "gamma_gradient" not in recipe_of(Quant(quantizer=quantizer))
+    told = Quant(quantizer=quantizer, gamma_init="auto", gamma_gradient="both", ste="auto")
+    assert recipe_of(told) == recipe_of(Quant(quantizer=quantizer))
+    assert recipe_of(told)["gamma_gradient"] == "both"

@@ -15,6 +15,7 @@ from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.models.build import load_model
 from pipeline.package.package import load
+from pipeline.quant.granularity import PER_CHANNEL
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import grid, levels_of
@@ -33,8 +34,8 @@ def rounded(weight: np.ndarray, row: bool) -> np.ndarray:
     "quant",
     [
         {"bits": "2-2-8", "gamma_init": "one"},
-        {"bits": "4-8-8", "granularity": "row", "gamma_init": "mse"},
-        {"bits": "2-2-8", "quantizer": "seq", "granularity": "row", "gamma_init": "mse"},
+        {"bits": "4-8-8", "granularity": "per_channel", "gamma_init": "mse"},
+        {"bits": "2-2-8", "quantizer": "seq", "granularity": "per_channel", "gamma_init": "mse"},
         {"bits": "2-2-8", "quantizer": "twn"},
     ],
     ids=str,
@@ -58,14 +59,14 @@ def test_no_steps_give_the_teacher_rounded(
             continue
         quantized += 1
         bits = spec.bits.weights if transposed else spec.bits.embedding
-        granularity = spec.granularity if transposed else "row"
+        granularity = spec.granularity if transposed else PER_CHANNEL
         codes, step = QUANTIZERS[spec.quantizer](weight, bits, granularity, spec).freeze(weight)
         directly = dequantize(codes, step, grid(levels_of(spec.quantizer), bits))
         assert torch.equal(shipped[name], directly)
         if quant == {"bits": "2-2-8", "gamma_init": "one"}:
-            expected = rounded(weight.double().numpy(), granularity == "row")
+            expected = rounded(weight.double().numpy(), granularity == PER_CHANNEL)
             np.testing.assert_allclose(shipped[name].detach().numpy(), expected, rtol=1e-5, atol=1e-8)
     assert quantized == 9
-    report = ran.record("evaluate")
-    assert report.student["perplexity"] > report.teacher["perplexity"]
+    evaluation = ran.record("evaluate")
+    assert evaluation.student["perplexity"] > evaluation.teacher["perplexity"]
     assert ran.record("pack").size.packed_bytes < ran.record("pack").size.teacher_bytes / 2

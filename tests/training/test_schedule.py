@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.distill.random import draw
-from pipeline.training.schedule import DataOrder, learning_rate, share
+from pipeline.training.data_order import DataOrder, rank_rows
+from pipeline.training.schedule import learning_rate
 
 SHARDS = [7, 3, 0, 12, 5, 5, 1, 9]
 
@@ -136,9 +137,9 @@ def test_a_reader_never_needs_more_shards_than_the_window(shards, window, epoch)
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 32])
-def test_the_shares_partition_a_batch(world, size):
+def test_the_rows_of_all_ranks_partition_a_batch(world, size):
     rows = torch.randperm(size)
-    parts = [share(rows, rank, world) for rank in range(world)]
+    parts = [rank_rows(rows, rank, world) for rank in range(world)]
     assert torch.equal(torch.cat(parts), rows)
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.data import Task
+from pipeline.config.data import TaskSettings
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.store.shards import map_states, open_shard, states_name
@@ -41,7 +41,7 @@ def summaries() -> tuple[Any, ...]:
     lengths = np.stack([random.integers(3, SOURCE + 1, 80), random.integers(3, TARGET + 1, 80)], 1).astype(np.int32)
     for row, (source, target) in zip(ids, lengths, strict=True):
         row[source:SOURCE], row[SOURCE + target :] = 1, 1
-    task = Summarization(Task(name="summarization", source_length=SOURCE, target_length=TARGET))
+    task = Summarization(TaskSettings(name="summarization", source_length=SOURCE, target_length=TARGET))
     return task, BART, ids, lengths
 
 
@@ -52,7 +52,7 @@ def conversations() -> tuple[Any, ...]:
     lengths = starts + random.integers(1, 9, (80, CANDIDATES))
     ids[:, :, :8] = ids[:, :1, :8]
     ids[np.arange(WIDTH) >= lengths[:, :, None]] = 0
-    task = NextUtterance(Task(name="next_utterance", block_length=WIDTH, train_candidates=CANDIDATES))
+    task = NextUtterance(TaskSettings(name="next_utterance", block_length=WIDTH, train_candidates=CANDIDATES))
     return task, ARCHITECTURE, ids.reshape(80, -1), np.concatenate([lengths, starts], 1).astype(np.int32)
 
 
@@ -101,22 +101,22 @@ def test_padding_does_not_show(case: Case, recipe: Distill | Finetune, tmp_path:
 
 
 def test_states_of_the_cache_are_those_of_the_teacher(case: Case) -> None:
-    place = case.cache("float32")
-    states = gradients(case.loop(case.run(RECIPES["distill"], "states", place), LOW))
+    step_dir = case.cache("float32")
+    states = gradients(case.loop(case.run(RECIPES["distill"], "states", step_dir), LOW))
     online = gradients(case.loop(case.run(RECIPES["distill"], "online"), LOW))
     assert states[0] == pytest.approx(online[0], rel=1e-6)
     assert relative(states[1], online[1]) < 1e-4
-    stored, _ = map_states(open_shard(place, states_name(case.train[0].name)))
+    stored, _ = map_states(open_shard(step_dir, states_name(case.train[0].name)))
     assert stored.shape[0] == 20
     assert np.prod(stored.shape[1:-1]) == case.task.states
 
 
 def test_losses_are_means_over_their_own_counts(case: Case) -> None:
-    loop = case.loop(case.run(RECIPES["distill"], "terms", micro_batch=5), LOW)
+    loop = case.loop(case.run(RECIPES["distill"], "losses", micro_batch=5), LOW)
     rows = loop.order.batch(0, 12).tolist()
     counts = case.task.counts(loop.rows.lengths(rows))
-    terms = loop._terms(0, rows)
-    means = {name: float(total.detach()) / counts[name] for name, total in terms.items()}
+    losses = loop._losses(0, rows)
+    means = {name: float(total.detach()) / counts[name] for name, total in losses.items()}
     found = loop.backward(0)
     assert {name: found[name] for name in means} == pytest.approx(means, rel=1e-5)
     weighted = {**means, "contrastive_nats": 0.1 * means["contrastive_nats"]}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.errors import RunError
-from pipeline.training.trainer import Run, fit
+from pipeline.training.trainer import TrainingJob, train
 from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers
 
 FULL = Quant(bits="32-32-32")
@@ -85,7 +85,7 @@ def test_the_memory_bank_is_identical_on_every_worker(case: Case) -> None:
 
 
 def test_quantized_runs_at_one_and_two_workers_end_within_the_spread_of_seeds(case: Case) -> None:
-    def final(rank: int, run: Run) -> float:
+    def final(rank: int, run: TrainingJob) -> float:
         loop = case.loop(run, LOW)
         steps_of(loop, run.steps)
         return loop.validate()[0]
@@ -130,7 +130,7 @@ def test_bf16_trains_close_to_fp32(case: Case) -> None:
     assert bf16 == pytest.approx(fp32, rel=0.02)
 
 
-def weights_after(case: Case, run: Run, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+def weights_after(case: Case, run: TrainingJob, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """Train to the end, raising after each step of `stop_at` and starting again with nothing but the store."""
     for step in (*stop_at, None):
         loop = case.loop(run, quant)
@@ -140,7 +140,7 @@ def weights_after(case: Case, run: Run, quant: Quant, stop_at: tuple[int, ...] =
                 raise InterruptedError
 
         try:
-            progress = fit(loop.model, run, loop.distillation, torch.device("cpu"), report)
+            progress = train(loop.model, run, loop.distillation, torch.device("cpu"), report)
         except InterruptedError:
             continue
         assert progress is not None
@@ -171,20 +171,20 @@ def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
     assert steps_of(loop, 20)["rows"] == whole[10:30]
 
 
-def fit_until(case: Case, run: Run, step: int) -> None:
+def fit_until(case: Case, run: TrainingJob, step: int) -> None:
     def report(done: int, total: int, note: str, points: Any = ()) -> None:
         if done == step:
             raise InterruptedError
 
     loop = case.loop(run, LOW)
-    fit(loop.model, run, loop.distillation, torch.device("cpu"), report)
+    train(loop.model, run, loop.distillation, torch.device("cpu"), report)
 
 
 def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "damaged", checkpoint_steps=10)
     with pytest.raises(InterruptedError):
         fit_until(case, run, 17)
-    (state,) = Path(run.place.uri).glob("attempt/state-*.safetensors")
+    (state,) = Path(run.dir.uri).glob("attempt/state-*.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
 def test_the_best_weights_on_validation_ship(case: Case) -> None:
     run = case.run(Distill(**{**DISTILL, "lr": 5.0, "warmup_steps": 45, "eval_every": 5, "clip_norm": None}), "best")
     loop = case.loop(run, LOW)
-    progress = fit(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None)
+    progress = train(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None)
     assert progress is not None
     validated = {int(e["step"]): e["validation_nats"] for e in progress.history if "validation_nats" in e}
     assert progress.best_step == min(validated, key=lambda step: validated[step])
@@ -231,7 +231,7 @@ def test_best_file_is_stored_whole(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "whole-best")
     with pytest.raises(InterruptedError):
         fit_until(case, run, 25)
-    (best,) = Path(run.place.uri).glob("attempt/best-*.safetensors")
+    (best,) = Path(run.dir.uri).glob("attempt/best-*.safetensors")
     assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))
 
 

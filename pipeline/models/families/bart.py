@@ -1,7 +1,5 @@
-"""BART: encoder and decoder over one table of words; fc2's input follows GELU and is not symmetric.
-
-Siblings with the same module names are taken with `model.family: bart`: mBART, and M2M100, which computes positions.
-"""
+"""BART: encoder and decoder over one table of words; fc2's input follows GELU and is not symmetric. Siblings with the
+same module names are taken with `model.family: bart`: mBART, and M2M100, which computes positions."""
 
 from pipeline.models.family import Family
 
@@ -16,4 +14,6 @@ FAMILY = Family(
     embedding="model.shared",
     tied_embeddings=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
     unquantized=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+    encoder_decoder=True,
+    graph="bart",
 )

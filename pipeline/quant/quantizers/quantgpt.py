@@ -1,8 +1,4 @@
-"""Module-wise dynamic scaling (Tao et al. 2022, section 3.3): learn gamma in alpha = gamma * mean |w|.
-
-The clipping factor alpha = n * step follows the weights as they move; only its ratio to their mean magnitude is
-learned.
-"""
+"""Module-wise dynamic scaling (Tao et al. 2022, section 3.3): learn gamma in alpha = n * scale = gamma * mean |w|."""
 
 from __future__ import annotations
 
@@ -10,36 +6,33 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize, nonzero
-from pipeline.quant.quantizers.step import SMALLEST_GAMMA, StepQuantizer, least_error_step, mean_abs
-from pipeline.quant.spec import Granularity, QuantSpec
+from pipeline.quant.quantizers.base import SMALLEST_GAMMA, WeightQuantizer, least_error_scale, mean_abs
+from pipeline.quant.spec import QuantSpec
 
 
-class QuantGPT(StepQuantizer):
-    """gamma is (1, 1) per tensor or (rows, 1) per row; mean |w| is recomputed at each call and is a constant for the
-    gradient. With `gamma_gradient: outer` only weights at or beyond the clip move gamma, as in PACT: the paper's
-    ablation."""
+class QuantGPT(WeightQuantizer):
+    """gamma has one value a scale; mean |w| is recomputed at each call and is a constant for the gradient. With
+    `gamma_gradient: outer` only weights at or beyond the clip move gamma, as in PACT: the paper's ablation."""
 
-    def __init__(self, weight: Tensor, bits: int, granularity: Granularity, spec: QuantSpec) -> None:
-        super().__init__(weight, bits, granularity, spec)
+    def start(self, folded: Tensor, spec: QuantSpec) -> None:
         self.outer = spec.gamma_gradient == "outer"
-        mean = mean_abs(weight, granularity)
+        mean = mean_abs(folded)
         gamma = torch.ones_like(mean)
-        if spec.starts_at_least_error(bits):
-            found = least_error_step(weight.detach(), self.grid, granularity) * self.grid.high
-            gamma = torch.where(found > 0, found / nonzero(mean), gamma)
+        if spec.starts_at_least_error(self.bits):
+            alpha = least_error_scale(folded, self.grid) * self.grid.high
+            gamma = torch.where(alpha > 0, alpha / nonzero(mean), gamma)
         self.gamma = nn.Parameter(gamma)
 
-    def step(self, weight: Tensor) -> Tensor:
-        return self.gamma * mean_abs(weight, self.granularity) / self.grid.high
+    def scale_of(self, folded: Tensor) -> Tensor:
+        return self.gamma * mean_abs(folded) / self.grid.high
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def fake_quantize(self, folded: Tensor) -> Tensor:
         if not self.outer:
-            return super().forward(weight)
-        step = self.step(weight)
-        inside = weight.detach().abs() < step.detach() * self.grid.high
-        fixed = fake_quantize(weight, step.detach(), self.grid, self.reach)
-        return torch.where(inside, fixed, fake_quantize(weight, step, self.grid, self.reach))
+            return super().fake_quantize(folded)
+        scale = self.scale_of(folded)
+        inside = folded.detach().abs() < scale.detach() * self.grid.high
+        fixed = fake_quantize(folded, scale.detach(), self.grid, self.reach)
+        return torch.where(inside, fixed, fake_quantize(folded, scale, self.grid, self.reach))
 
-    def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
-        with torch.no_grad():
-            self.gamma.clamp_(min=SMALLEST_GAMMA)
+    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
+        self.gamma.clamp_(min=SMALLEST_GAMMA)

@@ -2,18 +2,18 @@
 
 from torch import Tensor
 
+from pipeline.quant.quantizers.base import max_abs
 from pipeline.quant.quantizers.lsq import LSQ
-from pipeline.quant.quantizers.step import max_abs
 
 
 class SEQ(LSQ):
-    """2^b levels around zero and none at zero: (clip(round(w / s - 0.5)) + 0.5) s with a learned step s.
+    """2^b levels around zero and none at zero: (clip(round(w / s - 0.5)) + 0.5) s with a learned scale s.
 
-    At its start the 2^b steps span all weights: 2^(b-1) s = max |w|. The published straight-through gradient is the
-    wide one.
+    At its start 2^b times the scale spans all weights: 2^(b-1) s = max |w|. The published straight-through gradient is
+    the wide one.
     """
 
     published_ste = "wide"
 
-    def published_start(self, weight: Tensor) -> Tensor:
-        return max_abs(weight, self.granularity) / -self.grid.low
+    def published_start(self, folded: Tensor) -> Tensor:
+        return max_abs(folded) / -self.grid.low

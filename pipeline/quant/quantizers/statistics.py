@@ -6,31 +6,26 @@ Recalled, not seen: with mu the mean of the weights, alpha = 4/3 mean |w - mu| a
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pipeline.quant.grid import fake_quantize, quantize
-from pipeline.quant.quantizers.step import StepQuantizer, mean_abs, reduce_mean
+from pipeline.quant.quantizers.base import WeightQuantizer, mean_abs
 
 SPREAD = 4 / 3
 
 
-class Statistics(StepQuantizer):
+class Statistics(WeightQuantizer):
     """Nothing is learned; mean and spread are constants for the gradient."""
 
-    def centred(self, weight: Tensor) -> Tensor:
-        return weight - reduce_mean(weight.detach(), self.granularity)
+    def centred(self, folded: Tensor) -> Tensor:
+        """Return the weight less the mean of each row."""
+        return folded - folded.detach().mean(1, keepdim=True)
 
-    def step(self, weight: Tensor) -> Tensor:
-        """Of a weight that is already centred."""
-        return SPREAD * mean_abs(weight, self.granularity)
+    def scale_of(self, folded: Tensor) -> Tensor:
+        """Return the scale of a weight that is already centred."""
+        return SPREAD * mean_abs(folded)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        centred = self.centred(weight)
-        return fake_quantize(centred, self.step(centred), self.grid, self.reach)
+    def fake_quantize(self, folded: Tensor) -> Tensor:
+        return super().fake_quantize(self.centred(folded))
 
-    @torch.no_grad()
-    def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        centred = self.centred(weight)
-        step = self.step(centred)
-        return quantize(centred, step, self.grid), step
+    def quantize(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        return super().quantize(self.centred(folded))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pipeline.quant.grid import dequantize, refuse_diverged
-from pipeline.quant.quantizers.step import StepQuantizer, mean_abs
+from pipeline.quant.quantizers.base import WeightQuantizer, mean_abs
 
 THRESHOLD = 0.7  # of mean |w|
 
 
-class TWN(StepQuantizer):
+class TWN(WeightQuantizer):
     """Codes are the signs of weights beyond 0.7 mean |w|; the scale is the mean |w| of those. Nothing is learned.
 
     These codes are not the nearest levels, so quantizing has its own threshold here; values and gradient follow the
@@ -22,27 +22,26 @@ class TWN(StepQuantizer):
 
     published_ste = "identity"
 
-    def step(self, weight: Tensor) -> Tensor:
-        return self._codes_and_step(weight)[1]
+    def scale_of(self, folded: Tensor) -> Tensor:
+        return self._codes_and_scale(folded)[1]
 
-    def forward(self, weight: Tensor) -> Tensor:
-        codes, step = self._codes_and_step(weight)
-        passing = weight
+    def fake_quantize(self, folded: Tensor) -> Tensor:
+        codes, scale = self._codes_and_scale(folded)
+        passing = folded
         if math.isfinite(self.reach):
-            edge = (self.grid.high + self.reach) * step
-            passing = torch.where(weight.detach().abs() < edge, weight, weight.detach())
-        return dequantize(codes, step, self.grid) + (passing - passing.detach())
+            edge = (self.grid.high + self.reach) * scale
+            passing = torch.where(folded.detach().abs() < edge, folded, folded.detach())
+        return dequantize(codes, scale, self.grid) + (passing - passing.detach())
 
-    def freeze(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        codes, step = self._codes_and_step(weight)
-        refuse_diverged(weight, step)
-        return codes.to(torch.int8), step
+    def quantize(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = self._codes_and_scale(folded)
+        refuse_diverged(folded, scale)
+        return codes.to(torch.int8), scale
 
     @torch.no_grad()
-    def _codes_and_step(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        magnitude = weight.abs()
-        beyond = magnitude > THRESHOLD * mean_abs(weight, self.granularity)
-        along = 1 if self.granularity == "row" else (0, 1)
-        count = beyond.sum(along, keepdim=True)
-        step = (magnitude * beyond).sum(along, keepdim=True) / count.clamp(min=1)
-        return weight.sign() * beyond + 0.0, step
+    def _codes_and_scale(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        magnitude = folded.abs()
+        beyond = magnitude > THRESHOLD * mean_abs(folded)
+        count = beyond.sum(1, keepdim=True)
+        scale = (magnitude * beyond).sum(1, keepdim=True) / count.clamp(min=1)
+        return folded.sign() * beyond + 0.0, scale

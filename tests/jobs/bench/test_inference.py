@@ -11,7 +11,7 @@ from jobs.bench import inference
 from jobs.cli import app
 from pipeline.errors import RunError
 from pipeline.models.build import load_model
-from pipeline.package import package as artifact
+from pipeline.package.package import read_package
 from tests.packages import WIDE, package
 
 SMALL = {"architecture": "gpt2", "n_layer": 1, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 300}
@@ -44,7 +44,7 @@ def test_fp32_has_the_weights_of_the_package(tmp_path):
     inference.write_random(model, SMALL, "seq")
     folder, missing = inference.prepare(model, "seq", tmp_path / "cache")
     assert missing == {}
-    packed, plain = artifact.read(model)[0], load_model(folder / "fp32")
+    packed, plain = read_package(model)[0], load_model(folder / "fp32")
     assert plain.transformer.wte.weight.equal(packed.weight("transformer.wte"))
     assert plain.transformer.h[0].mlp.c_fc.weight.T.equal(packed.weight("transformer.h.0.mlp.c_fc"))
     assert plain.lm_head.weight is plain.transformer.wte.weight

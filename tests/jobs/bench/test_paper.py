@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import jobs
 from jobs.bench import paper
 from jobs.bench.paper import TABLES, Cell, Tiny, beside, rows_of
-from jobs.bench.trials import trial
+from jobs.bench.students import bench_run
 from jobs.cli import app
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
@@ -78,8 +78,8 @@ def test_every_row_is_a_recipe_at_its_width(number):
         for method, bits in table.cells:
             if method == paper.FULL:
                 continue
-            config = Config.model_validate(trial(base, rows[method], bits, 1e-3, 0).config)
-            assert (config.quant.quantizer, config.quant.granularity, config.quant.bits) == (method, "tensor", bits)
+            config = Config.model_validate(bench_run(base, rows[method], bits, 1e-3, 0).config)
+            assert (config.quant.quantizer, config.quant.granularity, config.quant.bits) == (method, "per_tensor", bits)
             assert (config.distill.contrast_weight > 0) == (method == "quantgpt")
             if method == "quantgpt":
                 assert (config.quant.gamma_init, config.distill.gamma_lr) == ("one", 1e-3)
@@ -112,7 +112,7 @@ def test_the_full_scale_says_what_it_takes_and_its_commands_are_the_rows(number,
         config = load_config(ROOT / path, [*sets, f"quant.bits={bits}"])
         assert config.distill.negatives == (64 if config.task.name == "language_modeling" else 32)
         rows = rows_of(table)
-        same = Config.model_validate(trial(config, rows[method], bits, config.distill.lr, 0).config)
+        same = Config.model_validate(bench_run(config, rows[method], bits, config.distill.lr, 0).config)
         assert config.quant == same.quant
         if method == "quantgpt":
             assert (config.preset, config.distill) == ("paper", same.distill)

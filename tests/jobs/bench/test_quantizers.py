@@ -14,17 +14,17 @@ import ray
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs.bench import generated, quantizers, trials
+from jobs.bench import generated, quantizers, students
 from jobs.bench.rows import ROWS, Row
 from jobs.bench.summary import lines
 from jobs.cli import app
 from pipeline.config.run import Config
-from pipeline.flow.run import STAGES
+from pipeline.flow.line import LINE
 from tests.conftest import ROOT
 from tests.jobs.bench.test_summary import score
 
 PNG = b"\x89PNG\r\n\x1a\n"
-FEW = [row for row in ROWS if row.name in ("rounding, row", "paper", "best")]
+FEW = [row for row in ROWS if row.name in ("rounding, per_channel", "paper", "best")]
 SMALL = ("--steps", 3, "--seeds", 2, "--batch-size", 4, "--workers", 0)
 
 
@@ -57,11 +57,11 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
     assert (document["steps"], document["batch_size"]) == (3, 4)
     (table,) = document["tables"].values()
     table = {line["row"]: line for line in table}
-    assert {name: line["seeds"] for name, line in table.items()} == {"rounding, row": 1, "paper": 2, "best": 2}
+    assert {name: line["seeds"] for name, line in table.items()} == {"rounding, per_channel": 1, "paper": 2, "best": 2}
     assert table["paper"]["packed_bytes"] < table["best"]["packed_bytes"]  # five ternary codes a byte against four
     for name, line in table.items():
         tried = {t["rate"]: t["validation_nats"] for t in document["search"] if t["row"] == name}
-        assert len(tried) == (1 if name == "rounding, row" else 3)
+        assert len(tried) == (1 if name == "rounding, per_channel" else 3)
         assert line["rate"] == min(tried, key=tried.get)
     assert {claim["met"] for claim in document["claims"]} <= {True, False, None}
     assert all(re.fullmatch(r"20\d{2}-\d{2}-\d{2}, " + platform.machine(), day) for day in document["measured"])
@@ -80,7 +80,7 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
 
     before = records(tmp_path)
     students = 1 + 2 * 3 + 2  # rounding; two recipes at three rates; two more seeds
-    assert {stage: sum(path.parts[-3] == stage for path in before) for stage in STAGES} == {
+    assert {stage.name: sum(path.parts[-3] == stage.name for path in before) for stage in LINE} == {
         "tokenize": 1,
         "finetune": 1,
         "cache": 1,
@@ -135,7 +135,7 @@ def test_every_student_learns_from_the_cache_that_was_made_for_all(small, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "needle"),
     [
-        (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, row' cannot be at 2-2-32."),
+        (("--bits", "2-2-32", "--set", "quant.attention=qkv"), "The row 'rounding, per_channel' cannot be at 2-2-32."),
         (("--set", 'quant.overrides={"no.such.layer": 8}'), "'no.such.layer' matches no module"),
         (("--set", "task.block_length=64"), "block_length"),
         (("--out", "corpus/file/out"), "corpus/file is no directory that you may write to"),
@@ -174,13 +174,13 @@ def test_without_a_search_presets_are_as_they_are(small, tmp_path):
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
     rates = {tried["row"]: tried["rate"] for tried in document["search"]}
-    assert rates == {"rounding, row": 4e-3, "paper": 4e-3, "best": 0.03}
+    assert rates == {"rounding, per_channel": 4e-3, "paper": 4e-3, "best": 0.03}
     assert {line["row"]: line["rate"] for line in document["tables"]["2-2-8"]} == rates
 
 
 def test_a_row_that_diverges_is_left_out_and_named(small, tmp_path, monkeypatch):
     diverging = Row("diverging", {"quant": {}, "distill": {"vector_lr_scale": 1e30}})
-    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: (FEW[1], diverging))
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda *given: (FEW[1], diverging))
     shown = small("--out", "out")
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
@@ -190,10 +190,10 @@ def test_a_row_that_diverges_is_left_out_and_named(small, tmp_path, monkeypatch)
     assert re.search("loss is (nan|inf)", failed["failure"])
     for said in (" ".join(shown.stderr.split()), (tmp_path / "out" / "quantizers.md").read_text()):
         assert "left out: diverging at 2-2-8 failed at rate 0.002, seed 0: " in said
-    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: (FEW[0],))
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda *given: (FEW[0],))
     more = small("--out", "out", "--bits", "4-4-8")
     assert json.loads(more.stdout)["failed"] == [failed]  # of the earlier piece
-    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: (diverging,))
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda *given: (diverging,))
     shown = small("--out", "none")
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "Every row failed" in shown.stderr
@@ -205,7 +205,7 @@ def test_a_row_that_fails_with_one_seed_is_left_out():
     searched += [score("b"), score("c", rate=1.0).model_copy(update={"failure": "no", "validation_nats": None})]
     repeated = [score("a", seed=1, rate=2.0), score("a", seed=2, rate=2.0), score("b", seed=1)]
     repeated[1] = repeated[1].model_copy(update={"failure": "lost"})
-    rates = trials.best_rates(searched)
+    rates = students.best_rates(searched)
     assert rates == {("a", "2-2-8"): 2.0, ("b", "2-2-8"): 1e-3}
     found = quantizers._failed(searched, repeated, rates)
     assert list(found.items()) == [(("c", "2-2-8"), "rate 1, seed 0: no"), (("a", "2-2-8"), "rate 2, seed 2: lost")]
@@ -228,7 +228,7 @@ def test_a_table_may_be_made_piece_by_piece(small, tmp_path):
     shorter = small("--out", "out", "--steps", 6, "--seeds", 1)
     other = json.loads(shorter.stdout)
     kept = [line["row"] for line in other["tables"]["4-4-8"]]
-    assert kept == ["rounding, row"]  # whose trial is the same at any length
+    assert kept == ["rounding, per_channel"]  # whose trial is the same at any length
     assert "left out: best at 4-4-8 of out/quantizers.json" in " ".join(shorter.stderr.split())
     (tmp_path / "out" / "quantizers.json").write_text("{}")
     unread = small("--out", "out")
@@ -241,27 +241,27 @@ def test_an_earlier_score_that_could_not_be_made_today_is_of_another_recipe():
     base = Config.model_validate({**fields, "quant": {"attention": "qkv"}})
     extent = quantizers.Extent(("2-2-8",), 1, 3, 4)
     today = quantizers._digest_today(base, extent, FEW[1], score(rate=1e-3))
-    assert today == trials.trial(extent.laid_over(base, "2-2-8"), FEW[1], "2-2-8", 1e-3, 0).digest
+    assert today == students.bench_run(extent.laid_over(base, "2-2-8"), FEW[1], "2-2-8", 1e-3, 0).digest
     assert quantizers._digest_today(base, extent, FEW[1], score(rate=1e-3, bits="2-2-32")) is None
 
 
 def test_an_interrupted_bench_goes_on(small, tmp_path, monkeypatch):
-    scored, done = trials.score, []
+    scored, done = students.score, []
 
-    def interrupting(trial, outcome):
+    def interrupting(run, outcome):
         if len(done) == 4:
             raise KeyboardInterrupt
-        done.append(trial)
-        return scored(trial, outcome)
+        done.append(run)
+        return scored(run, outcome)
 
-    monkeypatch.setattr(trials, "score", interrupting)
+    monkeypatch.setattr(students, "score", interrupting)
     stopped = small("--out", "out")
     assert (stopped.exit_code, stopped.stdout) == (1, "")
     assert "interrupted" in stopped.stderr
     assert not (tmp_path / "out").exists()
     before = records(tmp_path)
     assert sum(path.parts[-3] == "pack" for path in before) == 5
-    monkeypatch.setattr(trials, "score", scored)
+    monkeypatch.setattr(students, "score", scored)
     whole = small("--out", "out")
     assert whole.exit_code == 0, whole.stderr
     after = records(tmp_path)
@@ -289,7 +289,7 @@ def test_an_interrupted_generation_leaves_nothing(bench, checkpoint, tmp_path, m
 def test_what_is_printed_is_whole(width):
     """Where there is little room, names and intervals are folded."""
     document = json.loads((ROOT / "jobs" / "bench" / "results" / "stories260K" / "quantizers.json").read_text())
-    table = lines([trials.Score.model_validate(s) for s in document["scores"]], "2-2-8", document["search"])
+    table = lines([students.Score.model_validate(s) for s in document["scores"]], "2-2-8", document["search"])
     console = Console(file=StringIO(), width=width)
     quantizers._print(table, "title", console)
     shown = console.file.getvalue()
@@ -303,13 +303,13 @@ def test_what_is_printed_is_whole(width):
 
 
 def test_a_teacher_without_text_generates_some(bench, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizers, "chosen_rows", lambda names: tuple(FEW[:1]))
+    monkeypatch.setattr(quantizers, "chosen_rows", lambda *given: tuple(FEW[:1]))
     shown = bench("--teacher", checkpoint, *SMALL[:2], "--batch-size", 4, "--workers", 0, "--out", "out")
     assert shown.exit_code == 0, shown.stderr
     document = json.loads(shown.stdout)
     assert document["name"] == f"bench-{checkpoint.name}"
     assert document["block_length"] == 32
-    assert [line["row"] for line in document["tables"]["2-2-8"]] == ["rounding, row"]
+    assert [line["row"] for line in document["tables"]["2-2-8"]] == ["rounding, per_channel"]
     (text,) = tmp_path.rglob("generated-*.jsonl")
     assert len(text.read_text().splitlines()) > 300
 
@@ -369,11 +369,11 @@ def test_what_cannot_work_is_said_before_anything_runs(
 )
 def test_rows_that_no_width_offers_are_refused_before_text_is_generated(checkpoint, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "quantizers", "--teacher", str(checkpoint), "--only", "smallest", "--only", "twn, row"]
+    command = ["bench", "quantizers", "--teacher", str(checkpoint), "--only", "smallest", "--only", "twn, per_channel"]
     shown = CliRunner().invoke(app, [*command, *arguments, "--workers", "0"])
     assert (shown.exit_code, shown.stdout) == (2, "")
     said = " ".join(shown.stderr.split())
-    assert "--only smallest; twn, row: ternary recipes need 2 bits" in said
+    assert "--only smallest; twn, per_channel: ternary recipes need 2 bits" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.bench.rows import PAPER, ROWS, SMALLEST, Row
-from jobs.bench.trials import SHIPPED, trial
+from jobs.bench.students import SHIPPED, bench_run
 from pipeline.config.presets import PRESETS, suited
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
@@ -16,6 +16,8 @@ FULL_WIDTHS = ["2-2-8", "4-4-8", "8-8-8"]
 WIDTHS = [*FULL_WIDTHS, "2-2-32", "2-8-8", "2-4-8", "4-2-8", "2-32-8", "32-2-8", "8-8-32"]
 MINIMAL = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}, "distill": {"steps": 3}}
 NAMED = {row.name: row for row in ROWS}
+ROUNDING = "rounding, per_channel"
+TERNARY = {"twn, per_tensor", "twn, per_channel", "statistics, per_tensor", "statistics, per_channel", SMALLEST}
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def test_names_are_distinct_and_every_quantizer_has_a_row():
     assert len(NAMED) == len(ROWS)
     assert {row.quantizer for row in ROWS} == set(QUANTIZERS)
     assert set(PRESETS) <= set(NAMED)
-    assert [row.name for row in ROWS if not row.trained] == ["rounding, row", "rounding, seq, row"]
+    assert [row.name for row in ROWS if not row.trained] == [ROUNDING, "rounding, seq, per_channel"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_names_are_distinct_and_every_quantizer_has_a_row():
     [pytest.param(row, b, id=f"{row.name}-{b}") for row in ROWS for b in WIDTHS if row.offered_at(b)],
 )
 def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
-    made = trial(base, row, bits, 3e-3, 4)
+    made = bench_run(base, row, bits, 3e-3, 4)
     config = Config.model_validate(made.config)
     assert config.quant.bits == bits
     assert (getattr(config.distill, row.rate_knob), config.distill.seed) == (3e-3, 4)
@@ -51,13 +53,12 @@ def test_a_recipe_is_valid_at_every_width_it_is_offered(base, row, bits):
 def test_ternary_recipes_are_offered_at_two_bits_only():
     offered = {bits: {row.name for row in ROWS if row.offered_at(bits)} for bits in FULL_WIDTHS}
     assert offered["2-2-8"] == set(NAMED)
-    ternary = {"twn, tensor", "twn, row", "statistics, tensor", "statistics, row", SMALLEST}
-    assert set(NAMED) - offered["4-4-8"] == set(NAMED) - offered["8-8-8"] == ternary
+    assert set(NAMED) - offered["4-4-8"] == set(NAMED) - offered["8-8-8"] == TERNARY
 
 
 def encodings(base, bits):
     offered = [row for row in ROWS if row.offered_at(bits, base.quant.overrides.values())]
-    return {row.name: trial(base, row, bits, 1e-3, 0).config["pack"]["encoding"] for row in offered}
+    return {row.name: bench_run(base, row, bits, 1e-3, 0).config["pack"]["encoding"] for row in offered}
 
 
 def test_five_codes_a_byte_are_for_ternary_codes_alone(base):
@@ -73,29 +74,26 @@ def test_where_a_module_has_more_bits_no_row_is_ternary():
     base = Config.model_validate({**MINIMAL, "quant": {"overrides": {".*": 8}}})
     found = encodings(base, "2-2-8")
     assert set(found.values()) == {"dense"}
-    assert set(NAMED) - set(found) == {"twn, tensor", "twn, row", "statistics, tensor", "statistics, row", SMALLEST}
+    assert set(NAMED) - set(found) == TERNARY
 
 
 def test_what_does_not_go_together_is_refused_by_the_rows_name():
     base = Config.model_validate({**MINIMAL, "quant": {"attention": "qkv"}})
     said = "The row 'best' cannot be at 2-2-32(?s:.*)attention is qkv and has no effect"
     with pytest.raises(ConfigError, match=said):
-        trial(base, NAMED["best"], "2-2-32", 1e-3, 0)
+        bench_run(base, NAMED["best"], "2-2-32", 1e-3, 0)
 
 
 def test_rounding_has_no_epochs_where_the_others_have(base):
     epochs = base.model_copy(update={"distill": base.distill.model_copy(update={"steps": None, "epochs": 1.0})})
-    found = {name: trial(epochs, NAMED[name], "2-2-8", 1e-3, 0).config["distill"] for name in ("rounding, row", "best")}
-    assert {name: (d["steps"], d["epochs"]) for name, d in found.items()} == {
-        "rounding, row": (0, None),
-        "best": (None, 1.0),
-    }
+    found = {name: bench_run(epochs, NAMED[name], "2-2-8", 1e-3, 0).config["distill"] for name in (ROUNDING, "best")}
+    assert {name: (d["steps"], d["epochs"]) for name, d in found.items()} == {ROUNDING: (0, None), "best": (None, 1.0)}
 
 
 def test_a_trial_goes_to_workers_with_absolute_places(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = base.model_copy(update={"resources": base.resources.model_copy(update={"storage_uri": "./store"})})
-    resources = trial(here, NAMED["best"], "2-2-8", 1e-3, 0).config["resources"]
+    resources = bench_run(here, NAMED["best"], "2-2-8", 1e-3, 0).config["resources"]
     assert (resources["storage_uri"], resources["workers"]) == (str(tmp_path / "store"), 0)
     assert resources["local_cache_dir"] == str(tmp_path / "store" / ".scratch")
 
@@ -109,7 +107,7 @@ def test_every_recipe_is_valid_over_whatever_configuration_is_given(sections):
     base, refused = Config.model_validate({**MINIMAL, **sections}), []
     for row in ROWS:
         try:
-            Config.model_validate(trial(base, row, "2-2-8", 1e-3, 0).config)
+            Config.model_validate(bench_run(base, row, "2-2-8", 1e-3, 0).config)
         except ValueError as error:
             refused.append(f"{row.name}: {error}")
     assert not refused, "\n".join(refused)
@@ -120,7 +118,7 @@ def test_a_preset_of_the_base_is_part_of_no_recipe(base, preset):
     """`rates` chooses around what the row's own optimizer wants, and names say what a row is."""
     filled, changed = Config.model_validate({**MINIMAL, "preset": preset}), []
     for row in ROWS:
-        fields = [trial(one, row, "2-2-8", 1e-3, 0).config for one in (filled, base)]
+        fields = [bench_run(one, row, "2-2-8", 1e-3, 0).config for one in (filled, base)]
         if any(fields[0][section] != fields[1][section] for section in ("quant", "distill")):
             changed.append(row.name)
     assert not changed
@@ -128,10 +126,11 @@ def test_a_preset_of_the_base_is_part_of_no_recipe(base, preset):
 
 def test_a_trial_lays_its_values_over_the_base_and_leaves_it_alone(base):
     before = base.model_dump()
-    row = Row("own", {"quant": {"granularity": "row"}, "distill": {"contrast_weight": 0.0, "lr": 9.0}, "pack": {}})
-    config = Config.model_validate(trial(base, row, "2-2-8", 1e-3, 2).config)
+    distill = {"contrast_weight": 0.0, "lr": 9.0}
+    row = Row("own", {"quant": {"granularity": "per_channel"}, "distill": distill, "pack": {}})
+    config = Config.model_validate(bench_run(base, row, "2-2-8", 1e-3, 2).config)
     assert base.model_dump() == before
-    assert (config.quant.granularity, config.quant.bits) == ("row", "2-2-8")
+    assert (config.quant.granularity, config.quant.bits) == ("per_channel", "2-2-8")
     assert (config.distill.lr, config.distill.contrast_weight, config.distill.steps) == (1e-3, 0.0, 3)
     assert config.pack.encoding == "base3"
     assert config.resources.workers == 0
@@ -142,7 +141,7 @@ def test_a_trial_lays_its_values_over_the_base_and_leaves_it_alone(base):
 
 @pytest.mark.parametrize(("name", "weight"), [("paper without contrast", 0.0), ("paper, contrast 0.03", 0.03)])
 def test_the_papers_rows_differ_in_the_weight_of_contrast_alone(base, name, weight):
-    own, other = (Config.model_validate(trial(base, NAMED[row], "2-2-8", 1e-3, 0).config) for row in (PAPER, name))
+    own, other = (Config.model_validate(bench_run(base, NAMED[row], "2-2-8", 1e-3, 0).config) for row in (PAPER, name))
     assert (own.distill.contrast_weight, other.distill.contrast_weight) == (0.1, weight)
     distill = own.distill.model_copy(update={"contrast_weight": weight})
     assert own.model_copy(update={"distill": distill}) == other
@@ -150,10 +149,10 @@ def test_the_papers_rows_differ_in_the_weight_of_contrast_alone(base, name, weig
 
 def test_a_trial_is_the_same_whether_a_default_is_given_or_left_out(base):
     rows = [Row("one", {"quant": {}, "distill": distill}) for distill in ({}, {"gamma_lr": 1e-3}, {"gamma_lr": 2e-3})]
-    left_out, given, other = (trial(base, row, "2-2-8", 1e-3, 0).digest for row in rows)
+    left_out, given, other = (bench_run(base, row, "2-2-8", 1e-3, 0).digest for row in rows)
     assert left_out == given != other
     elsewhere = base.model_copy(update={"resources": base.resources.model_copy(update={"micro_batch": 3})})
-    assert trial(elsewhere, rows[0], "2-2-8", 1e-3, 0).digest == left_out
+    assert bench_run(elsewhere, rows[0], "2-2-8", 1e-3, 0).digest == left_out
 
 
 @pytest.mark.parametrize("bits", FULL_WIDTHS)
@@ -174,13 +173,17 @@ def test_the_search_is_around_the_rate_of_the_preset():
 
 def test_learned_scales_move_alike_in_presets_and_published_rows(base):
     def rates(bits):
-        offered = [row for row in ROWS if row.offered_at(bits)]
-        return {row.name: trial(base, row, bits, 1e-3, 0).config["distill"].get("gamma_lr", 1e-3) for row in offered}
+        runs = {row.name: bench_run(base, row, bits, 1e-3, 0) for row in ROWS if row.offered_at(bits)}
+        return {name: one.config["distill"].get("gamma_lr", 1e-3) for name, one in runs.items()}
 
-    learned = {"quantgpt, tensor", "quantgpt, row", "lsq, tensor", "lsq, row", "lsq_symmetric, row", "seq, row"}
     narrow = rates("2-2-8")
     assert {name for name, rate in narrow.items() if rate == PRESETS["best"]["distill"]["gamma_lr"]} == {
-        *learned,
+        "quantgpt, per_tensor",
+        "quantgpt, per_channel",
+        "lsq, per_tensor",
+        "lsq, per_channel",
+        "lsq_symmetric, per_channel",
+        "seq, per_channel",
         "best",
         SMALLEST,
     }

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.bench.pictures import cosine_figure, draw_cosines, draw_front, front_figure
-from jobs.bench.summary import HEADER, METRICS, Interval, Line, cells, front, lines, markdown, paired
-from jobs.bench.trials import Score, best_rates
+from jobs.bench.pictures import cosine_figure, front_figure
+from jobs.bench.students import Score, best_rates
+from jobs.bench.summary import COMPARED, HEADER, Interval, Line, cells, lines, markdown, paired, pareto_lines
 
 PNG = b"\x89PNG\r\n\x1a\n"
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}  # of any table of Student's t
@@ -135,7 +135,8 @@ def test_a_table_goes_from_the_largest_gap_to_the_smallest():
 
 
 def test_an_untrained_row_is_compared_with_every_seed():
-    found = {line.row: line for line in lines(table(score("rounding, row", 0.9)), "2-2-8")}["rounding, row"]
+    rounding = "rounding, per_channel"
+    found = {line.row: line for line in lines(table(score(rounding, 0.9)), "2-2-8")}[rounding]
     differences = 0.9 - np.array([0.30, 0.32, 0.31])
     half = T_975[2] * differences.std(ddof=1) / math.sqrt(3)
     assert found.seeds == 1
@@ -146,12 +147,12 @@ def test_an_untrained_row_is_compared_with_every_seed():
 
 
 def test_a_trained_row_of_one_seed_has_no_interval():
-    found = {line.row: line for line in lines(table(score("lsq, row", 0.9)), "2-2-8")}["lsq, row"]
+    found = {line.row: line for line in lines(table(score("lsq, per_channel", 0.9)), "2-2-8")}["lsq, per_channel"]
     assert found.less("paper") == Interval(pytest.approx(0.6))
 
 
 def test_a_table_without_references_has_no_differences():
-    (found,) = lines(scores("lsq, row", [0.1, 0.2]), "2-2-8")
+    (found,) = lines(scores("lsq, per_channel", [0.1, 0.2]), "2-2-8")
     assert found.differences == {}
 
 
@@ -168,7 +169,7 @@ def test_cells_say_what_the_line_says():
     assert shown["best"]["bytes"] == "120"
     assert shown["best"]["same top token"] == "0.7500"
     (single,) = lines([score("x")], "2-2-8")
-    everything = dict.fromkeys(METRICS, Interval(0.25))
+    everything = dict.fromkeys(COMPARED, Interval(0.25))
     found = dict(zip(HEADER, cells(replace(single, differences={"paper": everything})), strict=True))
     assert (found["less paper's"], found["rate"]) == ("+0.2500", "0.001")
 
@@ -191,7 +192,7 @@ points = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.2, 0
 @given(points)
 def test_the_front_is_what_no_other_row_beats(found):
     table = [line(f"row {number}", size, gap) for number, (size, gap) in enumerate(found)]
-    best = front(table)
+    best = pareto_lines(table)
     expected = set()
     for number, (size, gap) in enumerate(found):
         better = [(s, g) for s, g in found if (s < size and g <= gap) or (s <= size and g < gap)]
@@ -217,13 +218,13 @@ def test_pictures_are_files(table, tmp_path):
     (axes,) = front_figure(table, "title").axes
     drawn = sum(len(points.get_offsets()) for points in axes.collections)
     assert drawn == len(table)  # every row at every width, however many
-    best = front(table)
+    best = pareto_lines(table)
     assert axes.lines[0].get_xydata().tolist() == [[line.packed_bytes, line.gap_nats] for line in best]
     assert [(text.get_text(), text.xy) for text in axes.texts] == [
         (line.row, (line.packed_bytes, line.gap_nats)) for line in best
     ]
-    draw_front(table, "title", tmp_path / "front.png")
-    draw_cosines(table, "title", tmp_path / "cosine.png")
+    front_figure(table, "title").savefig(tmp_path / "front.png")
+    cosine_figure(table, "title").savefig(tmp_path / "cosine.png")
     for name in ("front.png", "cosine.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 

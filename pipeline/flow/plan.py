@@ -1,0 +1,183 @@
+"""What a configuration comes to: keyed steps, each done or to run. Nothing is started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeline.config.run import Config
+from pipeline.errors import ConfigError
+from pipeline.flow import preflight
+from pipeline.flow.line import LINE, line_to
+from pipeline.stages import register
+from pipeline.stages.cache import cache_bytes, decide_mode
+from pipeline.stages.stage import PinnedRun, Stage
+from pipeline.store.keys import differences, step_key
+from pipeline.store.locations import scratch_dir, storage_uri
+from pipeline.store.records import ModelVersion, Record, Teacher, TeacherCache, Tokens
+from pipeline.store.step_store import StepDir, records
+from pipeline.tracking import registry
+from pipeline.tracking.runs import Target
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step: done (it has a record) or to run."""
+
+    stage: Stage[Any]
+    recipe: dict[str, Any]
+    inputs: dict[str, str]
+    dir: StepDir
+    record: Any
+    locations: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the stage."""
+        return self.stage.name
+
+    @property
+    def key(self) -> str:
+        """Return the step's key."""
+        return self.dir.key
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All steps of a run, in order, and what it takes; what is not known yet is estimated."""
+
+    config: Config
+    pinned: PinnedRun
+    steps: tuple[PlannedStep, ...]
+    parameters: int
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """Return the record of the rows, if they are there."""
+        record: Tokens | None = self.step(Tokens).record
+        return record
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of training text there are."""
+        return self.tokens.splits["train"].rows if self.tokens else self.pinned.estimated_rows
+
+    @property
+    def cache_mode(self) -> tuple[str, str]:
+        """Return where the teacher's states come from, and why."""
+        return decide_mode(self.pinned)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of the states that are stored."""
+        run = self.pinned
+        size = cache_bytes(self.rows, run.task.states, run.hidden, self.config.cache.dtype)
+        return size if self.cache_mode[0] == "states" else 0
+
+    @property
+    def run_key(self) -> str:
+        """Return the key of the last step, which names the run."""
+        return self.last.key
+
+    @property
+    def last(self) -> PlannedStep:
+        """Return the step that the run ends with."""
+        return self.steps[-1]
+
+    @property
+    def left(self) -> list[PlannedStep]:
+        """Return the steps that are to run."""
+        return [step for step in self.steps if step.record is None]
+
+    def step(self, kind: type[Record]) -> PlannedStep:
+        """Return the step that makes a kind of record."""
+        return next(step for step in self.steps if step.stage.record is kind)
+
+    def ends_with(self, kind: type[Record]) -> bool:
+        """Tell whether the last step makes this kind of record."""
+        return self.last.stage.record is kind
+
+
+def plan_run(config: Config, until: str = ModelVersion.stage) -> RunPlan:
+    """Resolve a configuration into keyed steps, without starting Ray.
+
+    Raises:
+        ConfigError: anything that cannot work, said before any worker starts.
+    """
+    names = [stage.name for stage in LINE]
+    if until not in names:
+        raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
+    with _store_explained(config):
+        run = preflight.pin(config)
+        steps: dict[str, PlannedStep] = {}
+        for stage in line_to(until):
+            steps[stage.name] = plan_step(stage, run, steps)
+        left = [step for step in steps.values() if step.record is None]
+        teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
+        parameters = teacher.parameters if teacher is not None and not left else preflight.inspect(run)
+        for step in left:
+            step.stage.check(run, step.dir, steps[Tokens.stage].record)
+    return RunPlan(config, run, tuple(steps.values()), parameters)
+
+
+@contextlib.contextmanager
+def _store_explained(config: Config) -> Iterator[None]:
+    """Turn what a store that cannot be read raises into ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"resources.storage_uri {config.resources.storage_uri!r} cannot be read: {error}. Set it to a directory, "
+            "or to s3://bucket/prefix with credentials that allow it."
+        ) from error
+
+
+def plan_step(stage: Stage[Any], run: PinnedRun, earlier: Mapping[str, PlannedStep]) -> PlannedStep:
+    """Return one step, after those that it reads."""
+    resources = run.config.resources
+    recipe, locations = stage.recipe(run), stage.locations(run)
+    inputs = {kind.stage: earlier[kind.stage].key for kind in stage.inputs(run)}
+    key = step_key(stage.name, stage.version, recipe, inputs)
+    step_dir = StepDir(storage_uri(resources), stage.name, key, scratch_dir(resources))
+    record = step_dir.record(stage.record)
+    if isinstance(record, ModelVersion) and not registry.registered(locations["uri"], record.name, record.key):
+        record = None
+    return PlannedStep(stage, recipe, inputs, step_dir, record, locations)
+
+
+def reasons(plan: RunPlan) -> dict[str, str]:
+    """Return for each step why it runs or does not, for people; asks the store for one listing at most a step whose
+    inputs are done."""
+    explained = {}
+    missing = {step.name for step in plan.left}
+    for step in plan.steps:
+        if step.record is not None:
+            explained[step.name] = "done before"
+        elif step.stage.record is ModelVersion and step.dir.record(ModelVersion) is not None:
+            explained[step.name] = f"the registry at {step.locations['uri']} does not hold it"
+        elif changed := [name for name in step.inputs if name in missing]:
+            explained[step.name] = f"follows {', '.join(changed)}"
+        else:
+            with _store_explained(plan.config):
+                explained[step.name] = _nearest(step)
+    return explained
+
+
+def _nearest(step: PlannedStep) -> str:
+    """Return what differs from the most similar step that was run before."""
+    known = [differences(record.recipe, step.recipe) for record in records(step.dir.storage_uri, step.stage.record)]
+    nearest = min((lines for lines in known if lines), key=len, default=None)
+    return "; ".join(nearest[:4]) if nearest else "never run before"
+
+
+def target_of(plan: RunPlan, name: str, parent: str | None) -> Target:
+    """Return the MLflow run of a planned run."""
+    return register.target_at(plan.step(ModelVersion).locations, plan.run_key, name, parent)
+
+
+def plan_beside(stage: Stage[Any], config: Config) -> RunPlan:
+    """Return the line as far as the cache, and after it a stage that stands beside the line."""
+    line = plan_run(config, TeacherCache.stage)
+    return replace(line, steps=(*line.steps, plan_step(stage, line.pinned, {step.name: step for step in line.steps})))

@@ -1,0 +1,144 @@
+"""Quantized modules, and the pass over a model that puts them in place before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.quant.grid import fake_quantize_activation
+from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
+from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
+
+Role = Literal["linear", "embedding", "tied_embedding", "tied_head", "head"]
+TIED: tuple[Role, ...] = ("tied_embedding", "tied_head")  # they read the embedding's table and own none
+
+
+@dataclass(frozen=True)
+class QuantTarget:
+    """One module to quantize, as its family names it."""
+
+    name: str
+    role: Role
+    symmetric_input: bool = True
+    transposed: bool = False  # GPT-2's Conv1D keeps its weight as (in, out)
+
+
+class InputQuantizer(nn.Module):
+    """Dynamic quantization of a matmul's input; the identity at 32 bits."""
+
+    def __init__(self, bits: int, symmetric: bool, over: ActivationRange) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.over = bits, symmetric, over
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.bits == UNQUANTIZED else fake_quantize_activation(x, self.bits, self.symmetric, self.over)
+
+
+def on_grid(weight: Tensor, quantizer: WeightQuantizer | None, training: bool) -> Tensor:
+    """Return the weight as a forward pass uses it. While quantization fades in, a training pass goes only `blend` of
+    the way from the latent weight to its level."""
+    if quantizer is None:
+        return weight
+    quantized = cast(Tensor, quantizer(weight))
+    return quantized if not training or quantizer.blend == 1.0 else weight + quantizer.blend * (quantized - weight)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose latent weight (out, in) is on its grid in every forward pass."""
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, quantizer: WeightQuantizer | None, inputs: InputQuantizer
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
+        self.quantizer, self.inputs = quantizer, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inputs(x), on_grid(self.weight, self.quantizer, self.training), self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """A word embedding (vocabulary, hidden) with one scale per row; tied embeddings and heads read the same table.
+    `embed_scale` multiplies what is looked up, as in BART's family; it does not touch the table."""
+
+    def __init__(self, embedding: nn.Embedding, quantizer: WeightQuantizer | None) -> None:
+        super().__init__()
+        self.weight, self.quantizer = embedding.weight, quantizer
+        self.padding_idx, self.embed_scale = embedding.padding_idx, embed_scale_of(embedding)
+
+    def table(self) -> Tensor:
+        """Return the embedding's weight on its grid."""
+        return on_grid(self.weight, self.quantizer, self.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _look_up(ids, self.table(), self.padding_idx, self.embed_scale)
+
+
+class TiedEmbedding(nn.Module):
+    """A further name of the word embedding, such as BART's encoder.embed_tokens; it owns no parameter."""
+
+    def __init__(self, embedding: QuantizedEmbedding, own: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)
+        self.padding_idx, self.embed_scale = own.padding_idx, embed_scale_of(own)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _look_up(ids, self._embedding[0].table(), self.padding_idx, self.embed_scale)
+
+
+def embed_scale_of(embedding: nn.Module) -> float:
+    """Return the factor by which the model multiplies looked-up rows; 1 for most."""
+    return float(getattr(embedding, "embed_scale", 1.0) or 1.0)
+
+
+def _look_up(ids: Tensor, table: Tensor, padding_idx: int | None, scale: float) -> Tensor:
+    rows = F.embedding(ids, table, padding_idx)
+    return rows if scale == 1.0 else rows * scale
+
+
+class TiedHead(nn.Module):
+    """The output head over the embedding's own table; it owns no parameter, so nothing is stored twice."""
+
+    def __init__(self, embedding: QuantizedEmbedding, inputs: InputQuantizer) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # a tuple, so that torch does not register the table a second time
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inputs(x), self._embedding[0].table())
+
+
+def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -> None:
+    """Replace every target by its quantized module, in place; latent weights are the model's own."""
+
+    def weight_quantizer(target: QuantTarget, weight: Tensor) -> WeightQuantizer | None:
+        bits, granularity = spec.weight_bits(target.name, target.role), spec.granularity_of(target.role)
+        return None if bits == UNQUANTIZED else QUANTIZERS[spec.quantizer](weight, bits, granularity, spec)
+
+    for target in targets:
+        inputs = InputQuantizer(spec.bits.activations, target.symmetric_input, spec.activation_range)
+        module: Any = model.get_submodule(target.name)
+        prepared: nn.Module
+        if target.role in TIED:
+            table = next(m for m in model.modules() if isinstance(m, QuantizedEmbedding))
+            prepared = TiedHead(table, inputs) if target.role == "tied_head" else TiedEmbedding(table, module)
+        else:
+            weight = module.weight.detach()
+            weight = weight.T.contiguous() if target.transposed else weight
+            quantizer = weight_quantizer(target, weight)
+            if target.role == "embedding":
+                prepared = QuantizedEmbedding(module, quantizer)
+            else:
+                prepared = QuantizedLinear(weight, module.bias, quantizer, inputs)
+        model.set_submodule(target.name, prepared)
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightQuantizer]]:
+    """Yield every weight quantizer with the name and the latent weight of the module it serves."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.quantizer is not None:
+            yield name, cast(nn.Parameter, module.weight), module.quantizer

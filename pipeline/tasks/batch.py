@@ -1,0 +1,47 @@
+"""Rows as a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as the model sees them. A row may hold several sequences side by side, the reference first.
+
+    `targets` follows `ids` by one token and may lack the last position. `supervised` says where a target is to be
+    learned and scored, `distilled` where the teacher's distribution is.
+    """
+
+    ids: Tensor  # (sequences, length): what the decoder reads
+    lengths: Tensor  # (sequences,): those that are not padding
+    targets: Tensor  # (sequences, length or length - 1)
+    supervised: Tensor  # bool, as targets
+    distilled: Tensor  # bool (sequences, length)
+    source_ids: Tensor | None = None  # (sequences, source length): what the encoder reads
+    source_mask: Tensor | None = None  # int64, 1 where the source is not padding
+    group: int = 1  # sequences of a row
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Return what the model is called with."""
+        if self.source_ids is None or self.source_mask is None:
+            return (self.ids,)
+        return self.ids, self.source_ids, self.source_mask
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return self._with(lambda tensor: tensor.to(device), self.group)
+
+    def references(self) -> Batch:
+        """Return the first sequence of each row alone."""
+        return self._with(lambda tensor: tensor[:: self.group], 1)
+
+    def _with(self, change: Callable[[Tensor], Tensor], group: int) -> Batch:
+        changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed, group=group)
