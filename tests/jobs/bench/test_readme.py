@@ -1,17 +1,37 @@
-"""The README's tables are what the committed results say."""
+"""What the documents say: tables are what the committed results say, links lead somewhere, commands exist."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from typing import Any
 
 import pytest
+import typer
+import yaml
 
 from jobs.bench.rows import named
+from jobs.cli import app
+from pipeline.config.load import load_config, load_fields
+from pipeline.models.build import fp32_bytes, read_config, skeleton
+from pipeline.models.family import family_named
+from pipeline.package.size import layout
+from pipeline.quant.spec import BitWidths
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "jobs" / "bench" / "results"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "jobs/bench/README.md",
+        "pipeline/sweep/README.md",
+        "pipeline/package/README.md",
+    )
+}
+README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]
 PRESETS = ("paper", "best", "smallest")
 
 
@@ -20,13 +40,7 @@ def results(name: str) -> Any:
 
 
 def recipe(row: str) -> str:
-    if row in PRESETS:
-        return f"**`{row}`**"
-    if row.startswith("rounding"):
-        return f"rounding{' to `seq`' if 'seq' in row else ''} by row, not trained"
-    if row.startswith("paper"):
-        return f"`paper`{row.removeprefix('paper')}"
-    return "`{}` by {}".format(*row.split(", "))
+    return f"**`{row}`**" if row in PRESETS else f"`{row}`"
 
 
 def rate(line: dict[str, Any]) -> str:
@@ -86,17 +100,88 @@ def above_two_bits() -> list[str]:
     ]
 
 
+def table(text: str, begins: str) -> list[str]:
+    """The lines below the head of the first table after the paragraph that begins so."""
+    _, found, after = text.partition(f"\n{begins}")
+    assert found, begins
+    return after.partition("\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+
+
 @pytest.mark.parametrize(
     ("begins", "expected"),
     [
-        ("The GPT-2 at 2-2-8", at_two_bits("quickstart", 4)),
-        ("The Llama at 2-2-8", at_two_bits("stories260K", 3)),
-        ("Above 2 bits, gaps", above_two_bits()),
+        ("The GPT-2 at 2-2-8", lambda: at_two_bits("quickstart", 4)),
+        ("The Llama at 2-2-8", lambda: at_two_bits("stories260K", 3)),
+        ("Above 2 bits, gaps", above_two_bits),
     ],
     ids=["gpt2", "llama", "above"],
 )
-def test_tables(begins: str, expected: list[str]) -> None:
-    _, _, after = README.partition(f"\n{begins}")
-    table = after.partition("\n\n")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(expected) > 10
-    assert table == expected
+def test_tables(begins, expected):
+    lines = expected()
+    assert len(lines) > 10
+    assert table(BENCH, begins) == lines
+
+
+def test_presets_are_as_far_from_their_teachers_as_the_readme_says():
+    shares = {}
+    for name in ("quickstart", "stories260K"):
+        gaps = {line["row"]: line["gap_nats"] for line in results(name)["tables"]["2-2-8"]}
+        for preset in ("best", "smallest"):
+            shares[name, preset] = f"{gaps[preset] / gaps['paper']:.2f}"
+    said = " ".join(README.split())
+    assert f"of `best` is {shares['quickstart', 'best']} of that of `paper` on a GPT-2" in said
+    assert f"0.5M parameters and {shares['stories260K', 'best']} on a Llama" in said
+    assert f"that of `smallest` is {shares['quickstart', 'smallest']} and {shares['stories260K', 'smallest']}" in said
+
+
+def test_the_quickstart_has_the_tokens_and_bytes_that_the_readme_says():
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    distill, width = config.distill, config.task.block_length
+    tokens = f"{distill.steps} steps of {distill.batch_size} x {width} tokens, "
+    assert f"{tokens}{distill.steps * distill.batch_size * width / 1e6:.1f}M tokens" in " ".join(README.split())
+    sizes = {}
+    for bits in ("8-8-8", "4-4-8", "2-2-8"):
+        shape = skeleton(read_config(config.model.source, vocab_size=config.model.tokenizer.train_bpe))
+        teacher, widths = fp32_bytes(shape), BitWidths.parse(bits)
+        packed = layout(shape, family_named("gpt2"), config.quant.model_copy(update={"bits": bits}))
+        roles = {"linear": widths.weights, "embedding": widths.embedding}
+        size = packed.packed_bytes({name: roles[role] for name, role in packed.roles.items()})
+        sizes[bits] = [f"{size:,}", f"{teacher / size:.1f}x"]
+        sizes["teacher, fp32"] = [f"{teacher:,}", ""]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(README, "The quickstart.")]
+    assert {row[0].removesuffix(" (ternary)"): row[-2:] for row in rows} == sizes
+
+
+@pytest.mark.parametrize("name", ["README.md", "pipeline/sweep/README.md"])
+def test_configurations_are_valid(name):
+    examples = re.findall(r"```yaml\n(.*?)```", DOCUMENTS[name], re.DOTALL)
+    quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    for example in examples:
+        fields = yaml.safe_load(example)
+        load_fields(fields if "name" in fields else {**quickstart, **fields}, None, None, name)
+    assert len(examples) == 1
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_that_are_there(name):
+    links = re.findall(r"\]\(([^)#\s]+)\)", DOCUMENTS[name])
+    assert [link for link in links if "://" not in link and not (ROOT / name).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_of_the_project_are_there(name):
+    said = re.findall(r"(?:^|[`\s])((?:pipeline|jobs|tests|configs)/[\w./*-]*\w)", DOCUMENTS[name], re.MULTILINE)
+    assert [path for path in said if not list(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_have_the_options_that_are_given(name):
+    lines = [line.strip().split("  ")[0] for line in DOCUMENTS[name].splitlines() if line.startswith("    bitmill ")]
+    for line in [*lines, *re.findall(r"`(bitmill [a-z][^`]*)`", DOCUMENTS[name])]:
+        command: Any = typer.main.get_command(app)
+        _, *words = shlex.split(line)
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= known, line
