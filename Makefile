@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .PHONY: demo test check soak install clean
 demo: .venv/demo
-	$(BIN)/bitmill compress configs/quickstart.yaml
-	@echo "The package, its numbers and its lineage: ls bitmill-store/pack/*/package"
+	$(BIN)/bitmill compress configs/quickstart.yaml --report bitmill-store/quickstart.html
+	@echo "Open bitmill-store/quickstart.html in a browser; the package lies in bitmill-store/pack/*/package"
 
 test: check
-	$(BIN)/python -m pytest tests -m "not soak"
+	$(BIN)/python -m pytest tests -m "not soak" --verbose --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/test
 	$(BIN)/python -m pytest tests -m soak
