@@ -81,7 +81,8 @@ def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
         options = [parameter for name, parameter in own.items() if name not in ("console", "resources", "as_json")]
         options += [*(STORE if "resources" in own else ()), *COMMON]
         keywords = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options]
-        run.__doc__, run.__signature__ = work.__doc__, Signature(keywords)  # type: ignore[attr-defined]
+        run.__doc__ = work.__doc__
+        run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]  # typer reads it
         app.command(work.__name__)(run)
 
     return register

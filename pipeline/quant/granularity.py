@@ -35,10 +35,11 @@ class Granularity:
     @classmethod
     def parse(cls, value: str | Mapping[str, int]) -> Granularity:
         """Return the granularity written as `per_channel` or `{per_group: 64}`. Raises ValueError for another."""
-        if value in ("per_tensor", "per_channel"):
-            return cls(value)  # type: ignore[arg-type]
+        for whole in (PER_TENSOR, PER_CHANNEL):
+            if value == whole.kind:
+                return whole
         if isinstance(value, Mapping) and [*value] == ["per_group"] and value["per_group"] in GROUP_SIZES:
-            return cls("per_group", value["per_group"])
+            return cls("per_group", int(value["per_group"]))
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"granularity {value!r} is not known; valid: per_tensor, per_channel, {{per_group: {sizes}}}")
 

@@ -9,7 +9,6 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import DatasetInfo
 
 from pipeline.errors import BitmillError, ConfigError
-from pipeline.sources.content import ContentMemo
 from pipeline.sources.models import pin_model
 from pipeline.sources.text import documents, parts, pin_text
 from tests.store.test_step_store import serve_s3
@@ -19,23 +18,6 @@ from tests.store.test_step_store import serve_s3
 def s3():
     with serve_s3() as uri:
         yield uri
-
-
-@pytest.fixture
-def memo(tmp_path):
-    return ContentMemo(str(tmp_path / "memo"))
-
-
-@pytest.fixture
-def read(tmp_path, memo):
-    """All documents of a source, part by part."""
-
-    def read(source, unit="document", column="text"):
-        files = pin_text(str(source), "data.source", memo)
-        pieces = [part for file in files for part in parts(file)]
-        return [text for part in pieces for text in documents(part, unit, column, str(tmp_path / "scratch"))]
-
-    return read
 
 
 @pytest.fixture
