@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from jobs.display import Display, print_table
+from jobs.display import Display, check_page, print_table
 from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
@@ -40,8 +40,12 @@ def compress(
     if only_plan:
         print_plan(planned, document := plan_document(planned), console)
         return document
-    if page is not None and not planned.ends_with(ModelVersion):
-        raise ConfigError(f"--report {page} shows a whole run, and --until {until} ends before; leave one of them out.")
+    if page is not None:
+        if not planned.ends_with(ModelVersion):
+            raise ConfigError(
+                f"--report {page} shows a whole run, and --until {until} ends before; leave one of them out."
+            )
+        check_page(Path(page), "--report")
     outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
     print_outcome(planned, document, path, console)

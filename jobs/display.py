@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from pipeline.errors import ConfigError
 from pipeline.flow.line import STAGES
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
@@ -90,3 +93,15 @@ class Display:
         if self._progress.disable:
             elapsed = time.perf_counter() - self._begun
             self.console.print(f"[{elapsed:6.1f} s] {stage}: {text}", markup=False)
+
+
+def check_page(out: Path, knob: str) -> None:
+    """Make the folder of a page. Raises ConfigError, naming the option, for one that could not be written."""
+    if out.suffix != ".html":
+        raise ConfigError(f"{knob} is {str(out)!r}; it takes a name that ends in .html")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise PermissionError("it is a directory, or stands in one that takes no files")
+    except OSError as error:
+        raise ConfigError(f"{knob} {str(out)!r} cannot be written to: {error}") from error

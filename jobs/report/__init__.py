@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from jobs.display import check_page
 from jobs.report.files import picture, table
 from jobs.report.latency import measure
 from jobs.report.page import page
@@ -21,8 +22,7 @@ from pipeline.store.locations import scratch_dir, storage_uri
 def report(key: str, out: Path, resources: Resources, console: Console, timed: bool = False) -> dict[str, Any]:
     """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`. `timed`
     measures the latency of its models first."""
-    if out.suffix != ".html":
-        raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .html")
+    check_page(out, "--out")
     reader = Reader(storage_uri(resources), scratch_dir(resources))
     content = reader.content(key)
     if timed:

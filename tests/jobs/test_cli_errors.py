@@ -113,6 +113,9 @@ def test_text_that_cannot_be_read_or_is_too_short(refused, tmp_path, name, conte
     ("arguments", "needles"),
     [
         (["--until", "nonsense"], ["--until 'nonsense'", "tokenize, finetune, cache"]),
+        (["--report", "page.txt"], ["--report is 'page.txt'", "ends in .html"]),
+        (["--report", "/proc/nowhere/page.html"], ["--report '/proc/nowhere/page.html' cannot be written to"]),
+        (["--report", "page.html", "--until", "cache"], ["--report page.html shows a whole run", "--until cache"]),
         (["--set", "nonsense"], ["--set 'nonsense'", "section.key=value"]),
         (["--set", "distill.steps"], ["--set 'distill.steps'", "section.key=value"]),
         (["--set", "distill.steps=many"], ["distill.steps", "'many'"]),
