@@ -134,6 +134,17 @@ def test_presets_are_as_far_from_their_teachers_as_the_readme_says():
     assert f"that of `smallest` is {shares['quickstart', 'smallest']} and {shares['stories260K', 'smallest']}" in said
 
 
+def test_the_quickstart_has_the_quality_that_was_measured():
+    measured = json.loads((RESULTS / "quickstart" / "table.json").read_text(encoding="utf-8"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(README, "The quickstart.")]
+    quality = {row[0].removesuffix(" (ternary)"): row[1:4] for row in rows}
+    assert quality.pop("teacher, fp32") == [f"{measured['teacher']['perplexity']:.2f}", "", ""]
+    assert quality == {
+        bits: [f"{m['perplexity']:.2f}", f"{m['kl_nats']:.4f}", f"{100 * m['top1_agreement']:.1f} %"]
+        for bits, m in measured["students"].items()
+    }
+
+
 def test_the_quickstart_has_the_tokens_and_bytes_that_the_readme_says():
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     distill, width = config.distill, config.task.block_length
