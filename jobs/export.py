@@ -23,6 +23,7 @@ from pipeline.package.package import load, read_package
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.text import documents, parts, pin_text
 from pipeline.store.locations import tracking_uri
+from pipeline.store.shards import row_hashes
 from pipeline.tasks.language_modeling import encode
 from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.tracking import registry, runs
@@ -95,15 +96,16 @@ def _prove(
 
 
 def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
-    """Return the first full rows of a text."""
+    """Return some full rows of a text, drawn by a hash of their content."""
     scratch, width = f"{temporary}/text", sum(lengths(positions))
     files = pin_text(data, "--data", ContentMemo(scratch))
     texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text", scratch))
     ids, held, _ = encode(texts, read_tokenizer(package), width, "document")
-    full = torch.from_numpy(ids).long()[torch.from_numpy(held) == width]
+    full = ids[held == width]
     if len(full) < PROMPTS:
         raise ConfigError(f"--data {data!r} fills {len(full)} rows of {width} tokens; {PROMPTS} are needed.")
-    return full[:PROMPTS]
+    lowest = row_hashes(full, held[held == width]).argsort(kind="stable")[:PROMPTS]
+    return torch.from_numpy(full[lowest]).long()
 
 
 def _log(model: str, verdict: Verdict, resources: Resources) -> None:

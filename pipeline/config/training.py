@@ -33,7 +33,7 @@ class Training(Closed):
     clip_norm: Rate | None = 1.0  # of the weights' gradient; null: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: Positive = 100  # optimizer steps between validations; the best one ships
-    eval_rows: Positive = 512  # rows of the validation split that choose the best step
+    eval_rows: Positive = 512  # rows of validation that choose the best step, drawn by a hash of their content
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

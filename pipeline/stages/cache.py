@@ -25,6 +25,7 @@ from pipeline.store.shards import (
     Rows,
     commit_shard,
     committed_shard,
+    drawn_shards,
     open_shard,
     read_tokens,
     states_name,
@@ -36,7 +37,7 @@ from pipeline.tasks.batch import Batch
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedModel
 
-PROBE_ROWS = 8
+PROBE_SHARDS, PROBE_ROWS = 4, 8
 LEAST_READS = 2  # of a row, from which its states are worth keeping
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -98,7 +99,17 @@ def run(step: Step) -> TeacherCache:
     )
 
 
-STAGE = Stage(TeacherCache, always(Tokens, Teacher), recipe, run, check=check, shared=True, repairs=True, unit="shards")
+STAGE = Stage(
+    TeacherCache,
+    always(Tokens, Teacher),
+    recipe,
+    run,
+    check=check,
+    version=2,
+    shared=True,
+    repairs=True,
+    unit="shards",
+)
 
 
 def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
@@ -155,8 +166,8 @@ def storable(states: Tensor, dtype: str) -> str:
 def probe(job: StepJob, dtype: str) -> tuple[str, float]:
     """Return the dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
     model, tokens = load_model(job.input(Teacher).folder()).eval(), job.input(Tokens)
-    reader = Rows(tokens.dir, tokens.record.splits["train"].shards[:1])
-    ids, lengths, _ = reader.get(range(min(PROBE_ROWS, reader.rows)))
+    reader = Rows(tokens.dir, drawn_shards(tokens.record.splits["train"].shards, PROBE_SHARDS))
+    ids, lengths, _ = reader.get(reader.drawn(PROBE_ROWS))
     batch = job.task.batch(ids, lengths)
     states = last_states(model, *batch.inputs)
     dtype = storable(states, dtype)

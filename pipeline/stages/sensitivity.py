@@ -23,7 +23,7 @@ from pipeline.quant.spec import TAKES, UNQUANTIZED, BitWidths, QuantSpec
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.records import Sensitivity, Teacher, TeacherCache, Tokens
-from pipeline.store.shards import Rows
+from pipeline.store.shards import Rows, drawn_shards
 from pipeline.tasks.batch import Batch
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
@@ -46,7 +46,7 @@ def run(step: Step) -> Sensitivity:
     return Sensitivity(**step.identity(), tokens=tokens, kl_nats=kl_nats)
 
 
-STAGE = Stage(Sensitivity, always(Tokens, Teacher, TeacherCache), recipe, run)
+STAGE = Stage(Sensitivity, always(Tokens, Teacher, TeacherCache), recipe, run, version=2)
 
 
 @torch.no_grad()
@@ -87,22 +87,15 @@ def alone(recipe: dict[str, Any], width: int) -> QuantSpec:
 
 
 def _batches(job: StepJob, teacher: PreTrainedModel) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield rows at equal distances in a few shards at equal distances, with the teacher's last states."""
+    """Yield a few rows of a few shards, drawn by hash, with the teacher's last states."""
     tokens, cache, task = job.input(Tokens), job.input(TeacherCache), job.task
-    shards = tokens.record.splits["train"].shards
-    chosen = [shards[i] for i in _spread(len(shards), SHARDS)]
-    reader = Rows(tokens.dir, chosen, cache.dir if cache.record.mode == "states" else None)
-    for ids in torch.tensor(_spread(reader.rows, job.recipe["rows"])).split(job.resources.inference_batch):
+    shards = drawn_shards(tokens.record.splits["train"].shards, SHARDS)
+    reader = Rows(tokens.dir, shards, cache.dir if cache.record.mode == "states" else None)
+    for ids in torch.tensor(reader.drawn(job.recipe["rows"])).split(job.resources.inference_batch):
         stored, lengths, cached = reader.get(ids.tolist())
         batch = task.batch(stored, lengths)
         states = last_states(teacher, *batch.inputs) if cached is None else cached.reshape(*batch.ids.shape, -1)
         yield batch, states
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return up to `most` of the numbers below `count`, at equal distances."""
-    chosen = min(count, most)
-    return [i * count // chosen for i in range(chosen)]
 
 
 def _divergence(batch: Batch, states: Tensor, teacher: PreTrainedModel, student: PreTrainedModel) -> float:

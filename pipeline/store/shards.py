@@ -6,6 +6,7 @@ match is never read: whoever finds it raises DamagedError, and the stage that ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections import OrderedDict
@@ -143,6 +144,18 @@ class Rows:
                 states.append(to_tensor(shard_states[row], dtype))
         return torch.stack(ids), torch.stack(lengths), torch.stack(states) if states else None
 
+    def drawn(self, count: int) -> list[int]:
+        """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.
+
+        The sample is a function of what the rows hold: no seed and no order of shards shows in it, and rows that are
+        added displace few of it. All rows are read once for it, a shard at a time.
+        """
+        if count >= self.rows:
+            return list(range(self.rows))
+        arrays = (read_tokens(open_shard(self._tokens, shard.name)) for shard in self.shards)
+        hashes = np.concatenate([row_hashes(*pair) for pair in arrays])
+        return sorted(int(row) for row in np.argsort(hashes, kind="stable")[:count])
+
     def lengths(self, row_ids: Sequence[int]) -> Tensor:
         """Return the lengths of each row, as `get` gives them."""
         rows = (shard[1][row] for shard, row in map(self._at, row_ids))
@@ -164,6 +177,22 @@ class Rows:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
         return self._open[index]
+
+
+def row_hashes(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """Return a hash of the content of each row, (rows,), by which rows are drawn."""
+    contents = (row.tobytes() + length.tobytes() for row, length in zip(ids, lengths, strict=True))
+    return np.array([_hash(content) for content in contents], np.uint64)
+
+
+def drawn_shards(shards: Sequence[Shard], count: int) -> list[Shard]:
+    """Return, in order, the `count` shards whose names hash lowest, for a sample of a split too large to be read."""
+    lowest = sorted(shards, key=lambda shard: _hash(shard.name.encode()))[:count]
+    return [shard for shard in shards if shard in lowest]
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def states_name(tokens_name: str) -> str:

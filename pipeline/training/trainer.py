@@ -96,6 +96,7 @@ class Trainer:
         self.optimizers = Optimizers(model, self.recipe)
         self.rows = Rows(job.tokens, job.train, job.cache)
         self.validation = Rows(job.tokens, job.validation)
+        self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
         self.progress, self.watch = Progress(), Watch()
 
@@ -219,12 +220,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Return the mean next-token nats over the first `eval_rows` rows of the validation split, and the mean cosine
-        between the last states of different tokens of a row, whichever layer's are contrasted."""
+        """Return the mean next-token nats over `eval_rows` rows of the validation split, the same at every validation,
+        and the mean cosine between the last states of different tokens of a row, whichever layer's are contrasted."""
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
-        rows = torch.arange(min(self.recipe.eval_rows, self.validation.rows))
-        for micro in rank_rows(rows, self.rank, self.world).split(self.job.resources.inference_batch):
+        for micro in rank_rows(self.eval_rows, self.rank, self.world).split(self.job.resources.inference_batch):
             if len(micro):
                 batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
                 states = last_states(self.model.model, *batch.inputs)

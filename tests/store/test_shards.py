@@ -13,6 +13,7 @@ from pipeline.store.shards import (
     Rows,
     commit_shard,
     committed_shard,
+    drawn_shards,
     map_states,
     open_shard,
     read_tokens,
@@ -138,6 +139,69 @@ def test_rows_without_a_cache_have_no_states(step_dir, corpus):
     found = Rows(step_dir, shards).get([1, 12])
     assert torch.equal(found[0], ids[[1, 12]])
     assert found[2] is None
+
+
+def contents(rows, chosen):
+    ids, lengths, _ = rows.get(chosen)
+    return {(tuple(row), length) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)}
+
+
+def committed(step_dir, prefix, ids, lengths, per_shard):
+    starts = range(0, len(ids), per_shard)
+    return [
+        commit_shard(
+            step_dir,
+            f"rows/{prefix}-{start}.parquet",
+            len(ids[start : start + per_shard]),
+            int(lengths[start : start + per_shard].sum()),
+            lambda path, here=slice(start, start + per_shard): write_tokens(path, ids[here], lengths[here]),
+        )
+        for start in starts
+    ]
+
+
+def test_drawn_rows_depend_on_what_rows_hold_and_not_on_where_they_lie(step_dir):
+    ids, lengths = random_rows(400)
+    shards = committed(step_dir, "first", ids, lengths, 64)
+    drawn = Rows(step_dir, shards).drawn(40)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == 40
+    spread = np.bincount(np.array(drawn) // 100, minlength=4)
+    assert spread.min() > 0  # from all over the split
+    elsewhere = Rows(step_dir, [*reversed(committed(step_dir, "other", ids, lengths, 150))])
+    assert contents(elsewhere, elsewhere.drawn(40)) == contents(Rows(step_dir, shards), drawn)
+    assert set(Rows(step_dir, shards).drawn(20)) < set(drawn)
+
+
+def test_rows_that_are_added_displace_few_of_those_drawn(step_dir):
+    ids, lengths = random_rows(440)
+    rows = Rows(step_dir, committed(step_dir, "before", ids[40:], lengths[40:], 64))
+    more = Rows(step_dir, committed(step_dir, "after", ids, lengths, 64))
+    kept = contents(rows, rows.drawn(40)) & contents(more, more.drawn(40))
+    assert 28 <= len(kept) < 40  # 36 are expected
+
+
+def test_the_length_of_a_row_is_of_its_content(step_dir):
+    ids = np.zeros((6, BLOCK), np.int32)
+    rows = Rows(step_dir, committed(step_dir, "padded", ids, np.arange(1, 7, dtype=np.int32), 3))
+    assert rows.drawn(3) != [0, 1, 2]
+
+
+def test_all_rows_are_drawn_where_there_are_no_more_and_none_is_read_for_it(step_dir, corpus):
+    shards, *_ = corpus
+    for shard in shards:
+        step_dir.delete(shard.name)
+    for count in (sum(SIZES), 512):
+        assert Rows(step_dir, shards).drawn(count) == list(range(sum(SIZES)))
+
+
+def test_drawn_shards_are_those_of_the_same_names_in_any_order(corpus):
+    shards, *_ = corpus
+    drawn = drawn_shards(shards, 3)
+    assert len(drawn) == 3
+    assert drawn == [shard for shard in shards if shard in drawn] != shards[:3]
+    assert drawn_shards([*reversed(shards)], 3) == [*reversed(drawn)]
+    assert drawn_shards(shards, 9) == shards
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])

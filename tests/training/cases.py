@@ -24,10 +24,11 @@ from pipeline.models.build import build, load_model, read_config, set_dropout
 from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
+from pipeline.stages.stage import StepJob, upload_folder
 from pipeline.store.lease import Owner
-from pipeline.store.records import Shard
+from pipeline.store.records import Shard, Split, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import commit_shard, write_tokens
-from pipeline.store.step_store import StepDir
+from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
 from pipeline.training.distillation import Distillation
@@ -102,6 +103,24 @@ class Case:
         for shard in self.train:
             worker(shard)
         return step_dir
+
+    def step_job(self, recipe: dict[str, Any], train: tuple[Shard, ...] | None = None, **resources: Any) -> StepJob:
+        """What the workers of a step are told that reads the rows and a teacher that runs online."""
+        self.runs += 1
+        teacher = fenced(self.root, "finetune", f"{self.runs:032x}")
+        origin: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
+        task = {"task": self.task.settings.model_dump(), "data": {}}
+        rows = {"train": train or self.train, "validation": self.validation, "test": self.validation}
+        splits = {name: Split(shards=shards) for name, shards in rows.items()}
+        trained = {"parameters": 0, "steps": 0, "best_step": 0, "validation_nats": None, "fp32_bytes": 0}
+        files, hidden = upload_folder(teacher, self.teacher, Teacher.FOLDER), {"hidden": HIDDEN}
+        records = (
+            (Tokens(**origin, recipe=task, vocabulary=VOCABULARY, end_of_text=None, splits=splits), self.tokens),
+            (Teacher(**origin, recipe={}, files=files, family=self.family, **trained, **hidden), teacher),
+            (TeacherCache(**origin, recipe={}, mode="online", dtype="float32", **hidden), teacher),
+        )
+        inputs = {record.stage: FinishedStep(record, place) for record, place in records}
+        return StepJob(recipe, inputs, fenced(self.root, "of-step", teacher.key), Resources(**resources), {})
 
     def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> TrainingJob:
         self.runs += 1

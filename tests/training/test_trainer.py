@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -204,6 +205,38 @@ def test_the_best_weights_on_validation_ship(case: Case) -> None:
     ended = case.loop(run, LOW)
     ended.model.load_state_dict(loop.model.state_dict())
     assert ended.validate()[0] == validated[progress.best_step]
+
+
+def test_the_checkpoint_is_chosen_on_rows_drawn_by_their_content_the_same_each_time(case: Case) -> None:
+    def validated(seed: int, world: int = 1, turned: bool = False) -> list[list[list[int]]]:
+        """The contents of the rows of two validations."""
+        run = case.run(Distill(**DISTILL, seed=seed, eval_rows=6), f"drawn{seed}{world}{turned}", inference_batch=4)
+        shards = (case.validation[0], case.train[0])
+        run = dataclasses.replace(run, validation=shards[::-1] if turned else shards)
+
+        def work(rank: int) -> list[list[list[int]]]:
+            loop = case.loop(run, LOW)
+            get, read = loop.validation.get, []
+
+            def recording(row_ids: Any) -> Any:
+                rows = get(row_ids)
+                read[-1].extend(rows[0].tolist())
+                return rows
+
+            loop.validation.get = recording
+            for step in range(2):
+                read.append([])
+                loop.train_step(step)
+                loop.validate()
+            return read
+
+        ranks = [work(0)] if world == 1 else with_workers(world, case.root, work)
+        return [sorted(chain(*(rank[time] for rank in ranks))) for time in range(2)]
+
+    first, second = validated(seed=0)
+    assert first == second
+    assert len(first) == 6
+    assert validated(seed=1) == validated(seed=0, world=2) == validated(seed=0, turned=True) == [first, first]
 
 
 def test_a_diverged_loss_stops_the_run_and_keeps_the_checkpoint(case: Case) -> None:
