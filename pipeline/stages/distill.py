@@ -45,7 +45,7 @@ def run(step: Step) -> Student:
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
-STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, version=2, unit="steps")
+STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, version=3, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
 from pipeline.quant.modules import quantizers
+from pipeline.training.muon import UPDATE_RMS, muon_for
 from pipeline.training.schedule import learning_rate
-
-MUON_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
 
 
 class Optimizers:
@@ -87,8 +86,9 @@ def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.opt
     groups = []
     for matrix in matrices:
         rms = float(matrix.detach().square().mean().sqrt())
-        groups.append(_group([matrix], recipe.muon_lr * rms / MUON_RMS, recipe.weight_decay))
-    return torch.optim.Muon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
+        groups.append(_group([matrix], recipe.muon_lr * rms / UPDATE_RMS, recipe.weight_decay))
+    muon = muon_for(matrices[0].device)
+    return muon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> dict[str, Any]:
