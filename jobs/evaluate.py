@@ -48,10 +48,10 @@ def evaluate(
         with Progress(console=console, disable=not console.is_terminal) as progress:
             scores, _ = score(_batches(*rows, batch, progress), loaded, token_bytes(tokenizer))
     protocol = f"block length {width}: {PROTOCOL}"
-    document = {"model": model, "data": data, "protocol": protocol, "tokens": scores.tokens}
+    document = {"model": model, "data": data, "protocol": protocol, "tokens": sum(scores.tokens)}
     values = ((name, f"{value:.4f}") for name, value in scores.metrics().items())
     print_table(console, ("metric", "value"), values, title=f"{model} on {data}")
-    console.print(f"{scores.tokens:,} tokens; {protocol}")
+    console.print(f"{document['tokens']:,} tokens; {protocol}")
     return document | {"metrics": scores.metrics()}
 
 

@@ -46,7 +46,7 @@ class TaskSettings(Closed):
 
     `language_modeling`: text is cut into rows of `block_length` without overlap.
     `next_utterance`: conversations; a row is a context with `candidates` replies, one of them the true one (training
-    and validation rows: `train_candidates`), each within `block_length`.
+    rows: `train_candidates`), each within `block_length`.
     `summarization`: documents cut to `source_length`, summaries to `target_length`; the model has an encoder.
     """
 
@@ -115,7 +115,8 @@ class Data(Closed):
 
 
 class Evaluate(Closed):
-    """Generation on the test split, where the task generates: beam search over its first `generated_rows` rows."""
+    """Generation on the validation and test splits, where the task generates: beam search over the first
+    `generated_rows` rows of each."""
 
     beams: Positive = 6
     generated_rows: Positive | None = None  # null: all

@@ -15,9 +15,13 @@ from pipeline.distill.negatives import Negatives
 def target_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy, nats, of targets (batch, at most length), the token that each position predicts, where
     `valid`, bool, as targets; logits (batch, length, vocabulary)."""
+    return (target_nats(logits, targets) * valid).sum(dtype=torch.float64), valid.sum()
+
+
+def target_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy, nats, of each target of `target_loss`, as targets."""
     predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
-    nats = F.cross_entropy(predicted, targets.flatten(), reduction="none")
-    return (nats * valid.flatten()).sum(dtype=torch.float64), valid.sum()
+    return F.cross_entropy(predicted, targets.flatten(), reduction="none").view_as(targets)
 
 
 def logit_distillation_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

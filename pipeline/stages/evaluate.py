@@ -1,8 +1,14 @@
-"""Score the frozen student and the teacher on the test split by one protocol, its shards side by side."""
+"""Score the frozen student and the teacher on the test and validation splits by one protocol, shards side by side.
+
+`documents.json` holds the sums of next-token nats of each document of the test split, in its order: {"tokens": [...],
+"teacher": [...], "student": [...]}. A document of running text ends with end-of-text, and goes on from row to row and
+from shard to shard; the first token of a block is context only and counts nothing. Elsewhere a row is a document.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +26,7 @@ from pipeline.models.build import load_model, read_config
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
-from pipeline.store.records import Evaluation, Shard, Student, Teacher, Tokens
+from pipeline.store.records import Evaluation, Shard, SplitName, Student, Teacher, Tokens
 from pipeline.store.shards import Rows
 from pipeline.tasks.samples import samples
 from pipeline.tasks.scoring import Scores
@@ -28,7 +34,8 @@ from pipeline.tasks.tokenizers import read_tokenizer
 
 SPANS_A_WORKER = 4  # so that none waits long for another
 TENSOR_RANGE_ROWS = 16  # of a pass where a range spans the batch; being in the recipe, it is no setting of resources
-SAMPLES = "samples.txt"
+SAMPLES, DOCUMENTS = "samples.txt", "documents.json"
+SCORED: tuple[SplitName, ...] = ("test", "validation")
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
@@ -38,48 +45,63 @@ def recipe(run: PinnedRun) -> dict[str, Any]:
 
 
 class Piece(Closed):
-    """The result of one shard of the split: the sums of `Scores`; with the first shard, what the student writes."""
+    """The result of one shard of a split: the sums of `Scores`; with the first shard, what the student writes."""
 
     student: dict[str, Any]
     teacher: dict[str, Any]
     samples: str = ""
 
 
-Span = tuple[tuple[int, Shard], ...]  # shards in a row, each with the number of rows before it
+Part = tuple[SplitName, int, Shard]  # a shard of a split behind so many rows
+Span = tuple[Part, ...]
 
 
 def run(step: Step) -> Evaluation:
-    """Score every shard of the test split, and let the student write a few rows of the validation split."""
+    """Score every shard of both splits, and let the student write a few rows of the validation split."""
     files, digest = step.input(Teacher).record.files, step.input(Student).record.digest
     scored_by = [digest, *(files[name].sha256 for name in sorted(files))]
     origin = hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16]  # of which weights the scores are
-    shards = step.input(Tokens).record.splits["test"].shards
-    spans = spans_of(shards, SPANS_A_WORKER * max(1, step.resources.workers))
+    parts = [part for split in SCORED for part in parts_of(split, step.input(Tokens).record.splits[split].shards)]
+    spans = spans_of(parts, SPANS_A_WORKER * max(1, step.resources.workers))
     work = [partial(_evaluate, step.job, origin, span) for span in spans]
     pieces = [
         Piece.model_validate_json(line)
         for lines in step.engine.tasks(work, step.dir, step.advance, step.resources.gpus_per_worker)
         for line in lines
     ]
+    ours, theirs = {split: Scores() for split in SCORED}, {split: Scores() for split in SCORED}
+    for (split, _, _), piece in zip(parts, pieces, strict=True):
+        ours[split] += Scores(**piece.student)
+        theirs[split] += Scores(**piece.teacher)
+    test, reference = ours["test"], theirs["test"]
+    documents = {"tokens": test.tokens, "teacher": reference.nats, "student": test.nats}
     return Evaluation(
         **step.identity(),
-        files={SAMPLES: step.dir.write(SAMPLES, pieces[0].samples.encode())},
+        files={
+            SAMPLES: step.dir.write(SAMPLES, pieces[0].samples.encode()),
+            DOCUMENTS: step.dir.write(DOCUMENTS, json.dumps(documents).encode()),
+        },
         protocol=f"{step.task.shape}: {step.recipe['protocol']}",
         digest=digest,
-        student=sum((Scores(**piece.student) for piece in pieces), Scores()).metrics(),
-        teacher=sum((Scores(**piece.teacher) for piece in pieces), Scores()).metrics(),
+        student=test.metrics(),
+        teacher=reference.metrics(),
+        validation={"teacher": theirs["validation"].metrics(), "student": ours["validation"].metrics()},
     )
 
 
-STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, unit="parts")
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=2, unit="parts")
 
 
-def spans_of(shards: Sequence[Shard], most: int) -> list[Span]:
-    """Cut the shards into at most so many spans of about equal length."""
+def parts_of(split: SplitName, shards: Sequence[Shard]) -> list[Part]:
+    """Return the shards of a split, each with the rows before it."""
     before = accumulate((shard.rows for shard in shards), initial=0)
-    placed = list(zip(before, shards, strict=False))
-    length = -(-len(placed) // most)
-    return [tuple(placed[start : start + length]) for start in range(0, len(placed), length)]
+    return [(split, rows, shard) for rows, shard in zip(before, shards, strict=False)]
+
+
+def spans_of(parts: Sequence[Part], most: int) -> list[Span]:
+    """Cut the parts into at most so many spans of about equal length."""
+    length = -(-len(parts) // most)
+    return [tuple(parts[start : start + length]) for start in range(0, len(parts), length)]
 
 
 def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
@@ -87,13 +109,14 @@ def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
     again."""
     pieces: list[str] = []
     scorer = None
-    for before, shard in span:
+    for part in span:
+        _, _, shard = part
         name = f"attempt/{origin}-{Path(shard.name).stem}.json"
         try:
             piece = job.dir.read(name).decode()
         except FileNotFoundError:
             scorer = scorer or Scorer(job)
-            piece = scorer.score(before, shard).model_dump_json()
+            piece = scorer.score(*part).model_dump_json()
             job.dir.write(name, piece.encode())
         pieces.append(piece)
     return pieces
@@ -114,15 +137,16 @@ class Scorer:
         self.teacher = load_model(folder).to(device).eval()
         self.words = read_tokenizer(self.tokens.folder())
 
-    def score(self, before: int, shard: Shard) -> Piece:
-        """Score a shard of the split; `before` counts the split's rows before it."""
-        first = self.evaluate.generated_rows  # of the split, those for which the model generates
+    def score(self, split: SplitName, before: int, shard: Shard) -> Piece:
+        """Score a shard of a split; `before` counts the split's rows before it."""
+        first = self.evaluate.generated_rows  # of each split, those for which the model generates
         left = None if first is None else max(0, first - before)
         evaluate = self.evaluate.model_copy(update={"generated_rows": left})
         rows = batches(Rows(self.tokens.dir, (shard,)), self.batch)
         ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, evaluate)
         validation = Rows(self.tokens.dir, self.tokens.record.splits["validation"].shards)
-        text = "" if before else samples(self.student, self.words, self.task, validation)
+        wanted = (split, before) == (SCORED[0], 0)
+        text = samples(self.student, self.words, self.task, validation) if wanted else ""
         return Piece(student=asdict(ours), teacher=asdict(theirs), samples=text)
 
 

@@ -102,7 +102,16 @@ def run(step: Step) -> Tokens:
 
 
 STAGE = Stage(
-    Tokens, always(), lambda run: run.tokens_recipe, run, locations, check, shared=True, repairs=True, unit="parts"
+    Tokens,
+    always(),
+    lambda run: run.tokens_recipe,
+    run,
+    locations,
+    check,
+    version=2,
+    shared=True,
+    repairs=True,
+    unit="parts",
 )
 
 

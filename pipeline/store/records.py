@@ -132,13 +132,14 @@ class Sensitivity(Record):
 
 
 class Evaluation(Record):
-    """Scores of the frozen student and the teacher on the test split."""
+    """Scores of the frozen student and the teacher on the test split, and on the validation split, which chooses."""
 
     stage: ClassVar[str] = "evaluate"
     protocol: str
     digest: str
     teacher: dict[str, float]
     student: dict[str, float]
+    validation: dict[Literal["teacher", "student"], dict[str, float]]
 
 
 class Size(Closed):

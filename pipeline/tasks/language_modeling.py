@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.data import TaskSettings
 from pipeline.distill.losses import valid_tokens
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
@@ -26,14 +27,22 @@ ENCODE_CHARACTERS = 2**20  # running text is encoded in pieces of about this siz
 
 @dataclass(frozen=True)
 class LanguageModeling(Task):
-    """A row is a block of text; only the last row of a part may be padded."""
+    """A row is a block of text; only the last row of a part may be padded. `unit` is that of the data."""
 
+    unit: str = "document"
     protocol: ClassVar[str] = PROTOCOL
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> LanguageModeling:
+        return cls(TaskSettings.model_validate(recipe["task"]), recipe["data"]["unit"])
 
     def encode(
         self, documents: Iterator[Any], tokenizer: PreTrainedTokenizerBase, split: str, collected: Any, unit: str
     ) -> Encoded:
         return encode(documents, tokenizer, self.settings.block_length, unit)
+
+    def document_end(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        return tokenizer.eos_token_id if self.unit == "document" else None
 
     def shortage(self, split: str, rows: int, tokens: int) -> str | None:
         width = self.settings.block_length

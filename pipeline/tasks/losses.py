@@ -8,10 +8,9 @@ sharper one (five times the scores, tried) disturbs the tokens' loss before ther
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.distill.losses import logit_distillation_loss, target_loss
+from pipeline.distill.losses import logit_distillation_loss, target_loss, target_nats
 from pipeline.tasks.batch import Batch
 
 NEXT_TOKEN, DISTILLATION, CONTRAST = "next_token_nats", "distillation_nats", "contrastive_nats"
@@ -45,6 +44,5 @@ def reference_nats(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def candidate_scores(logits: Tensor, batch: Batch) -> Tensor:
     """Return the mean log-probability of each candidate's reply, nats per token, fp64 (rows, candidates)."""
-    predicted = logits[:, : batch.targets.shape[1]].float().flatten(0, 1)
-    nats = F.cross_entropy(predicted, batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    nats = target_nats(logits, batch.targets)
     return -((nats * batch.supervised).sum(1, dtype=torch.float64) / batch.supervised.sum(1)).view(-1, batch.group)

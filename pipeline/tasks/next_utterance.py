@@ -38,7 +38,7 @@ DRAWS = 200  # tries for each candidate before the replies are said to be too fe
 
 @dataclass(frozen=True)
 class NextUtterance(Task):
-    """Candidates side by side: rows of the test split hold `candidates` sequences, others `train_candidates`."""
+    """Candidates side by side: a row holds `candidates` sequences, one of the training split `train_candidates`."""
 
     given: bool = False  # whether the data brings candidates
     document: ClassVar[str] = "conversation of two turns"
@@ -97,7 +97,7 @@ class NextUtterance(Task):
         return pool
 
     def _count(self, split: str) -> int:
-        return self.settings.candidates if split == "test" else self.settings.train_candidates
+        return self.settings.train_candidates if split == "train" else self.settings.candidates
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
@@ -131,7 +131,7 @@ class NextUtterance(Task):
             if len(candidates) < count:
                 raise ConfigError(
                     f"data.candidates_column: a row of the {split} split has {len(candidates)} candidates, fewer than "
-                    f"task.{'candidates' if split == 'test' else 'train_candidates'} ({count}); lower it."
+                    f"{knob_of(split)} ({count}); lower it."
                 )
             yield [*before, *turns], [candidates[-1], *candidates[-count:-1]]
             return
@@ -198,8 +198,13 @@ def too_few(pool: list[list[str]], count: int, split: str) -> str:
     """Return the message for a split whose pool has too few replies for rows of `count` candidates."""
     return (
         f"The {split} split has {len(pool)} different replies, too few for {count - 1} of other conversations. "
-        f"Lower task.{'candidates' if split == 'test' else 'train_candidates'}, or give more conversations."
+        f"Lower {knob_of(split)}, or give more conversations."
     )
+
+
+def knob_of(split: str) -> str:
+    """Return the setting that says how many candidates a row of a split has."""
+    return "task.train_candidates" if split == "train" else "task.candidates"
 
 
 class _Encoder:

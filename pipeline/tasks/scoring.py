@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pipeline.distill.losses import logit_distillation_loss
+from pipeline.distill.losses import logit_distillation_loss, target_nats, valid_tokens
 from pipeline.models.hidden_states import last_states, logits_of
 from pipeline.tasks.batch import Batch
-from pipeline.tasks.losses import candidate_scores, reference_nats
+from pipeline.tasks.losses import candidate_scores
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel
@@ -21,10 +21,12 @@ if TYPE_CHECKING:  # which takes long to import
 
 @dataclass
 class Scores:
-    """Sums over a text; divide once, in `metrics`."""
+    """Sums over a text; divide once, in `metrics`. Next-token nats are summed for each document of the text by itself;
+    one that goes on from a text into the next is joined where the scores of both are added."""
 
-    nats: float = 0.0
-    tokens: int = 0
+    nats: list[float] = field(default_factory=list)  # of each document
+    tokens: list[int] = field(default_factory=list)  # of each document, those that have nats
+    goes_on: bool = False  # the last document does, in the text that follows
     bytes: int = 0
     kl_nats: float = 0.0
     agreed: int = 0
@@ -34,15 +36,29 @@ class Scores:
 
     def __add__(self, other: Scores) -> Scores:
         sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in {**self.sums, **other.sums}}
-        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "sums"}
-        return Scores(**counts, sums=sums)
+        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
+        both = Scores(list(self.nats), list(self.tokens), self.goes_on, **counts, sums=sums)
+        both.append(other.nats, other.tokens, other.goes_on)
+        return both
+
+    def append(self, nats: list[float], tokens: list[int], goes_on: bool) -> None:
+        """Add the documents that follow; the first may be the rest of the last."""
+        if not nats:
+            return
+        if self.goes_on:
+            self.nats[-1] += nats[0]
+            self.tokens[-1] += tokens[0]
+        self.nats += nats[self.goes_on :]
+        self.tokens += tokens[self.goes_on :]
+        self.goes_on = goes_on
 
     def metrics(self) -> dict[str, float]:
         """Return perplexity, bits_per_byte, kl_nats and top1_agreement against a teacher, and means over rows."""
-        nats = self.nats / self.tokens
+        total = math.fsum(self.nats)
+        nats = total / sum(self.tokens)
         metrics = {"perplexity": math.exp(min(nats, 700.0)), "nats_per_token": nats}
         if self.bytes:
-            metrics["bits_per_byte"] = self.nats / math.log(2) / self.bytes
+            metrics["bits_per_byte"] = total / math.log(2) / self.bytes
         if self.compared:
             metrics["kl_nats"] = self.kl_nats / self.compared
             metrics["top1_agreement"] = self.agreed / self.compared
@@ -54,12 +70,11 @@ class Scores:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.rows += rows
 
-    def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor) -> None:
+    def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor, documents: Documents) -> None:
         """Add next-token nats and bytes of each row's reference, and accuracy where a row has candidates."""
         first = batch.references()
-        nats, count = reference_nats(logits, batch)
-        self.nats += float(nats)
-        self.tokens += int(count)
+        nats = target_nats(logits[:: batch.group], first.targets) * first.supervised
+        self.append(documents.sums(nats.double()), documents.sums(first.supervised.long()), documents.goes_on)
         self.bytes += int(bytes_of[first.targets][first.supervised].sum())
         if batch.group > 1:
             self.average({"accuracy": chosen(candidate_scores(logits, batch))}, len(first.ids))
@@ -74,21 +89,58 @@ class Scores:
         self.compared += int(count)
 
 
+COUNTS = ("bytes", "kl_nats", "agreed", "compared", "rows")  # of `Scores`, which add up
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents that the targets of a batch's references belong to."""
+
+    index: Tensor  # (references, targets) of each target
+    count: int
+    goes_on: bool  # the last does, in the next batch
+
+    def sums(self, values: Tensor) -> list[Any]:
+        """Return the sums over each document of values of targets (references, targets)."""
+        sums = values.new_zeros(self.count + 1)  # the last takes the padding behind the last document
+        index = self.index.to(values.device).flatten()
+        totals: list[Any] = sums.index_add(0, index, values.flatten())[: self.count].tolist()
+        return totals
+
+
+def documents_of(batch: Batch, end_of_text: int | None) -> Documents:
+    """Tell the documents of rows (references, length) apart: a document ends with the token `end_of_text`, which
+    belongs to it, and goes on from one row into the next; None: each row is one."""
+    first = batch.references()
+    rows, targets = first.targets.shape
+    if end_of_text is None:
+        return Documents(torch.arange(rows).unsqueeze(1).expand(rows, targets), rows, False)
+    ends = (first.ids == end_of_text) & valid_tokens(first.lengths, first.ids.shape[1])
+    before = (ends.flatten().cumsum(0) - ends.flatten().long()).view_as(ends)
+    goes_on = not bool(ends[-1, first.lengths[-1] - 1])
+    return Documents(before[:, -targets:], int(ends.sum()) + goes_on, goes_on)
+
+
 @torch.no_grad()
 def score_tokens(
-    batches: Iterable[Batch], model: PreTrainedModel, bytes_of: Tensor, teacher: PreTrainedModel | None = None
+    batches: Iterable[Batch],
+    model: PreTrainedModel,
+    bytes_of: Tensor,
+    teacher: PreTrainedModel | None = None,
+    end_of_text: int | None = None,
 ) -> tuple[Scores, Scores | None]:
-    """Score a model, and a teacher beside it. Sums run in fp64."""
+    """Score a model, and a teacher beside it; `end_of_text` as in `documents_of`. Sums run in fp64."""
     scores = Scores()
     teacher_scores = Scores() if teacher is not None else None
     bytes_of = bytes_of.to(model.device)
     for batch in batches:
+        documents = documents_of(batch, end_of_text)  # before a GPU has the batch, which would have to wait
         batch = batch.to(model.device)
         logits = logits_for(model, batch)
-        scores.add(logits, batch, bytes_of)
+        scores.add(logits, batch, bytes_of, documents)
         if teacher is not None and teacher_scores is not None:
             reference = logits_for(teacher, batch)
-            teacher_scores.add(reference, batch, bytes_of)
+            teacher_scores.add(reference, batch, bytes_of, documents)
             scores.compare(logits, reference, batch)
     return scores, teacher_scores
 

@@ -145,6 +145,10 @@ class Task(ABC):
         """Return the part of the section `evaluate` that changes the scores."""
         return {}
 
+    def document_end(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Return the token that ends a document in running rows; None: a row, of candidates the true one, is one."""
+        return None
+
     def passes(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Iterable[Batch]:
         """Return the batches that a model scores at once, from rows of ids and lengths."""
         return starmap(self.batch, rows)
@@ -158,5 +162,6 @@ class Task(ABC):
         evaluate: Evaluate,
     ) -> tuple[Scores, Scores]:
         """Score model and teacher on their device over rows of ids and lengths; scores of pieces of a text add up."""
-        scores, reference = score_tokens(self.passes(rows), model, token_bytes(tokenizer), teacher)
+        end = self.document_end(tokenizer)
+        scores, reference = score_tokens(self.passes(rows), model, token_bytes(tokenizer), teacher, end)
         return scores, reference or Scores()

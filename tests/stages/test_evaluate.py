@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import SPANS_A_WORKER, Scorer, spans_of
+from pipeline.stages.evaluate import DOCUMENTS, SCORED, SPANS_A_WORKER, Scorer, parts_of, spans_of
 from pipeline.stages.stage import Step
-from pipeline.store.records import Evaluation, Shard, Split, Student, Tokens
-from pipeline.store.shards import commit_shard, open_shard, read_tokens, write_tokens
+from pipeline.store.records import Evaluation, Shard, Split, SplitName, Student, Tokens
+from pipeline.store.shards import Rows, commit_shard, open_shard, read_tokens, write_tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.scoring import Scores
 from tests.conftest import Ran
@@ -33,28 +35,28 @@ from tests.conftest import Ran
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
 def test_spans_hold_every_shard_in_order_behind_the_rows_before_it(sizes: list[int], most: int) -> None:
     shards = [Shard(name=f"s{i}", rows=size, tokens=1) for i, size in enumerate(sizes)]
-    spans = spans_of(shards, most)
-    assert [shard for span in spans for _, shard in span] == shards
-    assert [before for span in spans for before, _ in span] == [sum(sizes[:i]) for i in range(len(sizes))]
+    spans = spans_of(parts_of("test", shards), most)
+    assert [shard for span in spans for _, _, shard in span] == shards
+    assert [before for span in spans for _, before, _ in span] == [sum(sizes[:i]) for i in range(len(sizes))]
     assert len(spans) <= most
     assert all(spans)
 
 
 def test_scores_of_two_texts_are_those_of_both() -> None:
-    first = Scores(nats=3.0, tokens=2, bytes=5, kl_nats=0.5, agreed=1, compared=2, sums={"accuracy": 1.0}, rows=2)
-    second = Scores(nats=1.0, tokens=6, bytes=7, kl_nats=0.1, agreed=5, compared=6, sums={"accuracy": 2.0}, rows=2)
+    first = Scores([3.0], [2], bytes=5, kl_nats=0.5, agreed=1, compared=2, sums={"accuracy": 1.0}, rows=2)
+    second = Scores([1.0], [6], bytes=7, kl_nats=0.1, agreed=5, compared=6, sums={"accuracy": 2.0}, rows=2)
     both = (first + second).metrics()
     assert both["nats_per_token"] == 0.5
     assert both["kl_nats"] == pytest.approx(0.075)
     assert (both["top1_agreement"], both["accuracy"]) == (0.75, 0.75)
     assert (Scores() + first).metrics() == first.metrics()
     assert first.sums == {"accuracy": 1.0}
-    without = first + Scores(nats=1.0, tokens=1)  # no row of the second had anything to average
+    without = first + Scores([1.0], [1])  # no row of the second had anything to average
     assert without.metrics()["accuracy"] == 0.5
 
 
 class CutEvaluation:
-    """The evaluation of a finished run, in a store of its own, with the test split cut into shards of few rows."""
+    """The evaluation of a finished run, in a store of its own, with what it scores cut into shards of few rows."""
 
     def __init__(self, ran: Ran, folder: Path, rows: int) -> None:
         self.planned, self.steps = ran.plan.step(Evaluation), dict(ran.outcome.steps)
@@ -62,17 +64,23 @@ class CutEvaluation:
         tokens: Tokens = self.steps["tokenize"].record
         shutil.copytree(ran.folder("tokenize"), folder / "store" / "tokenize" / tokens.key)
         cut = replace(self.steps["tokenize"].dir, storage_uri=self.storage_uri)
-        shards = []
+        self.shards: list[Shard] = []
+        splits = dict(tokens.splits)
         with cut.hold(True, lambda owner: None) as held:
-            for shard in tokens.splits["test"].shards:
-                ids, lengths = read_tokens(open_shard(cut, shard.name))
-                for start in range(0, len(ids), rows):
-                    some, valid = ids[start : start + rows], lengths[start : start + rows]
-                    write = partial(write_tokens, ids=some, lengths=valid)
-                    shards.append(commit_shard(held, f"rows/cut-{len(shards):05d}.parquet", len(some), 1, write))
-        splits = tokens.splits | {"test": Split(shards=tuple(shards))}
+            for split in SCORED:
+                shards = []
+                for shard in tokens.splits[split].shards:
+                    ids, lengths = read_tokens(open_shard(cut, shard.name))
+                    for start in range(0, len(ids), rows):
+                        few, valid = ids[start : start + rows], lengths[start : start + rows]
+                        name, write = (
+                            f"rows/cut-{split}-{start:05d}.parquet",
+                            partial(write_tokens, ids=few, lengths=valid),
+                        )
+                        shards.append(commit_shard(held, name, len(few), 1, write))
+                splits[split] = Split(shards=tuple(shards))
+                self.shards += shards
         self.steps["tokenize"] = FinishedStep(tokens.model_copy(update={"splits": splits}), cut)
-        self.shards = shards
         self.advanced: list[tuple[int, int]] = []
 
     def run(self) -> Evaluation:
@@ -92,9 +100,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     whole = Scorer.score
 
-    def score(self: Scorer, before: int, shard: Shard) -> evaluate.Piece:
+    def score(self: Scorer, split: SplitName, before: int, shard: Shard) -> evaluate.Piece:
         found.append(shard.name)
-        return whole(self, before, shard)
+        return whole(self, split, before, shard)
 
     monkeypatch.setattr(Scorer, "score", score)
     return found
@@ -108,10 +116,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     scored.clear()
     sound = Scorer.score
 
-    def breaking(self: Scorer, before: int, shard: Shard) -> evaluate.Piece:
+    def breaking(self: Scorer, split: SplitName, before: int, shard: Shard) -> evaluate.Piece:
         if len(scored) == 3:
             raise RunError("lost")
-        return sound(self, before, shard)
+        return sound(self, split, before, shard)
 
     with monkeypatch.context() as patched:
         patched.setattr(Scorer, "score", breaking)
@@ -121,6 +129,45 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     evaluated = evaluation.run()
     assert scored == [shard.name for shard in evaluation.shards]
     assert (evaluated.student, evaluated.teacher) == (undisturbed.student, undisturbed.teacher)
+    assert (evaluated.validation, evaluated.files) == (undisturbed.validation, undisturbed.files)
+
+
+def test_validation_is_scored_as_the_test_split_is(finished: Ran, tmp_path: Path) -> None:
+    evaluation = CutEvaluation(finished, tmp_path, rows=3)
+    tokens = evaluation.steps["tokenize"]
+    swapped = {"validation": tokens.record.splits["test"], "test": tokens.record.splits["validation"]}
+    evaluation.steps["tokenize"] = replace(
+        tokens, record=tokens.record.model_copy(update={"splits": tokens.record.splits | swapped})
+    )
+    other, whole = evaluation.run(), finished.record("evaluate")
+    assert other.validation["student"] == pytest.approx(whole.student, rel=1e-5)
+    assert other.validation["teacher"] == pytest.approx(whole.teacher, rel=1e-5)
+    assert other.student == pytest.approx(whole.validation["student"], rel=1e-5)
+    assert other.teacher == pytest.approx(whole.validation["teacher"], rel=1e-5)
+    assert whole.validation["student"] != whole.student
+
+
+def test_documents_end_where_the_text_says_whatever_the_shards(finished: Ran, tmp_path: Path) -> None:
+    whole, tokens = finished.outcome.finished(Evaluation), finished.outcome.finished(Tokens)
+    ids, _, _ = Rows(tokens.dir, tokens.record.splits["test"].shards).get(range(tokens.record.splits["test"].rows))
+    documents, metrics = whole.read_json(DOCUMENTS), whole.record
+    stream = ids.flatten().tolist()[: tokens.record.splits["test"].tokens]
+    counts = [0]
+    for place, token in enumerate(stream):
+        counts[-1] += place % ids.shape[1] > 0  # the first of a block is context
+        if token == tokens.record.end_of_text and place + 1 < len(stream):
+            counts.append(0)
+    assert documents["tokens"] == counts
+    assert len(counts) > 10 > max(counts) // ids.shape[1]
+    for model in ("teacher", "student"):
+        mean = getattr(metrics, model)["nats_per_token"]
+        assert math.fsum(documents[model]) / sum(counts) == pytest.approx(mean, rel=1e-12)
+        assert len(documents[model]) == len(counts)
+    cut = CutEvaluation(finished, tmp_path, rows=3)
+    assert cut.run().files[DOCUMENTS].bytes > 0
+    again = json.loads((tmp_path / "store" / "evaluate" / metrics.key / DOCUMENTS).read_text())
+    assert again["tokens"] == counts
+    assert again["student"] == pytest.approx(documents["student"], rel=1e-5)
 
 
 def test_what_another_student_left_is_not_added(finished: Ran, tmp_path: Path, scored: list[str]) -> None:
@@ -164,7 +211,7 @@ def test_no_span_of_an_evaluation_builds_three_models(
 ) -> None:
     evaluation = CutEvaluation(finished, tmp_path, rows=3)
     evaluation.run()
-    spans = len(spans_of(evaluation.shards, SPANS_A_WORKER))
+    spans = len(spans_of(parts_of("test", evaluation.shards), SPANS_A_WORKER))
     assert len(evaluation.shards) > spans > 1
     assert built == [("from_config", "cpu"), ("from_pretrained", "cpu")] * spans  # the student and its teacher
     built.clear()

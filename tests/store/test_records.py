@@ -35,7 +35,14 @@ RECORDS = [
     Teacher(**COMMON, **TRAINED, fp32_bytes=40, hidden=8),
     Student(**COMMON, **TRAINED, digest="d"),
     TeacherCache(**COMMON, mode="states", dtype="float16", hidden=8, shards=SHARDS, bytes=5, kl_nats=1e-8),
-    Evaluation(**COMMON, protocol="p", digest="d", teacher={"perplexity": 2.0}, student={"perplexity": 1e300}),
+    Evaluation(
+        **COMMON,
+        protocol="p",
+        digest="d",
+        teacher={"perplexity": 2.0},
+        student={"perplexity": 1e300},
+        validation={"teacher": {"perplexity": 2.5}, "student": {"perplexity": 3.0}},
+    ),
     Package(**COMMON, digest="d", size=Size(teacher_bytes=9, packed_bytes=3, ratio=3, paper_bytes=2, paper_ratio=4.5)),
     ModelVersion(**COMMON, name="n", version=2, aliases=("champion",), run_id="r", model_id="m"),
 ]

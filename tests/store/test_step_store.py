@@ -72,7 +72,7 @@ def objects(uri):
 
 def evaluation(digest):
     common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
-    return Evaluation(**common, protocol="p", digest=digest, teacher={}, student={})
+    return Evaluation(**common, protocol="p", digest=digest, teacher={}, student={}, validation={})
 
 
 def file_of(tmp_path, data):

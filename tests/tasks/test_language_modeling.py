@@ -1,13 +1,16 @@
 import copy
 import math
+from itertools import starmap
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline.distill.losses import valid_tokens
 from pipeline.tasks import language_modeling
-from pipeline.tasks.language_modeling import encode, score
+from pipeline.tasks.language_modeling import LanguageModeling, encode, score
+from pipeline.tasks.scoring import score_tokens
 from pipeline.tasks.tokenizers import train_bpe
 
 VOCABULARY, LENGTH = 37, 9
@@ -126,8 +129,42 @@ def test_padding_never_counts(model, teacher, rows):
         after, _ = score([(changed, lengths)], model, BYTES_OF, teacher)
         assert after.metrics() == pytest.approx(before.metrics(), rel=1e-6)
         assert (after.tokens, after.bytes, after.compared) == (before.tokens, before.bytes, before.compared)
-    assert before.tokens == int((lengths - 1).sum())
+    assert sum(before.tokens) == int((lengths - 1).sum())
     assert before.compared == int(lengths.sum())
+
+
+@pytest.mark.parametrize("batch", [1, 5, 12])
+@pytest.mark.parametrize("unit", ["document", "line"])
+def test_nats_are_summed_by_document(model, teacher, tokenizer, rows, unit, batch):
+    ids, lengths = rows
+    end = int(ids[3, int(lengths[3]) - 1])  # so that one document ends with a row, and others within one
+    expected, number = {0: [0, 0.0, 0.0]}, 0
+    ours, theirs = log_softmax64(model, ids), log_softmax64(teacher, ids)
+    for row, length in enumerate(lengths.tolist()):
+        for i, token in enumerate(ids[row, :length].tolist()):
+            document = expected.setdefault(number, [0, 0.0, 0.0])
+            if i > 0:
+                document[0] += 1
+                document[1] -= ours[row, i - 1, token]
+                document[2] -= theirs[row, i - 1, token]
+            number += token == end if unit == "document" else i == length - 1
+    bare = copy.copy(tokenizer)
+    bare.eos_token = bare.convert_ids_to_tokens(end)
+    end_of_text = LanguageModeling(unit=unit).document_end(bare)
+    batches = starmap(LanguageModeling().batch, zip(ids.split(batch), lengths.split(batch), strict=True))
+    found, reference = score_tokens(batches, model, BYTES_OF, teacher, end_of_text)
+    assert found.tokens == reference.tokens == [document[0] for document in expected.values()]
+    assert found.nats == pytest.approx([document[1] for document in expected.values()], rel=1e-5)
+    assert reference.nats == pytest.approx([document[2] for document in expected.values()], rel=1e-5)
+    assert len(found.nats) == (12 if unit == "line" else int(((ids == end) & valid_tokens(lengths, LENGTH)).sum()) + 1)
+    assert found.goes_on == (unit == "document")
+
+
+def test_a_tokenizer_without_end_of_text_makes_each_row_a_document(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    assert LanguageModeling().document_end(bare) is None
+    assert LanguageModeling().document_end(tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_diverged_model_has_a_perplexity_all_the_same(model, rows):

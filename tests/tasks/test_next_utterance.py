@@ -50,7 +50,7 @@ def tokens_of(tokenizer, text):
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", TRAIN), ("validation", TRAIN), ("test", CANDIDATES)])
+@pytest.mark.parametrize(("split", "count"), [("train", TRAIN), ("validation", CANDIDATES), ("test", CANDIDATES)])
 def test_a_row_is_a_context_with_each_candidate_the_true_one_first(tokenizer, split, count):
     ids, lengths = encoded(tokenizer, split)
     assert ids.shape == (len(EXAMPLES), count * WIDTH)
