@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.store.objects import Directory
 from pipeline.store.step_store import checksum
+
+LOCK_S = 60.0  # for how long a write waits for those of other processes
 
 
 class ContentMemo:
-    """A memo of facts about local files, by path, inode, size and mtime, so that unchanged is answered at once."""
+    """A memo of facts about local files, by path, inode, size and mtime, so that unchanged is answered at once.
+
+    One SQLite file that any number of processes share. A memo that cannot be read is thrown away, and one that cannot
+    be written to remembers nothing.
+    """
 
     def __init__(self, folder: str) -> None:
-        self._path = Path(folder) / "content.json"
-        try:
-            self._known: dict[str, str] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
+        self._path = Path(folder) / "content.db"
+        self._opened: sqlite3.Connection | None = None
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file."""
@@ -30,10 +32,40 @@ class ContentMemo:
         """Return what `find_out` says of a file, or said before of the same file under the name `what`."""
         status = path.stat()
         name = f"{path.resolve()}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}{what and '|'}{what}"
-        if name not in self._known:
-            self._known[name] = find_out()
-            Directory(self._path.parent).write(self._path.name, json.dumps(self._known).encode())
-        return self._known[name]
+        known = self._execute("SELECT fact FROM facts WHERE name = ?", name)
+        if known:
+            return known[0][0]
+        fact = find_out()
+        self._execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", name, fact)
+        return fact
+
+    def _execute(self, statement: str, *values: str) -> list[tuple[str]]:
+        """Return the rows that a statement gives; none where the memo cannot be used."""
+        for _ in range(2):
+            try:
+                return self._connection.execute(statement, values).fetchall()
+            except sqlite3.OperationalError:  # a full disk, or a lock that is held for a minute
+                return []
+            except sqlite3.DatabaseError:
+                self._throw_away()
+        return []
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._opened is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._opened = sqlite3.connect(self._path, timeout=LOCK_S, isolation_level=None)
+            # Nothing waits for the disk: a row never changes, so none that a power cut leaves is false.
+            self._opened.execute("PRAGMA synchronous = OFF")
+            self._opened.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, fact TEXT) WITHOUT ROWID")
+        return self._opened
+
+    def _throw_away(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
+        for name in (self._path.name, f"{self._path.name}-journal"):
+            self._path.with_name(name).unlink(missing_ok=True)
 
 
 def package_folder(module: str, package: str | None) -> Path:

@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -170,17 +171,52 @@ def test_what_is_remembered_is_not_read_again(tmp_path, memo):
         file.write("behind")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert ContentMemo(str(tmp_path / "memo")).sha256(path) == digest
-    (tmp_path / "memo" / "content.json").write_text("{ torn")
-    assert ContentMemo(str(tmp_path / "memo")).sha256(path) != digest
+    (stored,) = (tmp_path / "memo").iterdir()
+    for torn in (b"{ torn", stored.read_bytes()[:100] + b"torn" * 5000):
+        stored.write_bytes(torn)
+        again = ContentMemo(str(tmp_path / "memo")).sha256(path)
+        assert again != digest
+        assert ContentMemo(str(tmp_path / "memo")).remembered(path, "", lambda: "asked again") == again
 
 
-def test_many_may_remember_at_once(tmp_path):
+def test_a_memo_that_cannot_be_written_remembers_nothing(tmp_path, memo):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    (tmp_path / "memo" / "content.db").mkdir(parents=True)
+    assert [memo.remembered(path, "", iter([answer]).__next__) for answer in ("first", "second")] == ["first", "second"]
+
+
+def test_many_may_remember_at_once_and_nothing_is_lost(tmp_path):
     paths = [tmp_path / f"{i}.txt" for i in range(40)]
     for path in paths:
         path.write_text(path.name)
-    found = at_once(lambda _: [ContentMemo(str(tmp_path / "memo")).sha256(path) for path in paths])
+
+    def remember(number):
+        own = paths[number:] + paths[:number]
+        return {path: ContentMemo(str(tmp_path / "memo")).sha256(path) for path in own}
+
+    found = at_once(remember)
     assert all(digests == found[0] for digests in found)
-    assert len(set(found[0])) == 40
+    assert len(set(found[0].values())) == 40
+    after = ContentMemo(str(tmp_path / "memo"))
+    assert {path: after.remembered(path, "", lambda: "asked") for path in paths} == found[0]
+
+
+def test_remembering_a_file_costs_the_same_however_many_are_remembered(tmp_path, memo):
+    def written():
+        counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(counters["wchar"])
+
+    paths = [tmp_path / f"{i}.txt" for i in range(600)]
+    for path in paths:
+        path.touch()
+    before = written()
+    for path in paths[:300]:
+        memo.sha256(path)
+    half = written()
+    for path in paths[300:]:
+        memo.sha256(path)
+    assert written() - half < 1.5 * (half - before)
 
 
 @pytest.mark.parametrize("source", ["python://none", "hf://org/name", "hf://org"])
