@@ -48,7 +48,11 @@ def on_grid(weight: Tensor, quantizer: WeightQuantizer | None, training: bool) -
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose latent weight (out, in) is on its grid in every forward pass."""
+    """A linear layer whose latent weight (out, in) is on its grid in every forward pass.
+
+    Levels and activations are computed in fp32, under autocast too. There the product itself rounds its factors to
+    bf16, as that of any layer does: a level by up to half a scale at 8 bits, 0.03 at 4. Only training has autocast.
+    """
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None, quantizer: WeightQuantizer | None, inputs: InputQuantizer
