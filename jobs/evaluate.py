@@ -18,7 +18,8 @@ from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo
-from pipeline.sources.text import documents, parts, pin_text
+from pipeline.sources.files import pin_text
+from pipeline.sources.text import documents, parts
 from pipeline.tasks.language_modeling import PROTOCOL, encode, score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
 
@@ -35,12 +36,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model on all of a text; returns the document of `--json`."""
     with tempfile.TemporaryDirectory() as temporary:
-        scratch = f"{temporary}/text"
-        files = pin_text(data, "--data", ContentMemo(scratch))
+        files = pin_text(data, "--data", ContentMemo(f"{temporary}/text"))
         folder = locate(model, resources, Path(temporary) / "model")
         loaded, tokenizer = open_model(folder), read_tokenizer(folder)
         width = _width(model, loaded.config, block_length)
-        texts = (text for file in files for part in parts(file) for text in documents(part, unit, text_column, scratch))
+        texts = (text for file in files for part in parts(file) for text in documents(part, unit, text_column))
         ids, lengths, _ = encode(texts, tokenizer, width, unit)
         if lengths.sum() < 2:
             raise ConfigError(f"--data {data!r} holds {int(lengths.sum())} tokens; at least 2 are needed.")

@@ -21,7 +21,8 @@ from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
 from pipeline.package.manifest import MANIFEST, check
 from pipeline.package.package import load, read_package
 from pipeline.sources.content import ContentMemo
-from pipeline.sources.text import documents, parts, pin_text
+from pipeline.sources.files import pin_text
+from pipeline.sources.text import documents, parts
 from pipeline.store.locations import tracking_uri
 from pipeline.store.shards import row_hashes
 from pipeline.tasks.language_modeling import encode
@@ -97,9 +98,8 @@ def _prove(
 
 def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
     """Return some full rows of a text, drawn by a hash of their content."""
-    scratch, width = f"{temporary}/text", sum(lengths(positions))
-    files = pin_text(data, "--data", ContentMemo(scratch))
-    texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text", scratch))
+    files, width = pin_text(data, "--data", ContentMemo(f"{temporary}/text")), sum(lengths(positions))
+    texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text"))
     ids, held, _ = encode(texts, read_tokenizer(package), width, "document")
     full = ids[held == width]
     if len(full) < PROMPTS:

@@ -11,8 +11,8 @@ from pipeline.models.build import model_type_of, parameters, read_config, skelet
 from pipeline.models.family import families, family_for
 from pipeline.models.student import check_spec
 from pipeline.sources.content import ContentMemo
+from pipeline.sources.files import pin_splits
 from pipeline.sources.models import pin_models
-from pipeline.sources.text import pin_splits
 from pipeline.stages.stage import PinnedRun
 from pipeline.store.locations import make_scratch_dir
 from pipeline.tasks.tokenizers import read_tokenizer

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError
 from pipeline.sources.packaged import packaged_rows
-from pipeline.sources.text import Part, documents, lines_of, open_text
+from pipeline.sources.text import Part, batches, documents, lines_of, open_parquet
 
 
-def rows(part: Part, columns: tuple[str, ...], scratch: str) -> Iterator[tuple[Any, ...]]:
+def rows(part: Part, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
     """Yield the named columns of each row, or paragraph, of a part, in order: each a text or a list of texts.
 
     Raises:
@@ -26,32 +23,31 @@ def rows(part: Part, columns: tuple[str, ...], scratch: str) -> Iterator[tuple[A
             raise ConfigError(
                 f"data: {file.uri} is plain text, which has no columns {', '.join(columns)}; give jsonl or Parquet"
             )
-        yield from ((text,) for text in documents(part, "document", columns[0], scratch))
+        yield from ((text,) for text in documents(part, "document", columns[0]))
         return
     if file.format == "python":
         source: Iterable[dict[str, Any]] = packaged_rows(file.uri.removeprefix("python://"), part.start, part.stop)
     else:
-        path = open_text(file, scratch)
-        source = _parquet(path, part, columns) if file.format == "parquet" else _jsonl(path, part)
+        source = _parquet(part, columns) if file.format == "parquet" else _jsonl(part)
     for row in source:
         if row:
             yield tuple(_texts(row, column, file.uri) for column in columns)
 
 
-def _parquet(path: Path, part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    table = pq.ParquetFile(path)
-    _refuse_missing(set(columns) - set(table.schema_arrow.names), table.schema_arrow.names, path.name)
-    for group in range(part.start, min(part.stop, table.num_row_groups)):
-        yield from table.read_row_group(group, [*columns]).to_pylist()
+def _parquet(part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    with open_parquet(part.file) as table:
+        _refuse_missing(set(columns) - set(table.schema_arrow.names), table.schema_arrow.names, part.file.uri)
+        for batch in batches(table, part, columns):
+            yield from batch.to_pylist()
 
 
-def _jsonl(path: Path, part: Part) -> Iterator[dict[str, Any]]:
-    for line in lines_of(path, part, False):
+def _jsonl(part: Part) -> Iterator[dict[str, Any]]:
+    for line in lines_of(part, False):
         if line.strip():
             try:
                 yield dict(json.loads(line))
             except (ValueError, TypeError) as error:
-                raise ConfigError(f"data: a line of {path} is not a JSON object ({error!r})") from error
+                raise ConfigError(f"data: a line of {part.file.uri} is not a JSON object ({error!r})") from error
 
 
 def _texts(row: dict[str, Any], column: str, where: str) -> Any:

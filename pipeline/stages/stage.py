@@ -18,8 +18,8 @@ from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import Engine
 from pipeline.models.build import read_config
 from pipeline.models.family import Family
+from pipeline.sources.files import SourceFile
 from pipeline.sources.models import ModelSource
-from pipeline.sources.text import SourceFile
 from pipeline.store.keys import recipe_of
 from pipeline.store.records import SPLITS, Advance, Record, SplitName, StoredFile, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir

@@ -13,8 +13,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
+from pipeline.sources.files import SourceFile
 from pipeline.sources.models import model_folder
-from pipeline.sources.text import Part, SourceFile, documents, parts
+from pipeline.sources.text import Part, documents, parts
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
 from pipeline.store.records import SPLITS, Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
@@ -47,14 +48,14 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
     Raises:
         ConfigError: a column that is not there, or a split that cannot fill what it must.
     """
-    task, recipe, tokenizer, scratch = run.task, run.tokens_recipe, run.tokenizer, step_dir.scratch
+    task, recipe, tokenizer = run.task, run.tokens_recipe, run.tokenizer
     work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
     for part in work if columns is not None else ():
         if part.start == 0 and ("://" not in part.file.uri or part.file.format == "python"):
-            next(rows(part, columns or (), scratch), None)
+            next(rows(part, columns or ()), None)
     small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
     texts = {
-        split: list(_split_documents(split, work, recipe, scratch))
+        split: list(_split_documents(split, work, recipe))
         for split in SPLITS
         if (split if run.text.get(split) else "train") in small
     }
@@ -135,20 +136,18 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     return work
 
 
-def documents_of(part: SplitPart, recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
+def documents_of(part: SplitPart, recipe: dict[str, Any]) -> Iterator[Any]:
     """Yield the part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
     data, task = recipe["data"], task_of(recipe)
     columns = task.columns(data)
-    read: Iterator[Any] = (
-        documents(part, data["unit"], data["text_column"], scratch) if columns is None else rows(part, columns, scratch)
-    )
+    read: Iterator[Any] = documents(part, data["unit"], data["text_column"]) if columns is None else rows(part, columns)
     for document in read:
         if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(task.kept_together(document)) < part.high:
             yield document
 
 
-def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, Any], scratch: str) -> Iterator[Any]:
-    return (document for part in work if part.split == split for document in documents_of(part, recipe, scratch))
+def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, Any]) -> Iterator[Any]:
+    return (document for part in work if part.split == split for document in documents_of(part, recipe))
 
 
 def _position(document: Any) -> float:
@@ -158,24 +157,24 @@ def _position(document: Any) -> float:
 
 def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
     """Store the tokenizer, read from its folder or learned from the training split."""
-    location, scratch = job.locations.get("tokenizer"), job.dir.scratch_dir()
+    location = job.locations.get("tokenizer")
     if location is None:
-        task, read = task_of(job.recipe), _split_documents("train", work, job.recipe, str(scratch))
+        task, read = task_of(job.recipe), _split_documents("train", work, job.recipe)
         strings = (text for document in read for text in task.strings(document))
         tokenizer = train_bpe(strings, job.recipe["tokenizer"]["train_bpe"], task.special_tokens)
     else:
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as folder:
         tokenizer.save_pretrained(folder)
         return upload_folder(job.dir, Path(folder), Tokens.FOLDER)
 
 
 def _collect(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
     """Store what the task must know of each split before its rows are made, one JSON file a split."""
-    task, scratch = task_of(job.recipe), str(job.dir.scratch_dir())
+    task = task_of(job.recipe)
 
     def collected(split: SplitName) -> bytes:
-        return json.dumps(task.collect(_split_documents(split, work, job.recipe, scratch), split)).encode()
+        return json.dumps(task.collect(_split_documents(split, work, job.recipe), split)).encode()
 
     return {split: job.dir.write(f"attempt/{split}.json", collected(split)) for split in SPLITS}
 
@@ -204,7 +203,7 @@ class TokenizePart:
         return entry if all(committed_shard(self.dir, shard["name"]) for shard in entry["shards"]) else None
 
     def _tokenize(self, part: SplitPart) -> dict[str, Any]:
-        read, unit = documents_of(part, self.recipe, str(self.dir.scratch_dir())), self.recipe["data"]["unit"]
+        read, unit = documents_of(part, self.recipe), self.recipe["data"]["unit"]
         stored, collected = self.collected.get(part.split), None
         if stored is not None:
             collected = json.loads(self.dir.local(f"attempt/{part.split}.json", stored).read_text())

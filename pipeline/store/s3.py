@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from boto3.exceptions import Boto3Error
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
+from pipeline.errors import RunError
+
 CONFLICT_RETRIES = 6
+READ_TRIES = 3
 PARTIAL = ".tmp"  # end of the name of a copy that is not whole
 
 
@@ -91,6 +95,10 @@ class Bucket:
             temporary.replace(path)
         return path
 
+    def open(self, name: str, etag: str, size: int) -> io.RawIOBase:
+        """Return a file of which each read fetches its own range. A read raises RunError if the ETag is another."""
+        return _Ranges(self.client, self._at(name), etag, size)
+
     def sizes(self, prefix: str) -> dict[str, int]:
         return self._listed("Size", prefix)
 
@@ -129,6 +137,55 @@ class Bucket:
             region=self.client.meta.region_name, endpoint_override=self.client.meta.endpoint_url
         )
         return f"{self.bucket}/{self.prefix}{name}", filesystem
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file to read from, as long as it is the one of an ETag."""
+
+    def __init__(self, client: Any, place: dict[str, str], etag: str, size: int) -> None:
+        self._client, self._place, self._etag, self._size, self._position = client, place, etag, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = (0, self._position, self._size)[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if self._position >= end:
+            return 0
+        span = f"bytes={self._position}-{end - 1}"
+        try:
+            with _explained(self._place["Key"]):
+                data = self._fetch(span)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or _status(error) == 412:
+                uri = "s3://{Bucket}/{Key}".format(**self._place)
+                raise RunError(f"{uri} changed after the plan was made. Give the command again.") from error
+            raise
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _fetch(self, span: str) -> bytes:
+        tries_left = READ_TRIES
+        while True:
+            answer = self._client.get_object(**self._place, IfMatch=self._etag, Range=span)
+            try:
+                body: bytes = answer["Body"].read()
+                return body
+            except BotoCoreError:  # the connection broke, which boto3 does not mend once an answer has begun
+                tries_left -= 1
+                if not tries_left:
+                    raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.sources.content import ContentMemo
-from pipeline.sources.text import documents, parts, pin_text
+from pipeline.sources.files import pin_text
+from pipeline.sources.text import documents, parts
 
 
 @pytest.fixture
@@ -12,12 +13,12 @@ def memo(tmp_path):
 
 
 @pytest.fixture
-def read(tmp_path, memo):
+def read(memo):
     """All documents of a source, part by part."""
 
     def read(source, unit="document", column="text"):
         files = pin_text(str(source), "data.source", memo)
         pieces = [part for file in files for part in parts(file)]
-        return [text for part in pieces for text in documents(part, unit, column, str(tmp_path / "scratch"))]
+        return [text for part in pieces for text in documents(part, unit, column)]
 
     return read

@@ -8,7 +8,8 @@ from pipeline import sources
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.fields import rows
-from pipeline.sources.text import documents, parts, pin_text
+from pipeline.sources.files import pin_text
+from pipeline.sources.text import documents, parts
 
 ROWS = [{"a": f"text {i} größe", "b": [f"turn {j} of {i}" for j in range(i % 4)], "c": i} for i in range(50)]
 
@@ -19,7 +20,7 @@ def read(tmp_path):
 
     def read(source, *columns):
         files = pin_text(str(source), "data.source", memo)
-        return [row for file in files for part in parts(file) for row in rows(part, columns, str(tmp_path))]
+        return [row for file in files for part in parts(file) for row in rows(part, columns)]
 
     return read
 
@@ -75,7 +76,7 @@ def test_papers_give_a_row_for_each_aspect_in_the_splits_of_the_package(read, tm
     assert aspects == {"approach", "challenge", "outcome"}
     assert all(text.strip() and summary.strip() for text, summary in found["test"])
     (file,) = pin_text("python://aclsum/test", "data.source", ContentMemo(str(tmp_path)))
-    texts = [text for part in parts(file) for text in documents(part, "document", "text", "")]
+    texts = [text for part in parts(file) for text in documents(part, "document", "text")]
     assert len(texts) == 100
     assert file.bytes == sum(len(text.encode()) for text in texts)
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError
 from pipeline.sources import text as sources
 from pipeline.sources.content import ContentMemo
+from pipeline.sources.files import SourceFile, pin_text
 from pipeline.sources.models import TOKENIZER_FILES, pin_model
-from pipeline.sources.text import SourceFile, documents, parts, pin_text
+from pipeline.sources.text import documents, parts
 from tests.store.test_step_store import at_once
 
 PIECES = ["a", "bc", "ü", "日本", "\n", "\n\n", " \n", "\t\n", "\u00a0\n", "\r\n", "\u2028", "\x1c\n", "."]
@@ -41,7 +42,7 @@ def in_parts(path, format_, part_bytes, unit):
         pieces = parts(file)
         assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
         assert pieces[-1].stop == size
-        return [text for piece in pieces for text in documents(piece, unit, "text", "")]
+        return [text for piece in pieces for text in documents(piece, unit, "text")]
 
 
 @each_example
@@ -97,7 +98,7 @@ def test_packaged_text_gives_documents(monkeypatch, memo, name, pieces):
     monkeypatch.setattr(sources, "PART_BYTES", file.bytes // pieces)
     found = parts(file)
     assert len(found) >= pieces
-    texts = [text for part in found for text in documents(part, "document", "text", "")]
+    texts = [text for part in found for text in documents(part, "document", "text")]
     assert len(texts) == found[-1].stop > 50
     assert all(text.strip() for text in texts)
     assert file.bytes == sum(len(text.encode()) for text in texts)
