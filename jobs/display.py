@@ -67,6 +67,11 @@ class Display:
             self._printed[stage] = quarter
             self._line(stage, f"{done}/{total} {UNITS.get(stage, '')}{', ' + note if note else ''}")
 
+    def noted(self, stage: str, note: str) -> None:
+        """Say what the stage does at the moment."""
+        self._progress.update(self._task(stage), note=note)
+        self._line(stage, note)
+
     def measured(self, stage: str, points: Sequence[Point]) -> None:
         """Show nothing: curves are for MLflow, and the note of `advanced` says the last loss."""
 
