@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from jobs.display import Display, check_page, print_table
 from pipeline.config.presets import set_otherwise
@@ -96,8 +96,8 @@ def _begun(planned: RunPlan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> None:
     """Print what would run and why, for people."""
-    status = {"run": "[yellow]would run[/]", "reused": "[green]reused[/]"}
-    rows = [(s["stage"], s["key"][:12], status[s["status"]], escape(s["reason"])) for s in document["stages"]]
+    status = {"run": Text("would run", "yellow"), "reused": Text("reused", "green")}
+    rows = [(s["stage"], s["key"][:12], status[s["status"]], s["reason"]) for s in document["stages"]]
     print_table(console, ("stage", "key", "status", "why"), rows)
     about = "" if planned.tokens is not None else "about "
     console.print(

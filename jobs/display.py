@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from pipeline.errors import ConfigError
 from pipeline.flow.line import STAGES
@@ -20,7 +21,9 @@ from pipeline.store.records import Point
 UNITS = {name: stage.unit for name, stage in STAGES.items()}
 
 
-def print_table(console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[str]], **style: Any) -> None:
+def print_table(
+    console: Console, columns: Iterable[str | Column], rows: Iterable[Iterable[str | Text]], **style: Any
+) -> None:
     """Print rows under their headings; `style` is of rich's Table."""
     table = Table(*columns, **style)
     for row in rows:
@@ -37,12 +40,12 @@ class Display:
         self._printed: dict[str, int] = {}
         self._begun = time.perf_counter()
         self._progress = Progress(
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<9}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -97,7 +100,7 @@ class Display:
         """Print a line where bars are not drawn."""
         if self._progress.disable:
             elapsed = time.perf_counter() - self._begun
-            self.console.print(f"[{elapsed:6.1f} s] {stage}: {text}", markup=False)
+            self.console.print(f"[{elapsed:6.1f} s] {stage}: {text}")
 
 
 def check_page(out: Path, knob: str) -> None:

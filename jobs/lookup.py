@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.metrics import METRICS, printed
@@ -48,11 +47,11 @@ def print_found(models: list[RegisteredModel], metric: str, console: Console) ->
         size = "" if model.size_mib is None else f"{model.size_mib:.2f}"
         values = [printed(name if name in SHARES else "", model.metrics.get(name)) for name in shown]
         cells = (name, model.bits, model.quantizer, size, *values, model.created_at[:10], " ".join(model.formats))
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     console.print(table)
     best = models[0]
     for command in (f"bitmill pull {best.name}/{best.version} DEST", f"package: {best.package_uri}"):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def print_misses(misses: list[NearMiss], console: Console) -> None:
@@ -63,4 +62,4 @@ def print_misses(misses: list[NearMiss], console: Console) -> None:
     console.print("nothing matched; the nearest:")
     for miss in misses:
         line = f"  {miss.model.name}/{miss.model.version} ({miss.model.bits}): {'; '.join(miss.reasons)}"
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

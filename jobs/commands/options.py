@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from pipeline.errors import BitmillError, ConfigError
 
@@ -88,11 +88,17 @@ def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
-    """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
-    console = Console(stderr=True, highlight=False)
+def open_console() -> Console:
+    """Return the console for people, on stderr. Text is text to it: neither `[extra]` nor `:key:` is markup."""
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_LOGS
+    return console
+
+
+def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
+    """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
+    console = open_console()
     try:
         document = work(console)
     except KeyboardInterrupt:
@@ -105,7 +111,7 @@ def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
         if not isinstance(error, BitmillError):
             text = f"{type(error).__name__}: {text.strip() or 'no message'}\nThis was not foreseen. "
             text += "What was committed is kept; --debug shows the traceback."
-        console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+        console.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
         raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")

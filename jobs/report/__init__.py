@@ -30,9 +30,9 @@ def report(key: str, out: Path, resources: Resources, console: Console, timed: b
         content = reader.content(key)
     files = write(content, out)
     best = ", ".join(model.label for model in content.best) or "none"
-    console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}", markup=False)
+    console.print(f"{content.title}: {len(content.shown)} shown, on the front: {best}")
     for path in files.values():
-        console.print(f"  {path}", markup=False, soft_wrap=True)
+        console.print(f"  {path}", soft_wrap=True)
     return {"key": key, "kind": content.kind, "front": [model.key for model in content.best], "files": files}
 
 

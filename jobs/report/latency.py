@@ -51,7 +51,7 @@ def measure(packages: Sequence[tuple[str, FinishedStep[Package]]], console: Cons
                     try:
                         rates = run_engine("packed", folders[index], THREADS, *_lengths(folders[index]))
                     except RunError as error:
-                        console.print(f"{label}: no latency. {error}", markup=False)
+                        console.print(f"{label}: no latency. {error}")
                         del milliseconds[index]
                         continue
                 milliseconds[index].append(1000 / rates["decode_tokens_per_s"])
