@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline.errors import ConfigError, RunError
 
@@ -54,8 +56,8 @@ def client_of(tracking_uri: str) -> MlflowClient:
     """Return a client of any server; MLflow's global setting stays. Raises ConfigError if it cannot be reached."""
     database = sqlite_file(tracking_uri)
     try:
-        if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
+        if database is not None and not database.exists():
+            _create(database)
         client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
@@ -70,6 +72,20 @@ def sqlite_file(tracking_uri: str) -> Path | None:
     """Return the file of a SQLite store, or None for a server."""
     prefix = "sqlite:///"
     return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
+
+
+def _create(database: Path) -> None:
+    """Make a SQLite store that is there only once it is whole: MLflow migrates its file table by table, and takes no
+    file up where another process was about it, or was killed in the middle of it."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    lock, draft = (database.with_name(f".{database.name}.{suffix}") for suffix in ("lock", "new"))
+    with open(lock, "w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not database.exists():  # the first to come makes it, and who waited finds it
+            draft.unlink(missing_ok=True)
+            SqlAlchemyStore(f"sqlite:///{draft}", str(database.parent / "mlflow-artifacts")).engine.dispose()
+            draft.rename(database)
+        lock.unlink(missing_ok=True)  # nobody makes anything under another one: the database is there
 
 
 def experiment_id(client: MlflowClient, name: str, artifact_uri: str | None) -> str:
