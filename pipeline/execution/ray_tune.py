@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config.resources import Resources
@@ -57,13 +59,12 @@ def run_trials(
                 source.ended(key, *_outcome(result))
         return
     engine.start()
-    with quiet(), explained(step_dir):
-        _tune(work, source, engine, step_dir, asha, at_once)
+    # Tune pickles its state and the errors of trials, and reads errors back: from nowhere that others may write to.
+    with quiet(), explained(step_dir), tempfile.TemporaryDirectory(prefix="bitmill-tune-") as folder:
+        _tune(work, source, engine, folder, asha, at_once)
 
 
-def _tune(
-    work: Work, source: TrialSource, engine: Engine, step_dir: StepDir, asha: Asha | None, at_once: int | None
-) -> None:
+def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, asha: Asha | None, at_once: int | None) -> None:
     from ray import tune
 
     resources = engine.resources
@@ -78,7 +79,6 @@ def _tune(
         scheduler = tune.schedulers.ASHAScheduler(
             time_attr=STEP, grace_period=asha.grace_steps, reduction_factor=asha.reduction_factor, max_t=10**9
         )
-    path, filesystem = step_dir.run_folder()
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
         tune_config=tune.TuneConfig(
@@ -91,9 +91,8 @@ def _tune(
             reuse_actors=alone,  # imports take seconds
         ),
         run_config=tune.RunConfig(
-            storage_path=path,
-            storage_filesystem=filesystem,
-            name=f"ray-{step_dir.fence}",
+            storage_path=folder,
+            name=Path(folder).name,  # under which the session of a cluster keeps drafts of all its drivers
             callbacks=[watcher],
             failure_config=tune.FailureConfig(max_failures=resources.max_failures),
             verbose=0,
@@ -211,8 +210,7 @@ def _watcher(source_of: _InDriver) -> Any:
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
-            error = trial.get_pickled_error() if trial.pickled_error_file else None
-            why = str(error).strip().splitlines()[-1] if error else "its worker died"
+            why = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
             source_of().ended(trial.config["key"], "lost", why)
 
         def free_all(self) -> None:

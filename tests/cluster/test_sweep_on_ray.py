@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,8 +22,13 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
+from pipeline.config.resources import Resources
 from pipeline.config.run import Config
+from pipeline.errors import LostError
+from pipeline.execution.engine import Engine
+from pipeline.execution.ray_tune import run_trials
 from pipeline.store.locations import tracking_uri
+from pipeline.store.step_store import StepDir
 from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
@@ -40,7 +46,7 @@ def with_shared_steps(folder: Path, finished: Any) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
     yield
@@ -110,6 +116,52 @@ def test_a_trial_whose_worker_was_killed_is_tried_again(
     assert killing.killed
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert_all_cpus_are_freed()
+
+
+class Touching:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+class OneTrial:
+    """A source of one trial, which remembers its end."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, Any]] = [("key", None)]
+        self.ends: list[tuple[str, str, str]] = []
+
+    def next(self) -> tuple[str, Any] | None:
+        return self.given.pop() if self.given else None
+
+    def reported(self, key: str, result: dict[str, Any]) -> None: ...
+
+    def ended(self, key: str, status: str, failure: str) -> None:
+        self.ends.append((key, status, failure))
+
+
+def test_no_error_of_a_trial_is_unpickled_from_the_store(two_cpus: None, tmp_path: Path) -> None:
+    resources, touched = Resources(workers=1, max_failures=0), tmp_path / "touched"
+
+    def planting(trial: Any, report: Any) -> None:
+        context = ray.tune.get_context()
+        folder = attempt / context.get_experiment_name() / Path(context.get_trial_dir()).name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.pkl").write_bytes(pickle.dumps(Touching(touched)))
+        raise LostError("a disk went away")
+
+    with StepDir(str(tmp_path), "sweep", "f" * 32, str(tmp_path)).hold(True, print) as held:
+        attempt, source = Path(held.run_folder()[0]), OneTrial()
+        run_trials(planting, source, Engine(resources), held, None, None)
+        assert [str(path.relative_to(attempt)).count("/") for path in attempt.rglob("error.pkl")] == [2]
+    assert not touched.exists()
+    ((key, status, failure),) = source.ends
+    assert (key, status) == ("key", "lost")
+    assert "a disk went away" in failure
 
 
 class Project:
