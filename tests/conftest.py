@@ -33,6 +33,7 @@ from pipeline.flow.plan import RunPlan, plan_run
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
+from tests.second_device import second_device
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
@@ -101,6 +102,18 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shell's settings nor what MLflow put into the environment during the test before."""
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI", *COLOURED):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["labelled", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device other than the CPU: one that every machine has, which only keeps tensors apart, and a GPU where there is
+    one."""
+    if request.param == "cuda":
+        yield torch.device("cuda", 0)
+        return
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with second_device() as second:
+        yield second
 
 
 @pytest.fixture(scope="session")

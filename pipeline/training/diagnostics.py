@@ -31,7 +31,8 @@ def token_cosine(states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Watch:
-    """Remembers each module's codes, so that it can say how many have changed since it last looked."""
+    """Remembers each module's codes, so that it can say how many have changed since it last looked: on the CPU, as they
+    come back from a checkpoint and take no memory of a GPU."""
 
     def __init__(self) -> None:
         self.codes: dict[str, Tensor] = {}
@@ -51,6 +52,7 @@ class Watch:
                 "gamma": float((edge / magnitude)[alive].mean()),
                 "zeros": float((codes == 0).float().mean()) if quantizer.grid.shift == 0 else 0.0,
             }
+            codes = codes.cpu()
             if name in self.codes and step > self.step:
                 changed = float((codes != self.codes[name]).float().mean())
                 measures["changed_per_100_steps"] = changed * 100 / (step - self.step)

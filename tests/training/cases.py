@@ -104,8 +104,15 @@ class Case:
             worker(shard)
         return step_dir
 
-    def step_job(self, recipe: dict[str, Any], train: tuple[Shard, ...] | None = None, **resources: Any) -> StepJob:
-        """What the workers of a step are told that reads the rows and a teacher that runs online."""
+    def step_job(
+        self,
+        recipe: dict[str, Any],
+        train: tuple[Shard, ...] | None = None,
+        cache: StepDir | None = None,
+        locations: dict[str, Any] | None = None,
+        **resources: Any,
+    ) -> StepJob:
+        """What the workers of a step are told that reads the rows and a teacher; without a cache it runs online."""
         self.runs += 1
         teacher = fenced(self.root, "finetune", f"{self.runs:032x}")
         origin: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
@@ -117,10 +124,15 @@ class Case:
         records = (
             (Tokens(**origin, recipe=task, vocabulary=VOCABULARY, end_of_text=None, splits=splits), self.tokens),
             (Teacher(**origin, recipe={}, files=files, family=self.family, **trained, **hidden), teacher),
-            (TeacherCache(**origin, recipe={}, mode="online", dtype="float32", **hidden), teacher),
+            (
+                TeacherCache(**origin, recipe={}, mode="states" if cache else "online", dtype="", **hidden),
+                cache or teacher,
+            ),
         )
         inputs = {record.stage: FinishedStep(record, place) for record, place in records}
-        return StepJob(recipe, inputs, fenced(self.root, "of-step", teacher.key), Resources(**resources), {})
+        return StepJob(
+            recipe, inputs, fenced(self.root, "of-step", teacher.key), Resources(**resources), locations or {}
+        )
 
     def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> TrainingJob:
         self.runs += 1

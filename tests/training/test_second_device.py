@@ -1,0 +1,111 @@
+"""Whole training jobs on a device other than the CPU: nothing is left behind on it, least of all by a resumed run.
+
+The labelled device computes on the CPU, so what comes out has to be the same to the last bit; a GPU has to be close.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.quant import Quant
+from pipeline.config.training import Distill, Finetune
+from pipeline.stages import distill, finetune
+from pipeline.stages.cache import CacheShard
+from pipeline.stages.stage import StepJob
+from pipeline.store.keys import recipe_of
+from pipeline.store.shards import map_states, open_shard, states_name, to_tensor
+from tests.second_device import SECOND
+from tests.training.cases import Case
+from tests.training.test_task_training import ROWS
+
+CPU = torch.device("cpu")
+COMMON: dict[str, Any] = {"steps": 3, "batch_size": 2, "eval_every": 1, "eval_rows": 2, "lr": 2e-3}
+DISTILLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cached": ({"negatives": 4}, {}),
+    "student": (
+        {"negatives_from": "student", "contrast_layer": -2},
+        {"quantizer": "pact", "attention": "qkv_probabilities", "activation_range": "tensor"},
+    ),
+    "vocabulary": (
+        {"negatives_from": "vocabulary", "fade_in": 0.5},
+        {"quantizer": "lsq_symmetric", "scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"},
+    ),
+    "batch": ({"negatives_from": "batch"}, {"quantizer": "laq", "granularity": {"per_group": 32}}),
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.make(tmp_path_factory.mktemp("devices"))
+
+
+def interrupted(train: Callable[..., None], job: StepJob, device: torch.device, stop_at: int | None = 2) -> Any:
+    """Run a stage's training to its end, once stopped and begun again; what it stores for its record."""
+
+    def report(done: int, total: int, note: str, points: Any = ()) -> None:
+        if done == stop_at and not note.startswith("resumed"):
+            raise InterruptedError
+
+    if stop_at is not None:
+        with pytest.raises(InterruptedError):
+            train(job, device, report)
+    train(job, device, lambda *_, points=(): None)
+    return json.loads(job.dir.read("attempt/result.json"))
+
+
+@pytest.mark.parametrize("kind", DISTILLATIONS)
+def test_a_distillation_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.device, kind: str) -> None:
+    options, quant = DISTILLATIONS[kind]
+    recipe = {"distill": recipe_of(Distill(**COMMON, **options)), "quant": recipe_of(Quant(**quant))}
+    cache_dir = case.cache("float16") if kind == "cached" else None
+    jobs = [case.step_job(recipe, cache=cache_dir, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
+    ours = interrupted(distill._train, jobs[0], device)
+    theirs = interrupted(distill._train, jobs[1], CPU, stop_at=None)
+    histories = [json.loads(job.dir.read("history.json")) for job in jobs]
+    looks = [json.loads(job.dir.read("modules.json")) for job in jobs]
+    assert [look["step"] for look in looks[0]] == [look["step"] for look in looks[1]] == [0, 1, 2, 3]
+    if device is SECOND:
+        assert (ours["digest"], histories[0], looks[0]) == (theirs["digest"], histories[1], looks[1])
+    else:
+        assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0.02)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_tasks_of_several_lengths_a_row_train_as_on_the_cpu(task: str, device: torch.device, tmp_path: Path) -> None:
+    case = Case.of(tmp_path, *ROWS[task]())
+    recipe = {"distill": recipe_of(Distill(**COMMON)), "quant": recipe_of(Quant())}
+    ours, theirs = (
+        interrupted(distill._train, case.step_job(recipe, micro_batch=1, checkpoint_steps=1), where, stop_at)
+        for where, stop_at in ((device, 2), (CPU, None))
+    )
+    assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0 if device is SECOND else 0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_teacher_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.device, optimizer: str) -> None:
+    recipe = {
+        "finetune": recipe_of(Finetune(**COMMON, dropout=0.0, optimizer=optimizer)),
+        "model": {"content": {}, "family": "gpt2"},
+    }
+    locations = {"model": {"folder": str(case.teacher), "gguf_file": None, "hub": None}}
+    jobs = [case.step_job(recipe, locations=locations, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
+    ours = interrupted(finetune._train, jobs[0], device)
+    theirs = interrupted(finetune._train, jobs[1], CPU, stop_at=None)
+    exact = device is SECOND and optimizer == "adam"  # Muon orthogonalises in bf16 away from the CPU
+    assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0 if exact else 0.02)
+
+
+def test_states_are_cached_as_on_the_cpu(case: Case, device: torch.device) -> None:
+    job = case.step_job({})
+    worker = CacheShard(job, "float32")
+    assert worker.device.type == device.type
+    worker(case.train[0])
+    path = open_shard(job.dir, states_name(case.train[0].name))
+    theirs = open_shard(case.cache("float32"), states_name(case.train[0].name))
+    torch.testing.assert_close(to_tensor(*map_states(path)), to_tensor(*map_states(theirs)), rtol=1e-3, atol=1e-4)
