@@ -84,9 +84,15 @@ class Data(Closed):
     `python://aclsum` (of which /train, /validation and /test are parts).
 
     `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
-    `unit: line` takes rows or lines as running text. Without `validation` or `test`, `holdout` of the documents
-    each, chosen by content hash (of a conversation's first turn and persona where `candidates_column` is given, so that
-    its rows stay together). `sample` takes that share of the documents of `source`, by the same hash.
+    `unit: line` takes rows or lines as running text.
+
+    Without `validation` or `test`, `holdout` of `source` each. Rows are held out by document, chosen by content hash;
+    rows that belong together stay so: those of one text to be summarized, all aspects of a paper, and, where
+    `candidates_column` is given, those with the same first turn and persona. Paragraphs of a txt file are no such
+    documents, for they tell one story: of txt files whole ones are held out, in the order of their hashes up to
+    `holdout` of the bytes, and where they are too few for that a block of each, validation at its beginning and test
+    after it, cut at blank lines. `sample` takes that share of `source`, by the same hashes, or of a block's file its
+    beginning.
 
     Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
     `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with

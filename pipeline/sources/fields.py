@@ -11,8 +11,9 @@ from pipeline.sources.packaged import packaged_rows
 from pipeline.sources.text import Part, batches, documents, lines_of, open_parquet
 
 
-def rows(part: Part, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the named columns of each row, or paragraph, of a part, in order: each a text or a list of texts.
+def rows(part: Part, columns: tuple[str, ...]) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the rows of each document of a part, in order: of most documents one, of a paragraph one. A row holds the
+    named columns, each a text or a list of texts.
 
     Raises:
         ConfigError: a file without one of the columns, or in which it holds something else.
@@ -23,15 +24,17 @@ def rows(part: Part, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
             raise ConfigError(
                 f"data: {file.uri} is plain text, which has no columns {', '.join(columns)}; give jsonl or Parquet"
             )
-        yield from ((text,) for text in documents(part, "document", columns[0]))
+        yield from ([(text,)] for text in documents(part, "document", columns[0]))
         return
     if file.format == "python":
-        source: Iterable[dict[str, Any]] = packaged_rows(file.uri.removeprefix("python://"), part.start, part.stop)
+        source: Iterable[list[dict[str, Any]]] = packaged_rows(
+            file.uri.removeprefix("python://"), part.start, part.stop
+        )
     else:
-        source = _parquet(part, columns) if file.format == "parquet" else _jsonl(part)
-    for row in source:
-        if row:
-            yield tuple(_texts(row, column, file.uri) for column in columns)
+        read = _parquet(part, columns) if file.format == "parquet" else _jsonl(part)
+        source = ([row] for row in read if row)
+    for document in source:
+        yield [tuple(_texts(row, column, file.uri) for column in columns) for row in document]
 
 
 def _parquet(part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -46,18 +46,18 @@ def packaged_texts(name: str, start: int = 0, stop: int = sys.maxsize) -> list[s
     return [_paper(item) for item in items] if package == "aclsum" else items
 
 
-def packaged_rows(name: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of documents start..stop: a conversation's `text` is its list of turns; a paper gives a row for
-    each aspect, whose `text` begins with the aspect and has its `summary`."""
+def packaged_rows(name: str, start: int, stop: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of each of the documents start..stop: a conversation's `text` is its list of turns; a paper gives
+    a row for each aspect, whose `text` begins with the aspect and has its `summary`."""
     package = name.partition("/")[0]
     for item in _items(name)[start:stop]:
         if package == "chitchat":
-            yield {"text": _turns(item)}
+            yield [{"text": _turns(item)}]
         elif package == "aclsum":
-            for aspect, summary in sorted(item["summary"].items()):
-                yield {"text": f"{aspect}: {_paper(item)}", "summary": summary}
+            aspects = sorted(item["summary"].items())
+            yield [{"text": f"{aspect}: {_paper(item)}", "summary": summary} for aspect, summary in aspects]
         else:
-            yield {"text": item}
+            yield [{"text": item}]
 
 
 @lru_cache(maxsize=1)  # every part of a file asks for it

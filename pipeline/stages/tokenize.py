@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
-from pipeline.sources.files import SourceFile
 from pipeline.sources.models import model_folder
-from pipeline.sources.text import Part, documents, parts
+from pipeline.sources.splits import ALL, SplitPart, point, split_parts
+from pipeline.sources.text import documents
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
 from pipeline.store.records import SPLITS, Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
@@ -24,16 +23,6 @@ from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 SMALL_TEXT_BYTES = 2**20  # up to here a corpus is counted exactly before anything starts
-
-
-class SplitPart(Part):
-    """A part of the text, the split it goes to, and which of its documents: those whose content hash, as a point of
-    the unit interval, lies in low..high."""
-
-    split: str
-    index: int
-    low: float
-    high: float
 
 
 def locations(run: PinnedRun) -> dict[str, Any]:
@@ -116,43 +105,22 @@ STAGE = Stage(
 )
 
 
-def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[SplitPart]:
-    """Return every part to tokenize: of each split's own source, or of the training source with documents held out."""
-    data = recipe["data"]
-    held_out = [split for split in ("validation", "test") if data[split] is None]
-    bounds = {split: (i * data["holdout"], (i + 1) * data["holdout"]) for i, split in enumerate(held_out)}
-    bounds["train"] = (len(held_out) * data["holdout"], 1.0)
-    work = []
-    for split in SPLITS:
-        source = "train" if split in held_out else split
-        low, high = bounds.get(split, (0.0, 1.0))
-        sample = data["sample"] if source == "train" else 1.0
-        files = [SourceFile.model_validate(file) for file in locations[source]]
-        pieces = [part for file in files for part in parts(file)]
-        work += [
-            SplitPart(**piece.model_dump(), split=split, index=index, low=low * sample, high=high * sample)
-            for index, piece in enumerate(pieces)
-        ]
-    return work
-
-
 def documents_of(part: SplitPart, recipe: dict[str, Any]) -> Iterator[Any]:
     """Yield the part's documents that belong to its split: texts, or tuples of the columns that the task reads."""
     data, task = recipe["data"], task_of(recipe)
     columns = task.columns(data)
-    read: Iterator[Any] = documents(part, data["unit"], data["text_column"]) if columns is None else rows(part, columns)
-    for document in read:
-        if (part.low, part.high) == (0.0, 1.0) or part.low <= _position(task.kept_together(document)) < part.high:
-            yield document
+    read: Iterator[list[Any]] = (
+        ([text] for text in documents(part, data["unit"], data["text_column"]))
+        if columns is None
+        else rows(part, columns)
+    )
+    for document in read:  # all rows of one document go where its first one goes
+        if (part.low, part.high) == ALL or part.low <= point(task.kept_together(document[0])) < part.high:
+            yield from document
 
 
 def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, Any]) -> Iterator[Any]:
     return (document for part in work if part.split == split for document in documents_of(part, recipe))
-
-
-def _position(document: Any) -> float:
-    text = document if isinstance(document, str) else json.dumps(document)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:

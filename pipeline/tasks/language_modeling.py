@@ -49,8 +49,8 @@ class LanguageModeling(Task):
         if tokens >= (width if split == "train" else rows + 1):
             return None
         return (
-            f"The {split} split holds {tokens} tokens, shorter than one block. Give data with more text, or lower "
-            f"task.block_length (now {width})."
+            f"The {split} split holds {tokens} tokens, shorter than one block. Give data with more text, or each split "
+            f"its own by data.validation and data.test, or lower task.block_length (now {width})."
         )
 
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:

@@ -23,7 +23,7 @@ from pipeline.models.build import build, read_config
 from pipeline.models.family import family_for
 from pipeline.models.student import restore_frozen
 from pipeline.package.package import read_package
-from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER
+from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER, spans_of
 from pipeline.store.records import Tokens
 from pipeline.store.shards import Rows, read_tokens
 from pipeline.tasks import task_of
@@ -117,7 +117,8 @@ def test_shards_of_the_test_split_add_up_to_its_scores(finished_task: Ran, tmp_p
     assert (evaluation.digest, evaluation.protocol) == (whole.digest, whole.protocol)
     for found, expected in ((evaluation.student, whole.student), (evaluation.teacher, whole.teacher)):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    assert cut.advanced[-1] == (SPANS_A_WORKER, SPANS_A_WORKER)
+    spans = len(spans_of(cut.shards, SPANS_A_WORKER))
+    assert cut.advanced[-1] == (spans, spans)
 
 
 def test_a_second_run_does_nothing_and_scoring_is_keyed_apart(finished_task: Ran, run_flow: Callable[..., Ran]) -> None:

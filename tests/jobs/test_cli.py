@@ -17,7 +17,8 @@ import jobs
 from jobs.cli import app
 from pipeline.flow.line import LINE
 from pipeline.flow.plan import plan_run
-from pipeline.stages.tokenize import documents_of, split_parts
+from pipeline.sources.splits import split_parts
+from pipeline.stages.tokenize import documents_of
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Package, Tokens
 
@@ -155,7 +156,7 @@ def test_text(finished, tmp_path):
     """The documents of the test split of `finished`, one a row."""
     step = finished.plan.step(Tokens)
     parts = [part for part in split_parts(step.recipe, step.locations) if part.split == "test"]
-    rows = [text for part in parts for text in documents_of(part, step.recipe, str(tmp_path))]
+    rows = [text for part in parts for text in documents_of(part, step.recipe)]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     return path

@@ -20,7 +20,7 @@ def read(tmp_path):
 
     def read(source, *columns):
         files = pin_text(str(source), "data.source", memo)
-        return [row for file in files for part in parts(file) for row in rows(part, columns)]
+        return [row for file in files for part in parts(file) for document in rows(part, columns) for row in document]
 
     return read
 

@@ -192,7 +192,7 @@ def test_a_part_of_a_remote_parquet_file_is_some_of_its_row_groups_and_fetches_n
         assert list(documents(pieces[i], "document", "text")) == TEXTS[50 * i : 50 * i + 50]
         assert sum(sent) < group + 3 * ahead
     sent.clear()
-    assert [row for (row,) in rows(pieces[11], ("other",))] == TEXTS[::-1][550:]
+    assert [text for ((text,),) in rows(pieces[11], ("other",))] == TEXTS[::-1][550:]
     assert sum(sent) < group + 3 * ahead
     assert [text for piece in pieces for text in documents(piece, "document", "text")] == TEXTS
 

@@ -12,7 +12,8 @@ from pipeline.config.data import Evaluate, TaskSettings
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import plan_run
-from pipeline.stages.tokenize import documents_of, split_parts
+from pipeline.sources.splits import split_parts
+from pipeline.stages.tokenize import documents_of
 from pipeline.tasks import next_utterance
 from pipeline.tasks.next_utterance import NextUtterance, draw_others, identity, turns_of
 from pipeline.tasks.scoring import chosen
@@ -153,7 +154,7 @@ def test_examples_of_one_conversation_are_held_out_together(tmp_path):
     step = plan_run(config, "tokenize").steps[0]
     splits = {}
     for part in split_parts(step.recipe, step.locations):
-        for history, persona, _ in documents_of(part, step.recipe, str(tmp_path)):
+        for history, persona, _ in documents_of(part, step.recipe):
             splits.setdefault(persona[0], []).append((part.split, len(history)))
     assert all(len({split for split, _ in found}) == 1 for found in splits.values())
     assert all(sorted(turns for _, turns in found) == [1, 3, 5] for found in splits.values())

@@ -1,0 +1,86 @@
+"""Which documents go to which split; rows and records of the stage are tested with the flow."""
+
+import hashlib
+import json
+
+import pytest
+
+from pipeline.config.data import Data, TaskSettings
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.files import pin_splits
+from pipeline.sources.splits import split_parts
+from pipeline.stages.tokenize import documents_of
+from pipeline.store.records import SPLITS
+
+
+@pytest.fixture
+def divide(tmp_path):
+    """The documents of each split of a source."""
+
+    def divide(source, task="language_modeling", **data):
+        section = Data(source=str(source), **data)
+        files = pin_splits(section, ContentMemo(str(tmp_path / "memo")))
+        recipe = {"data": section.model_dump(), "task": TaskSettings(name=task).model_dump()}
+        work = split_parts(recipe, {split: [file.model_dump() for file in pinned] for split, pinned in files.items()})
+        return {
+            split: [d for part in work if part.split == split for d in documents_of(part, recipe)] for split in SPLITS
+        }
+
+    return divide
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jsonl")
+    texts = [f"document {i}, größe" for i in range(400)]
+    turns = [[f"hello {i}", f"turn of {i}"] for i in range(400)]
+    for name, rows in (("texts", texts), ("turns", turns)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "expected"),
+    [
+        ("python://chitchat", {"sample": 0.25}, ["a85c0efa5adc870e", "786a4b4184f992bb", "1a9f5459713c8b86"]),
+        ("texts.jsonl", {"holdout": 0.1, "sample": 0.9}, ["1226e73a9bc769ab", "409006ab5c49ce7a", "66976bf3cd1a401a"]),
+        (
+            "turns.jsonl",
+            {"task": "next_utterance", "holdout": 0.1},
+            ["e5c1ed7d60c960a6", "430a74488dae691e", "b12c6b8c17a5e7cb"],
+        ),
+    ],
+)
+def test_the_split_of_a_document_never_changes(jsonl, divide, source, data, expected):
+    """Digests that were taken when the rule was made: published numbers rest on these splits."""
+    splits = divide(source if "://" in source else jsonl / source, **data)
+    digests = [hashlib.sha256(json.dumps(splits[split]).encode()).hexdigest()[:16] for split in SPLITS]
+    assert digests == expected
+
+
+def test_the_split_of_a_document_is_its_hash_as_a_point_of_the_unit_interval(divide):
+    splits = divide("python://pydoc", holdout=0.1)  # whose text comes with Python, and is not always the same
+    assert sum(map(len, splits.values())) > 50
+    for split, (low, high) in {"validation": (0, 0.1), "test": (0.1, 0.2), "train": (0.2, 1)}.items():
+        assert splits[split]
+        for text in splits[split]:
+            assert low <= int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < high
+
+
+def test_all_aspects_of_a_paper_are_in_one_split(divide):
+    splits = divide("python://aclsum/train", task="summarization", holdout=0.2)
+    papers = {split: [text.partition(": ")[2] for text, _ in rows] for split, rows in splits.items()}
+    assert sum(map(len, papers.values())) == 300
+    assert all(len(rows) == 3 * len(set(rows)) > 0 for rows in papers.values())
+    for split in SPLITS:
+        others = set().union(*(papers[other] for other in SPLITS if other != split))
+        assert not others & set(papers[split])
+
+
+def test_all_summaries_of_a_text_are_in_one_split(divide, tmp_path):
+    rows = [{"text": f"text {i}", "summary": f"summary {j} of {i}"} for j in range(3) for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = divide(tmp_path / "rows.jsonl", task="summarization", holdout=0.2)
+    texts = {split: [text for text, _ in rows] for split, rows in splits.items()}
+    assert all(len(rows) == 3 * len(set(rows)) > 0 for rows in texts.values())
+    assert sum(len(set(rows)) for rows in texts.values()) == 100
