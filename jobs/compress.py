@@ -17,7 +17,7 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import RunPlan, plan_run, reasons, target_of
 from pipeline.flow.run import Outcome, run_plan
-from pipeline.metrics import METRICS, printed
+from pipeline.metrics import METRICS, measure_of, printed
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Evaluation, ModelVersion, Package, Student, Teacher, Tokens
 from pipeline.tasks import task_of
@@ -114,7 +114,7 @@ def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
     for step in outcome.steps.values():
         record = step.record
         if isinstance(record, Evaluation):
-            document["metrics"] = {"teacher": record.teacher, "student": record.student}
+            document["metrics"] = record.model_dump(include={"teacher", "student", "validation"})
         elif isinstance(record, Package):
             document["size"] = record.size.model_dump(exclude={"paper_bytes"})
             document["package_uri"] = step.dir.uri_of(Package.FOLDER)
@@ -141,12 +141,15 @@ def print_outcome(planned: RunPlan, document: dict[str, Any], path: str, console
         for name in METRICS
         if name in metrics["student"] and name != "nats_per_token"  # which says the perplexity again
     ]
+    measure, chosen = measure_of(planned.config.task.name), metrics["validation"]
+    rows.append((f"{measure}, validation", *(printed(measure, chosen[who][measure]) for who in ("teacher", "student"))))
     rows.append(("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}"))
     rows.append(("ratio", "", f"{size['ratio']:.1f}x (the paper's counting: {size['paper_ratio']:.1f}x)"))
     if version is not None:
         aliases = "".join(f" @{alias}" for alias in version["aliases"])
         rows.append(("registered", "", f"{version['name']} version {version['version']}{aliases}"))
-    print_table(console, ("", "teacher", f"student {planned.config.quant.bits}"), rows, title=planned.config.name)
+    columns = ("test split", "teacher", f"student {planned.config.quant.bits}")
+    print_table(console, columns, rows, title=planned.config.name)
     console.print(f"package: {document['package_uri']}", soft_wrap=True)
     console.print("\nTry next:")
     other_bits = "4-4-8" if planned.config.quant.bits != "4-4-8" else "8-8-8"

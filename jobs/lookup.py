@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeline.metrics import METRICS, printed
 from pipeline.tracking.lookup import matches, nearest_misses, reach
-from pipeline.tracking.query import NearMiss, Query, RegisteredModel
+from pipeline.tracking.query import NearMiss, Query, RegisteredModel, of_text
 
 SHARES = {metric.name for metric in METRICS.values() if metric.form.endswith("%")}  # others are shown with four digits
 
@@ -31,21 +31,26 @@ def lookup(
 
 
 def print_found(models: list[RegisteredModel], metric: str, console: Console) -> None:
-    """Print a table of models, with the metrics that any of them has, the one they are ordered by first."""
+    """Print a table of models, with the metrics that any of them has, the one they are ordered by first: of validation,
+    which finds and orders, and of the test split, where they differ."""
     shown = list(dict.fromkeys([metric, "perplexity", "accuracy", "rougeL"]))
     shown = [name for name in shown if name != "size_mib" and any(name in model.metrics for model in models)]
+    measured = [(name, split) for name in shown for split in ("validation", "test") if of_text(name) or split == "test"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     for heading in ("bits", "quantizer"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("MiB", *shown):
+    for heading in ("MiB", *(f"{name}\n{split}" if of_text(name) else name for name, split in measured)):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("created", no_wrap=True)
     table.add_column("formats", overflow="fold")
     for model in models:
         name = " ".join([f"{model.name}/{model.version}", *(f"@{alias}" for alias in model.aliases)])
         size = "" if model.size_mib is None else f"{model.size_mib:.2f}"
-        values = [printed(name if name in SHARES else "", model.metrics.get(name)) for name in shown]
+        values = [
+            printed(name if name in SHARES else "", (model.metrics if split == "test" else model.validation).get(name))
+            for name, split in measured
+        ]
         cells = (name, model.bits, model.quantizer, size, *values, model.created_at[:10], " ".join(model.formats))
         table.add_row(*cells)
     console.print(table)

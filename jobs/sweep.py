@@ -13,6 +13,7 @@ from rich.table import Column
 from jobs.compress import MIB, store_options
 from jobs.display import Display, print_table
 from pipeline.config.run import Config
+from pipeline.metrics import gap_nats
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Trial
@@ -73,13 +74,14 @@ def document(planned: SweepPlan, result: SweepResult, report_uri: str | None) ->
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
-    metrics: dict[str, Any] = {"teacher": trial.teacher, "student": trial.student} if trial.student else {}
+    scored: set[str] = {"teacher", "student", "validation"} if trial.student else set()
     return {
         "trial_key": trial.key,
         "bits": trial.bits,
         "params": trial.values,
         "status": trial.status,
-        "metrics": metrics | ({"validation": trial.last} if trial.last else {}),
+        "metrics": trial.model_dump(include=scored),
+        "last": trial.last,
         "size": trial.size.model_dump(exclude={"paper_bytes"}) if trial.size else None,
         "model_version": trial.version,
         "seconds": round(trial.seconds, 1),
@@ -120,10 +122,10 @@ def _status(planned: SweepPlan, key: str) -> str:
 
 def print_result(planned: SweepPlan, result: SweepResult, console: Console) -> None:
     """Print every trial and what is left to do, for people."""
-    headings = ("status", "perplexity", "gap, nats", "bytes", "smaller by", "version", "front")
+    headings = ("status", "gap, nats:\nvalidation", "\ntest", "perplexity:\ntest", "bytes", "smaller by", "version")
     trials = sorted(result.trials, key=lambda trial: trial.size.packed_bytes if trial.size else math.inf)
     rows = [(*_row(trial), "*" if trial.key in result.front else "") for trial in trials]
-    print_table(console, (Column("trial", no_wrap=True), *headings), rows)
+    print_table(console, (Column("trial", no_wrap=True), *headings, "front, by\nvalidation"), rows)
     for trial in result.trials:
         if trial.failure:
             console.print(f"{label(trial.values)}: {trial.failure}", soft_wrap=True)
@@ -144,8 +146,8 @@ def print_result(planned: SweepPlan, result: SweepResult, console: Console) -> N
 def _row(trial: Trial) -> list[str]:
     if trial.size is None:
         last = f"{trial.last['validation_nats']:.3f} nats at step {trial.last['step']:.0f}" if trial.last else ""
-        return [label(trial.values), trial.status, last, "", "", "", ""]
-    gap = math.log(trial.student["perplexity"] / trial.teacher["perplexity"])
+        return [label(trial.values), trial.status, last, "", "", "", "", ""]
+    gaps = [gap_nats(**trial.validation), gap_nats(trial.teacher, trial.student)]
     version = f"{trial.version['name']}/{trial.version['version']}" if trial.version else "not registered"
-    numbers = [f"{trial.student['perplexity']:.2f}", f"{gap:.4f}", f"{trial.size.packed_bytes:,}"]
+    numbers = [*(f"{gap:.4f}" for gap in gaps), f"{trial.student['perplexity']:.2f}", f"{trial.size.packed_bytes:,}"]
     return [label(trial.values), trial.status, *numbers, f"{trial.size.ratio:.1f}x", version]

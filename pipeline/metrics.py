@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is measured of a model. `task` is the only one that has it; empty: all have."""
+    """A number that is measured of a model. `task` is the only one that has it; empty: all have. `of_text`: it differs
+    between the splits, and validation's chooses."""
 
     name: str
     unit: str
@@ -15,11 +18,12 @@ class Metric:
     form: str = ".4f"  # for people
     task: str = ""
     objective: bool = False  # of a sweep
+    of_text: bool = True
 
 
 _ALL = (
     Metric("gap", "nats a token, log(student's perplexity / teacher's)", objective=True),
-    Metric("bytes", "bytes of packed weights", form=",.0f", objective=True),
+    Metric("bytes", "bytes of packed weights", form=",.0f", objective=True, of_text=False),
     Metric("perplexity", "", form=".2f", objective=True),
     Metric("kl_nats", "nats a token, student from teacher", objective=True),
     Metric("top1_agreement", "share of tokens", larger_is_better=True, form=".1%", objective=True),
@@ -29,9 +33,9 @@ _ALL = (
     Metric("rouge1", "F-measure, 0-100", larger_is_better=True, form=".2f", task="summarization", objective=True),
     Metric("rouge2", "F-measure, 0-100", larger_is_better=True, form=".2f", task="summarization", objective=True),
     Metric("rougeL", "F-measure, 0-100", larger_is_better=True, form=".2f", task="summarization", objective=True),
-    Metric("packed_bytes", "bytes of packed weights", form=",.0f"),
-    Metric("ratio", "times smaller than fp32", larger_is_better=True, form=".1f"),
-    Metric("paper_ratio", "times smaller, by the paper's counting", larger_is_better=True, form=".1f"),
+    Metric("packed_bytes", "bytes of packed weights", form=",.0f", of_text=False),
+    Metric("ratio", "times smaller than fp32", larger_is_better=True, form=".1f", of_text=False),
+    Metric("paper_ratio", "times smaller, by the paper's counting", larger_is_better=True, form=".1f", of_text=False),
 )
 METRICS = {metric.name: metric for metric in _ALL}
 MEASURE = {"next_utterance": "accuracy", "summarization": "rougeL"}  # what a task is measured by; others: perplexity
@@ -50,6 +54,11 @@ def larger_is_better(name: str) -> bool:
 def minimised(name: str, value: float) -> float:
     """Return a metric's value so that less is better."""
     return -value if larger_is_better(name) else value
+
+
+def gap_nats(teacher: Mapping[str, float], student: Mapping[str, float]) -> float:
+    """Return log(student's perplexity / teacher's), nats a token, from the metrics of both on one split."""
+    return math.log(student["perplexity"] / teacher["perplexity"])
 
 
 def objectives(task: str | None = None) -> tuple[str, ...]:

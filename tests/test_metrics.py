@@ -61,6 +61,13 @@ def test_every_task_reports_the_objectives_of_all_and_its_own():
     assert {metric.task for metric in METRICS.values()} <= {"", *TASKS}
 
 
+def test_what_no_text_shows_in_is_of_no_split():
+    assert {name for name, metric in METRICS.items() if not metric.of_text} == {
+        "bytes",
+        *Size.model_fields,
+    } & METRICS.keys()
+
+
 def test_a_sweep_takes_every_objective_and_nothing_else():
     assert Sweep(space={"distill.lr": [1e-3]}, objectives=objectives()).objectives == objectives()
     for name in METRICS.keys() - set(objectives()):

@@ -22,13 +22,14 @@ def lookup(
     task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
     max_size_mib: Annotated[float | None, typer.Option(help="Most MiB of packed weights, scales included.")] = None,
-    max_perplexity: Annotated[float | None, typer.Option(help="On the test split.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance.")] = None,
-    min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization.")] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="On the validation split.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance, on validation.")] = None,
+    min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization, on validation.")] = None,
     format: Annotated[str | None, typer.Option(help="Exported and verified: onnx, gguf, ...")] = None,
     alias: Annotated[str | None, typer.Option(help="Such as champion.")] = None,
     order_by: Annotated[
-        str | None, typer.Option(metavar="METRIC", help="Best first; by default what the task is measured by.")
+        str | None,
+        typer.Option(metavar="METRIC", help="Best on validation first; by default what the task is measured by."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many.")] = None,
     tracking_uri: TrackingUri = None,
@@ -36,7 +37,8 @@ def lookup(
 ) -> list[dict[str, Any]]:
     """Find registered models by what they must not exceed: `bitmill lookup --max-size-mib 40 --max-perplexity 18`.
 
-    The best one comes first. If none fits, the nearest are shown with what they miss by, and the exit status is 3.
+    Validation finds and orders; scores of the test split are shown beside it. The best one comes first. If none fits,
+    the nearest are shown with what they miss by, and the exit status is 3.
     """
     from jobs.lookup import lookup as run
     from pipeline.store.locations import registry_beside

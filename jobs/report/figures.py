@@ -28,7 +28,7 @@ PUBLISHED: dict[str, tuple[dict[tuple[str, str], tuple[Cell, ...]], int, str]] =
 
 def paper_marks(content: Content) -> list[Mark]:
     """Return where the paper's students would be, in bytes and measure, if they stood to this teacher as to theirs."""
-    if content.measure not in PUBLISHED or content.measure not in content.teacher:
+    if content.measure not in PUBLISHED or content.measure not in content.teacher_validation:
         return []
     table, column, data = PUBLISHED[content.measure]
     full = table[FULL, "32"]
@@ -36,7 +36,7 @@ def paper_marks(content: Content) -> list[Mark]:
         Mark(
             f"paper {bits} ({data})",
             content.teacher_bytes * cells[0].value / full[0].value,
-            content.teacher[content.measure] * cells[column].value / full[column].value,
+            content.teacher_validation[content.measure] * cells[column].value / full[column].value,
         )
         for (method, bits), cells in table.items()
         if method == "quantgpt"
@@ -44,13 +44,13 @@ def paper_marks(content: Content) -> list[Mark]:
 
 
 def trade_off(content: Content) -> dict[str, Any]:
-    """Draw bytes against the measure: models, the front, the teacher, the paper."""
+    """Draw bytes against the measure on validation: models, the front, the teacher, the paper."""
     measure = content.measure
     figure = _models(content, lambda model: model.packed_bytes, content.best)
-    if measure in content.teacher:
+    if measure in content.teacher_validation:
         figure.add_scatter(
             x=[content.teacher_bytes],
-            y=[content.teacher[measure]],
+            y=[content.teacher_validation[measure]],
             mode="markers",
             marker={"color": TEACHER, "size": 12, "symbol": "diamond"},
             name="teacher, fp32",
@@ -90,7 +90,7 @@ def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure
     if len(line) > 1:
         figure.add_scatter(
             x=[cost(model) for model in line],
-            y=[model.metrics[measure] for model in line],
+            y=[model.validation[measure] for model in line],
             mode="lines",
             line={"color": FRONT, "width": 2, "shape": "hv"},
             name="front",
@@ -102,7 +102,7 @@ def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure
         if group:
             figure.add_scatter(
                 x=[cost(model) for model in group],
-                y=[model.metrics[measure] for model in group],
+                y=[model.validation[measure] for model in group],
                 mode="markers+text" if group is best else "markers",
                 marker={"color": colour, "size": width},
                 name=name,
@@ -112,10 +112,10 @@ def _models(content: Content, cost: Costing, best: Sequence[Shown]) -> go.Figure
                 hovertext=[hover(model, content) for model in group],
                 hovertemplate="%{hovertext}<extra></extra>",
             )
-    if measure in content.teacher:
-        figure.add_hline(content.teacher[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
-    figure.update_yaxes(title=f"{measure} ({'higher' if larger_is_better(measure) else 'lower'} is better)")
-    values = [model.metrics[measure] for model in measured]
+    if measure in content.teacher_validation:
+        figure.add_hline(content.teacher_validation[measure], line={"color": TEACHER, "width": 1, "dash": "dot"})
+    figure.update_yaxes(title=axis(measure))
+    values = [model.validation[measure] for model in measured]
     if min(values, default=0) > 0 and max(values) > WIDE * min(values):  # one bad trial must not flatten the rest
         figure.update_yaxes(type="log")
     return figure
@@ -173,9 +173,15 @@ def hover(model: Shown, content: Content) -> str:
     lines = [f"<b>{safe(model.label)}</b>", size(model.packed_bytes) + smaller]
     if (took := model.latency) is not None:
         lines.append(f"{took.median_ms:.3g} ms a token ({took.least_ms:.3g}-{took.most_ms:.3g})")
-    lines += [f"{safe(name)} {value:.4g}" for name, value in model.metrics.items() if name in content.metrics]
+    for split, metrics in (("validation", model.validation), ("test", model.metrics)):
+        lines += [f"{split} {safe(name)} {value:.4g}" for name, value in metrics.items() if name in content.metrics]
     lines += [f"{safe(knob)}: {safe(value)}" for knob, value in model.recipe.items()]
     return "<br>".join(lines)
+
+
+def axis(measure: str) -> str:
+    """Return what stands beside the axis of the measure."""
+    return f"{measure} on validation ({'higher' if larger_is_better(measure) else 'lower'} is better)"
 
 
 def size(count: int | None) -> str:

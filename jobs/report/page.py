@@ -48,7 +48,7 @@ def page(content: Content) -> str:
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own file
         size=figures.size,
-        number=number,
+        measured=measured,
     )
 
 
@@ -86,14 +86,15 @@ def cards(content: Content) -> list[tuple[str, str, str]]:
 
 
 def measured(name: str, metrics: dict[str, float]) -> str:
-    """Return a metric with its name, if it was measured."""
-    return f"{name} {number(metrics[name])}" if name in metrics else ""
+    """Return a metric of the test split with its name, if it was measured."""
+    return f"{name} {number(metrics[name])} on test" if name in metrics else ""
 
 
 def columns(content: Content) -> list[str]:
     """Return the headings of the table of models."""
     timed = ["ms a token"] if content.timed else []
-    return ["model", "status", "bits", "bytes", "ratio", *timed, *metrics(content), "worker-hours", "version"]
+    measured = [*metrics(content), f"{content.measure} on validation"]
+    return ["model", "status", "bits", "bytes", "ratio", *timed, *measured, "worker-hours", "version"]
 
 
 def metrics(content: Content) -> list[str]:
@@ -103,14 +104,14 @@ def metrics(content: Content) -> list[str]:
 
 def row(model: Shown, content: Content) -> dict[str, Any]:
     """Return the cells of a model, each with what it is sorted by: its text, or a number that may be missing."""
-    hours = worker_hours(model.costs)
+    hours, chosen_by = worker_hours(model.costs), model.validation.get(content.measure)
     times = [model.token_ms] if content.timed else []
     version = " ".join([model.version, *(f"@{alias}" for alias in model.aliases)]).strip()
     cells: list[tuple[str, Any]] = [
         *((text, text) for text in (model.label, model.status, model.bits)),
         (figures.size(model.packed_bytes), model.packed_bytes),
         ("" if model.ratio is None else f"{model.ratio:.1f}x", model.ratio),
-        *((number(value), value) for value in [*times, *map(model.metrics.get, metrics(content))]),
+        *((number(value), value) for value in [*times, *map(model.metrics.get, metrics(content)), chosen_by]),
         (f"{hours:.3f}" if hours else "", hours or None),
         (version, version),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.flow.line import SHARED, STAGES
-from pipeline.metrics import measure_of
+from pipeline.metrics import gap_nats, measure_of
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.records import Evaluation, ModelVersion, Package, Student, SweepRecord, Teacher, Tokens, Trial
 from pipeline.store.step_store import FinishedStep, StepDir, records
@@ -116,6 +115,7 @@ class Reader:
             measure="perplexity" if measure == "gap" and alone else measure,
             shared_costs=costs(made.values()),
             teacher=whole.teacher if alone else {},
+            teacher_validation=whole.teacher_validation if alone else {},
             chosen=chosen,
         )
 
@@ -123,13 +123,16 @@ class Reader:
 def of_trial(trial: Trial, steps: Steps, gap: bool) -> Shown:
     """Return a trial of a sweep, as far as it came; `gap` adds the nats between its student and its own teacher."""
     model = shown(trial.key, label(trial.values), trial.bits, trial.status, steps)
-    size, version, metrics = trial.size, trial.version or {}, dict(trial.student) or model.metrics
+    size, version = trial.size, trial.version or {}
+    metrics, validation = dict(trial.student) or model.metrics, trial.validation.get("student") or model.validation
     if gap and trial.student:
-        metrics = {"gap": math.log(trial.student["perplexity"] / trial.teacher["perplexity"])} | metrics
+        metrics = {"gap": gap_nats(trial.teacher, trial.student)} | metrics
+        validation = {"gap": gap_nats(**trial.validation)} | validation
     return replace(
         model,
         recipe={**model.recipe, **{path.rpartition(".")[2]: value for path, value in trial.values.items()}},
         metrics=metrics,
+        validation=validation,
         packed_bytes=size.packed_bytes if size is not None else model.packed_bytes,
         ratio=size.ratio if size is not None else model.ratio,
         version=f"{version['name']}/{version['version']}" if version else "",
@@ -146,7 +149,8 @@ def shown(key: str, name: str, bits: str, status: str, steps: Steps) -> Shown:
         student = steps[Student.stage]
         model = replace(model, recipe=compared_knobs(student.record), curve=curve(_json(student, "history.json")))
     if Evaluation.stage in steps:
-        model = replace(model, metrics=dict(steps[Evaluation.stage].record.student))
+        evaluation: Evaluation = steps[Evaluation.stage].record
+        model = replace(model, metrics=evaluation.student, validation=evaluation.validation["student"])
     if Package.stage in steps:
         package = steps[Package.stage]
         size, uri = package.record.size, package.dir.uri_of(Package.FOLDER)
@@ -168,7 +172,8 @@ def content(title: str, kind: str, key: str, models: list[Shown], steps: Steps) 
         protocol=evaluation.protocol if evaluation is not None else "",
         teacher_bytes=teacher.fp32_bytes,
         teacher_parameters=teacher.parameters,
-        teacher=dict(evaluation.teacher) if evaluation is not None else {},
+        teacher=evaluation.teacher if evaluation is not None else {},
+        teacher_validation=evaluation.validation["teacher"] if evaluation is not None else {},
         shown=tuple(models),
         shared_costs=costs(steps[stage] for stage in SHARED if stage in steps),
         provenance={k: v for k, v in teacher.provenance.items() if k not in OF_THE_TEACHER_ALONE},

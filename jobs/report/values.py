@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.report.latency import Latency
-from pipeline.metrics import larger_is_better
+from pipeline.metrics import minimised
 from pipeline.sweep.pareto import pareto_front
 
 
@@ -42,7 +42,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Shown:
-    """One model, or the attempt at one."""
+    """One model, or the attempt at one. `metrics` are of the test split, for the table; `validation` has those that
+    pictures and fronts are drawn by."""
 
     key: str
     label: str
@@ -50,6 +51,7 @@ class Shown:
     recipe: dict[str, Any]
     status: str  # done, stopped or failed
     metrics: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
     packed_bytes: int | None = None
     latency: Latency | None = None
     ratio: float | None = None
@@ -89,7 +91,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Content:
-    """A whole report. `measure` is the metric of the picture, in which a model is compared with its teacher."""
+    """A whole report. `measure` is the metric of the picture, in which a model is compared with its teacher, on
+    validation; `teacher` has the teacher's metrics of the test split."""
 
     title: str
     kind: str  # run or sweep
@@ -99,6 +102,7 @@ class Content:
     teacher_bytes: int
     teacher_parameters: int
     teacher: dict[str, float]
+    teacher_validation: dict[str, float]
     shown: tuple[Shown, ...]
     shared_costs: tuple[Cost, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
@@ -113,15 +117,14 @@ class Content:
         return sorted(chosen, key=lambda model: (model.packed_bytes or 0, model.label))
 
     def pareto_front(self, cost: Costing) -> list[Shown]:
-        """Return the models that no other beats in a cost and the measure, by that cost."""
-        sign = -1.0 if larger_is_better(self.measure) else 1.0
+        """Return the models that no other beats in a cost and the measure on validation, by that cost."""
         done = [model for model in self.shown if model.status == "done" and self.has(model, cost)]
-        best = pareto_front([(cost(model), sign * model.metrics[self.measure]) for model in done])
+        best = pareto_front([(cost(model), minimised(self.measure, model.validation[self.measure])) for model in done])
         return sorted((done[index] for index in best), key=lambda model: (cost(model) or 0, model.label))
 
     def has(self, model: Shown, cost: Costing) -> bool:
         """Tell whether a model has both a cost and the measure."""
-        return cost(model) is not None and self.measure in model.metrics
+        return cost(model) is not None and self.measure in model.validation
 
     @property
     def timed(self) -> bool:

@@ -16,7 +16,7 @@ from pipeline.config.training import Cache, Distill, Finetune
 
 
 class Gate(Closed):
-    """A student that fails the gate is kept but not registered."""
+    """A student that fails the gate on the validation split is kept but not registered."""
 
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
 

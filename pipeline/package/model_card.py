@@ -10,10 +10,7 @@ POSITIONS = {"fp32": "fp32", "fp16": "fp16", "int8": "8-bit codes with one scale
 def model_card(manifest: dict[str, Any], fields: dict[str, Any], seq2seq: bool) -> str:
     """Return the README of a packed model; `fields` is its quantization_config."""
     size, metrics, quant = manifest["size"], manifest["metrics"], fields["quant"]
-    scores = "\n".join(
-        f"| {name} | {metrics['teacher'].get(name, float('nan')):.4f} | {value:.4f} |"
-        for name, value in metrics["student"].items()
-    )
+    scores = "\n".join(_row(name, metrics, metrics["validation"]) for name in metrics["student"])
     lineage = "\n".join(f"- {stage}: `{key}`" for stage, key in manifest["lineage"].items())
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     widths = ", ".join(str(bits) for bits in sorted({module["bits"] for module in fields["modules"].values()}))
@@ -22,11 +19,11 @@ def model_card(manifest: dict[str, Any], fields: dict[str, Any], seq2seq: bool) 
 Packed by bitmill with the quantizer `{manifest["quantizer"]}`: {size["packed_bytes"]:,} bytes of weights, every scale
 and header counted, {size["ratio"]:.1f} times smaller than the fp32 teacher ({size["teacher_bytes"]:,} bytes).
 
-| test split | teacher | this model |
-|---|---|---|
+| | teacher, test | this model, test | teacher, validation | this model, validation |
+|---|---|---|---|---|
 {scores}
 
-Protocol: {metrics["protocol"]}.
+Protocol: {metrics["protocol"]}. Validation chose the checkpoint, and chooses among models; test is for the report.
 
 ## Run it
 
@@ -62,3 +59,8 @@ Lineage, as step keys:
 
 {lineage}
 """
+
+
+def _row(name: str, *splits: dict[str, Any]) -> str:
+    values = [split[who].get(name) for split in splits for who in ("teacher", "student")]
+    return f"| {name} | {' | '.join('' if value is None else f'{value:.4f}' for value in values)} |"

@@ -27,7 +27,7 @@ def run(step: Step) -> Package:
     return Package(**step.identity(), files=files, digest=manifest["digest"], size=manifest["size"])
 
 
-STAGE = Stage(Package, always(Tokens, Teacher, Student, Evaluation), recipe, run)
+STAGE = Stage(Package, always(Tokens, Teacher, Student, Evaluation), recipe, run, version=2)
 
 
 def _pack(job: StepJob) -> tuple[dict[str, Any], dict[str, StoredFile]]:
@@ -39,7 +39,7 @@ def _pack(job: StepJob) -> tuple[dict[str, Any], dict[str, StoredFile]]:
         "name": job.recipe["name"],
         "teacher_bytes": teacher.record.fp32_bytes,
         "lineage": {name: earlier.record.key for name, earlier in job.inputs.items()} | {"pack": job.dir.key},
-        "metrics": {"teacher": evaluation.teacher, "student": evaluation.student, "protocol": evaluation.protocol},
+        "metrics": evaluation.model_dump(include={"teacher", "student", "validation", "protocol"}),
     }
     quant, encoding = Quant.model_validate(student.record.recipe["quant"]), job.recipe["encoding"]
     frozen, config = load_frozen(student.local(Student.FROZEN)), read_config(teacher.folder())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pipeline.errors import NotRegisteredError, RunError
+from pipeline.metrics import gap_nats
 from pipeline.stages.stage import PinnedRun, Stage, Step, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Evaluation, ModelVersion, Package, Student, Teacher
 from pipeline.tracking import registry, runs
+from pipeline.tracking.query import VALIDATION
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def run(step: Step) -> ModelVersion:
     )
 
 
-STAGE = Stage(ModelVersion, always(Teacher, Student, Evaluation, Package), recipe, run, locations)
+STAGE = Stage(ModelVersion, always(Teacher, Student, Evaluation, Package), recipe, run, locations, version=2)
 
 
 def target_at(locations: dict[str, Any], key: str, name: str, parent: str | None) -> runs.Target:
@@ -85,19 +88,25 @@ def target_at(locations: dict[str, Any], key: str, name: str, parent: str | None
 
 
 def _pass(limit: float | None, evaluation: Evaluation, uri: str) -> None:
-    ratio = evaluation.student["perplexity"] / evaluation.teacher["perplexity"]
+    ratio = math.exp(gap_nats(**evaluation.validation))
     if limit is not None and ratio > limit:
         raise NotRegisteredError(
-            f"The student's perplexity is {ratio:.3f} times the teacher's, above register.gate.max_perplexity_ratio "
-            f"({limit:g}). It was not registered; the package is kept at {uri}."
+            f"On validation the student's perplexity is {ratio:.3f} times the teacher's, above "
+            f"register.gate.max_perplexity_ratio ({limit:g}). It was not registered; the package is kept at {uri}."
         )
 
 
 def _metrics(evaluation: Evaluation, package: Package) -> dict[str, float]:
-    """Return the student's metrics under their own names, the teacher's with a prefix, and sizes."""
-    teacher = {f"teacher_{name}": value for name, value in evaluation.teacher.items()}
+    """Return metrics of the test split, of the teacher with a prefix; those of validation with another; and sizes."""
+    test = named(evaluation.teacher, evaluation.student)
+    validation = {f"{VALIDATION}{name}": value for name, value in named(**evaluation.validation).items()}
     size = {name: float(value) for name, value in package.size.model_dump().items()}
-    return {**evaluation.student, **teacher, **size}
+    return {**test, **validation, **size}
+
+
+def named(teacher: dict[str, float], student: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of both under names of their own."""
+    return {**student, **{f"teacher_{name}": value for name, value in teacher.items()}}
 
 
 def _curves(step: Step) -> dict[str, list[dict[str, float]]]:

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 Point = dict[str, float]  # of a curve: "step" and values in nats, by name
+BothMetrics = dict[Literal["teacher", "student"], dict[str, float]]
 
 
 class Advance(Protocol):
@@ -139,7 +140,7 @@ class Evaluation(Record):
     digest: str
     teacher: dict[str, float]
     student: dict[str, float]
-    validation: dict[Literal["teacher", "student"], dict[str, float]]
+    validation: BothMetrics
 
 
 class Size(Closed):
@@ -174,7 +175,8 @@ class ModelVersion(Record):
 
 class Trial(Closed):
     """A trial of a sweep: its values, and what became of it. `key` is that of its registration, as of any run,
-    `seconds` from start to end on its workers, `last` the last point of validation it reported."""
+    `seconds` from start to end on its workers, `last` the last point of validation it reported while it trained;
+    `teacher` and `student` are metrics of the test split, which nothing is chosen by."""
 
     key: str
     bits: str
@@ -182,6 +184,7 @@ class Trial(Closed):
     status: Literal["running", "done", "stopped", "failed"]
     teacher: dict[str, float] = {}
     student: dict[str, float] = {}
+    validation: BothMetrics = {}
     last: dict[str, float] = {}
     size: Size | None = None
     version: dict[str, Any] | None = None  # name, version and aliases, once it is registered
@@ -197,7 +200,7 @@ class Trial(Closed):
 
 
 class SweepRecord(Record):
-    """A finished sweep; `front` holds the keys of trials that no other beats in all objectives."""
+    """A finished sweep; `front` holds the keys of trials that no other beats in all objectives, on validation."""
 
     stage: ClassVar[str] = "sweep"
     name: str

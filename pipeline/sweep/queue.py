@@ -184,10 +184,10 @@ class TrialQueue:
         return None
 
     def scores(self, trial: Trial) -> tuple[float, ...] | None:
-        """Return a trial's objectives, each to be minimised; None: it has none yet."""
+        """Return a trial's objectives on validation, each to be minimised; None: it has none yet."""
         if trial.status != "done" or trial.size is None:
             return None
-        return scores(self.sweep.objectives, trial.teacher, trial.student, trial.size.packed_bytes)
+        return scores(self.sweep.objectives, **trial.validation, packed_bytes=trial.size.packed_bytes)
 
     def reported(self, key: str, result: dict[str, Any]) -> None:
         """Send a running trial's curves to MLflow, and keep the last validation."""
@@ -267,7 +267,8 @@ class TrialQueue:
 def described(plan: RunPlan, trial: Trial) -> Trial:
     """Return the trial with what the records of its steps say."""
     evaluation, package, version = (plan.step(kind).record for kind in (Evaluation, Package, ModelVersion))
-    facts: dict[str, Any] = {"teacher": evaluation.teacher, "student": evaluation.student, "size": package.size}
+    facts: dict[str, Any] = {name: getattr(evaluation, name) for name in ("teacher", "student", "validation")}
+    facts["size"] = package.size
     if version is not None:
         facts["version"] = {"name": version.name, "version": version.version, "aliases": list(version.aliases)}
     return trial.model_copy(update=facts)

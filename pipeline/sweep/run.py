@@ -37,7 +37,7 @@ from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
 from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import Target
 
-VERSION = 1
+VERSION = 2
 NOT_IN_KEY = ("max_concurrent",)
 TRIALS = "trials"
 PAGE = "report.html"  # beside the record

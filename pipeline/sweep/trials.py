@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +12,7 @@ from pipeline.config.presets import PRESETS, suited
 from pipeline.config.run import Config
 from pipeline.config.sweep import Between, Sweep
 from pipeline.errors import ConfigError
-from pipeline.metrics import minimised, objectives
+from pipeline.metrics import gap_nats, minimised, objectives
 from pipeline.store.keys import canonical_json
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
@@ -115,8 +114,8 @@ def label(values: dict[str, Any]) -> str:
 def scores(
     names: tuple[str, ...], teacher: dict[str, float], student: dict[str, float], packed_bytes: int
 ) -> tuple[float, ...]:
-    """Return a trial's objectives, each to be minimised; the gap is log(student's perplexity / teacher's), nats."""
-    known = {**student, "gap": math.log(student["perplexity"] / teacher["perplexity"]), "bytes": float(packed_bytes)}
+    """Return a trial's objectives, each to be minimised, from the metrics of one split."""
+    known = {**student, "gap": gap_nats(teacher, student), "bytes": float(packed_bytes)}
     return tuple(minimised(name, known[name]) for name in names)
 
 

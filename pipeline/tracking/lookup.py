@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import registry_beside
-from pipeline.tracking.query import MIB, NearMiss, Query, RegisteredModel, ranked, shortcomings
+from pipeline.tracking.query import MIB, VALIDATION, NearMiss, Query, RegisteredModel, ranked, shortcomings
 from pipeline.tracking.registry import FORMATS_TAG, OWN_FORMAT, pages
 from pipeline.tracking.runs import KEY_TAG, connect, sqlite_file
 
@@ -44,7 +44,8 @@ def lookup(
     storage_uri: str | None = None,
     **constraints: Any,
 ) -> list[RegisteredModel]:
-    """Return registered models that meet all constraints (the fields of `Query`), the best first.
+    """Return registered models that meet all constraints (the fields of `Query`), the best first. Both look at
+    validation; `metrics` of a model are those of the test split.
 
     The registry is `tracking_uri`, else the one beside `storage_uri`, else what MLFLOW_TRACKING_URI says, else the one
     beside ./bitmill-store.
@@ -77,7 +78,8 @@ def reach(uri: str) -> MlflowClient:
 
 
 def matches(client: MlflowClient, wanted: Query, order_by: str | None, limit: int | None) -> list[RegisteredModel]:
-    """Return the versions that meet all constraints, in order of a metric, each in its natural direction."""
+    """Return the versions that meet all constraints, in order of a metric, each in its natural direction, both on
+    validation."""
     wanted = _checked(wanted, limit)
     fitting = [model for model in versions(client, wanted) if not shortcomings(model, wanted)]
     return ranked(fitting, order_by or wanted.measure, required=order_by is not None)[:limit]
@@ -162,6 +164,7 @@ def _joined(version: ModelVersion, model: LoggedModel, aliases: Iterable[str]) -
         if metric.key not in latest or metric.timestamp >= latest[metric.key].timestamp:
             latest[metric.key] = metric
     metrics = {name: float(metric.value) for name, metric in sorted(latest.items())}
+    validation = {name.removeprefix(VALIDATION): v for name, v in metrics.items() if name.startswith(VALIDATION)}
     tags = version.tags
     size = metrics.get("packed_bytes")
     return RegisteredModel(
@@ -172,7 +175,8 @@ def _joined(version: ModelVersion, model: LoggedModel, aliases: Iterable[str]) -
         bits=tags.get("bitmill.bits", ""),
         quantizer=tags.get("bitmill.quantizer", ""),
         size_mib=None if size is None else size / MIB,
-        metrics=metrics,
+        metrics={name: value for name, value in metrics.items() if not name.startswith(VALIDATION)},
+        validation=validation,
         package_uri=tags.get("bitmill.package_uri", ""),
         formats=tuple(part for part in tags.get(FORMATS_TAG, OWN_FORMAT).split(",") if part),
         created_at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),

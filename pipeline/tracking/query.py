@@ -10,11 +10,19 @@ from pipeline.errors import ConfigError
 from pipeline.metrics import METRICS, larger_is_better, measure_of
 
 MIB = 2**20
+VALIDATION = "validation_"  # before the name of a metric of that split, in MLflow
+
+
+def of_text(name: str) -> bool:
+    """Tell whether a metric differs between the splits, so that validation's is looked at."""
+    metric = METRICS.get(name.removeprefix("teacher_"))
+    return metric is not None and metric.of_text
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on a metric; `scale` is how many of the metric's unit make one of the knob's."""
+    """A bound on a metric, on validation if the splits differ in it; `scale` is how many of the metric's unit make one
+    of the knob's."""
 
     knob: str
     metric: str
@@ -22,18 +30,21 @@ class Bound:
     at_most: bool
     scale: float = 1.0
 
-    def excess(self, metrics: dict[str, float]) -> float | None:
-        """Return by which fraction of the bound a model is beyond it, 0 if it is not, None if it was not measured."""
-        value = metrics.get(self.metric, math.nan)
-        if not math.isfinite(value):
-            return None
+    @property
+    def split(self) -> str:
+        """Return of which split the metric is, for people."""
+        return " on validation" if of_text(self.metric) else ""
+
+    def excess(self, value: float) -> float:
+        """Return by which fraction of the bound a value of the metric is beyond it, 0 if it is not."""
         bound = self.bound * self.scale
         return max(0.0, value - bound if self.at_most else bound - value) / max(abs(bound), 1e-9)
 
     @property
     def server_side(self) -> str:
         """Return the bound as a condition of MLflow's search."""
-        return f"metrics.{self.metric} {'<=' if self.at_most else '>='} {self.bound * self.scale!r}"
+        prefix = VALIDATION if of_text(self.metric) else ""
+        return f"metrics.{prefix}{self.metric} {'<=' if self.at_most else '>='} {self.bound * self.scale!r}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class Query:
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A registered version, as `bitmill lookup --json` prints it; metrics under the names of the pipeline."""
+    """A registered version, as `bitmill lookup --json` prints it; metrics under the names of the pipeline. `metrics`
+    has those of the test split, to be reported, and sizes; `validation` those that models are found and ordered by."""
 
     name: str
     version: int
@@ -79,9 +91,15 @@ class RegisteredModel:
     quantizer: str
     size_mib: float | None
     metrics: dict[str, float] = field(repr=False)
+    validation: dict[str, float] = field(repr=False)
     package_uri: str
     formats: tuple[str, ...]
     created_at: str  # ISO 8601, UTC
+
+    def judged_by(self, name: str) -> float | None:
+        """Return a metric of validation; one that no text shows in, such as a size, as it is; None: not measured."""
+        value = self.size_mib if name == "size_mib" else (self.validation if of_text(name) else self.metrics).get(name)
+        return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -94,14 +112,15 @@ class NearMiss:
 
 
 def ranked(models: Sequence[RegisteredModel], metric: str, required: bool) -> list[RegisteredModel]:
-    """Sort by `metric`, then size, then newest; models without it last. ConfigError if `required` and all lack it."""
-    if required and models and not any(_value(model, metric) is not None for model in models):
+    """Sort by `metric`, on validation if the splits differ in it, then size, then newest; models without it last.
+    ConfigError if `required` and all lack it."""
+    if required and models and not any(model.judged_by(metric) is not None for model in models):
         known = ", ".join(sorted({name for model in models for name in model.metrics} | {"size_mib"}))
         raise ConfigError(f"--order-by {metric!r}: no matching model has that metric; valid: {known}")
     sign = -1.0 if larger_is_better(metric) else 1.0
 
     def rank(model: RegisteredModel) -> tuple[float, float]:
-        value = _value(model, metric)
+        value = model.judged_by(metric)
         return math.inf if value is None else sign * value, math.inf if model.size_mib is None else model.size_mib
 
     newest = sorted(models, key=lambda model: (model.created_at, model.version), reverse=True)
@@ -119,15 +138,10 @@ def shortcomings(model: RegisteredModel, wanted: Query) -> list[tuple[str, float
         if want is not None and want not in values:
             failed.append((f"{knob}: has {', '.join(values) or 'none'}, wanted {want}", 1.0))
     for limit in wanted.limits():
-        excess = limit.excess(model.metrics)
-        if excess is None:
-            failed.append((f"{limit.metric} was not measured", 1.0))
-        elif excess > 0:
-            measured, side = model.metrics[limit.metric] / limit.scale, "above" if limit.at_most else "below"
-            failed.append((f"{measured:.4g} is {excess:.1%} {side} {limit.knob} {limit.bound:g}", excess))
+        value = model.judged_by(limit.metric)
+        if value is None:
+            failed.append((f"{limit.metric} was not measured{limit.split}", 1.0))
+        elif (excess := limit.excess(value)) > 0:
+            measured, side = f"{value / limit.scale:.4g}{limit.split}", "above" if limit.at_most else "below"
+            failed.append((f"{measured} is {excess:.1%} {side} {limit.knob} {limit.bound:g}", excess))
     return failed
-
-
-def _value(model: RegisteredModel, metric: str) -> float | None:
-    value = model.size_mib if metric == "size_mib" else model.metrics.get(metric)
-    return value if value is not None and math.isfinite(value) else None

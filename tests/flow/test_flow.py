@@ -70,7 +70,10 @@ def test_the_first_version_is_champion(finished):
     client = runs.connect(tracking_uri(finished.plan.config.resources))
     assert registry.find_version(client, "tiny", version.key).version == 1
     run = client.get_run(version.run_id)
-    assert run.data.metrics["perplexity"] == pytest.approx(finished.record("evaluate").student["perplexity"])
+    scored = finished.record("evaluate")
+    assert run.data.metrics["perplexity"] == pytest.approx(scored.student["perplexity"])
+    assert run.data.metrics["validation_perplexity"] == pytest.approx(scored.validation["student"]["perplexity"])
+    assert not [name for name in run.data.params if "document" in name]
     assert client.get_metric_history(version.run_id, "distill/loss")[-1].step == 12
 
 

@@ -76,12 +76,21 @@ def test_a_real_run_gives_one_document_on_stdout_and_all_else_on_stderr(tiny_fie
     assert document["run_key"] == document["stages"][-1]["key"]
     for who in ("teacher", "student"):
         assert document["metrics"][who].keys() >= {"perplexity", "bits_per_byte"}
+        assert document["metrics"]["validation"][who].keys() == document["metrics"][who].keys()
     assert document["metrics"]["student"].keys() >= {"kl_nats", "top1_agreement"}
+    assert document["metrics"]["validation"]["student"] != document["metrics"]["student"]
     assert document["size"].keys() == {"teacher_bytes", "packed_bytes", "ratio", "paper_ratio"}
     assert document["model_version"] == {"name": "four", "version": 1, "aliases": ["champion"]}
     manifest = json.loads((Path(document["package_uri"]) / "manifest.json").read_text())
     assert manifest["bits"] == "4-4-8"
-    for shown in ("perplexity", "registered", "four version 1", "bitmill evaluate", "distill"):
+    for shown in (
+        "test split",
+        "perplexity, validation",
+        "registered",
+        "four version 1",
+        "bitmill evaluate",
+        "distill",
+    ):
         assert shown in done.stderr
 
 

@@ -25,13 +25,17 @@ def test_the_document_says_what_was_measured(lookup, finished):
     evaluation, package = finished.record("evaluate"), finished.record("pack")
     assert found.keys() == {
         *("name", "version", "aliases", "task", "bits", "quantizer", "size_mib"),
-        *("metrics", "package_uri", "formats", "created_at"),
+        *("metrics", "validation", "package_uri", "formats", "created_at"),
     }
     assert (found["name"], found["version"], found["aliases"]) == ("tiny", 1, ["champion"])
     assert (found["task"], found["bits"], found["quantizer"]) == ("language_modeling", "2-2-8", "quantgpt")
     assert found["size_mib"] * 2**20 == package.size.packed_bytes
     for name, value in evaluation.student.items():
         assert found["metrics"][name] == pytest.approx(value)
+    assert found["validation"] == pytest.approx(
+        evaluation.validation["student"]
+        | {f"teacher_{name}": value for name, value in evaluation.validation["teacher"].items()}
+    )
     assert found["package_uri"] == f"{finished.package}/"
     assert found["formats"] == ["bitmill"]
 
@@ -40,7 +44,7 @@ def test_a_person_sees_a_table_and_what_to_do_next(lookup):
     done = lookup("--alias", "champion")
     assert done.exit_code == 0
     assert done.stdout == ""
-    for shown in ("tiny/1", "@champion", "2-2-8", "perplexity", "bitmill pull tiny/1"):
+    for shown in ("tiny/1", "@champion", "2-2-8", "perplexity", "validation", "test", "bitmill pull tiny/1"):
         assert shown in done.stderr
 
 
@@ -48,8 +52,8 @@ def test_if_nothing_fits_the_nearest_are_said_and_the_status_is_3(lookup, finish
     done = lookup("--max-perplexity", "1.5", "--format", "gguf", "--json")
     assert done.exit_code == 3
     assert json.loads(done.stdout) == []
-    perplexity = finished.record("evaluate").student["perplexity"]
-    excess = f"{perplexity:.4g} is {perplexity / 1.5 - 1:.1%} above max_perplexity 1.5"
+    perplexity = finished.record("evaluate").validation["student"]["perplexity"]
+    excess = f"{perplexity:.4g} on validation is {perplexity / 1.5 - 1:.1%} above max_perplexity 1.5"
     assert f"tiny/1 (2-2-8): format: has bitmill, wanted gguf; {excess}" in done.stderr
 
 

@@ -85,6 +85,7 @@ def test_the_files_are_those_of_the_contract(finished):
     assert manifest["digest"] == finished.record("distill").digest
     scored = finished.record("evaluate")
     assert (manifest["metrics"]["teacher"], manifest["metrics"]["student"]) == (scored.teacher, scored.student)
+    assert manifest["metrics"]["validation"] == scored.validation
     assert manifest["size"] == finished.record("pack").size.model_dump()
     stages = ("tokenize", "finetune", "distill", "evaluate", "pack")
     assert manifest["lineage"] == {stage: finished.plan.step(STAGES[stage].record).dir.key for stage in stages}
@@ -100,8 +101,12 @@ def test_sizes_are_what_lies_on_the_disk(finished):
 
 def test_the_card_holds_numbers_lineage_and_how_to_load(finished):
     card = (finished.package / "README.md").read_text()
-    for metrics in (finished.record("evaluate").teacher, finished.record("evaluate").student):
-        assert f"{metrics['perplexity']:.4f}" in card
+    scored = finished.record("evaluate")
+    columns = (scored.teacher, scored.student, scored.validation["teacher"], scored.validation["student"])
+    perplexities = [f"{metrics['perplexity']:.4f}" for metrics in columns]
+    assert f"| perplexity | {' | '.join(perplexities)} |" in card
+    divergences = [f"{metrics['kl_nats']:.4f}" for metrics in columns[1::2]]  # a teacher has none from itself
+    assert f"| kl_nats |  | {' |  | '.join(divergences)} |" in card
     assert finished.record("distill").key in card
     assert "pipeline.load(" in card
     assert f"{finished.record('pack').size.packed_bytes:,} bytes" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,23 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import jobs.sweep
+from jobs.report.reader import Reader
 from pipeline.config.sweep import Sweep
-from pipeline.errors import ConfigError, LostError, RunError
+from pipeline.errors import ConfigError, LostError, NotRegisteredError, RunError
 from pipeline.flow.plan import plan_run
+from pipeline.stages.evaluate import Scorer
 from pipeline.store.locations import tracking_uri
-from pipeline.sweep import bit_budget
+from pipeline.store.records import Student
+from pipeline.sweep import bit_budget, queue
 from pipeline.sweep import run as sweeping
 from pipeline.sweep.cost import estimate
 from pipeline.sweep.queue import TrialQueue, run_trial, worker_plan
 from pipeline.sweep.run import plan_sweep, run_sweep
+from pipeline.sweep.sampler import sample_values
 from pipeline.sweep.trials import trial_config
 from pipeline.tracking import runs
+from pipeline.tracking.lookup import matches
+from pipeline.tracking.query import Query
 from tests.conftest import Recorder
 
 BITS = ["2-2-8", "4-4-8", "8-8-8"]
@@ -72,6 +79,7 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
     trial = next(trial for trial in found.trials if trial.bits == "4-4-8")
     assert trial.key == compressed.plan.run_key
     assert trial.student == compressed.record("evaluate").student
+    assert trial.validation == compressed.record("evaluate").validation
     assert trial.size == compressed.record("pack").size
     assert trial.step_keys == {step.name: step.key for step in compressed.plan.steps}
 
@@ -221,6 +229,70 @@ def test_a_search_of_few_values_ends_when_all_are_tried(tiny_config, cloned):
     found = run_sweep(planned, Recorder())
     assert sorted(trial.values["distill.seed"] for trial in found.trials) == [0, 1]
     assert found.complete
+
+
+@pytest.fixture
+def contrary(monkeypatch):
+    """Scores by which seed 0 is the best on validation and the worst on the test split, by large factors."""
+    whole = Scorer.score
+
+    def score(self, split, before, shard):
+        seed = self.seed_of_student
+        piece = whole(self, split, before, shard)
+        worse = 1 + 0.2 * (2 - seed if split == "test" else seed)
+        return piece.model_copy(
+            update={"student": {**piece.student, "nats": [worse * n for n in piece.student["nats"]]}}
+        )
+
+    built = Scorer.__init__
+
+    def build(self, job):
+        built(self, job)
+        self.seed_of_student = job.input(Student).record.recipe["distill"]["seed"]
+
+    monkeypatch.setattr(Scorer, "__init__", build)
+    monkeypatch.setattr(Scorer, "score", score)
+
+
+def test_validation_chooses_where_the_splits_disagree(tiny_config, cloned, run_flow, contrary, monkeypatch):
+    told, sample = [], sample_values
+
+    def sampling(sweep, index, tried):
+        told.append([(values["distill.seed"], scores) for values, scores in tried])
+        return sample(sweep, index, tried)
+
+    monkeypatch.setattr(queue, "sample_values", sampling)
+    settings = {"space": {"distill.seed": [0, 1, 2]}, "search": "optuna", "samples": 3, "objectives": ["gap", "bytes"]}
+    config = tiny_config(cloned, distill={"steps": 2}, sweep=settings)
+    found, _ = run(config)
+    trials = {trial.values["distill.seed"]: trial for trial in found.trials}
+
+    def gap(of):
+        return math.log(of["student"]["perplexity"] / of["teacher"]["perplexity"])
+
+    validation = {seed: gap(trial.validation) for seed, trial in trials.items()}
+    test = {seed: gap({"teacher": trial.teacher, "student": trial.student}) for seed, trial in trials.items()}
+    assert sorted(trials, key=validation.get) == sorted(trials, key=test.get, reverse=True) == [0, 1, 2]
+    assert len(told[-1]) == 2
+    for seed, scores in told[-1]:
+        assert scores == (pytest.approx(validation[seed]), trials[seed].size.packed_bytes)
+    assert found.front == (trials[0].key,)
+    assert [one.key for one in Reader(str(cloned / "store"), str(cloned)).content(plan_sweep(config).key).best] == [
+        trials[0].key
+    ]
+    client = runs.connect(tracking_uri(config.resources))
+    registered = [trials[seed].version["version"] for seed in (0, 1, 2)]
+    assert [one.version for one in matches(client, Query(), None, None)] == registered
+    between = (trials[0].validation["student"]["perplexity"] + trials[1].validation["student"]["perplexity"]) / 2
+    assert [one.version for one in matches(client, Query(max_perplexity=between), None, None)] == registered[:1]
+    gate = {"gate": {"max_perplexity_ratio": math.exp((validation[0] + validation[1]) / 2)}}
+
+    def gated(seed):
+        return tiny_config(cloned, distill={"steps": 2, "seed": seed}, register={"name": "gated", **gate})
+
+    assert run_flow(gated(0)).record("register").version == 1
+    with pytest.raises(NotRegisteredError, match=f"On validation .* {math.exp(validation[1]):.3f} times the teacher's"):
+        run_flow(gated(1))
 
 
 GRANULARITIES = {"quant.granularity": ["per_tensor", "per_channel"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pipeline.tracking import runs
 from pipeline.tracking.lookup import matches, nearest_misses, reach
 from pipeline.tracking.query import MIB, Query, RegisteredModel, ranked, shortcomings
 
-# name, bits, task, MiB, perplexity, accuracy, formats
+# name, bits, task, MiB, perplexity and accuracy on validation, formats; the test split ranks them the other way round
 MODELS = [
     ("chat", "2-2-8", "language_modeling", 33.0, 17.5, None, "gguf,onnx"),
     ("chat", "4-4-8", "language_modeling", 62.4, 15.0, None, "gguf"),
@@ -33,6 +34,10 @@ MODELS = [
     ("o'brien", "2-2-8", "language_modeling", 20.0, 40.0, None, ""),
     ("chat", "2-2-8", "language_modeling", None, None, None, ""),  # registered before anything was measured
 ]
+
+
+def on_test(value):
+    return None if value is None else 100 - value
 
 
 def add(client, number, name, bits, task, mib, perplexity, accuracy, formats):
@@ -49,7 +54,9 @@ def add(client, number, name, bits, task, mib, perplexity, accuracy, formats):
     run = client.create_run(experiment).info.run_id
     model = client.create_logged_model(experiment, name="package", source_run_id=run, tags=tags).model_id
     client.finalize_logged_model(model, LoggedModelStatus.READY)
-    values = {"perplexity": perplexity, "packed_bytes": None if mib is None else mib * MIB, "accuracy": accuracy}
+    values = {"validation_perplexity": perplexity, "validation_accuracy": accuracy}
+    values |= {name.removeprefix("validation_"): on_test(value) for name, value in values.items()}
+    values["packed_bytes"] = None if mib is None else mib * MIB
     points = [
         Metric(key, value, 1000 + number, 0, model_id=model) for key, value in values.items() if value is not None
     ]
@@ -68,7 +75,7 @@ def uri(tmp_path_factory):
     for number, fields in enumerate(MODELS):
         _, run, model = add(client, number, *fields)
         if number == 1:  # registered twice: the later metrics hold
-            client.log_batch(run, metrics=[Metric("perplexity", 15.5, 9000, 0, model_id=model)])
+            client.log_batch(run, metrics=[Metric("validation_perplexity", 15.5, 9000, 0, model_id=model)])
     client.create_model_version("theirs", "/somewhere/else")
     client.create_logged_model("1", name="half", tags={"bitmill.key": "f" * 32})
     client.set_registered_model_alias("chat", "champion", "2")
@@ -145,7 +152,7 @@ def test_the_best_model_under_40_mib_and_perplexity_18_now(uri):
     assert names(found) == ["chat/4", "chat/1"]
     best = found[0]
     assert best.aliases == ("phone", "small")
-    assert best.metrics["perplexity"] == 16.9
+    assert (best.validation["perplexity"], best.metrics["perplexity"]) == (16.9, 100 - 16.9)
     assert best.size_mib == pytest.approx(33.0)
     assert best.package_uri == "/store/pack/3/package/"
     assert best.created_at.endswith("+00:00")
@@ -159,8 +166,10 @@ def test_a_join_on_pages_of_any_size_finds_all_of_ours(client, pages):
         one = by_place[f"/store/pack/{number}/package/"]
         assert (one.name, one.bits, one.task, one.quantizer) == (name, bits, task, "seq")
         assert one.size_mib == mib
-        assert one.metrics.get("perplexity") == (15.5 if number == 1 else perplexity)
-        assert one.metrics.get("accuracy") == accuracy
+        assert one.validation.get("perplexity") == (15.5 if number == 1 else perplexity)
+        assert one.validation.get("accuracy") == accuracy
+        assert (one.metrics.get("perplexity"), one.metrics.get("accuracy")) == (on_test(perplexity), on_test(accuracy))
+        assert not [name for name in one.metrics if name.startswith("validation")]
         assert ",".join(one.formats) == (formats or "bitmill")
     aliased = {f"{one.name}/{one.version}": one.aliases for one in found if one.aliases}
     assert aliased == {"chat/2": ("champion",), "chat/4": ("phone", "small"), "reply/1": ("champion",)}
@@ -201,8 +210,8 @@ def test_what_matches_is_what_a_plain_filter_finds(
         and (bits is None or one.bits == bits)
         and (task is None or one.task == task)
         and (mib is None or (one.size_mib is not None and one.size_mib <= mib))
-        and (perplexity is None or one.metrics.get("perplexity", 1e9) <= perplexity)
-        and (accuracy is None or one.metrics.get("accuracy", -1) >= accuracy)
+        and (perplexity is None or one.validation.get("perplexity", 1e9) <= perplexity)
+        and (accuracy is None or one.validation.get("accuracy", -1) >= accuracy)
         and (form is None or form in one.formats)
         and (alias is None or alias in one.aliases)
     }
@@ -213,9 +222,12 @@ def test_what_matches_is_what_a_plain_filter_finds(
         assert all(miss.reasons for miss in misses)
 
 
-def model(number, **metrics):
-    size = metrics.pop("mib", 10.0)
-    return RegisteredModel("m", number, (), "", "2-2-8", "seq", size, metrics, "", (), f"2026-01-{number:02}")
+def model(number, **validation):
+    size = validation.pop("mib", 10.0)
+    metrics = {"ratio": 5.0 * number, "packed_bytes": math.nan if size is None else size * MIB}
+    metrics |= {name: -value for name, value in validation.items()}
+    created = f"2026-01-{number:02}"
+    return RegisteredModel("m", number, (), "", "2-2-8", "seq", size, metrics, validation, "", (), created)
 
 
 def test_each_metric_has_its_natural_direction():
@@ -223,6 +235,7 @@ def test_each_metric_has_its_natural_direction():
     assert [one.version for one in ranked(found, "perplexity", True)][:2] == [2, 1]
     assert [one.version for one in ranked(found, "rougeL", True)][:2] == [2, 1]
     assert [one.version for one in ranked(found, "size_mib", True)] == [3, 2, 1, 4]  # equals: the newest first
+    assert [one.version for one in ranked(found, "ratio", True)] == [4, 3, 2, 1]  # of no split
 
 
 def test_a_metric_nobody_has_is_named_with_those_there_are(client):
@@ -233,11 +246,13 @@ def test_a_metric_nobody_has_is_named_with_those_there_are(client):
 
 def test_near_misses_come_by_failed_constraints_and_then_by_how_far(client):
     misses = nearest_misses(client, Query(max_size_mib=40, max_perplexity=16))
-    assert [miss.model.metrics["perplexity"] for miss in misses] == [16.9, 17.5, 19.0]
-    assert misses[0].reasons == ("16.9 is 5.6% above max_perplexity 16",)
+    assert [miss.model.validation["perplexity"] for miss in misses] == [16.9, 17.5, 19.0]
+    assert misses[0].reasons == ("16.9 on validation is 5.6% above max_perplexity 16",)
+    (reason,) = shortcomings(model(1, mib=50.0), Query(max_size_mib=40))
+    assert reason == ("50 is 25.0% above max_size_mib 40", pytest.approx(0.25))
     (reason,) = shortcomings(model(1, accuracy=0.4), Query(min_accuracy=0.5))
-    assert reason == ("0.4 is 20.0% below min_accuracy 0.5", pytest.approx(0.2))
-    assert shortcomings(model(1), Query(min_rouge_l=5.0)) == [("rougeL was not measured", 1.0)]
+    assert reason == ("0.4 on validation is 20.0% below min_accuracy 0.5", pytest.approx(0.2))
+    assert shortcomings(model(1), Query(min_rouge_l=5.0)) == [("rougeL was not measured on validation", 1.0)]
     assert shortcomings(model(1), Query(name="n", format="gguf", alias="a")) == [
         ("name is m, wanted n", 1.0),
         ("format: has none, wanted gguf", 1.0),

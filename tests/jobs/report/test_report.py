@@ -21,7 +21,7 @@ from jobs.report import latency, write
 from jobs.report.figures import paper_marks, speed
 from jobs.report.figures import trade_off as figure_of
 from jobs.report.files import table
-from jobs.report.page import page
+from jobs.report.page import columns, page, row
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
 from pipeline.store.records import Student, SweepRecord, Trial, read_record
@@ -33,7 +33,9 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package ch
 
 
 def model(key, size, perplexity, **given):
-    metrics = {} if perplexity is None else {"perplexity": perplexity, "kl_nats": perplexity / 100}
+    """Scored `perplexity` on validation; the test split says the opposite."""
+    validation = {} if perplexity is None else {"perplexity": perplexity, "kl_nats": perplexity / 100}
+    metrics = {name: 1 / value for name, value in validation.items()}
     fields = {
         "label": f"model {key}",
         "bits": "2-2-8",
@@ -45,7 +47,7 @@ def model(key, size, perplexity, **given):
         "modules": (Module("transformer.h.0.mlp", 2, 4096, 1.1, 0.3), Module("transformer.wte", 4, 8192)),
         "costs": (Cost("distill", 30.0, 2), Cost("pack", None)),
     }
-    return Shown(key=key, metrics=metrics, packed_bytes=size, **{**fields, **given})
+    return Shown(key=key, metrics=metrics, validation=validation, packed_bytes=size, **{**fields, **given})
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def trade_off():
         protocol="block length 128",
         teacher_bytes=1_600_000,
         teacher_parameters=400_000,
-        teacher={"perplexity": 19.0},
+        teacher={"perplexity": 1 / 19.0},
+        teacher_validation={"perplexity": 19.0},
         shown=shown,
         shared_costs=(Cost("tokenize", 10.0), Cost("finetune", 90.0, 2)),
         provenance={"torch": "2.13.0"},
@@ -110,10 +113,24 @@ def test_the_front_keeps_ties_and_leaves_failures_out(trade_off):
         trade_off,
         measure="accuracy",
         shown=tuple(
-            replace(one, metrics={"accuracy": one.metrics.get("perplexity", 0) / 100}) for one in trade_off.shown
+            replace(one, validation={"accuracy": one.validation.get("perplexity", 0) / 100}) for one in trade_off.shown
         ),
     )
     assert [one.key for one in higher.best] == ["1", "2"]  # larger is better, so the smallest beat all
+
+
+def test_validation_draws_and_the_test_split_is_in_the_table(trade_off):
+    points = {(x, y) for trace in figure_of(trade_off)["data"] for x, y in zip(trace["x"], trace["y"], strict=True)}
+    assert points >= {(model.packed_bytes, model.validation["perplexity"]) for model in trade_off.shown[:4]}
+    assert (1_600_000, 19.0) in points
+    assert figure_of(trade_off)["layout"]["yaxis"]["title"]["text"] == "perplexity on validation (lower is better)"
+    cells = {
+        one.key: dict(zip(columns(trade_off), row(one, trade_off)["cells"], strict=True)) for one in trade_off.shown
+    }
+    assert [cells[key]["perplexity"][1] for key in "134"] == [1 / 30, 1 / 20, 1 / 25]
+    assert [cells[key]["perplexity on validation"][1] for key in "134"] == [30, 20, 25]
+    assert cells["5"]["perplexity on validation"] == ("", None)
+    assert "perplexity 0.03333 on test" in page(trade_off)
 
 
 def test_the_page_asks_for_nothing_from_anywhere(trade_off):
@@ -144,7 +161,7 @@ def test_the_table_holds_everything_unrounded_and_runs_nothing(trade_off):
     (row,) = csv.DictReader(io.StringIO(table(hostile)))
     assert row["model"] == "'=HYPERLINK(1)"
     assert row["'+x"] == "'@y"
-    assert float(row["perplexity"]) == 1 / 3
+    assert (float(row["perplexity"]), float(row["validation_perplexity"])) == (1 / (1 / 3), 1 / 3)
     assert (row["packed_bytes"], row["front"], row["version"]) == ("123", "True", "chat/9")
     assert len(table(trade_off).splitlines()) == 6
 
@@ -173,7 +190,7 @@ def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
     assert 'data-drawn="yes"' in dom
     assert dom.count('class="main-svg"') >= 6
     body = dom[dom.index("<tbody>") : dom.index("</tbody>")]
-    assert re.findall(r">model (\d)<", body) == ["3", "4", "1", "2", "5"]  # what has no perplexity comes last
+    assert re.findall(r">model (\d)<", body) == ["1", "2", "4", "3", "5"]  # what has no perplexity comes last
     assert 'aria-sort="ascending"' in dom
 
 
@@ -200,7 +217,7 @@ def test_files_lie_side_by_side(trade_off, tmp_path):
 
 
 def test_a_report_of_nothing_finished_is_a_report(trade_off, tmp_path):
-    nothing = replace(trade_off, shown=trade_off.shown[-1:], teacher={}, shared_costs=())
+    nothing = replace(trade_off, shown=trade_off.shown[-1:], teacher={}, teacher_validation={}, shared_costs=())
     write(nothing, tmp_path / "report.html")
     assert "No model was finished" in (tmp_path / "report.html").read_text()
 
@@ -217,6 +234,7 @@ def test_a_run_is_read_from_its_records(finished, reader):
     evaluation, package, student = (finished.record(stage) for stage in ("evaluate", "pack", "distill"))
     assert (found.kind, found.title, found.measure) == ("run", "tiny at 2-2-8", "perplexity")
     assert (found.teacher, one.metrics) == (evaluation.teacher, evaluation.student)
+    assert {"teacher": found.teacher_validation, "student": one.validation} == evaluation.validation
     assert (one.packed_bytes, one.ratio) == (package.size.packed_bytes, package.size.ratio)
     assert (one.version, one.aliases, one.command) == ("tiny/1", ("champion",), "bitmill pull tiny/1 tiny-1")
     assert one.recipe["lr"] == student.recipe["distill"]["lr"]
@@ -244,6 +262,7 @@ def sweep_of(finished, store: Path) -> SweepRecord:
         status="done",
         teacher=evaluation.teacher,
         student=evaluation.student,
+        validation=evaluation.validation,
         size=package.size,
         version={"name": "tiny", "version": 1, "aliases": ["champion"]},
         step_keys=step_keys,
@@ -326,17 +345,20 @@ def test_every_teacher_of_a_sweep_is_paid_for(finished, cloned, run_flow, tiny_c
     other = run_flow(tiny_config(cloned, finetune={"lr": 1e-3}), until="pack")
     step_keys = {step.name: step.key for step in other.plan.steps}
     evaluation, package = other.record("evaluate"), other.record("pack")
-    metrics = {"teacher": evaluation.teacher, "student": evaluation.student, "size": package.size}
-    second = first.model_copy(update={"key": "d" * 32, "step_keys": step_keys, "version": None, **metrics})
+    metrics = {name: getattr(evaluation, name) for name in ("teacher", "student", "validation")}
+    made = {"step_keys": step_keys, "version": None, "size": package.size, **metrics}
+    second = first.model_copy(update={"key": "d" * 32, **made})
     path = cloned / "store" / "sweep" / SWEEP / "record.json"
     record = read_record(path.read_bytes(), SweepRecord, SWEEP)
     path.write_bytes(record.model_copy(update={"trials": (first, second)}).to_json())
     found = Reader(str(cloned / "store"), str(cloned / "scratch")).content(SWEEP)
     assert [cost.stage for cost in found.shared_costs] == ["tokenize", "finetune", "finetune", "cache", "cache"]
-    assert (found.measure, found.teacher) == ("gap", {})
+    assert (found.measure, found.teacher, found.teacher_validation) == ("gap", {}, {})
     for one, trial in zip(found.shown, (first, second), strict=True):
         ratio = trial.student["perplexity"] / trial.teacher["perplexity"]
         assert one.metrics["gap"] == pytest.approx(math.log(ratio))
+        ratio = trial.validation["student"]["perplexity"] / trial.validation["teacher"]["perplexity"]
+        assert one.validation["gap"] == pytest.approx(math.log(ratio))
     assert "finetune" in page(found)
 
 
