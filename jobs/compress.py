@@ -48,6 +48,7 @@ def compress(
         check_page(Path(page), "--report")
     outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
+    print_shared(outcome.finished(Tokens).record, console)
     print_outcome(planned, document, path, console)
     if page is not None:
         from jobs.report import report  # draws, which a run without a page need not import
@@ -105,6 +106,21 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
     console.print(f"cache mode {planned.cache_mode[1]}")
+    print_shared(planned.tokens, console)
+
+
+def print_shared(tokens: Tokens | None, console: Console) -> None:
+    """Print in one line which documents several splits hold, if there are any."""
+    if tokens is None:
+        return
+    about = "about " if tokens.compared < 1 else ""
+    told = [
+        f"{about}{count:,} of {split.documents:,} documents of the {name} split are in the {earlier} split too"
+        for name, split in tokens.splits.items()
+        for earlier, count in split.shared.items()
+    ]
+    if told:
+        console.print("; ".join(told), soft_wrap=True)
 
 
 def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column
 
-from jobs.compress import MIB, store_options
+from jobs.compress import MIB, print_shared, store_options
 from jobs.display import Display, print_table
 from pipeline.config.run import Config
 from pipeline.metrics import gap_nats
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.objects import open_objects
-from pipeline.store.records import Trial
+from pipeline.store.records import Tokens, Trial
 from pipeline.sweep.cost import Estimate, estimate
 from pipeline.sweep.queue import PlannedTrial
 from pipeline.sweep.run import PAGE, SweepPlan, SweepResult, parent_of, plan_sweep, run_sweep
@@ -126,6 +126,7 @@ def print_result(planned: SweepPlan, result: SweepResult, console: Console) -> N
     trials = sorted(result.trials, key=lambda trial: trial.size.packed_bytes if trial.size else math.inf)
     rows = [(*_row(trial), "*" if trial.key in result.front else "") for trial in trials]
     print_table(console, (Column("trial", no_wrap=True), *headings, "front, by\nvalidation"), rows)
+    print_shared(planned.base.step(Tokens).dir.record(Tokens), console)
     for trial in result.trials:
         if trial.failure:
             console.print(f"{label(trial.values)}: {trial.failure}", soft_wrap=True)

@@ -94,6 +94,9 @@ class Data(Closed):
     after it, cut at blank lines. `sample` takes that share of `source`, by the same hashes, or of a block's file its
     beginning.
 
+    A file that two splits hold is refused, and so is a `validation` or `test` of which more than half the documents
+    (of `unit: line`: lines of 32 characters or more) are in another split; fewer are counted, and the run says it.
+
     Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
     `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with
     `candidates_column`, a row is one example: the turns so far, and candidate replies of which the last is true.

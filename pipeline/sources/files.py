@@ -37,13 +37,28 @@ class SourceFile(Closed):
 
 
 def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[SourceFile, ...]]:
-    """Pin the files of every split that has a source of its own. Raises ConfigError: as `pin_text` does."""
+    """Pin the files of every split that has a source of its own.
+
+    Raises:
+        ConfigError: as `pin_text` does; a file that is in two of them.
+    """
     sources: dict[SplitName, tuple[str, str | None]] = {
         "train": ("data.source", section.source),
         "validation": ("data.validation", section.validation),
         "test": ("data.test", section.test),
     }
-    return {split: pin_text(source, knob, memo) for split, (knob, source) in sources.items() if source is not None}
+    pinned = {split: pin_text(source, knob, memo) for split, (knob, source) in sources.items() if source is not None}
+    first_with: dict[str, tuple[str, str]] = {}
+    for split, files in pinned.items():
+        knob = sources[split][0]
+        for file in files:
+            other, uri = first_with.setdefault(file.content, (knob, file.uri))
+            if other != knob:
+                raise ConfigError(
+                    f"{other} and {knob} hold the same file: {uri} and {file.uri} are equal, byte for byte. Take it "
+                    f"out of one of them, or leave {knob} out, which keeps data.holdout of data.source from training."
+                )
+    return pinned
 
 
 def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...]:

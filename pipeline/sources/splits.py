@@ -3,32 +3,40 @@
 A file of rows is split by document: the content's hash, a point of 0..1, falls into one of the splits' intervals. A
 txt file is one text, whose paragraphs follow from each other: it stays whole where there are enough of them, else each
 gives a block to every split.
+
+What two splits hold all the same is counted by the hashes of their documents.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, combinations, pairwise
 from typing import Any
 
+from pipeline.errors import ConfigError
 from pipeline.sources.files import SourceFile
 from pipeline.sources.text import Part, byte_parts, parts
 from pipeline.store.records import SPLITS, SplitName
 
 Interval = tuple[float, float]
 ALL: Interval = (0.0, 1.0)
+COMPARED_BYTES = 2**28  # of the text of all splits; of more, a share of the documents stands for all
+SHORTEST_LINE = 32  # shorter ones, such as headings, recur in any text
+MOST_SHARED = 0.5  # of a split that is to measure
 
 
 class SplitPart(Part):
     """A part of the text, the split it goes to, and which of its documents: those whose hash, as a point of the unit
-    interval, lies in low..high."""
+    interval, lies in low..high. `share` of them are compared with those of other splits."""
 
     split: str
     index: int
     low: float
     high: float
+    share: float
 
 
 def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[SplitPart]:
@@ -37,12 +45,13 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     files = {split: [SourceFile.model_validate(file) for file in locations.get(split, ())] for split in SPLITS}
     intervals = _intervals(recipe["data"])
     places = _places(files["train"], [*intervals.values()])
+    share = min(1.0, COMPARED_BYTES / sum(file.bytes for file in chain(*files.values())))
     work = []
     for split in SPLITS:
         source, interval = files["train" if split in intervals else split], intervals.get(split, ALL)
         pieces = chain.from_iterable(_pieces(file, interval, places) for file in source)
         work += [
-            SplitPart(**part.model_dump(), split=split, index=index, low=low, high=high)
+            SplitPart(**dict(part), split=split, index=index, low=low, high=high, share=share)
             for index, (part, (low, high)) in enumerate(pieces)
         ]
     return work
@@ -60,9 +69,9 @@ def _places(files: Sequence[SourceFile], intervals: Sequence[Interval]) -> dict[
     """Return a point of 0..1 for each txt file, by content: its middle, where all lie end to end in the order of their
     hashes. None has one if an interval would get no file."""
     sizes = {file.content: file.bytes for file in files if file.format == "txt"}
-    places, before = {}, 0
+    total, before, places = sum(sizes.values()), 0, {}
     for content in sorted(sizes, key=point):
-        places[content] = (before + sizes[content] / 2) / sum(sizes.values())
+        places[content] = (before + sizes[content] / 2) / total
         before += sizes[content]
     enough = all(any(low <= place < high for place in places.values()) for low, high in intervals)
     return places if enough else {}
@@ -74,12 +83,59 @@ def _pieces(file: SourceFile, interval: Interval, places: dict[str, float]) -> I
     if file.format != "txt" or interval == ALL:
         yield from ((part, interval) for part in parts(file))
     elif places:
-        yield from ((part, ALL) for part in parts(file) if low <= places[file.content] < high)
+        yield from ((part, ALL) for part in (parts(file) if low <= places[file.content] < high else ()))
     else:  # training has the end, which may be a licence or an index, nothing to measure by
         yield from ((part, ALL) for part in byte_parts(file, int(low * file.bytes), int(high * file.bytes)))
 
 
 def point(content: Any) -> float:
     """Return a text, or what JSON can hold, as a point of 0..1."""
-    text = content if isinstance(content, str) else json.dumps(content)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+    return int.from_bytes(_digest(content)[:8]) / 2**64
+
+
+def _digest(content: Any) -> bytes:
+    return hashlib.sha256((content if isinstance(content, str) else json.dumps(content)).encode()).digest()
+
+
+@dataclass
+class Sketch:
+    """The number of a split's documents, and hashes of the same share of each split's."""
+
+    share: float = 1.0
+    documents: int = 0
+    hashes: list[int] = field(default_factory=list)
+
+    def add(self, content: Any, unit: str) -> None:
+        """Count a document, by what makes it the same as another."""
+        if isinstance(content, str):
+            content = content.strip()
+            if unit == "line" and len(content) < SHORTEST_LINE:
+                return
+        self.documents += 1
+        number = int.from_bytes(_digest(content)[8:16])  # not the bytes by which splits are drawn
+        if number < self.share * 2**64:
+            self.hashes.append(number)
+
+
+def shared_documents(
+    sketches: Mapping[SplitName, Sketch], data: dict[str, Any]
+) -> dict[SplitName, dict[SplitName, int]]:
+    """Return how many documents of validation and test an earlier split holds too, by its name; where a share of them
+    was compared, an estimate.
+
+    Raises:
+        ConfigError: it is more than MOST_SHARED of a split that `data` gives a source of its own.
+    """
+    shared: dict[SplitName, dict[SplitName, int]] = {split: {} for split in SPLITS}
+    for earlier, split in combinations([split for split in SPLITS if split in sketches], 2):
+        sketch, held = sketches[split], set(sketches[earlier].hashes)
+        both = sum(number in held for number in sketch.hashes)
+        if both:
+            count = shared[split][earlier] = round(sketch.documents * both / len(sketch.hashes))
+            if data[split] is not None and both > MOST_SHARED * len(sketch.hashes):
+                raise ConfigError(
+                    f"data.{split}: {count:,} of its {sketch.documents:,} documents are in the {earlier} split too, "
+                    f"more than {MOST_SHARED:.0%}. What a model is chosen or scored by must be new to it: give other "
+                    f"text, or leave data.{split} out, which keeps data.holdout of data.source from training."
+                )
+    return shared

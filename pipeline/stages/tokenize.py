@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
 from pipeline.sources.models import model_folder
-from pipeline.sources.splits import ALL, SplitPart, point, split_parts
+from pipeline.sources.splits import ALL, Sketch, SplitPart, point, shared_documents, split_parts
 from pipeline.sources.text import documents
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
 from pipeline.store.records import SPLITS, Shard, Split, SplitName, StoredFile, Tokens
@@ -35,7 +35,7 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
     """Look at the text before any worker starts: the columns of files on this machine, and all of a small corpus.
 
     Raises:
-        ConfigError: a column that is not there, or a split that cannot fill what it must.
+        ConfigError: a column that is not there, a split that cannot fill what it must, or one that is another's.
     """
     task, recipe, tokenizer = run.task, run.tokens_recipe, run.tokenizer
     work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
@@ -43,13 +43,15 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
         if part.start == 0 and ("://" not in part.file.uri or part.file.format == "python"):
             next(rows(part, columns or ()), None)
     small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
+    sketches = {split: Sketch() for split in SPLITS}
     texts = {
-        split: list(_split_documents(split, work, recipe))
+        split: list(_watched(_split_documents(split, work, recipe), sketches[split], recipe))
         for split in SPLITS
         if (split if run.text.get(split) else "train") in small
     }
     if not texts:
         return
+    shared_documents({split: sketches[split] for split in texts}, recipe["data"])
     if tokenizer is None:
         known = texts.get("train") or chain.from_iterable(texts.values())
         strings = (text for document in known for text in task.strings(document))
@@ -70,14 +72,18 @@ def run(step: Step) -> Tokens:
     files = record.files if record is not None else step.engine.task(partial(_make_tokenizer, step.job, work), step.dir)
     collected = step.engine.task(partial(_collect, step.job, work), step.dir) if task.collects else {}
     lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, gpus=0)
-    splits = {split: Split() for split in SPLITS}
+    splits, sketches = {split: Split() for split in SPLITS}, {split: Sketch() for split in SPLITS}
     for entry in sorted(map(json.loads, lines), key=lambda entry: (entry["split"], entry["index"])):
         split = splits[entry["split"]]
         splits[entry["split"]] = Split(
             shards=(*split.shards, *(Shard.model_validate(shard) for shard in entry["shards"])),
             text_bytes=split.text_bytes + entry["text_bytes"],
         )
-    for name, split in splits.items():
+        sketches[entry["split"]].documents += entry["documents"]
+        sketches[entry["split"]].hashes += entry["hashes"]
+    for name, shared in shared_documents(sketches, step.recipe["data"]).items():
+        counted = {"documents": sketches[name].documents, "shared": shared}
+        split = splits[name] = splits[name].model_copy(update=counted)
         if (shortage := task.shortage(name, split.rows, split.tokens)) is not None:
             raise ConfigError(shortage)
     tokenizer = read_tokenizer(step.dir.folder(files, Tokens.FOLDER))
@@ -88,6 +94,7 @@ def run(step: Step) -> Tokens:
         end_of_text=tokenizer.eos_token_id,
         padding=tokenizer.pad_token_id if task.encoder_decoder else None,
         splits=splits,
+        compared=work[0].share,
     )
 
 
@@ -117,6 +124,14 @@ def documents_of(part: SplitPart, recipe: dict[str, Any]) -> Iterator[Any]:
     for document in read:  # all rows of one document go where its first one goes
         if (part.low, part.high) == ALL or part.low <= point(task.kept_together(document[0])) < part.high:
             yield from document
+
+
+def _watched(documents: Iterable[Any], sketch: Sketch, recipe: dict[str, Any]) -> Iterator[Any]:
+    """Yield documents, each added to a sketch."""
+    task, unit = task_of(recipe), recipe["data"]["unit"]
+    for document in documents:
+        sketch.add(task.compared(document), unit)
+        yield document
 
 
 def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, Any]) -> Iterator[Any]:
@@ -171,7 +186,8 @@ class TokenizePart:
         return entry if all(committed_shard(self.dir, shard["name"]) for shard in entry["shards"]) else None
 
     def _tokenize(self, part: SplitPart) -> dict[str, Any]:
-        read, unit = documents_of(part, self.recipe), self.recipe["data"]["unit"]
+        sketch, unit = Sketch(part.share), self.recipe["data"]["unit"]
+        read = _watched(documents_of(part, self.recipe), sketch, self.recipe)
         stored, collected = self.collected.get(part.split), None
         if stored is not None:
             collected = json.loads(self.dir.local(f"attempt/{part.split}.json", stored).read_text())
@@ -188,4 +204,5 @@ class TokenizePart:
                 partial(write_tokens, ids=rows, lengths=valid),
             )
             shards.append(shard.model_dump())
-        return {"split": part.split, "index": part.index, "shards": shards, "text_bytes": text_bytes}
+        counted = {"text_bytes": text_bytes, "documents": sketch.documents, "hashes": sketch.hashes}
+        return {"split": part.split, "index": part.index, "shards": shards, **counted}

@@ -38,10 +38,13 @@ class Shard(Closed):
 
 
 class Split(Closed):
-    """The shards of one split, in order, and the UTF-8 bytes of its text."""
+    """The shards of one split, in order, and the UTF-8 bytes of its text. `shared` says how many of its documents an
+    earlier split, by name, holds too; of `unit: line`, documents are lines that are not short."""
 
     shards: tuple[Shard, ...] = ()
     text_bytes: int = 0
+    documents: int = 0
+    shared: dict[SplitName, int] = {}
 
     @property
     def rows(self) -> int:
@@ -81,6 +84,7 @@ class Tokens(Record):
     end_of_text: int | None
     padding: int | None = None  # where the task needs a padding token
     splits: dict[SplitName, Split]
+    compared: float = 1.0  # share of the documents by which those that splits share were counted
 
 
 class Trained(Record):

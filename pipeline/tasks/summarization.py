@@ -66,8 +66,8 @@ class Summarization(Task):
     def columns(self, data: dict[str, Any]) -> tuple[str, ...] | None:
         return data["text_column"], data.get("summary_column", "summary")
 
-    def kept_together(self, document: Any) -> Any:
-        """Return the text: of a text with several summaries, all go the same way."""
+    def compared(self, document: Any) -> Any:
+        """Return the text, whatever its summary."""
         return document[0]
 
     def strings(self, document: Any) -> Iterable[str]:

@@ -76,9 +76,13 @@ class Task(ABC):
         """Return the columns of a row of data that make a document; None: running text."""
         return None
 
+    def compared(self, document: Any) -> Any:
+        """Return what makes a document the same as one of another split."""
+        return document
+
     def kept_together(self, document: Any) -> Any:
         """Return what decides which split a document goes to where some are held out."""
-        return document
+        return self.compared(document)
 
     def strings(self, document: Any) -> Iterable[str]:
         """Return all text of a document, for a tokenizer that is learned."""

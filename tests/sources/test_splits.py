@@ -1,4 +1,4 @@
-"""Texts that are held out: whole files where there are enough, else a block of each."""
+"""What is held out of texts, whole files where there are enough, else a block of each; and what splits share."""
 
 import shutil
 from itertools import chain
@@ -6,9 +6,11 @@ from itertools import chain
 import pytest
 
 from pipeline.config.data import Data
+from pipeline.errors import ConfigError
+from pipeline.sources import splits as splits_module
 from pipeline.sources import text as sources
 from pipeline.sources.files import pin_splits
-from pipeline.sources.splits import split_parts
+from pipeline.sources.splits import Sketch, shared_documents, split_parts
 from pipeline.sources.text import documents
 from pipeline.store.records import SPLITS
 
@@ -114,3 +116,84 @@ def test_texts_beside_rows_are_split_among_themselves(tmp_path, divide):
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(300)))
     splits = divide(tmp_path / "*.*", holdout=0.1)
     assert [len(set(paragraphs) & set(splits[split])) for split in SPLITS] == ABOUT
+
+
+def refused(memo, **data):
+    with pytest.raises(ConfigError) as refusal:
+        pin_splits(Data(**data), memo)
+    return str(refusal.value)
+
+
+def test_a_file_in_two_splits_is_refused_by_content(tmp_path, memo):
+    for name, text in (("a.txt", "one"), ("b.txt", "two"), ("c.txt", "three"), ("copy.txt", "two")):
+        (tmp_path / name).write_text(text)
+    a, b, c, copy, both = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt", "copy.txt", "[ab].txt"))
+    message = refused(memo, source=both, validation=c, test=copy)
+    assert all(needle in message for needle in ("data.source and data.test hold the same file", b, copy))
+    assert "data.validation and data.test" in refused(memo, source=a, validation=b, test=copy)
+    assert "data.source and data.validation" in refused(memo, source=both, validation=a)
+    assert "python://aclsum/test" in refused(memo, source="python://aclsum", test="python://aclsum/test")
+    assert len(pin_splits(Data(source=both, validation=c), memo)) == 2
+
+
+def sketch(texts, share=1.0, unit="document"):
+    sketched = Sketch(share)
+    for text in texts:
+        sketched.add(text, unit)
+    return sketched
+
+
+def shared(sketches, explicit=()):
+    return shared_documents(sketches, {split: ["pinned"] if split in explicit else None for split in SPLITS})
+
+
+def test_documents_of_several_splits_are_counted():
+    train, validation, test = ([f"{name} {i}" for i in range(100)] for name in SPLITS)
+    sketches = {
+        "train": sketch(train),
+        "validation": sketch([*validation, f"  {train[0]}\n", train[0]]),  # blanks around a text make no other
+        "test": sketch([*test, train[1], validation[0], validation[1], validation[1]]),
+    }
+    assert shared(sketches) == {"train": {}, "validation": {"train": 2}, "test": {"train": 1, "validation": 3}}
+    assert sketches["test"].documents == 104
+    assert shared({"train": sketches["train"], "test": sketches["test"]})["test"] == {"train": 1}
+
+
+def test_short_lines_recur_in_any_text():
+    heading, line = "Chapter one", "It was the best of times, it was the worst of times,\n"
+    sketches = {"train": sketch([heading, line], unit="line"), "test": sketch([heading, line, "\n"], unit="line")}
+    assert shared(sketches)["test"] == {"train": 1}
+    assert sketches["test"].documents == 1
+
+
+def test_of_large_splits_a_share_stands_for_all():
+    train, test = [f"train {i}" for i in range(20_000)], [f"test {i}" for i in range(3000)]
+    sketches = {"train": sketch(train, 0.1), "test": sketch([*test, *train[:2000]], 0.1)}
+    assert sketches["test"].documents == 5000
+    assert len(sketches["test"].hashes) == pytest.approx(500, abs=60)
+    assert len(sketches["train"].hashes) == pytest.approx(2000, abs=150)
+    assert shared(sketches)["test"]["train"] == pytest.approx(2000, rel=0.15)
+
+
+def test_the_share_bounds_what_is_compared_and_is_the_same_for_every_split(tmp_path, memo, monkeypatch):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(100)))
+    section = Data(source=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    files = pin_splits(section, memo)
+    places = {split: [file.model_dump() for file in pinned] for split, pinned in files.items()}
+    assert {part.share for part in split_parts({"data": section.model_dump()}, places)} == {1.0}
+    total = sum(file.bytes for pinned in files.values() for file in pinned)
+    monkeypatch.setattr(splits_module, "COMPARED_BYTES", total // 4)
+    (share,) = {part.share for part in split_parts({"data": section.model_dump()}, places)}
+    assert share == pytest.approx(0.25, rel=0.01)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_that_is_mostly_another_is_refused_where_it_has_its_own_source(split):
+    train = [f"train {i}" for i in range(100)]
+    half = [*train[:50], *(f"own {i}" for i in range(50))]
+    assert shared({"train": sketch(train), split: sketch(half)}, [split])[split] == {"train": 50}
+    more = {"train": sketch(train), split: sketch([*half, train[50]])}
+    with pytest.raises(ConfigError, match=rf"data\.{split}: 51 of its 101 documents are in the train split.*50%"):
+        shared(more, [split])
+    assert shared(more)[split] == {"train": 51}

@@ -1,14 +1,21 @@
-"""Which documents go to which split; rows and records of the stage are tested with the flow."""
+"""Which documents go to which split, and what is said of those that several hold; rows are tested with the flow."""
 
 import hashlib
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from jobs.compress import compress
 from pipeline.config.data import Data, TaskSettings
+from pipeline.errors import ConfigError
+from pipeline.flow.plan import plan_run
+from pipeline.sources import text as sources
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_splits
 from pipeline.sources.splits import split_parts
+from pipeline.stages import tokenize
 from pipeline.stages.tokenize import documents_of
 from pipeline.store.records import SPLITS
 
@@ -84,3 +91,50 @@ def test_all_summaries_of_a_text_are_in_one_split(divide, tmp_path):
     texts = {split: [text for text, _ in rows] for split, rows in splits.items()}
     assert all(len(rows) == 3 * len(set(rows)) > 0 for rows in texts.values())
     assert sum(len(set(rows)) for rows in texts.values()) == 100
+
+
+@pytest.fixture
+def sharing(corpus, tiny_config, tmp_path):
+    """A run whose test split has 40 documents, so many of them from the training text, which gives validation too."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in paragraphs(corpus)[:300]))
+
+    def sharing(common, **data):
+        own = paragraphs(corpus)[300 : 340 - common]
+        texts = [*own, *(paragraphs(corpus)[i] for i in range(common))]
+        (tmp_path / "test.txt").write_text("\n\n".join(texts))
+        files = {"source": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.txt")}
+        return tiny_config(tmp_path, data={**files, "holdout": 0.1, **data})
+
+    return sharing
+
+
+def paragraphs(corpus):
+    return corpus.read_text().strip().split("\n\n")
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_test_split_that_is_mostly_training_text_is_refused(sharing, run_flow, monkeypatch, small):
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 2**20 if small else 0)
+    with pytest.raises(ConfigError, match=r"data\.test: \d\d of its 40 documents are in the train split too"):
+        (plan_run if small else run_flow)(sharing(30), "tokenize")
+
+
+def test_what_splits_share_is_recorded_and_said(sharing, monkeypatch):
+    monkeypatch.setattr(sources, "PART_BYTES", 2000)  # of many parts
+    said, told = io.StringIO(), io.StringIO()
+    config = sharing(10)
+    compress(config, "run.yaml", Console(file=said, width=200), until="tokenize", only_plan=False, wait=True)
+    splits = plan_run(config).tokens.splits
+    assert [sum(split.documents for split in splits.values()), splits["test"].documents] == [340, 40]
+    assert splits["validation"].shared == splits["train"].shared == {}
+    assert sum(splits["test"].shared.values()) == 10
+    line = f"{splits['test'].shared['train']} of 40 documents of the test split are in the train split too"
+    assert line in said.getvalue()
+    compress(config, "run.yaml", Console(file=told, width=200), until="tokenize", only_plan=True, wait=True)
+    assert line in told.getvalue()
+
+
+def test_where_nothing_is_shared_nothing_is_said(sharing):
+    said = io.StringIO()
+    compress(sharing(0), "run.yaml", Console(file=said, width=200), until="tokenize", only_plan=False, wait=True)
+    assert "split too" not in said.getvalue()
