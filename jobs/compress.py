@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jobs.display import Display, check_page, print_table
+from jobs.display import Display, check_page, print_table, print_warnings
 from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
@@ -37,6 +37,7 @@ def compress(
     if config.preset is not None and (changed := set_otherwise(config.model_dump(), config.preset)):
         listed = ", ".join(f"{path} {own} (preset: {value})" for path, (own, value) in changed.items())
         console.print(f"preset {config.preset} with other values: {listed}")  # which is then not what was measured
+    print_warnings(console, planned.warnings)
     if only_plan:
         print_plan(planned, document := plan_document(planned), console)
         return document
@@ -86,6 +87,7 @@ def plan_document(planned: RunPlan) -> dict[str, Any]:
         "parameters": planned.parameters,
         "cache_bytes": planned.cache_bytes,
         "cache_mode": planned.cache_mode[1],
+        "warnings": planned.warnings,
     }
 
 

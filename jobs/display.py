@@ -31,6 +31,12 @@ def print_table(
     console.print(table)
 
 
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """Print each warning as a paragraph that stands out on a terminal."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False)
+
+
 class Display:
     """A listener of the flow; use it as a context."""
 

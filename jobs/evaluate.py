@@ -17,6 +17,7 @@ from jobs.display import print_table
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
+from pipeline.models.device import this_device
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_text
 from pipeline.sources.text import documents, parts
@@ -38,7 +39,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         files = pin_text(data, "--data", ContentMemo(f"{temporary}/text"))
         folder = locate(model, resources, Path(temporary) / "model")
-        loaded, tokenizer = open_model(folder), read_tokenizer(folder)
+        loaded, tokenizer = open_model(folder).to(this_device()), read_tokenizer(folder)
         width = _width(model, loaded.config, block_length)
         texts = (text for file in files for part in parts(file) for text in documents(part, unit, text_column))
         ids, lengths, _ = encode(texts, tokenizer, width, unit)

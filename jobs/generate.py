@@ -16,6 +16,7 @@ from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.models.build import read_config
+from pipeline.models.device import this_device
 from pipeline.package.manifest import MANIFEST, check
 from pipeline.package.package import configuration
 from pipeline.runtime import Runtime
@@ -55,7 +56,7 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
     tokenizer = read_tokenizer(folder)
     ids = tokenizer(request.prompt)["input_ids"]
     if config.is_encoder_decoder:
-        return _summary(open_model(folder), tokenizer, ids, request, console, say)
+        return _summary(open_model(folder).to(this_device()), tokenizer, ids, request, console, say)
     if packed:
         try:
             check_graph(config)
@@ -94,7 +95,7 @@ def _fitted(
 
 
 def _from_torch(folder: Path, ids: list[int], length: int, request: Request) -> Iterator[int]:
-    model = open_model(folder)
+    model = open_model(folder).to(this_device())
     sampled = {"do_sample": True, "temperature": request.temperature, "top_k": 0}
     ends = model.config.eos_token_id
     settings = GenerationConfig(
@@ -104,7 +105,7 @@ def _from_torch(folder: Path, ids: list[int], length: int, request: Request) -> 
         **(sampled if request.temperature else {"do_sample": False}),
     )
     torch.manual_seed(request.seed)
-    given = torch.tensor([ids])
+    given = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         generated = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
     yield from generated[0, len(ids) :].tolist()
@@ -122,7 +123,7 @@ def _summary(
     positions = int(model.config.max_position_embeddings)
     if len(ids) > positions:
         console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}")
-    source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)])
+    source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)], device=model.device)
     length = min(request.max_tokens + 1, positions)
     summary = summaries(model, source, torch.ones_like(source), length, BEAMS)
     text = tokenizer.decode(summary[0], skip_special_tokens=True)

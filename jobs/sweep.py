@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column
 
 from jobs.compress import MIB, print_shared, store_options
-from jobs.display import Display, print_table
+from jobs.display import Display, print_table, print_warnings
 from pipeline.config.run import Config
 from pipeline.metrics import gap_nats
 from pipeline.store.locations import scratch_dir, storage_uri
@@ -30,6 +30,7 @@ def sweep(
     """Run (or only plan) and print for people on `console`; returns the document of `--json`."""
     with console.status("planning") if console.is_terminal else nullcontext():
         planned = plan_sweep(config, retry_failed)
+    print_warnings(console, _warnings(planned))
     if only_plan:
         guess = estimate(planned)
         print_plan(planned, guess, console)
@@ -92,7 +93,13 @@ def _trial(trial: Trial) -> dict[str, Any]:
 def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
     """Return the document of `--plan --json`."""
     trials = [{"trial_key": t.key, "params": t.values, "status": _status(planned, t.key)} for t in _known(planned)]
-    return {"sweep_key": planned.key, **vars(guess), "count": guess.trials, "trials": trials}
+    facts = {**vars(guess), "count": guess.trials, "trials": trials, "warnings": _warnings(planned)}
+    return {"sweep_key": planned.key, **facts}
+
+
+def _warnings(planned: SweepPlan) -> list[str]:
+    """Return the warnings of a run of the base configuration, unless nothing is left to run."""
+    return [] if planned.record is not None else planned.base.warnings
 
 
 def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:

@@ -29,6 +29,13 @@ def second_device() -> Iterator[torch.device]:
         yield SECOND
 
 
+@contextlib.contextmanager
+def product_devices() -> Iterator[set[str]]:
+    """Tell on which kinds of devices matrices are multiplied while inside."""
+    with _Products() as products:
+        yield products.devices
+
+
 def device_of(tensor: Tensor) -> torch.device:
     """Return the device that a tensor is on."""
     label: torch.device = getattr(tensor.untyped_storage(), "label", tensor.device)
@@ -66,6 +73,17 @@ class _Operations(TorchDispatchMode):
         if len(devices) > 1:
             raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found cpu and {SECOND}")
         return next(iter(devices), CPU)
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            self.devices.add(device_of(args[-1]).type)
+        return func(*args, **(kwargs or {}))
 
 
 class _Functions(TorchFunctionMode):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError
 from pipeline.models.build import load_model
+from pipeline.models.device import this_device
 from pipeline.store.step_store import checksum
 from pipeline.tasks.tokenizers import read_tokenizer
 
@@ -30,7 +31,7 @@ def generated_text(
     path = folder / f"generated-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.jsonl"
     if path.exists():
         return path
-    model, tokenizer = load_model(teacher).eval(), read_tokenizer(teacher)
+    model, tokenizer = load_model(teacher).to(this_device()).eval(), read_tokenizer(teacher)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ConfigError(f"--teacher {teacher}: its tokenizer has no token to begin a text with; give --data.")
@@ -50,7 +51,7 @@ def generated_text(
 def _sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, first: int, count: int, length: int
 ) -> list[str]:
-    start = torch.full((count, 1), first)
+    start = torch.full((count, 1), first, device=model.device)
     ids = model.generate(
         start,
         attention_mask=torch.ones_like(start),

@@ -22,7 +22,7 @@ class Resources(Closed):
     ray_address: str | None = None
     workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
     cpus_per_worker: Rate = 1
-    gpus_per_worker: NotNegative = 0
+    gpus_per_worker: NotNegative = 0  # 0: all is computed on CPUs, whatever there is
     micro_batch: Positive = 8  # rows a worker passes through the model at once while training
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False

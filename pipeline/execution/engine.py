@@ -88,14 +88,14 @@ class Engine:
                 "resources_per_worker": {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
-        config = {"work": work, "threads": self._threads()}
+        config = {"work": work, "threads": self._threads(), "resources": resources}
         with quiet(), delivered(actor, advance, self.groups), explained(step_dir):
             scaling = ScalingConfig(**workers)
             TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
             if actor is not None and (failure := ray.get(actor.failure.remote())) is not None:
                 raise failure
 
-    def task(self, work: Callable[[], T], step_dir: StepDir) -> T:
+    def task(self, work: Callable[[], T], step_dir: StepDir, gpus: float = 0) -> T:
         """Run `work()` as one plain task, in this process if Ray would start for it alone; return what it gives."""
         if self._can_spare_ray():
             import torch
@@ -107,7 +107,7 @@ class Engine:
                     return work()
             finally:
                 set_threads(before)
-        return self.tasks([work], step_dir, lambda *progress, points=(): None, gpus=0)[0]
+        return self.tasks([work], step_dir, lambda *progress, points=(): None, gpus)[0]
 
     def tasks(self, work: Sequence[Callable[[], T]], step_dir: StepDir, advance: Advance, gpus: float) -> list[T]:
         """Run each piece of work as a plain task, `resources.workers` at a time; return what they give, in order."""
@@ -247,8 +247,11 @@ class _ShardWorker:
 def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
+    from pipeline.models.device import device_for  # imports torch, which Ray's controller need not
+
     set_threads(config["threads"])
-    config["work"]()(device=ray.train.torch.get_device())
+    resources = config["resources"]
+    config["work"]()(device=ray.train.torch.get_device() if resources.workers else device_for(resources))
 
 
 def _guarded(worker: Worker, actor: Any, device: Any) -> None:

@@ -91,6 +91,11 @@ class RunPlan:
         """Return the steps that are to run."""
         return [step for step in self.steps if step.record is None]
 
+    @property
+    def warnings(self) -> list[str]:
+        """Return what will work and is not what one would expect of this machine, each with its knob."""
+        return preflight.warnings(self.config, {step.stage.record for step in self.left})
+
     def step(self, kind: type[Record]) -> PlannedStep:
         """Return the step that makes a kind of record."""
         return next(step for step in self.steps if step.stage.record is kind)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from pipeline.config.data import TrainBpe
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
+from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
 from pipeline.models.family import families, family_for
 from pipeline.models.student import check_spec
 from pipeline.sources.content import ContentMemo
@@ -15,10 +17,13 @@ from pipeline.sources.files import pin_splits
 from pipeline.sources.models import pin_models
 from pipeline.stages.stage import PinnedRun
 from pipeline.store.locations import make_scratch_dir
+from pipeline.store.records import Evaluation, Record, Student, Teacher, TeacherCache
 from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedConfig
+
+COMPUTING: frozenset[type[Record]] = frozenset((Teacher, TeacherCache, Student, Evaluation))  # made on a GPU, if any
 
 
 def pin(config: Config) -> PinnedRun:
@@ -55,6 +60,36 @@ def inspect(run: PinnedRun) -> int:
             f"and the embedding; valid: -1 to {-layers - 1}."
         )
     return parameters(shape)
+
+
+def warnings(config: Config, left: Collection[type[Record]]) -> list[str]:
+    """Return what will work and is not what one would expect of this machine, with the knob, for steps that are left.
+    A cluster's machines are not known before it is reached."""
+    resources, told = config.resources, list[str]()
+    if resources.ray_address is not None or not COMPUTING.intersection(left):
+        return told
+    gpu = this_device() != CPU
+    if gpu and not resources.gpus_per_worker:
+        told.append(
+            "This machine has a GPU, and all is computed on the CPU, because resources.gpus_per_worker is 0. Set "
+            "resources.gpus_per_worker: 1 to use it."
+        )
+    if resources.gpus_per_worker and not resources.workers and not gpu:
+        told.append(
+            f"resources.gpus_per_worker is {resources.gpus_per_worker:g}, and this machine has no GPU that torch can "
+            "use: with resources.workers: 0 all is computed on the CPU. Set resources.gpus_per_worker: 0."
+        )
+    trained = {
+        "finetune": config.finetune if Teacher in left else None,
+        "distill": config.distill if Student in left else None,
+    }
+    for section, recipe in trained.items():
+        if recipe is not None and recipe.precision == "bf16" and device_for(resources) == CPU and emulates_bf16():
+            told.append(
+                f"{section}.precision is bf16, which the CPU of this machine emulates: a step takes many times as long "
+                f"as in fp32. Set {section}.precision: fp32."
+            )
+    return told
 
 
 def model_config(run: PinnedRun) -> PreTrainedConfig:

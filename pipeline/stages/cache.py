@@ -17,6 +17,7 @@ from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.build import load_model
+from pipeline.models.device import device_for
 from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
@@ -84,14 +85,15 @@ def run(step: Step) -> TeacherCache:
         return TeacherCache(**step.identity(), mode="online", dtype="float32", hidden=hidden)
     section = Cache.model_validate(step.recipe["cache"])
     check_space(step.dir, cache_bytes(split.rows, step.task.states, hidden, section.dtype), split.tokens)
-    dtype, kl_nats = step.engine.task(partial(probe, step.job, section.dtype), step.dir)
+    gpus = step.resources.gpus_per_worker
+    dtype, kl_nats = step.engine.task(partial(probe, step.job, section.dtype), step.dir, gpus)
     if kl_nats > section.max_kl_nats:
         raise RunError(
             f"Storing the teacher's states as {dtype} costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
             f"({section.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
         )
     make = partial(CacheShard, step.job, dtype)
-    lines = step.engine.shards(make, split.shards, step.advance, gpus=step.resources.gpus_per_worker)
+    lines = step.engine.shards(make, split.shards, step.advance, gpus)
     shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
     size = sum(size for name, size in step.dir.sizes("rows/").items() if name.endswith(".arrow"))
     return TeacherCache(
@@ -134,7 +136,7 @@ class CacheShard:
     def __init__(self, job: StepJob, dtype: str) -> None:
         self.dir, self.tokens, self.task, self.dtype = job.dir, job.input(Tokens).dir, job.task, dtype
         self.batch = job.resources.inference_batch  # rows of a pass
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_for(job.resources)
         self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
 
     def __call__(self, rows: Shard) -> str:
@@ -165,10 +167,11 @@ def storable(states: Tensor, dtype: str) -> str:
 @torch.no_grad()
 def probe(job: StepJob, dtype: str) -> tuple[str, float]:
     """Return the dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
-    model, tokens = load_model(job.input(Teacher).folder()).eval(), job.input(Tokens)
+    device, tokens = device_for(job.resources), job.input(Tokens)
+    model = load_model(job.input(Teacher).folder()).to(device).eval()
     reader = Rows(tokens.dir, drawn_shards(tokens.record.splits["train"].shards, PROBE_SHARDS))
     ids, lengths, _ = reader.get(reader.drawn(PROBE_ROWS))
-    batch = job.task.batch(ids, lengths)
+    batch = job.task.batch(ids, lengths).to(device)
     states = last_states(model, *batch.inputs)
     dtype = storable(states, dtype)
     head: Any = head_of(model)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.models.build import load_model
+from pipeline.models.device import device_for
 from pipeline.models.family import family_named
 from pipeline.models.hidden_states import head_of, last_states, logits_of
 from pipeline.models.student import make_student
@@ -42,7 +43,7 @@ def recipe(run: PinnedRun) -> dict[str, Any]:
 
 def run(step: Step) -> Sensitivity:
     """Measure every module at every width, as one task."""
-    tokens, kl_nats = step.engine.task(partial(_measure, step.job), step.dir)
+    tokens, kl_nats = step.engine.task(partial(_measure, step.job), step.dir, step.resources.gpus_per_worker)
     return Sensitivity(**step.identity(), tokens=tokens, kl_nats=kl_nats)
 
 
@@ -55,14 +56,15 @@ def _measure(job: StepJob) -> tuple[int, dict[str, dict[int, float]]]:
     models, and the logits of one batch."""
     teacher = job.input(Teacher)
     folder, family = teacher.folder(), family_named(teacher.record.family)
-    original = load_model(folder).eval()
-    pieces = list(_batches(job, original))
+    device = device_for(job.resources)
+    original = load_model(folder).to(device).eval()
+    pieces = list(_batches(job, original, device))
     tokens = sum(int(batch.distilled.sum()) for batch, _ in pieces)
     kl_nats: dict[str, dict[int, float]] = {}
     for width in job.recipe["widths"]:
         student = load_model(folder)
         make_student(student, alone(job.recipe, width), family)
-        student.eval()
+        student.to(device).eval()
         modules = {name: (student.get_submodule(name), quantizer) for name, _, quantizer in quantizers(student)}
         for module, _ in modules.values():
             module.quantizer = None
@@ -86,16 +88,18 @@ def alone(recipe: dict[str, Any], width: int) -> QuantSpec:
     )
 
 
-def _batches(job: StepJob, teacher: PreTrainedModel) -> Iterator[tuple[Batch, Tensor]]:
+def _batches(job: StepJob, teacher: PreTrainedModel, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     """Yield a few rows of a few shards, drawn by hash, with the teacher's last states."""
     tokens, cache, task = job.input(Tokens), job.input(TeacherCache), job.task
     shards = drawn_shards(tokens.record.splits["train"].shards, SHARDS)
     reader = Rows(tokens.dir, shards, cache.dir if cache.record.mode == "states" else None)
     for ids in torch.tensor(reader.drawn(job.recipe["rows"])).split(job.resources.inference_batch):
         stored, lengths, cached = reader.get(ids.tolist())
-        batch = task.batch(stored, lengths)
-        states = last_states(teacher, *batch.inputs) if cached is None else cached.reshape(*batch.ids.shape, -1)
-        yield batch, states
+        batch = task.batch(stored, lengths).to(device)
+        if cached is None:
+            yield batch, last_states(teacher, *batch.inputs)
+        else:
+            yield batch, cached.to(device).reshape(*batch.ids.shape, -1)
 
 
 def _divergence(batch: Batch, states: Tensor, teacher: PreTrainedModel, student: PreTrainedModel) -> float:

@@ -12,6 +12,7 @@ from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import set_threads
 from pipeline.flow.plan import PlannedStep, RunPlan
 from pipeline.flow.run import worker_seconds
+from pipeline.models.device import device_for
 from pipeline.quant.spec import BitWidths
 from pipeline.store.records import Student, Teacher, TeacherCache
 from pipeline.store.step_store import records
@@ -82,7 +83,7 @@ def _seconds_a_row(planned: SweepPlan) -> tuple[float, str]:
         return mean(measured), f"measured: {len(measured)} trials of this sweep"
     if timed := _timed_before(planned.base):
         return mean(timed), f"measured: {len(timed)} students of this teacher in the store"
-    rate = REACHED * flops_per_s()
+    rate = REACHED * flops_per_s(device_for(planned.config.resources))
     seconds = DISTILLING * planned.base.parameters * planned.base.config.task.block_length / rate
     basis = f"{DISTILLING} x {planned.base.parameters:,} parameters a token at {rate / 1e9:.1f} GFLOP/s"
     return seconds, f"estimated: {basis}, {REACHED:g} of what this machine's matrix products reach"
@@ -109,10 +110,9 @@ def _kept_bytes(plan: RunPlan) -> int:
     return int(plan.parameters * (4 + max(bits.weights, bits.embedding) / 8))
 
 
-def flops_per_s() -> float:
-    """Measure the rate of a large product of matrices on this machine, operations a second."""
+def flops_per_s(device: torch.device) -> float:
+    """Measure the rate of a large product of matrices on a device of this machine, operations a second."""
     size, repeats = 512, 8
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(size, size, device=device)
     float((matrix @ matrix)[0, 0])
     start = time.perf_counter()

@@ -16,10 +16,8 @@ import torch
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.stages import distill, finetune
-from pipeline.stages.cache import CacheShard
 from pipeline.stages.stage import StepJob
 from pipeline.store.keys import recipe_of
-from pipeline.store.shards import map_states, open_shard, states_name, to_tensor
 from tests.second_device import SECOND
 from tests.training.cases import Case
 from tests.training.test_task_training import ROWS
@@ -99,13 +97,3 @@ def test_a_teacher_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.
     theirs = interrupted(finetune._train, jobs[1], CPU, stop_at=None)
     exact = device is SECOND and optimizer == "adam"  # Muon orthogonalises in bf16 away from the CPU
     assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0 if exact else 0.02)
-
-
-def test_states_are_cached_as_on_the_cpu(case: Case, device: torch.device) -> None:
-    job = case.step_job({})
-    worker = CacheShard(job, "float32")
-    assert worker.device.type == device.type
-    worker(case.train[0])
-    path = open_shard(job.dir, states_name(case.train[0].name))
-    theirs = open_shard(case.cache("float32"), states_name(case.train[0].name))
-    torch.testing.assert_close(to_tensor(*map_states(path)), to_tensor(*map_states(theirs)), rtol=1e-3, atol=1e-4)

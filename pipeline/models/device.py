@@ -1,0 +1,26 @@
+"""Where models compute: the only place that looks for a GPU, and at what the CPU is made for."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.resources import Resources
+
+CPU = torch.device("cpu")
+
+
+def this_device() -> torch.device:
+    """Return the GPU that this process sees, its first; else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+
+
+def device_for(resources: Resources) -> torch.device:
+    """Return where this process does the work of a stage: on its GPU if workers are to have one, else on the CPU. Ray
+    shows every GPU of a node to a worker that asked for none."""
+    return this_device() if resources.gpus_per_worker else CPU
+
+
+def emulates_bf16() -> bool:
+    """Tell whether this machine's CPU has no units for bf16 (as AVX512-BF16 or AMX are), and takes many times as long
+    as in fp32."""
+    return not any(present for unit, present in torch.cpu.get_capabilities().items() if "bf16" in unit)

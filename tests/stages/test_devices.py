@@ -1,0 +1,63 @@
+"""Stages compute on the GPU that their workers are to have, and on the CPU where they are to have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.resources import Resources
+from pipeline.models.device import device_for
+from pipeline.stages import cache, sensitivity
+from pipeline.stages.stage import StepJob
+from pipeline.store.shards import map_states, open_shard, states_name, to_tensor
+from tests.second_device import product_devices
+from tests.training.cases import Case
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.make(tmp_path_factory.mktemp("stages"))
+
+
+def states(job: StepJob, case: Case) -> Any:
+    cache.CacheShard(job, "float32")(case.train[0])
+    return to_tensor(*map_states(open_shard(job.dir, states_name(case.train[0].name))))
+
+
+def probe(job: StepJob, case: Case) -> Any:
+    return cache.probe(job, "bfloat16")[1]
+
+
+def measured(job: StepJob, case: Case, cached: bool = False) -> Any:
+    return torch.tensor([kl_nats[2] for kl_nats in sensitivity._measure(job)[1].values()])
+
+
+WORK: dict[str, Callable[[StepJob, Case], Any]] = {
+    "states": states,
+    "probe": probe,
+    "sensitivity": measured,
+    "sensitivity from the cache": measured,
+}
+RECIPE = {"quantizer": "lsq", "granularity": "per_channel", "widths": [2], "rows": 4}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_work_is_done_on_the_gpu_that_is_asked_for_and_comes_to_the_same(
+    case: Case, device: torch.device, work: str
+) -> None:
+    given = {}
+    cached = case.cache("float32") if "cache" in work else None
+    for gpus in (1, 0):
+        job = case.step_job(RECIPE, cache=cached, gpus_per_worker=gpus)
+        with product_devices() as used:
+            given[gpus] = WORK[work](job, case)
+        assert used == {device.type if gpus else "cpu"}
+    torch.testing.assert_close(given[1], given[0], rtol=1e-3, atol=1e-6)
+
+
+def test_there_may_be_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for(Resources(gpus_per_worker=1)) == torch.device("cpu")
