@@ -47,7 +47,8 @@ class Between(Closed):
 
 class Asha(Closed):
     """Asynchronous successive halving on the validation loss: of the trials that reach `grace_steps` optimizer steps,
-    and then each multiple by `reduction_factor`, the best one in `reduction_factor` goes on."""
+    and then each multiple by `reduction_factor`, the best one in `reduction_factor` goes on. Where bytes are an
+    objective, a trial is compared with those that are not larger."""
 
     grace_steps: Positive
     reduction_factor: Annotated[int, Field(ge=2)] = 3

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config.resources import Resources
-from pipeline.config.sweep import Asha
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.execution.engine import Engine, explained, quiet, set_threads
 from pipeline.store.step_store import StepDir
@@ -36,14 +35,15 @@ class TrialSource(Protocol):
     def reported(self, key: str, result: dict[str, Any]) -> None:
         """Take a result that a trial reports."""
 
+    def goes_on(self, key: str, step: int, nats: float) -> bool:
+        """Tell whether a trial goes on after the validation that it reports; else it is stopped."""
+
     def ended(self, key: str, status: str, failure: str) -> None:
         """Take the end of a trial. `status`: done, stopped, failed (for its own reason), or lost (its workers were)."""
 
 
-def run_trials(
-    work: Work, source: TrialSource, engine: Engine, step_dir: StepDir, asha: Asha | None, at_once: int | None
-) -> None:
-    """Run what the source gives until it gives no more, at most `at_once` side by side.
+def run_trials(work: Work, source: TrialSource, engine: Engine, step_dir: StepDir, at_once: int | None) -> None:
+    """Run what the source gives until it gives no more, at most `at_once` side by side. One by one none is stopped.
 
     Raises:
         ConfigError: Ray cannot be reached, or has too few CPUs.
@@ -61,10 +61,10 @@ def run_trials(
     engine.start()
     # Tune pickles its state and the errors of trials, and reads errors back: from nowhere that others may write to.
     with quiet(), explained(step_dir), tempfile.TemporaryDirectory(prefix="bitmill-tune-") as folder:
-        _tune(work, source, engine, folder, asha, at_once)
+        _tune(work, source, engine, folder, at_once)
 
 
-def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, asha: Asha | None, at_once: int | None) -> None:
+def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once: int | None) -> None:
     from ray import tune
 
     resources = engine.resources
@@ -74,18 +74,13 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, asha: As
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
     watcher = _watcher(_InDriver(source))
-    scheduler = None
-    if asha is not None:
-        scheduler = tune.schedulers.ASHAScheduler(
-            time_attr=STEP, grace_period=asha.grace_steps, reduction_factor=asha.reduction_factor, max_t=10**9
-        )
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
         tune_config=tune.TuneConfig(
             metric=LOSS,
             mode="min",
             search_alg=_search(_InDriver(source)),
-            scheduler=scheduler,
+            scheduler=_scheduler(_InDriver(source)),
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=alone,  # imports take seconds
@@ -182,6 +177,19 @@ def _search(source_of: _InDriver) -> Any:
         restore = save
 
     return Search(metric=LOSS, mode="min")
+
+
+def _scheduler(source_of: _InDriver) -> Any:
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class Scheduler(FIFOScheduler):  # type: ignore[misc]
+        """Stops the trials that the source does not want to go on."""
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            on = result.get(ENDED) or source_of().goes_on(trial.config["key"], result[STEP], result[LOSS])
+            return str(TrialScheduler.CONTINUE if on else TrialScheduler.STOP)
+
+    return Scheduler()
 
 
 def _watcher(source_of: _InDriver) -> Any:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -19,11 +20,15 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
+from pipeline.flow import preflight
 from pipeline.flow.plan import RunPlan, plan_run, target_of
 from pipeline.flow.run import run_plan
+from pipeline.models.build import skeleton
+from pipeline.package.size import layout
 from pipeline.store.keys import canonical_json, step_key
-from pipeline.store.records import Advance, Evaluation, ModelVersion, Package, Point, Student, Trial
+from pipeline.store.records import Advance, Evaluation, ModelVersion, Package, Point, Student, Teacher, Trial
 from pipeline.store.step_store import StepDir
+from pipeline.sweep.halving import Halving
 from pipeline.sweep.sampler import sample_values
 from pipeline.sweep.trials import label, scores, trial_config
 from pipeline.tracking import runs
@@ -47,6 +52,13 @@ class PlannedTrial:
     def key(self) -> str:
         """Return the run key, which names the trial."""
         return self.plan.run_key
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Return the bytes of its weights, packed densely, from shapes alone."""
+        pinned, quant = self.plan.pinned, self.plan.config.quant
+        shape = layout(skeleton(preflight.model_config(pinned)), pinned.family, quant)
+        return shape.packed_bytes({name: quant.spec().weight_bits(name, role) for name, role in shape.roles.items()})
 
 
 def plan_trial(base: Config, values: dict[str, Any]) -> PlannedTrial:
@@ -95,6 +107,7 @@ class TrialQueue:
 
     def __post_init__(self) -> None:
         self._sharing = stored_sharing(self.step_dir)
+        self._halving = None if self.sweep.asha is None else Halving(self.sweep.asha)
         self.workers = max(1, self.base.resources.workers)
 
     @property
@@ -198,6 +211,14 @@ class TrialQueue:
             last = {STEP: float(result[STEP]), LOSS: float(result[LOSS])}
             self.trials[key] = self.trials[key].model_copy(update={"last": last})
             self._say(f"{label(planned.values)}: step {result[STEP]}, validation {result[LOSS]:.3f} nats")
+
+    def goes_on(self, key: str, step: int, nats: float) -> bool:
+        """Tell whether a running trial goes on after a validation, as `sweep.asha` says."""
+        if self._halving is None:
+            return True
+        planned, _ = self._running[key]
+        size = planned.packed_bytes if "bytes" in self.sweep.objectives else 0
+        return self._halving.goes_on(key, planned.plan.step(Teacher).key, size, step, nats)
 
     def ended(self, key: str, status: str, failure: str) -> None:
         """Keep what became of a trial; register it if it is done. `status`: done, stopped, failed or lost."""

@@ -231,7 +231,7 @@ def _run(
             queue.charge(made.finished(TeacherCache).dir.key, made.worker_seconds)
     listener.started(TRIALS)
     if queue.left:
-        ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.asha, planned.sweep.max_concurrent)
+        ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.max_concurrent)
 
 
 def _conclude(planned: SweepPlan, queue: TrialQueue, step_dir: StepDir) -> SweepResult:

@@ -23,7 +23,7 @@ from pipeline.store.records import Student
 from pipeline.sweep import bit_budget, queue
 from pipeline.sweep import run as sweeping
 from pipeline.sweep.cost import estimate
-from pipeline.sweep.queue import TrialQueue, run_trial, worker_plan
+from pipeline.sweep.queue import TrialQueue, plan_trial, run_trial, worker_plan
 from pipeline.sweep.run import plan_sweep, run_sweep
 from pipeline.sweep.sampler import sample_values
 from pipeline.sweep.trials import trial_config
@@ -73,7 +73,7 @@ def test_shared_steps_are_made_once_and_the_rest_for_each_trial(swept):
 
 
 def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, tiny_config):
-    folder, _, found, _ = swept
+    folder, config, found, _ = swept
     compressed = run_flow(tiny_config(folder, quant={"bits": "4-4-8"}))
     assert set(compressed.outcome.status.values()) == {"reused"}
     trial = next(trial for trial in found.trials if trial.bits == "4-4-8")
@@ -81,6 +81,7 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
     assert trial.student == compressed.record("evaluate").student
     assert trial.validation == compressed.record("evaluate").validation
     assert trial.size == compressed.record("pack").size
+    assert plan_trial(config, trial.values).packed_bytes == trial.size.packed_bytes
     assert trial.step_keys == {step.name: step.key for step in compressed.plan.steps}
 
 
