@@ -116,7 +116,7 @@ class Case:
         self.runs += 1
         teacher = fenced(self.root, "finetune", f"{self.runs:032x}")
         origin: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
-        task = {"task": self.task.settings.model_dump(), "data": {}}
+        task = {"task": self.task.settings.model_dump(), "data": {"unit": "document"}}
         rows = {"train": train or self.train, "validation": self.validation, "test": self.validation}
         splits = {name: Split(shards=shards) for name, shards in rows.items()}
         trained = {"parameters": 0, "steps": 0, "best_step": 0, "validation_nats": None, "fp32_bytes": 0}
