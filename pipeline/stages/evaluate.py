@@ -16,13 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.config.base import Closed
 from pipeline.config.data import Evaluate
 from pipeline.config.quant import Quant
 from pipeline.models.build import load_model, read_config
+from pipeline.models.device import device_for
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
@@ -123,13 +123,13 @@ def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
 
 
 class Scorer:
-    """The frozen student and its teacher in one process, on a GPU if the worker has one."""
+    """The frozen student and its teacher in one process, on a GPU if workers have one."""
 
     def __init__(self, job: StepJob) -> None:
         self.tokens, self.task = job.input(Tokens), job.task
         self.evaluate = Evaluate.model_validate(job.recipe.get("evaluate", {}))
         self.batch: int = job.recipe.get("batch", job.resources.inference_batch)  # rows of a pass
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_for(job.resources)
         folder, student = job.input(Teacher).folder(), job.input(Student)
         spec = Quant.model_validate(student.record.recipe["quant"]).spec()
         family, frozen = family_named(student.record.family), load_frozen(student.local(Student.FROZEN))

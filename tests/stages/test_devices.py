@@ -11,8 +11,11 @@ import torch
 from pipeline.config.resources import Resources
 from pipeline.models.device import device_for
 from pipeline.stages import cache, sensitivity
+from pipeline.stages.evaluate import Scorer
 from pipeline.stages.stage import StepJob
+from pipeline.store.records import Evaluation
 from pipeline.store.shards import map_states, open_shard, states_name, to_tensor
+from tests.conftest import Ran
 from tests.second_device import product_devices
 from tests.training.cases import Case
 
@@ -56,6 +59,21 @@ def test_work_is_done_on_the_gpu_that_is_asked_for_and_comes_to_the_same(
             given[gpus] = WORK[work](job, case)
         assert used == {device.type if gpus else "cpu"}
     torch.testing.assert_close(given[1], given[0], rtol=1e-3, atol=1e-6)
+
+
+def test_scores_are_taken_on_the_gpu_that_is_asked_for(finished: Ran, device: torch.device) -> None:
+    planned, tokens = finished.plan.step(Evaluation), finished.record("tokenize")
+    inputs = {name: finished.outcome.steps[name] for name in planned.inputs}
+    given = {}
+    for gpus in (1, 0):
+        job = StepJob(planned.recipe, inputs, planned.dir, Resources(gpus_per_worker=gpus), {})
+        with product_devices() as used:
+            given[gpus] = Scorer(job).score("test", 0, tokens.splits["test"].shards[0])
+        assert used == {device.type if gpus else "cpu"}
+    assert given[1].samples == given[0].samples
+    for ours, theirs in ((given[1].student, given[0].student), (given[1].teacher, given[0].teacher)):
+        assert sum(ours["nats"]) == pytest.approx(sum(theirs["nats"]), rel=1e-3)
+        assert ours["kl_nats"] == pytest.approx(theirs["kl_nats"], rel=1e-2, abs=1e-6)
 
 
 def test_there_may_be_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
