@@ -28,8 +28,7 @@ def files_of(model: str, resources: Resources) -> Fetch:
     """Return how to get at its files. Raises ConfigError if the registry has no such model."""
     if not is_registered(model):
         return from_store(model)
-    uri = tracking_uri(resources)
-    return registry.files(runs.connect(uri), model, uri)
+    return registry.files(runs.connect(tracking_uri(resources)), model)
 
 
 def locate(model: str, resources: Resources, folder: Path) -> Path:

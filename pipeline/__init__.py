@@ -18,6 +18,7 @@
     1  quant       grids, granularities, quantizers, packing: torch and the standard library
        distill     losses, memory bank, negatives: alike
        errors, metrics    the ground: what can go wrong, and each metric once
+       credentials        user and password, taken off a URI where it enters
 
 `plugin` is a door: the public name of `package.hf_plugin`, which every model card prints.
 

@@ -40,6 +40,7 @@ settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURED = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")  # by which a terminal is assumed where there is none
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 CACHES = {".hypothesis", ".import_linter_cache", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__"}
 TEARDOWN_S = 900.0
 SLOW = [ROOT / "tests" / name for name in ("cluster", "sweep", "flow", "jobs")]
@@ -100,7 +101,7 @@ def _tidy_session() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shell's settings nor what MLflow put into the environment during the test before."""
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI", *COLOURED):
+    for name in ("RAY_ADDRESS", *LOGIN, "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI", *COLOURED):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pipeline.credentials import redacted
 from pipeline.errors import BitmillError, ConfigError
 
 
@@ -111,7 +112,7 @@ def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
         if not isinstance(error, BitmillError):
             text = f"{type(error).__name__}: {text.strip() or 'no message'}\nThis was not foreseen. "
             text += "What was committed is kept; --debug shows the traceback."
-        console.print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
+        console.print(Text.assemble(("error:", "bold red"), " ", redacted(text)), soft_wrap=True)
         raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")

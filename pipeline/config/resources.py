@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from pipeline.config.base import Closed, NotNegative, Positive, Rate
+from pipeline.credentials import redacted, without_credentials
 
 
 class Resources(Closed):
@@ -31,6 +32,18 @@ class Resources(Closed):
     local_cache_dir: str | None = None
     max_worker_hours: Rate | None = None  # of a sweep: no trial is started once so much is used
     max_cache_gib: Rate = 50  # of a teacher's states: beyond it cache.mode auto runs the teacher in each step
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _without_credentials(cls, uri: str | None) -> str | None:
+        return None if uri is None else without_credentials(uri)
+
+    @field_validator("storage_uri", "ray_address")
+    @classmethod
+    def _no_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and redacted(uri) != uri:
+            raise ValueError("it takes no user or password; S3 has the AWS variables for them, and Ray RAY_AUTH_TOKEN")
+        return uri
 
     @field_validator("storage_uri")
     @classmethod

@@ -17,7 +17,8 @@ from boto3.exceptions import Boto3Error
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.errors import RunError
+from pipeline.credentials import redacted
+from pipeline.errors import ConfigError, RunError
 
 CONFLICT_RETRIES = 6
 READ_TRIES = 3
@@ -40,6 +41,11 @@ class Bucket:
         )
         with _explained():
             self.client: Any = boto3.client("s3", config=settings)
+        if redacted(endpoint := self.client.meta.endpoint_url) != endpoint:  # which Ray would pickle, and errors name
+            raise ConfigError(
+                f"The S3 endpoint {redacted(endpoint)} was given with a user or a password, which it does not take. "
+                "Set AWS_ENDPOINT_URL to the endpoint alone, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY beside it."
+            )
 
     def _at(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + name}

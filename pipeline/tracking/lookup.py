@@ -23,6 +23,7 @@ from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError
 from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import registry_beside
@@ -65,6 +66,10 @@ def lookup(
 def reach(uri: str) -> MlflowClient:
     """Return a client, if a registry is there: a question makes none and waits for none. Raises ConfigError if not."""
     advice = "Set --tracking-uri or MLFLOW_TRACKING_URI to a server, or --storage-uri to the store of the runs."
+    try:
+        uri = without_credentials(uri)
+    except ValueError as error:
+        raise ConfigError(f"The registry's URI cannot be read: {error}. {advice}") from error
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
         raise ConfigError(f"There is no registry at {uri!r}: nothing was registered there yet. {advice}")

@@ -96,14 +96,14 @@ def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]
     return tuple(sorted(alias for alias, at in aliases.items() if str(at) == str(version)))
 
 
-def files(client: MlflowClient, model: str, tracking_uri: str) -> Callable[[str, Path], Path]:
+def files(client: MlflowClient, model: str) -> Callable[[str, Path], Path]:
     """Return a function that downloads a file of `model` into a folder. Raises ConfigError as `resolve` does."""
-    version = resolve(client, model)
+    version, uri = resolve(client, model), client.tracking_uri
     root = f"models:/{version.name}/{version.version}"  # an alias may move meanwhile
 
     def fetch(file: str, folder: Path) -> Path:
         try:
-            path = download_artifacts(artifact_uri=f"{root}/{file}", dst_path=str(folder), tracking_uri=tracking_uri)
+            path = download_artifacts(artifact_uri=f"{root}/{file}", dst_path=str(folder), tracking_uri=uri)
             return Path(path)
         except MlflowException as error:
             if error.error_code == MISSING:

@@ -17,9 +17,12 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
+from mlflow.environment_variables import MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_USERNAME
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from pipeline.credentials import came_with_a_uri, credentials_of, with_credentials
 from pipeline.errors import ConfigError, RunError
 
 FAULTS = (MlflowException, OSError)  # what a server that cannot be reached raises
@@ -47,9 +50,10 @@ class Target:
 def connect(tracking_uri: str) -> MlflowClient:
     """Return a client of the command's own server; a SQLite store is created. Raises ConfigError as `client_of`."""
     # Parts of MLflow resolve models:/ URIs through its global setting, whatever the client was given.
-    mlflow.set_tracking_uri(tracking_uri)
-    mlflow.set_registry_uri(tracking_uri)
-    return client_of(tracking_uri)
+    client = client_of(tracking_uri)
+    mlflow.set_tracking_uri(client.tracking_uri)
+    mlflow.set_registry_uri(client.tracking_uri)
+    return client
 
 
 def client_of(tracking_uri: str) -> MlflowClient:
@@ -58,14 +62,29 @@ def client_of(tracking_uri: str) -> MlflowClient:
     try:
         if database is not None and not database.exists():
             _create(database)
-        client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        opened = _admitted(tracking_uri)
+        client = MlflowClient(tracking_uri=opened, registry_uri=opened)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError) as error:
         raise ConfigError(
             f"resources.tracking_uri {tracking_uri!r} cannot be reached: {str(error).splitlines()[0]}. Set it to a "
             "server, or leave it out for a SQLite file beside the store."
         ) from error
     return client
+
+
+def _admitted(uri: str) -> str:
+    """Return what MLflow opens: a database by its URI as it was given. To a server MLflow shows, at each request, what
+    the environment says then. Raises ConfigError if that was given with the URI of another server."""
+    if uri.startswith(tuple(DATABASE_ENGINES)):
+        return with_credentials(uri)
+    variables = MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD
+    if (given := credentials_of(uri)) is not None:
+        for variable, value in zip(variables, given, strict=True):
+            variable.set(value)
+    elif came_with_a_uri((variables[0].get(), variables[1].get())):
+        raise ConfigError(f"{uri!r} is not shown the user and password that were given with the URI of another server.")
+    return uri
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
@@ -174,7 +193,7 @@ class Curves:
 
 def open_curves(target: Target) -> Curves:
     """Return the curves of a run as `find_run` gives it."""
-    return Curves(MlflowClient(target.uri, target.uri), find_run(target))
+    return Curves(client_of(target.uri), find_run(target))
 
 
 def find_run(target: Target) -> Run:
@@ -207,13 +226,13 @@ def refusal(what: str, advice: str = "") -> Iterator[None]:
 def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:
     """Log the parent run of a sweep: params, numbers, and its tables as artifacts; then it is finished."""
     run = find_run(target)
-    _complete(MlflowClient(target.uri, target.uri), run, params, metrics, documents, int(time.time() * 1000))
+    _complete(client_of(target.uri), run, params, metrics, documents, int(time.time() * 1000))
 
 
 def log_page(target: Target, file: str, text: str) -> None:
     """Log a page as an artifact of the run that `find_run` gives. Raises RunError: the server refused."""
     with refusal(f"MLflow refused {file}", "The same command tries again."):
-        MlflowClient(target.uri, target.uri).log_text(find_run(target).info.run_id, text, file)
+        client_of(target.uri).log_text(find_run(target).info.run_id, text, file)
 
 
 def system_load() -> Callable[[], dict[str, float]]:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.store.step_store import StepDir
 from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
+from tests.mlflow_server import LOGIN, assert_untold, serve_mlflow
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
@@ -47,9 +49,12 @@ def with_shared_steps(folder: Path, finished: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
-    yield
+def two_cpus() -> Iterator[Path]:
+    """The folder of a session whose processes inherit the URI of a registry with user and password."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://{LOGIN}@127.0.0.1:9")
+        ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1]
     ray.shutdown()
 
 
@@ -67,7 +72,7 @@ def held() -> list[Any]:
 
 
 def test_stopped_trials_of_many_workers_free_their_cpus(
-    two_cpus: None, tiny_config: Callable[..., Config], finished: Any, tmp_path: Path
+    two_cpus: Path, tiny_config: Callable[..., Config], finished: Any, tmp_path: Path
 ) -> None:
     config = tiny_config(
         with_shared_steps(tmp_path, finished),
@@ -88,7 +93,7 @@ def test_stopped_trials_of_many_workers_free_their_cpus(
 
 
 class Killing(Recorder):
-    """Kills the worker of the first trial that reports, once."""
+    """Kills the worker of the first trial that reports, once, and looks into what Tune has written by then."""
 
     killed = 0
 
@@ -99,21 +104,31 @@ class Killing(Recorder):
             ours = [p for p, name in named if p.pid in below and "ImplicitFunc" in name]
             self.killed = ours[0].pid
             ours[0].kill()
+            assert_untold(Path(tempfile.gettempdir()))
         super().advanced(stage, done, total, note)
 
 
-def test_a_trial_whose_worker_was_killed_is_tried_again(
-    two_cpus: None, tiny_config: Callable[..., Config], finished: Any, tmp_path: Path
+def test_a_trial_whose_worker_was_killed_is_tried_again_and_no_secret_is_told(
+    two_cpus: Path,
+    tiny_config: Callable[..., Config],
+    finished: Any,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tiny_config(
-        with_shared_steps(tmp_path, finished),
-        distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
-        resources={"workers": 1, "checkpoint_steps": 10},
-        sweep={"space": {"distill.seed": [1, 2]}},
-    )
-    killing = Killing()
-    found = run_sweep(plan_sweep(config), killing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with serve_mlflow(tmp_path_factory.mktemp("server")) as address:
+        config = tiny_config(
+            with_shared_steps(tmp_path, finished),
+            distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
+            resources={"workers": 1, "checkpoint_steps": 10, "tracking_uri": f"http://{LOGIN}@{address}"},
+            sweep={"space": {"distill.seed": [1, 2]}},
+        )
+        killing = Killing()
+        found = run_sweep(plan_sweep(config), killing)
     assert killing.killed
+    assert_untold(tmp_path)
+    assert_untold(two_cpus)
     assert [trial.status for trial in found.trials] == ["done", "done"]
     assert_all_cpus_are_freed()
 
@@ -144,7 +159,7 @@ class OneTrial:
         self.ends.append((key, status, failure))
 
 
-def test_no_error_of_a_trial_is_unpickled_from_the_store(two_cpus: None, tmp_path: Path) -> None:
+def test_no_error_of_a_trial_is_unpickled_from_the_store(two_cpus: Path, tmp_path: Path) -> None:
     resources, touched = Resources(workers=1, max_failures=0), tmp_path / "touched"
 
     def planting(trial: Any, report: Any) -> None:

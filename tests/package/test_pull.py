@@ -33,7 +33,7 @@ def fetch(request, finished):
         return from_store(str(finished.package))
     if request.param == "registry":
         uri = tracking_uri(finished.plan.config.resources)
-        return registry.files(runs.connect(uri), "tiny@champion", uri)
+        return registry.files(runs.connect(uri), "tiny@champion")
     uri = f"{request.getfixturevalue('s3')}/{uuid.uuid4()}"
     for path in finished.package.iterdir():
         open_objects(uri).upload(path.name, path)
@@ -108,7 +108,7 @@ def refusing(**_):
 
 def test_a_registry_that_goes_away_is_not_a_missing_file(finished, tmp_path, monkeypatch):
     uri = tracking_uri(finished.plan.config.resources)
-    fetch = registry.files(runs.connect(uri), "tiny@champion", uri)
+    fetch = registry.files(runs.connect(uri), "tiny@champion")
     monkeypatch.setattr(registry, "download_artifacts", refusing)
     with pytest.raises(ConfigError, match=r"whose manifest\.json cannot be brought to .*: 503 try later"):
         pull(fetch, tmp_path / "model", "tiny@champion")
@@ -196,4 +196,4 @@ def test_a_place_without_a_package_says_so(tmp_path):
 def test_a_model_that_is_not_registered_is_refused(finished, model):
     uri = tracking_uri(finished.plan.config.resources)
     with pytest.raises(ConfigError, match=r"the registry does not have it.*Registered models: tiny"):
-        registry.files(runs.connect(uri), model, uri)
+        registry.files(runs.connect(uri), model)

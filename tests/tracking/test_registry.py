@@ -44,7 +44,7 @@ def test_a_package_that_is_registered_twice_is_one_version_of_one_logged_model(c
     logged = client.get_logged_model(model_id)
     assert logged.tags["bitmill.bits"] == "2-2-8"
     assert [metric.value for metric in logged.metrics] == [9.0]
-    fetch = registry.files(client, "twice@champion", uri)
+    fetch = registry.files(client, "twice@champion")
     (tmp_path / "fetched").mkdir()
     assert Path(fetch("model.safetensors", tmp_path / "fetched")).read_bytes() == b"weights"
 

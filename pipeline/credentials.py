@@ -1,0 +1,53 @@
+"""User and password in a URI: taken off it where it enters, and known to this process alone.
+
+So whatever is kept or shown, a record, a line of the outbox, what Ray pickles, an error, holds the URI without them.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote
+
+_URI = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:(?P<login>[^/?#]*)@)?(?P<place>[^?#]*)(?P<query>.*)", re.I | re.S
+)
+_SHOWN = re.compile(r"(?<![a-z0-9+.-])(?!hf:)([a-z][a-z0-9+.-]*://)[^/\s'\"]*@", re.I)  # hf://name@revision is no login
+_whole: dict[str, str] = {}  # URIs as they were given, by what is left of them
+
+
+def without_credentials(uri: str) -> str:
+    """Return a URI without user, password and query, which this process remembers. Raises ValueError, without the URI,
+    if it cannot be told where a password ends."""
+    parts = _URI.fullmatch(uri)
+    if parts is None or uri.startswith("sqlite:"):
+        return uri
+    if "@" in parts["place"] + parts["query"]:
+        raise ValueError("an @ stands behind the host; in a user or password write / as %2F, ? as %3F and # as %23")
+    bare = parts["scheme"] + parts["place"]
+    if bare != uri:
+        _whole[bare] = uri
+    return bare
+
+
+def with_credentials(uri: str) -> str:
+    """Return a URI as it was given to `without_credentials`."""
+    return _whole.get(uri, uri)
+
+
+def credentials_of(uri: str) -> tuple[str, str] | None:
+    """Return the user and the password that were given with a URI."""
+    parts = _URI.fullmatch(with_credentials(uri))
+    if parts is None or not parts["login"]:
+        return None
+    user, _, password = parts["login"].partition(":")
+    return unquote(user), unquote(password)
+
+
+def came_with_a_uri(credentials: tuple[str | None, str | None]) -> bool:
+    """Tell whether a user and a password were given with any URI."""
+    return any(credentials_of(uri) == credentials for uri in _whole)
+
+
+def redacted(text: str) -> str:
+    """Return a text with users and passwords cut out of the URIs in it."""
+    return _SHOWN.sub(r"\1", text)
