@@ -13,10 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column
 
-from jobs.bench.rows import Row, named
-from jobs.bench.students import Key, bench_run, train_all
+from jobs.bench.rows import WITH_CONTRAST, Key, Row, named
+from jobs.bench.students import Score, bench_run, train_all
 from jobs.display import Display, print_table
-from pipeline.config.presets import PRESETS
 from pipeline.config.run import Config
 from pipeline.errors import RunError
 from pipeline.flow.plan import plan_run
@@ -26,6 +25,7 @@ from pipeline.store.records import Teacher, TeacherCache
 TableNumber = Literal["1", "3"]
 FULL = "full precision"
 MIB = "MiB packed"
+PAPERS_WEIGHT = 0.1  # of its contrastive loss
 ROUNDING = "rounding, per_channel"  # the floor; the paper's tables have none
 
 
@@ -146,12 +146,11 @@ OWN = frozenset({"distill.lr", "distill.seed"})  # what the configuration of a t
 
 
 def rows_of(table: PaperTable) -> dict[str, Row]:
-    """Return the paper's methods as recipes: its own preset, and the others per matrix without contrast."""
+    """Return the paper's methods as recipes, one scale a matrix: its own with contrast, started and moved as suits so
+    few steps, and the others without."""
     rows = {ROUNDING: named(ROUNDING)}
     for method in dict.fromkeys(method for method, _ in table.cells if method != FULL):
-        quant = {"quantizer": method, "granularity": "per_tensor"}
-        other: dict[str, dict[str, Any]] = {"quant": quant, "distill": {"contrast_weight": 0.0}}
-        rows[method] = Row(method, PRESETS["paper"] if method == "quantgpt" else other)
+        rows[method] = named(WITH_CONTRAST[PAPERS_WEIGHT] if method == "quantgpt" else f"{method}, per_tensor")
     return rows
 
 
@@ -193,10 +192,13 @@ Scored = dict[Key, dict[str, float] | None]  # metrics and MiB by method and wid
 def _scored(table: PaperTable, base: Config, keys: Sequence[Key], console: Console) -> tuple[Scored, set[str]]:
     """Return what each method gave, and the days and kinds of machine it was measured on."""
     rows = rows_of(table)
-    runs = [bench_run(base, rows[method], bits, base.distill.lr, base.distill.seed) for method, bits in keys]
+    runs = []
+    for method, bits in keys:
+        tried = rows[method].own_try(bits)._replace(rate=base.distill.lr)
+        runs.append(bench_run(base, rows[method], bits, tried, base.distill.seed))
     with Display(console) as display:
         shared = run_plan(plan_run(base, TeacherCache.stage), display)
-        scores = train_all(runs, base.resources, display, "table")
+        scores = train_all(runs, Score, base.resources, display, "table")
     sound = [score for score in scores if not score.failure]
     if not sound:
         raise RunError(f"Every student of {base.name} failed; the first: {scores[0].failure}")

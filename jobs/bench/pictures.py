@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from jobs.bench.rows import LIGHT_CONTRAST, PAPER, WITHOUT_CONTRAST
+from jobs.bench.rows import WITH_CONTRAST, WITHOUT_CONTRAST
 from jobs.bench.summary import Line, pareto_lines
 
 SMALLEST_GAP = 1e-4  # nats; below it the scale is linear
@@ -44,7 +44,8 @@ def front_figure(lines: Sequence[Line], title: str) -> Figure:
 def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
     """Draw what the contrastive loss does at each width: mean cosine between the representations of different tokens,
     and the gap it costs or saves. Above a bar its difference from that without contrast, with the 95 % interval."""
-    names = [name for name in (WITHOUT_CONTRAST, LIGHT_CONTRAST, PAPER) if any(line.row == name for line in lines)]
+    drawn = (WITHOUT_CONTRAST, *WITH_CONTRAST.values())
+    names = [name for name in drawn if any(line.row == name for line in lines)]
     shown = {(line.row, line.bits): line for line in lines if line.row in names}
     widths = sorted({bits for _, bits in shown})
     figure = Figure(figsize=(4 + 3 * len(widths), 4.5), layout="constrained")
@@ -54,7 +55,7 @@ def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
             places = [place + 0.28 * (number - (len(names) - 1) / 2) for place, _ in own]
             axes.bar(places, [getattr(line, metric) for _, line in own], width=0.26, label=name)
             for place, (_, line) in zip(places, own, strict=True):
-                change = str(line.less(WITHOUT_CONTRAST, metric) or "").replace(" ", "\n")
+                change = str(line.less(WITHOUT_CONTRAST, metric) or "").replace(" [", "\n[")
                 axes.text(place, max(getattr(line, metric), 0), change, ha="center", va="bottom", fontsize=7)
         axes.set_xticks(range(len(widths)), widths)
         axes.margins(y=0.2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Column
 
 from jobs.bench.claims import claims
+from jobs.bench.documents import Documents, averaged, read_documents, written
 from jobs.bench.generated import generated_text
 from jobs.bench.pictures import cosine_figure, front_figure
-from jobs.bench.rows import EVERY_ROW, ROWS, Row, rows_at
-from jobs.bench.students import BenchRun, Key, Score, bench_run, best_rates, train_all
+from jobs.bench.rows import EVERY_ROW, ROWS, Key, Row, Try, rows_at
+from jobs.bench.students import BenchRun, Score, Tried, bench_run, best_tries, train_all
 from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
 from jobs.display import Display, print_table
 from pipeline.config.presets import LANGUAGE_MODELING
@@ -34,7 +35,8 @@ from pipeline.quant.spec import BitWidths
 from pipeline.store.locations import scratch_dir
 from pipeline.store.records import TeacherCache
 
-RESULTS = "quantizers.json"
+RESULTS, DOCUMENTS = "quantizers.json", "documents.json"
+SEARCH_SEED = 0  # chooses what each row is measured at, and is none of the seeds that measure
 # What the options of the command decide of a configuration.
 OPTIONS = {
     "quant.bits": "--bits",
@@ -66,6 +68,12 @@ class Extent:
     def steps_at(self, bits: str) -> int:
         """Count the optimizer steps: above 2 bits a third, because a student starts close to its teacher there."""
         return self.steps if BitWidths.parse(bits).weights == 2 else max(1, self.steps // 3)
+
+    @property
+    def own_tries(self) -> dict[Key, Try]:
+        """Return what each row takes that is not searched for: without a search all, else rounding."""
+        own = [row for row in self.rows if not (self.search and row.trained)]
+        return {(row.name, bits): row.own_try(bits) for bits in self.bits for row in own}
 
     def laid_over(self, base: Config, bits: str) -> Config:
         """Return the base configuration with the steps, the rows of a step and three validations of this width."""
@@ -137,50 +145,53 @@ def compare(base: Config, extent: Extent, out: Path, console: Console, generates
     """Run the comparison, write tables and pictures under `out`; returns the document of `--json`. `generates` is the
     teacher that generates the text; None: the configuration has some. Raises ConfigError if a row cannot be, no row is
     offered at these widths, or nothing can be written to `out`."""
-    search = _search(base, extent)
+    _search(base, extent)  # refuses what cannot be
     for bits in extent.bits:
         if names := [row.name for row in extent.rows if not row.offered_at(bits, base.quant.overrides.values())]:
             console.print(f"not at {bits}, being ternary: {'; '.join(names)}")
     _refuse_unwritable(out)
     if generates is not None:
         base = with_generated_text(base, generates, extent, console)
-        search = _search(base, extent)
     with Display(console) as display:
         run_plan(plan_run(base, TeacherCache.stage), display)
-        searched = train_all(search, base.resources, display, "search")
-        rates = best_rates(searched)
-        repeated = train_all(_repeat(base, extent, rates), base.resources, display, "repeat")
-    failed = _failed(searched, repeated, rates)
-    chosen = [score for score in searched if score.rate == rates.get(score.key)] + repeated
-    sound = [score for score in chosen if score.key not in failed]
+        searched = train_all(_search(base, extent) if extent.search else [], Tried, base.resources, display, "search")
+        chosen = extent.own_tries | best_tries(searched)
+        measured = train_all(_measure(base, extent, chosen), Score, base.resources, display, "measure")
+    failed = _failed(searched, measured, chosen)
+    sound = [score for score in measured if score.key not in failed]
     if not sound:
         raise RunError(f"Every row failed; the first: {next(iter(failed.values()))}")
     return _report(base, extent, searched, sound, failed, out, console)
 
 
-def _failed(searched: Sequence[Score], repeated: Sequence[Score], rates: dict[Key, float]) -> dict[Key, str]:
-    """Return the rows that have no place in a table, and why: each rate failed, or a seed at the best one."""
+def _failed(searched: Sequence[Tried], measured: Sequence[Score], chosen: Mapping[Key, Try]) -> dict[Key, str]:
+    """Return the rows that have no place in a table, and why: each try failed, or a seed at the best one."""
     reasons: dict[Key, str] = {}
-    for s in (*(s for s in searched if s.key not in rates), *(s for s in repeated if s.failure)):
+    for s in (*(s for s in searched if s.key not in chosen), *(s for s in measured if s.failure)):
         reasons.setdefault(s.key, f"rate {s.rate:g}, seed {s.seed}: {s.failure}")
     return reasons
 
 
 def _search(base: Config, extent: Extent) -> list[BenchRun]:
-    """Return each row at each rate with the first seed; rounding has no rate. Raises ConfigError if none is offered."""
-    runs = [
-        bench_run(extent.laid_over(base, bits), row, bits, rate, 0)
+    """Return each row that trains at each try, with a seed that measures nothing. Raises ConfigError if no row is
+    offered, or one cannot be."""
+    offered = [
+        (row, bits)
         for bits in extent.bits
         for row in extent.rows
         if row.offered_at(bits, base.quant.overrides.values())
-        for rate in (row.rates(bits) if extent.search else (row.rate(bits),))
     ]
-    if not runs:
+    if not offered:
         raise ConfigError(
             f"--only {'; '.join(row.name for row in extent.rows)}: ternary recipes need 2 bits of every matrix, and "
             f"--bits {', '.join(extent.bits)} with quant.overrides gives them more. Use --bits 2-2-8, or other rows."
         )
-    return runs
+    runs = [
+        (row, bench_run(extent.laid_over(base, bits), row, bits, tried, SEARCH_SEED))
+        for row, bits in offered
+        for tried in row.tries(bits)
+    ]
+    return [run for row, run in runs if row.trained]  # rounding, which has nothing to choose, is only refused
 
 
 def _refuse_unwritable(out: Path) -> None:
@@ -190,31 +201,35 @@ def _refuse_unwritable(out: Path) -> None:
         raise ConfigError(f"--out {out}: {existing} is no directory that you may write to; give another.")
 
 
-def _repeat(base: Config, extent: Extent, rates: dict[Key, float]) -> list[BenchRun]:
-    """Return each row at its best rate with the other seeds."""
+def _measure(base: Config, extent: Extent, chosen: Mapping[Key, Try]) -> list[BenchRun]:
+    """Return each row at what was chosen for it with every seed; rounding has no use for more than one."""
     return [
-        bench_run(extent.laid_over(base, bits), row, bits, rates[row.name, bits], seed)
+        bench_run(extent.laid_over(base, bits), row, bits, chosen[row.name, bits], seed)
         for bits in extent.bits
         for row in extent.rows
-        if row.trained and (row.name, bits) in rates
-        for seed in range(1, extent.seeds)
+        if (row.name, bits) in chosen and row.offered_at(bits, base.quant.overrides.values())
+        for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + (extent.seeds if row.trained else 1))
     ]
 
 
 def _report(
     base: Config,
     extent: Extent,
-    searched: Sequence[Score],
+    searched: Sequence[Tried],
     sound: Sequence[Score],
     failed: dict[Key, str],
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
     teacher = sound[0].teacher["perplexity"]
-    kept, search, failed_before = _earlier(out / RESULTS, base, extent, searched, teacher, console)
-    search += [score.model_dump(include={"row", "bits", "rate", "validation_nats"}) for score in searched]
-    scores, failed = [*kept, *sound], {**failed_before, **failed}
-    tables = {bits: lines(scores, bits, search) for bits in dict.fromkeys(score.bits for score in scores)}
+    earlier = _earlier(out, base, extent, {*failed, *(one.key for one in (*searched, *sound))}, sound[0], console)
+    search = earlier.search + [
+        one.model_dump(include={"row", "bits", "rate", "contrast_weight", "validation_nats"}) for one in searched
+    ]
+    scores, failed = [*earlier.scores, *sound], {**earlier.failed, **failed}
+    texts = earlier.documents | averaged([(s.key, s.documents) for s in sound if s.documents is not None])
+    widths = dict.fromkeys(score.bits for score in scores)
+    tables = {bits: lines(scores, bits, texts, search) for bits in widths}
     everything = [line for table in tables.values() for line in table]
     checked = claims(everything, base.name, failed)
     steps = {bits: extent.steps_at(bits) for bits in tables}
@@ -230,10 +245,11 @@ def _report(
         "failed": [{"row": row, "bits": bits, "failure": failure} for (row, bits), failure in failed.items()],
         "claims": [asdict(claim) for claim in checked],
         "tables": {bits: [asdict(line) for line in table] for bits, table in tables.items()},
-        "scores": [score.model_dump(mode="json") for score in scores],
+        "scores": [score.model_dump(mode="json", exclude={"documents"}) for score in scores],
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (out / DOCUMENTS).write_text(written(texts), encoding="utf-8")
     tokens = extent.batch_size * base.task.block_length
     title = f"{base.name}: steps of {tokens:,} tokens; teacher's perplexity {teacher:.2f}"
     text = [f"## {bits}, {steps[bits]} steps\n\n{markdown(table)}\n" for bits, table in tables.items()]
@@ -247,46 +263,59 @@ def _report(
         _print(table, f"{base.name} at {bits}, {steps[bits]} steps, teacher's perplexity {teacher:.2f}", console)
     for line in said:
         console.print(line)
-    console.print(f"written: {out}/{RESULTS}, quantizers.md, front.png, cosine.png")
+    console.print(f"written: {out}/{RESULTS}, {DOCUMENTS}, quantizers.md, front.png, cosine.png")
     return document
 
 
-def _earlier(
-    path: Path, base: Config, extent: Extent, searched: Sequence[Score], teacher: float, console: Console
-) -> tuple[list[Score], list[dict[str, Any]], dict[Key, str]]:
-    """Return scores of earlier benches in the same folder, of rows and widths not run now, if the same would be run
-    today, the searches behind them, and what failed: a table may be made piece by piece. Says which are left out."""
-    if not path.exists():
-        return [], [], {}
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier benches left in the same folder, of rows and widths not run now, that would be the same today: so a
+    table may be made piece by piece."""
+
+    scores: list[Score] = field(default_factory=list)
+    search: list[dict[str, Any]] = field(default_factory=list)  # behind them
+    failed: dict[Key, str] = field(default_factory=dict)
+    documents: dict[Key, Documents] = field(default_factory=dict)
+
+
+def _earlier(out: Path, base: Config, extent: Extent, now: Set[Key], sound: Score, console: Console) -> Earlier:
+    """Return what still holds beside the rows of `now`, of which `sound` is a score; says what is left out."""
+    if not (out / RESULTS).exists():
+        return Earlier()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads((out / RESULTS).read_text(encoding="utf-8"))
         scores = [Score.model_validate(score) for score in document["scores"]]
-        search = {(entry["row"], entry["bits"], entry["rate"]): dict(entry) for entry in document["search"]}
+        search = [dict(entry) for entry in document["search"]]
         failed = {(f["row"], f["bits"]): str(f["failure"]) for f in document["failed"]}
+        texts = read_documents((out / DOCUMENTS).read_text(encoding="utf-8"))
+        kept = [
+            score
+            for score in scores
+            if score.key not in now
+            and score.row in EVERY_ROW
+            and score.teacher.get("perplexity") == sound.teacher["perplexity"]
+            and score.key in texts
+            and score.digest == _digest_today(base, extent, EVERY_ROW[score.row], score)
+        ]
     except (OSError, ValueError, KeyError, TypeError):
-        console.print(f"left out: all of {path}, which this version does not read")
-        return [], [], {}
-    now = {score.key for score in searched}
-    kept = [
-        score
-        for score in scores
-        if score.key not in now
-        and score.row in EVERY_ROW
-        and score.teacher.get("perplexity") == teacher
-        and score.digest == _digest_today(base, extent, EVERY_ROW[score.row], score)
-    ]
-    of_kept = {score.key for score in kept}
+        console.print(f"left out: all of {out / RESULTS}, which this version does not read", markup=False)
+        return Earlier()
+    of_kept = dict.fromkeys(score.key for score in kept)
     for row, bits in dict.fromkeys(score.key for score in scores):
-        if (row, bits) not in of_kept | now:
-            console.print(f"left out: {row} at {bits} of {path}, whose teacher, data or recipe was another")
-    tried = [entry for (row, bits, _), entry in search.items() if (row, bits) in of_kept]
-    return kept, tried, {key: failure for key, failure in failed.items() if key not in now}
+        if (row, bits) not in {*of_kept, *now}:
+            console.print(f"left out: {row} at {bits} of {out / RESULTS}, whose teacher, data or recipe was another")
+    return Earlier(
+        scores=kept,
+        search=[entry for entry in search if (entry["row"], entry["bits"]) in of_kept],
+        failed={key: failure for key, failure in failed.items() if key not in now},
+        documents={key: texts[key] for key in of_kept},
+    )
 
 
 def _digest_today(base: Config, extent: Extent, row: Row, score: Score) -> str | None:
     """Return the digest of the run behind a score if it were run now; None: it cannot be run."""
     try:
-        return bench_run(extent.laid_over(base, score.bits), row, score.bits, score.rate, score.seed).digest
+        return bench_run(extent.laid_over(base, score.bits), row, score.bits, score.tried, score.seed).digest
     except ConfigError:
         return None
 

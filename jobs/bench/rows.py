@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.presets import PRESETS, RATIO_LR, WIDE_MUON_LR, PresetName
 from pipeline.quant.granularity import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Granularity
@@ -13,9 +14,22 @@ from pipeline.quant.spec import TERNARY_ONLY, UNQUANTIZED, BitWidths, grid, leve
 PAPER: PresetName = "paper"
 BEST: PresetName = "best"
 SMALLEST: PresetName = "smallest"
-WITHOUT_CONTRAST = "paper without contrast"
-LIGHT_CONTRAST = "paper, contrast 0.03"
-MOST_OF_PAPERS = {BEST: 0.5, SMALLEST: 0.8}  # of the paper's gap at 2-2-8, what is claimed of the presets
+# The paper's recipe as it suits a budget of some hundred steps: gamma starts where its width is best and moves as fast
+# as the other rows' scales, and its contrast has whichever weight validation finds best. All is compared with it.
+REFERENCE = "paper, scaled to the budget"
+WITHOUT_CONTRAST = "quantgpt, per_tensor"
+CONTRAST_WEIGHTS = (0.0, 0.03, 0.1)
+WITH_CONTRAST = {weight: f"{WITHOUT_CONTRAST}, contrast {weight:g}" for weight in CONTRAST_WEIGHTS[1:]}
+
+
+Key = tuple[str, str]  # a row, or a method of the paper, and its bits
+
+
+class Try(NamedTuple):
+    """What a search varies: the learning rate, and the weight of the contrastive loss."""
+
+    rate: float
+    contrast_weight: float
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class Row:
     name: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     trained: bool = True
+    contrasts: tuple[float, ...] = ()  # weights of the contrastive loss that its search tries; none: it has its own
 
     @property
     def rate_knob(self) -> str:
@@ -41,6 +56,16 @@ class Row:
         """Return the learning rates of its search: as many for each row, around `rate`."""
         middle = self.rate(bits)
         return (middle / 2, middle, middle * 2) if self.trained else (middle,)
+
+    def tries(self, bits: str) -> tuple[Try, ...]:
+        """Return what its search tries: each rate with each weight of the contrastive loss."""
+        weights = self.contrasts or (self.sections["distill"]["contrast_weight"],)
+        return tuple(Try(*values) for values in itertools.product(self.rates(bits), weights))
+
+    def own_try(self, bits: str) -> Try:
+        """Return what it takes without a search: the one in the middle."""
+        tries = self.tries(bits)
+        return tries[len(tries) // 2]
 
     @property
     def quantizer(self) -> Any:
@@ -71,14 +96,15 @@ def _quantizer(quantizer: str, granularity: str | dict[str, int]) -> Row:
     return Row(name, {"quant": quant, "distill": {"contrast_weight": 0.0, **moved}})
 
 
+def _scaled(name: str, contrast_weight: float, contrasts: tuple[float, ...] = ()) -> Row:
+    distill = {**PRESETS["paper"]["distill"], "gamma_lr": RATIO_LR, "contrast_weight": contrast_weight}
+    quant = {"quantizer": "quantgpt", "granularity": "per_tensor"}
+    return Row(name, {"quant": quant, "distill": distill}, contrasts=contrasts)
+
+
 def _rounding(name: str, quantizer: str) -> Row:
     quant = {"quantizer": quantizer, "granularity": "per_channel", "gamma_init": "mse"}
     return Row(name, {"quant": quant, "distill": {"steps": 0, "contrast_weight": 0.0}}, trained=False)
-
-
-def _paper(name: str, contrast_weight: float) -> Row:
-    own = PRESETS["paper"]
-    return Row(name, {**own, "distill": {**own["distill"], "contrast_weight": contrast_weight}})
 
 
 ROWS: tuple[Row, ...] = (
@@ -96,10 +122,10 @@ ROWS: tuple[Row, ...] = (
     _quantizer("lsq", "per_tensor"),
     _quantizer("lsq", "per_channel"),
     _quantizer("seq", "per_channel"),
-    _paper(WITHOUT_CONTRAST, 0.0),
-    _paper(LIGHT_CONTRAST, 0.03),
     _quantizer("quantgpt", "per_tensor"),
+    *(_scaled(name, weight) for weight, name in WITH_CONTRAST.items()),
     _quantizer("quantgpt", "per_channel"),
+    _scaled(REFERENCE, 0.0, CONTRAST_WEIGHTS),
     *(Row(name, PRESETS[name]) for name in (PAPER, SMALLEST, BEST)),
 )
 

@@ -3,15 +3,17 @@ run's steps are keyed like any other, so an interrupted bench goes on where it w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from jobs.bench.rows import Row
+from jobs.bench.documents import Documents
+from jobs.bench.rows import Key, Row, Try
 from jobs.display import Display
 from pipeline.config.base import Closed
 from pipeline.config.load import explain
@@ -27,6 +29,8 @@ from pipeline.store.keys import canonical_json, recipe_of
 from pipeline.store.locations import anchored
 from pipeline.store.records import Evaluation, Package, Student
 from pipeline.tracking.listener import SilentListener
+
+S = TypeVar("S", bound="Tried")
 
 # What the base decides for all rows; the rest is each row's own, or the default.
 COMMON = {
@@ -57,21 +61,24 @@ def refuse_decided(overrides: Sequence[str], options: Mapping[str, str], own: Se
             )
 
 
-Key = tuple[str, str]  # a row, or a method of the paper, and its bits
-
-
 class TrainedStep(Closed):
-    """One row at one width, rate and seed."""
+    """One row at one width, rate, weight of the contrastive loss and seed."""
 
     row: str
     bits: str
     rate: float
+    contrast_weight: float
     seed: int
 
     @property
     def key(self) -> Key:
         """Return the row and its bits, by which a table is filled."""
         return self.row, self.bits
+
+    @property
+    def tried(self) -> Try:
+        """Return what a search varies of it."""
+        return Try(self.rate, self.contrast_weight)
 
 
 class BenchRun(TrainedStep):
@@ -91,17 +98,23 @@ class BenchRun(TrainedStep):
         return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()[:16]
 
 
-class Score(TrainedStep):
-    """The scores of a run on the test split, or why it failed."""
+class Tried(TrainedStep):
+    """What a run of the search gave: how good its student is on validation, or why there is none."""
 
     digest: str  # of the run's configuration
-    validation_nats: float | None  # None: it failed
-    teacher: dict[str, float]
-    student: dict[str, float]
-    packed_bytes: int
-    token_cosine: float
-    measured: str  # date and kind of machine of the evaluation
+    validation_nats: float | None = None  # None: it failed
     failure: str = ""
+
+
+class Score(Tried):
+    """The scores of a run on the test split, or why it failed."""
+
+    teacher: dict[str, float] = {}
+    student: dict[str, float] = {}
+    packed_bytes: int = 0
+    token_cosine: float = 0.0
+    measured: str = ""  # date and kind of machine of the evaluation
+    documents: Documents | None = None  # of the test split
 
     @property
     def gap_nats(self) -> float:
@@ -109,18 +122,16 @@ class Score(TrainedStep):
         return math.log(self.student["perplexity"] / self.teacher["perplexity"])
 
 
-NOTHING: dict[str, Any] = {"validation_nats": None, "teacher": {}, "student": {}, "packed_bytes": 0}
-NOTHING |= {"token_cosine": 0.0, "measured": ""}  # of a run that failed
-
-
-def bench_run(base: Config, row: Row, bits: str, rate: float, seed: int) -> BenchRun:
-    """Return the base configuration with the row's values, and the rate it is tried at, laid over it. Raises
-    ConfigError if they do not go together."""
+def bench_run(base: Config, row: Row, bits: str, tried: Try, seed: int) -> BenchRun:
+    """Return the base configuration with the row's values, and those it is tried at, laid over it. Raises ConfigError
+    if they do not go together."""
     fields = base.model_dump(mode="json", by_alias=True, exclude={"preset"})
     own: dict[str, dict[str, Any]] = {
         "quant": {"bits": bits, **SHIPPED},
-        "distill": {row.rate_knob: rate, "seed": seed, **({} if row.trained else {"epochs": None})},
+        "distill": {row.rate_knob: tried.rate, "contrast_weight": tried.contrast_weight, "seed": seed},
     }
+    if not row.trained:
+        own["distill"]["epochs"] = None
     sections = suited(row.sections, bits, base.task.name)
     for name, values in own.items():
         common = {key: fields[name][key] for key in COMMON[name]}
@@ -132,62 +143,81 @@ def bench_run(base: Config, row: Row, bits: str, rate: float, seed: int) -> Benc
         Config.model_validate(fields)
     except ValidationError as error:
         raise ConfigError("\n".join([f"The row {row.name!r} cannot be at {bits}.", *explain(error)])) from error
-    return BenchRun(row=row.name, bits=bits, rate=rate, seed=seed, config=fields)
+    return BenchRun(row=row.name, bits=bits, **tried._asdict(), seed=seed, config=fields)
 
 
-def train_all(runs: Sequence[BenchRun], resources: Resources, display: Display, stage: str) -> list[Score]:
-    """Run what has not been run, `resources.workers` at once, shown as `stage`; shared stages must be there already."""
-    if not runs:
+def train_all(runs: Sequence[BenchRun], of: type[S], resources: Resources, display: Display, stage: str) -> list[S]:
+    """Run what has not been run, `resources.workers` at once, shown as `stage`; shared stages must be there already.
+    For a `Tried` students are trained, for a `Score` they are scored and packed too. Rows that come to the same student
+    share it."""
+    distinct = {run.digest: run for run in runs}
+    if not distinct:
         return []
     display.started(stage)
+    until = Package.stage if of is Score else Student.stage
     # Planned here, because workers have directories of their own, and need nothing but the store.
-    plans = {run.digest: plan_run(Config.model_validate(run.config), Package.stage) for run in runs}
-    engine = Engine(resources)
-    try:
-        work, advance = partial(partial, _train, plans), partial(display.advanced, stage)
-        lines = engine.shards(work, runs, advance, gpus=resources.gpus_per_worker)
-        scores = {(s.row, s.bits, s.rate, s.seed): s for s in map(Score.model_validate_json, lines)}
-    finally:
-        engine.close()
-    return [scores[run.row, run.bits, run.rate, run.seed] for run in runs]
+    plans = {digest: plan_run(Config.model_validate(run.config), until) for digest, run in distinct.items()}
+    advance = partial(display.advanced, stage)
+    with contextlib.closing(Engine(resources)) as engine, engine.relayed(partial(display.noted, stage)) as say:
+        work = partial(partial, _train, plans, of, say)
+        lines = engine.shards(work, list(distinct.values()), advance, gpus=resources.gpus_per_worker)
+        given = {one.digest: one for one in map(of.model_validate_json, lines)}
+    return [given[run.digest].model_copy(update=_identity(run)) for run in runs]
 
 
-def _train(plans: Mapping[str, RunPlan], run: BenchRun) -> str:
-    """Run one student in this process; returns its score, or why it failed."""
+def _train(plans: Mapping[str, RunPlan], of: type[Tried], say: Callable[[str], None], run: BenchRun) -> str:
+    """Run one student in this process; returns what it gave, or why it failed."""
     try:
-        return score(run, run_plan(plans[run.digest], SilentListener())).model_dump_json()
+        outcome = run_plan(plans[run.digest], StudentListener(run, say))
     except RunError as error:  # such as a rate at which the loss is not finite
-        return Score(**_identity(run), **NOTHING, failure=str(error)).model_dump_json()
+        return of(**_identity(run), failure=str(error)).model_dump_json()
+    facts = facts_of(outcome) if of is Score else {}
+    nats = outcome.finished(Student).record.validation_nats
+    return of(**_identity(run), validation_nats=nats, **facts).model_dump_json()
+
+
+class StudentListener(SilentListener):
+    """A listener that says how a student gets on, at each quarter of a stage."""
+
+    def __init__(self, run: BenchRun, say: Callable[[str], None]) -> None:
+        tried = f"rate {run.rate:g}, contrast {run.contrast_weight:g}, seed {run.seed}"
+        self._name, self._say = f"{run.row} at {run.bits}, {tried}", say
+        self._said: tuple[str, int] = "", 0
+
+    def advanced(self, stage: str, done: int, total: int, note: str) -> None:
+        """Say how far the stage is."""
+        quarter = stage, 4 * done // max(1, total)
+        if quarter != self._said:
+            self._said = quarter
+            self._say(f"{self._name}: {stage} {done}/{total}{', ' + note if note else ''}")
 
 
 def _identity(run: BenchRun) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in ("row", "bits", "rate", "seed", "digest")}
+    return {name: getattr(run, name) for name in ("row", "bits", "rate", "contrast_weight", "seed", "digest")}
 
 
-def score(run: BenchRun, outcome: Outcome) -> Score:
-    """Return what a run gave, from its finished steps."""
-    student, evaluation = outcome.finished(Student).record, outcome.finished(Evaluation).record
-    history = outcome.finished(Student).read_json("history.json")
-    cosines = {e["step"]: e["token_cosine"] for e in history if "token_cosine" in e}
-    return Score(
-        **_identity(run),
-        validation_nats=student.validation_nats,
-        teacher=evaluation.teacher,
-        student=evaluation.student,
-        packed_bytes=outcome.finished(Package).record.size.packed_bytes,
-        token_cosine=cosines[student.best_step],
-        measured=", ".join(evaluation.provenance.get(name, "") for name in ("date", "machine")),
-    )
+def facts_of(outcome: Outcome) -> dict[str, Any]:
+    """Return what a `Score` says of a run, from its finished steps."""
+    student, evaluation = outcome.finished(Student), outcome.finished(Evaluation)
+    cosines = {e["step"]: e["token_cosine"] for e in student.read_json("history.json") if "token_cosine" in e}
+    return {
+        "teacher": evaluation.record.teacher,
+        "student": evaluation.record.student,
+        "packed_bytes": outcome.finished(Package).record.size.packed_bytes,
+        "token_cosine": cosines[student.record.best_step],
+        "measured": ", ".join(evaluation.record.provenance.get(name, "") for name in ("date", "machine")),
+        "documents": evaluation.read_json("documents.json"),
+    }
 
 
-def best_rates(scores: Iterable[Score]) -> dict[Key, float]:
-    """Return by row and width the learning rate that is best on validation; none of a row that failed at every rate."""
-    best: dict[Key, Score] = {}
-    for score in scores:
-        if not score.failure and (score.key not in best or _nats(score) < _nats(best[score.key])):
-            best[score.key] = score
-    return {key: score.rate for key, score in best.items()}
+def best_tries(searched: Iterable[Tried]) -> dict[Key, Try]:
+    """Return by row and width what is best on validation; nothing of a row that failed at every try."""
+    best: dict[Key, Tried] = {}
+    for one in searched:
+        if not one.failure and (one.key not in best or _nats(one) < _nats(best[one.key])):
+            best[one.key] = one
+    return {key: one.tried for key, one in best.items()}
 
 
-def _nats(score: Score) -> float:
-    return math.inf if score.validation_nats is None else score.validation_nats
+def _nats(one: Tried) -> float:
+    return math.inf if one.validation_nats is None else one.validation_nats

@@ -55,7 +55,10 @@ def quantizers(
         ),
     ] = None,
     search: Annotated[
-        bool, typer.Option(help="Three rates for each recipe; without it one, of best and smallest their own.")
+        bool,
+        typer.Option(
+            help="Three rates for each recipe, and three weights of contrast for the reference; without it one."
+        ),
     ] = True,
     workers: Workers = 1,
     overrides: Overrides = None,
@@ -63,8 +66,8 @@ def quantizers(
 ) -> dict[str, Any]:
     """Train every quantizer and preset on the same teacher, tokens, steps and seeds, and print the gaps.
 
-    Each recipe gets a learning-rate search of equal cost, judged on validation. Every run is a keyed step, so an
-    interrupted bench goes on where it was.
+    Validation chooses each recipe's learning rate among three, with a seed of its own, and for the paper's recipe, with
+    which all are compared, the weight of contrast. An interrupted bench goes on where it was: its runs are keyed steps.
     """
     from jobs.bench.quantizers import OPTIONS, TEACHER_OPTIONS, Extent, chosen_rows, compare, teacher_fields
     from jobs.bench.students import refuse_decided
