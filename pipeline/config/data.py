@@ -124,8 +124,8 @@ class Data(Closed):
 
 
 class Evaluate(Closed):
-    """Generation on the validation and test splits, where the task generates: beam search over the first
-    `generated_rows` rows of each."""
+    """Generation on the validation and test splits, where the task generates: beam search over
+    `generated_rows` rows of each, drawn by a hash of their content."""
 
     beams: Positive = 6
     generated_rows: Positive | None = None  # null: all

@@ -89,7 +89,7 @@ def run(step: Step) -> Evaluation:
     )
 
 
-STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=2, unit="parts")
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")
 
 
 def parts_of(split: SplitName, shards: Sequence[Shard]) -> list[Part]:
@@ -136,17 +136,18 @@ class Scorer:
         self.student = restore_frozen(read_config(folder), spec, family, frozen).to(device)
         self.teacher = load_model(folder).to(device).eval()
         self.words = read_tokenizer(self.tokens.folder())
+        self.rows = {split: Rows(self.tokens.dir, self.tokens.record.splits[split].shards) for split in SCORED}
+        most = self.evaluate.generated_rows  # of each split, for which the model generates
+        self.generated = {split: None if most is None else rows.drawn(most) for split, rows in self.rows.items()}
 
     def score(self, split: SplitName, before: int, shard: Shard) -> Piece:
         """Score a shard of a split; `before` counts the split's rows before it."""
-        first = self.evaluate.generated_rows  # of each split, those for which the model generates
-        left = None if first is None else max(0, first - before)
-        evaluate = self.evaluate.model_copy(update={"generated_rows": left})
+        drawn = self.generated[split]
+        generated = None if drawn is None else {row - before for row in drawn}
         rows = batches(Rows(self.tokens.dir, (shard,)), self.batch)
-        ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, evaluate)
-        validation = Rows(self.tokens.dir, self.tokens.record.splits["validation"].shards)
+        ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, self.evaluate, generated)
         wanted = (split, before) == (SCORED[0], 0)
-        text = samples(self.student, self.words, self.task, validation) if wanted else ""
+        text = samples(self.student, self.words, self.task, self.rows["validation"]) if wanted else ""
         return Piece(student=asdict(ours), teacher=asdict(theirs), samples=text)
 
 

@@ -7,8 +7,7 @@ of the target, as transformers' shift_tokens_right has it; the last token predic
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -125,32 +124,39 @@ class Summarization(Task):
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
+        generated: Collection[int] | None = None,
     ) -> tuple[Scores, Scores]:
         batches = [self.batch(ids, lengths).to(model.device) for ids, lengths in rows]
         ours, reference = score_tokens(batches, model, token_bytes(tokenizer), teacher)
         theirs = reference or Scores()
         for writer, scores in ((model, ours), (teacher, theirs)):
-            written, expected = self._write(batches, writer, tokenizer, evaluate)
+            written, expected = self._write(batches, writer, tokenizer, evaluate.beams, generated)
             means = rouge(written, expected)
             scores.average({name: mean * len(written) for name, mean in means.items()}, len(written))
         return ours, theirs
 
     def _write(
-        self, batches: list[Batch], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
+        self,
+        batches: list[Batch],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        beams: int,
+        generated: Collection[int] | None,
     ) -> tuple[list[str], list[str]]:
-        """Return what beam search writes for the first `generated_rows` rows, and their summaries."""
-        left = math.inf if evaluate.generated_rows is None else evaluate.generated_rows
+        """Return what beam search writes for the rows of these numbers, and their summaries."""
         texts = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         padding = torch.tensor(tokenizer.pad_token_id)
         written: list[str] = []
         expected: list[str] = []
+        first = 0  # row of a batch
         for batch in batches:
-            count = int(min(len(batch.ids), left - len(written)))
-            if count > 0 and batch.source_ids is not None and batch.source_mask is not None:
-                source, mask = batch.source_ids[:count], batch.source_mask[:count]
+            own = [row for row in range(len(batch.ids)) if generated is None or first + row in generated]
+            first += len(batch.ids)
+            if own and batch.source_ids is not None and batch.source_mask is not None:
+                source, mask = batch.source_ids[own], batch.source_mask[own]
                 length, start = self.settings.target_length, int(batch.ids[0, 0])
-                written += texts(summaries(model, source, mask, length, evaluate.beams, start).tolist())
-                expected += texts(batch.targets[:count].where(batch.supervised[:count], padding).tolist())
+                written += texts(summaries(model, source, mask, length, beams, start).tolist())
+                expected += texts(batch.targets[own].where(batch.supervised[own], padding).tolist())
         return written, expected
 
 

@@ -164,8 +164,10 @@ class Task(ABC):
         teacher: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         evaluate: Evaluate,
+        generated: Collection[int] | None = None,
     ) -> tuple[Scores, Scores]:
-        """Score model and teacher on their device over rows of ids and lengths; scores of pieces of a text add up."""
+        """Score model and teacher on their device over rows of ids and lengths; scores of pieces of a text add up. A
+        task that generates does so for the rows of these numbers, counted from 0; None: for all."""
         end = self.document_end(tokenizer)
         scores, reference = score_tokens(self.passes(rows), model, token_bytes(tokenizer), teacher, end)
         return scores, reference or Scores()

@@ -23,8 +23,9 @@ from pipeline.models.build import build, read_config
 from pipeline.models.family import family_for
 from pipeline.models.student import restore_frozen
 from pipeline.package.package import read_package
-from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER, spans_of
-from pipeline.store.records import Tokens
+from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER, Scorer, spans_of
+from pipeline.stages.stage import StepJob
+from pipeline.store.records import Evaluation, Tokens
 from pipeline.store.shards import Rows, read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.samples import PROMPTS, samples
@@ -109,9 +110,23 @@ def test_the_package_writes_what_the_scored_student_wrote(finished_task: Ran) ->
     assert written.count("--- student") == PROMPTS
 
 
+def test_rows_that_are_generated_are_drawn_from_all_of_a_split(finished_task: Ran, tmp_path: Path) -> None:
+    cut, planned = CutEvaluation(finished_task, tmp_path, rows=2), finished_task.plan.step(Evaluation)
+    inputs = {name: cut.steps[name] for name in planned.inputs}
+    scorer = Scorer(StepJob(planned.recipe, inputs, planned.dir, cut.engine.resources, {}))
+    wanted = finished_task.plan.config.evaluate.generated_rows
+    shards = inputs["tokenize"].record.splits["test"].shards
+    drawn = None if wanted is None else Rows(inputs["tokenize"].dir, shards).drawn(wanted)
+    assert drawn != [0, 1, 2]
+    assert scorer.generated["test"] == drawn
+    if drawn is not None:
+        counted = [scorer.score("test", 2 * number, shard).student["rows"] for number, shard in enumerate(shards)]
+        assert counted == [len({2 * number, 2 * number + 1}.intersection(drawn)) for number in range(len(shards))]
+
+
 def test_shards_of_the_test_split_add_up_to_its_scores(finished_task: Ran, tmp_path: Path) -> None:
     whole = finished_task.record("evaluate")
-    cut = CutEvaluation(finished_task, tmp_path, rows=2)  # of which the second holds the last row that is generated
+    cut = CutEvaluation(finished_task, tmp_path, rows=2)
     assert len(cut.shards) >= 4
     evaluation = cut.run()
     assert (evaluation.digest, evaluation.protocol) == (whole.digest, whole.protocol)

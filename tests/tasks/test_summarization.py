@@ -146,13 +146,27 @@ def test_metrics_follow_their_definitions(tokenizer, models):
             agreed.append(ours[i].argmax() == theirs[i].argmax())
     for size in (9, 2):
         rows = zip(ids.split(size), lengths.split(size), strict=True)
-        scores = TASK.score(rows, model, teacher, tokenizer, Evaluate(beams=2, generated_rows=3))
+        scores = TASK.score(rows, model, teacher, tokenizer, Evaluate(beams=2), {1, 2, 7})
+        assert scores[0].rows == scores[1].rows == 3
         found, reference = (one.metrics() for one in scores)
         assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
         assert found["kl_nats"] == pytest.approx(np.mean(kl), rel=1e-3)
         assert found["top1_agreement"] == pytest.approx(np.mean(agreed))
         assert {"rouge1", "rouge2", "rougeL"} < set(found)
         assert "kl_nats" not in reference
+
+
+@pytest.mark.parametrize("size", [9, 4, 1])
+def test_summaries_are_written_of_the_rows_that_are_named(tokenizer, models, size):
+    ids, lengths = (torch.from_numpy(x).long() for x in encoded(tokenizer))
+    batches = [TASK.batch(*pair) for pair in zip(ids.split(size), lengths.split(size), strict=True)]
+    _, all_expected = TASK._write(batches, models[0], tokenizer, 1, None)
+    assert all(text.startswith(cut) for cut, (_, text) in zip(all_expected, DOCUMENTS, strict=True))
+    assert len(set(all_expected)) == len(DOCUMENTS)
+    written, expected = TASK._write(batches, models[0], tokenizer, 1, {-1, 1, 4, 8, 12})
+    assert expected == [all_expected[row] for row in (1, 4, 8)]
+    assert len(written) == 3
+    assert TASK._write(batches, models[0], tokenizer, 1, set()) == ([], [])
 
 
 def test_beam_search_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(tokenizer, models):
