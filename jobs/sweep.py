@@ -98,8 +98,9 @@ def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
 
 
 def _warnings(planned: SweepPlan) -> list[str]:
-    """Return the warnings of a run of the base configuration, unless nothing is left to run."""
-    return [] if planned.record is not None else planned.base.warnings
+    """Return the warnings of what the trials share and of those known, each once, unless nothing is left to run."""
+    plans = [] if planned.record is not None else [planned.base, *(trial.plan for trial in planned.known)]
+    return list(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
 
 
 def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:

@@ -21,7 +21,7 @@ from jobs.bench.pictures import cosine_figure, front_figure
 from jobs.bench.rows import EVERY_ROW, ROWS, Key, Row, Try, rows_at
 from jobs.bench.students import BenchRun, Score, Tried, bench_run, best_tries, train_all
 from jobs.bench.summary import SHORT_HEADER, Line, lines, markdown, short_cells
-from jobs.display import Display, print_table
+from jobs.display import Display, print_table, print_warnings
 from pipeline.config.presets import LANGUAGE_MODELING
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
@@ -152,6 +152,7 @@ def compare(base: Config, extent: Extent, out: Path, console: Console, generates
     _refuse_unwritable(out)
     if generates is not None:
         base = with_generated_text(base, generates, extent, console)
+    print_warnings(console, plan_run(base).warnings)
     with Display(console) as display:
         run_plan(plan_run(base, TeacherCache.stage), display)
         searched = train_all(_search(base, extent) if extent.search else [], Tried, base.resources, display, "search")

@@ -17,13 +17,14 @@ from pipeline.sources.files import pin_splits
 from pipeline.sources.models import pin_models
 from pipeline.stages.stage import PinnedRun
 from pipeline.store.locations import make_scratch_dir
-from pipeline.store.records import Evaluation, Record, Student, Teacher, TeacherCache
+from pipeline.store.records import Evaluation, Record, Sensitivity, Student, Teacher, TeacherCache
 from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedConfig
 
-COMPUTING: frozenset[type[Record]] = frozenset((Teacher, TeacherCache, Student, Evaluation))  # made on a GPU, if any
+# What is made on a GPU, if there is any.
+COMPUTING: frozenset[type[Record]] = frozenset((Teacher, TeacherCache, Sensitivity, Student, Evaluation))
 
 
 def pin(config: Config) -> PinnedRun:

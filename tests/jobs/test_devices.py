@@ -98,3 +98,13 @@ def test_what_is_odd_about_a_machine_is_said_in_the_plan_and_at_the_start(
         shown = " ".join(CliRunner().invoke(app, [command, str(path), *more]).stderr.split())
         assert "Set resources.gpus_per_worker: 1 to use it." in shown
         assert end in shown
+
+
+def test_a_sweep_warns_of_its_trials_too(
+    tiny_fields: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "emulates_bf16", lambda: True)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_fields(tmp_path, sweep={"space": {"distill.precision": ["fp32", "bf16"]}})))
+    (warning,) = said("sweep", path, "--plan")["warnings"]
+    assert warning.startswith("distill.precision is bf16")
