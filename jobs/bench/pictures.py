@@ -55,7 +55,7 @@ def cosine_figure(lines: Sequence[Line], title: str) -> Figure:
             places = [place + 0.28 * (number - (len(names) - 1) / 2) for place, _ in own]
             axes.bar(places, [getattr(line, metric) for _, line in own], width=0.26, label=name)
             for place, (_, line) in zip(places, own, strict=True):
-                change = str(line.less(WITHOUT_CONTRAST, metric) or "").replace(" [", "\n[")
+                change = str(line.less(WITHOUT_CONTRAST, metric) or "").replace(" [", "\n[").replace(" {", "\n{")
                 axes.text(place, max(getattr(line, metric), 0), change, ha="center", va="bottom", fontsize=7)
         axes.set_xticks(range(len(widths)), widths)
         axes.margins(y=0.2)

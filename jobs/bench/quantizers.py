@@ -75,6 +75,10 @@ class Extent:
         own = [row for row in self.rows if not (self.search and row.trained)]
         return {(row.name, bits): row.own_try(bits) for bits in self.bits for row in own}
 
+    def seeds_of(self, row: Row) -> list[int]:
+        """Return the seeds that measure a row; rounding has no use for more than one."""
+        return list(range(SEARCH_SEED + 1, SEARCH_SEED + 1 + (self.seeds if row.trained else 1)))
+
     def laid_over(self, base: Config, bits: str) -> Config:
         """Return the base configuration with the steps, the rows of a step and three validations of this width."""
         steps = self.steps_at(bits)
@@ -209,7 +213,7 @@ def _measure(base: Config, extent: Extent, chosen: Mapping[Key, Try]) -> list[Be
         for bits in extent.bits
         for row in extent.rows
         if (row.name, bits) in chosen and row.offered_at(bits, base.quant.overrides.values())
-        for seed in range(SEARCH_SEED + 1, SEARCH_SEED + 1 + (extent.seeds if row.trained else 1))
+        for seed in extent.seeds_of(row)
     ]
 
 
@@ -289,11 +293,13 @@ def _earlier(out: Path, base: Config, extent: Extent, now: Set[Key], sound: Scor
         search = [dict(entry) for entry in document["search"]]
         failed = {(f["row"], f["bits"]): str(f["failure"]) for f in document["failed"]}
         texts = read_documents((out / DOCUMENTS).read_text(encoding="utf-8"))
+        seeds = {key: [score.seed for score in scores if score.key == key] for key in {s.key for s in scores}}
         kept = [
             score
             for score in scores
             if score.key not in now
             and score.row in EVERY_ROW
+            and (score.bits not in extent.bits or seeds[score.key] == extent.seeds_of(EVERY_ROW[score.row]))
             and score.teacher.get("perplexity") == sound.teacher["perplexity"]
             and score.key in texts
             and score.digest == _digest_today(base, extent, EVERY_ROW[score.row], score)
@@ -304,7 +310,9 @@ def _earlier(out: Path, base: Config, extent: Extent, now: Set[Key], sound: Scor
     of_kept = dict.fromkeys(score.key for score in kept)
     for row, bits in dict.fromkeys(score.key for score in scores):
         if (row, bits) not in {*of_kept, *now}:
-            console.print(f"left out: {row} at {bits} of {out / RESULTS}, whose teacher, data or recipe was another")
+            console.print(
+                f"left out: {row} at {bits} of {out / RESULTS}, whose teacher, data, seeds or recipe was another"
+            )
     return Earlier(
         scores=kept,
         search=[entry for entry in search if (entry["row"], entry["bits"]) in of_kept],
@@ -324,6 +332,6 @@ def _digest_today(base: Config, extent: Extent, row: Row, score: Score) -> str |
 def _print(table: Sequence[Line], title: str, console: Console) -> None:
     rates = "v, ^: the lowest, the highest rate of its search; " if any(len(line.tried) > 1 for line in table) else ""
     columns = (Column(header, overflow="fold") for header in SHORT_HEADER)
-    caption = f"{rates}quantizers.md has all columns"
+    caption = f"{rates}95 % intervals over [seeds] and {{documents}}; quantizers.md has all columns"
     style = {"title": title, "caption": caption, "box": SIMPLE_HEAD, "pad_edge": False}
     print_table(console, columns, map(short_cells, table), **style)

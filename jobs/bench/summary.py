@@ -33,11 +33,18 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Tell whether there is an interval over seeds, and zero lies outside of it and of that over documents."""
-        return self.low is not None and all(low > 0 or high < 0 for low, high in self.ends)
+        """Tell whether there is an interval over seeds, and it and that over documents lie on the same side of zero."""
+        beyond = all(low > 0 for low, _ in self.ends) or all(high < 0 for _, high in self.ends)
+        return self.low is not None and beyond
 
     def __str__(self) -> str:
-        return " ".join([f"{self.mean:+.4f}", *(f"[{low:+.4f}, {high:+.4f}]" for low, high in self.ends)])
+        return self.shown(lambda nats: f"{nats:+.4f}")
+
+    def shown(self, form: Callable[[float], str]) -> str:
+        """Return the mean, [the interval over seeds] and {that over documents}."""
+        over_seeds = f" [{form(self.low)}, {form(self.high)}]" if self.low is not None and self.high is not None else ""
+        over_documents = f" {{{', '.join(map(form, self.documents))}}}" if self.documents is not None else ""
+        return f"{form(self.mean)}{over_seeds}{over_documents}"
 
 
 UNTRAINED = frozenset(row.name for row in ROWS if not row.trained)
@@ -156,7 +163,7 @@ def short_cells(line: Line) -> tuple[str, ...]:
         "" if line.row in UNTRAINED else f"{line.rate:g}{_end(line, ' v', ' ^')}{_contrast(line)}",
         f"{line.packed_bytes:,}",
         f"{line.gap_nats:.4f}",
-        "" if less is None else str(less).replace("] [", "]\n["),
+        "" if less is None else str(less).replace(" {", "\n{"),
         f"{line.kl_nats:.4f}",
         f"{line.top1_agreement:.1%}",
     )

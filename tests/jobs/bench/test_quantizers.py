@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.bench import generated, quantizers, students
+from jobs.bench.claims import VERDICTS
 from jobs.bench.documents import read_documents
 from jobs.bench.rows import REFERENCE, ROWS, WITH_CONTRAST, Row, Try, named
 from jobs.bench.summary import lines, short_cells
@@ -75,7 +76,7 @@ def test_a_bench_makes_its_table_and_the_same_command_reuses_it(small, tmp_path)
         tried = {t["rate"]: t["validation_nats"] for t in document["search"] if t["row"] == name}
         assert len(tried) == 3
         assert table[name]["rate"] == min(tried, key=tried.get)
-    assert {claim["met"] for claim in document["claims"]} <= {True, False, None}
+    assert {claim["verdict"] for claim in document["claims"]} <= set(VERDICTS)
     assert all(re.fullmatch(r"20\d{2}-\d{2}-\d{2}, " + platform.machine(), day) for day in document["measured"])
     assert len(document["claims"]) == 1  # of best; the rows of the others are not all here
     assert len(document["scores"]) == 5

@@ -117,8 +117,8 @@ def test_an_interval_excludes_zero_over_seeds_and_over_documents_or_not(interval
 def test_an_interval_shows_both_of_its_ends():
     assert str(Interval(0.5)) == "+0.5000"
     assert str(Interval(0.5, 0.25, 0.75)) == "+0.5000 [+0.2500, +0.7500]"
-    assert str(Interval(0.5, 0.25, 0.75, (-0.1, 1.1))) == "+0.5000 [+0.2500, +0.7500] [-0.1000, +1.1000]"
-    assert str(Interval(0.5, None, None, (-0.1, 1.1))) == "+0.5000 [-0.1000, +1.1000]"
+    assert str(Interval(0.5, 0.25, 0.75, (-0.1, 1.1))) == "+0.5000 [+0.2500, +0.7500] {-0.1000, +1.1000}"
+    assert str(Interval(0.5, None, None, (-0.1, 1.1))) == "+0.5000 {-0.1000, +1.1000}"
 
 
 def table(*extra):
@@ -211,7 +211,7 @@ def test_cells_say_what_the_line_says():
     (single,) = lines([score("x")], "2-2-8", {})
     everything = dict.fromkeys(COMPARED, Interval(0.25, 0.2, 0.3, (-0.1, 0.6)))  # not bold
     cell = dict(zip(HEADER, cells(replace(single, differences={REFERENCE: everything})), strict=True))
-    assert (cell["less reference's"], cell["rate"]) == ("+0.2500 [+0.2000, +0.3000] [-0.1000, +0.6000]", "0.001")
+    assert (cell["less reference's"], cell["rate"]) == ("+0.2500 [+0.2000, +0.3000] {-0.1000, +0.6000}", "0.001")
 
 
 def test_markdown_is_a_table():
