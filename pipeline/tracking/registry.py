@@ -65,7 +65,7 @@ def register_package(
     if version is None:
         version = _new_version(client, run, name, key, folder, {**tags, KEY_TAG: key}, metrics)
     if str(version.version) == FIRST and CHAMPION not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, CHAMPION, FIRST)  # until something else is promoted
+        client.set_registered_model_alias(name, CHAMPION, FIRST)  # until a person promotes another
     return version, _model_id(version)
 
 
