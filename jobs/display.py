@@ -1,10 +1,12 @@
-"""What a person sees on stderr: a progress bar for each stage on a terminal, a line at each quarter elsewhere."""
+"""What a person sees on stderr: a bar for each stage on a terminal, elsewhere a line at each quarter and minute."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
 UNITS = {name: stage.unit for name, stage in STAGES.items()}
+SILENT_S = 60.0  # at most, where bars are not drawn, while something goes on
 
 
 def print_table(
@@ -44,7 +47,7 @@ class Display:
         self.console = console
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, int] = {}
-        self._begun = time.perf_counter()
+        self._begun = self._spoke = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(bar_width=28),
@@ -63,16 +66,24 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a stage of a command's own while inside; yield what to tell how many of how many are done."""
+        begun = time.perf_counter()
+        self.started(name)
+        yield partial(self.advanced, name, note="")
+        self.finished(name, "done", time.perf_counter() - begun)
+
     def started(self, stage: str) -> None:
         """Show a bar for the stage, or a line."""
         self._task(stage)
         self._line(stage, "started")
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
-        """Move the bar, or print a line at each quarter."""
+        """Move the bar, or print a line at each quarter and after a silent minute."""
         self._progress.update(self._task(stage), completed=done, total=total, note=note)
         quarter = 4 * done // max(1, total)
-        if quarter > self._printed.get(stage, 0):
+        if quarter > self._printed.get(stage, 0) or time.perf_counter() - self._spoke >= SILENT_S:
             self._printed[stage] = quarter
             self._line(stage, f"{done}/{total} {UNITS.get(stage, '')}{', ' + note if note else ''}")
 
@@ -105,7 +116,8 @@ class Display:
     def _line(self, stage: str, text: str) -> None:
         """Print a line where bars are not drawn."""
         if self._progress.disable:
-            elapsed = time.perf_counter() - self._begun
+            self._spoke = time.perf_counter()
+            elapsed = self._spoke - self._begun
             self.console.print(f"[{elapsed:6.1f} s] {stage}: {text}")
 
 

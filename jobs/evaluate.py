@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from jobs.display import print_table
+from jobs.display import Display, print_table
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
@@ -46,8 +45,8 @@ def evaluate(
         if lengths.sum() < 2:
             raise ConfigError(f"--data {data!r} holds {int(lengths.sum())} tokens; at least 2 are needed.")
         rows = torch.from_numpy(ids).long(), torch.from_numpy(lengths).long()
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            scores, _ = score(_batches(*rows, batch, progress), loaded, token_bytes(tokenizer))
+        with Display(console) as display, display.stage("rows") as advance:
+            scores, _ = score(_batches(*rows, batch, advance), loaded, token_bytes(tokenizer))
     protocol = f"block length {width}: {PROTOCOL}"
     document = {"model": model, "data": data, "protocol": protocol, "tokens": sum(scores.tokens)}
     values = ((name, f"{value:.4f}") for name, value in scores.metrics().items())
@@ -70,8 +69,9 @@ def _width(model: str, config: PreTrainedConfig, block_length: int | None) -> in
     return width
 
 
-def _batches(ids: Tensor, lengths: Tensor, batch: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    task = progress.add_task("rows", total=len(ids))
-    for batch_ids, batch_lengths in zip(ids.split(batch), lengths.split(batch), strict=True):
-        yield batch_ids, batch_lengths
-        progress.advance(task, len(batch_ids))
+def _batches(
+    ids: Tensor, lengths: Tensor, batch: int, advance: Callable[[int, int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(ids), batch):
+        yield ids[start : start + batch], lengths[start : start + batch]
+        advance(min(start + batch, len(ids)), len(ids))

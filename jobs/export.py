@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from jobs.display import print_table
+from jobs.display import Display, print_table
 from jobs.model_argument import is_registered, locate, pinned
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, lengths, make_probes
-from pipeline.export.verify import Verdict, bytes_of, measure, reasons_against
+from pipeline.export.verify import Logits, Verdict, bytes_of, measure, reasons_against
 from pipeline.package.manifest import MANIFEST, check
 from pipeline.package.package import load, read_package
 from pipeline.sources.content import ContentMemo
@@ -56,8 +58,8 @@ def export(
         except OSError as error:
             raise ConfigError(f"--out is {str(out)!r}, which cannot be made: {error}") from error
         try:
-            with console.status(f"writing {name} and trying it in its runtime"):
-                verdict = _prove(package, draft, name, kind, text, data, threads)
+            with Display(console) as display:
+                verdict = _prove(package, draft, name, kind, text, data, threads, display)
             if not verdict.passed:
                 _log(model, verdict, resources)
                 raise RunError(f"The {name} export of {model} was deleted: {'; '.join(verdict.reasons)}.")
@@ -74,13 +76,25 @@ def export(
 
 
 def _prove(
-    package: Path, draft: Path, name: str, kind: Format, text: Tensor | None, data: str | None, threads: int
+    package: Path,
+    draft: Path,
+    name: str,
+    kind: Format,
+    text: Tensor | None,
+    data: str | None,
+    threads: int,
+    display: Display,
 ) -> Verdict:
     module = kind.load()
-    notes = module.write(package, draft)
-    error, tensors = module.read_back(package, draft) if hasattr(module, "read_back") else (None, 0)
-    model = load(package)
-    measured = measure(model, module.open_logits(draft, threads), make_probes(model, text))
+    with display.stage("write"):
+        notes = module.write(package, draft)
+        error, tensors = module.read_back(package, draft) if hasattr(module, "read_back") else (None, 0)
+    with display.stage("prompts"):  # and the packed model's own path from each
+        model = load(package)
+        probes = make_probes(model, text)
+    with display.stage("verify") as advance:
+        logits = _counted(module.open_logits(draft, threads), len(probes.paths) + len(probes.rows), advance)
+        measured = measure(model, logits, probes)
     return Verdict(
         format=name,
         digest=check(package)["digest"],
@@ -94,6 +108,18 @@ def _prove(
         reasons=reasons_against(measured, error),
         **measured,
     )
+
+
+def _counted(logits: Logits, total: int, advance: Callable[[int, int], None]) -> Logits:
+    """Return the same, which tells of each sequence that the runtime has computed."""
+    done = itertools.count(1)
+
+    def counted(*sequences: list[int]) -> Any:
+        values = logits(*sequences)
+        advance(next(done), total)
+        return values
+
+    return counted
 
 
 def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:

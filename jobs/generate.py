@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from jobs.display import Display
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
@@ -125,7 +126,8 @@ def _summary(
         console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}")
     source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)], device=model.device)
     length = min(request.max_tokens + 1, positions)
-    summary = summaries(model, source, torch.ones_like(source), length, BEAMS)
+    with Display(console) as display, display.stage("summary"):
+        summary = summaries(model, source, torch.ones_like(source), length, BEAMS)
     text = tokenizer.decode(summary[0], skip_special_tokens=True)
     say(f"{text}\n")
     return text, summary.shape[1] - 1  # the first one starts the decoder

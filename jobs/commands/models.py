@@ -84,11 +84,18 @@ def pull(
 
     Given again after an interruption it keeps the files that are whole. DEST appears only once all are there.
     """
+    from jobs.display import Display
     from jobs.model_argument import files_of
     from pipeline.package.pull import pull as bring
 
-    folder = Path(destination).expanduser().absolute()
-    pulled = bring(files_of(model, resources), folder, model)
+    folder, fetch = Path(destination).expanduser().absolute(), files_of(model, resources)
+    with Display(console) as display:
+
+        def shown(name: str, scratch: Path) -> Path:
+            with display.stage(name):
+                return fetch(name, scratch)
+
+        pulled = bring(shown, folder, model)
     size = sum(entry["bytes"] for entry in pulled.manifest["files"].values())
     counts = f"{len(pulled.fetched)} files fetched, {len(pulled.kept)} were there"
     console.print(f"{folder}: {counts}; {size:,} bytes, each checked", soft_wrap=True)

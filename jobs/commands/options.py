@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
@@ -97,12 +99,31 @@ def open_console() -> Console:
     return console
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have what a scheduler or a closing terminal sends interrupt what runs inside as Ctrl-C does, so that it ends what
+    it started."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is signal.SIG_DFL]  # no nohup
+    for kind in kinds:
+        signal.signal(kind, interrupt)
+    try:
+        yield
+    finally:
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+
+
 def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
     """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
     console = open_console()
     try:
-        document = work(console)
-    except KeyboardInterrupt:
+        with interruptible():
+            document = work(console)
+    except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with the latter
         console.print("interrupted; what was committed is kept, and the same command goes on from there")
         raise typer.Exit(Exit.FAILED) from None
     except Exception as error:

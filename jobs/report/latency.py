@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from rich.console import Console
 
+from jobs.display import Display
 from pipeline.config.base import Closed
 from pipeline.errors import RunError
 from pipeline.models.build import read_config
@@ -44,17 +45,18 @@ def measure(packages: Sequence[tuple[str, FinishedStep[Package]]], console: Cons
     milliseconds: dict[int, list[float]] = {index: [] for index in range(len(packages))}
     with ExitStack() as stack:
         folders = [stack.enter_context(_fetched(package)) for _, package in packages]
+        display = stack.enter_context(Display(console))
+        advance = stack.enter_context(display.stage("latency"))
         for number in range(ROUNDS):
             for index in list(milliseconds):
-                label = packages[index][0]
-                with console.status(f"round {number + 1} of {ROUNDS}: {label}"):
-                    try:
-                        rates = run_engine("packed", folders[index], THREADS, *_lengths(folders[index]))
-                    except RunError as error:
-                        console.print(f"{label}: no latency. {error}")
-                        del milliseconds[index]
-                        continue
-                milliseconds[index].append(1000 / rates["decode_tokens_per_s"])
+                try:
+                    rates = run_engine("packed", folders[index], THREADS, *_lengths(folders[index]))
+                except RunError as error:
+                    console.print(f"{packages[index][0]}: no latency. {error}")
+                    del milliseconds[index]
+                else:
+                    milliseconds[index].append(1000 / rates["decode_tokens_per_s"])
+            advance(number + 1, ROUNDS)
     for index, values in milliseconds.items():
         took = {"median_ms": statistics.median(values), "least_ms": min(values), "most_ms": max(values)}
         latency = Latency(**took, rounds=ROUNDS, threads=THREADS, machine=platform.machine())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
@@ -70,6 +72,11 @@ class Engine:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        class Trainer(TorchTrainer):  # type: ignore[misc]
+            """Leaves Ctrl-C to us: Ray's own handler ends the process with status 0, or leaves the command waiting."""
+
+            def _register_sigint_handler(self, controller: Any) -> None: ...
+
         resources = self.resources
         path, filesystem = step_dir.run_folder()
         # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
@@ -91,7 +98,7 @@ class Engine:
         config = {"work": work, "threads": self._threads(), "resources": resources}
         with quiet(), delivered(actor, advance, self.groups), explained(step_dir):
             scaling = ScalingConfig(**workers)
-            TorchTrainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
+            Trainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
             if actor is not None and (failure := ray.get(actor.failure.remote())) is not None:
                 raise failure
 
@@ -195,6 +202,7 @@ class Engine:
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.ERROR)
             # With the dashboard off, Ray Train's placement group cleaner logs an error every second.
+            terminated = signal.getsignal(signal.SIGTERM)
             local = {} if resources.ray_address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
             try:
                 ray.init(
@@ -218,6 +226,8 @@ class Engine:
                     "resources.ray_address to a running cluster, or leave both out."
                 ) from error
             self._started = True
+            if callable(terminated) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)  # Ray's own aborts the process three seconds later
         available = ray.cluster_resources()
         for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
             if resources.workers * each > available.get(kind, 0):

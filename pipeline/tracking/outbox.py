@@ -46,10 +46,11 @@ class Outbox:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        end = time.monotonic() + GIVE_UP_AFTER_S
+        interrupted = kind is not None and not issubclass(kind, Exception)  # who waits for the end of the command
+        end = time.monotonic() + (0.0 if interrupted else GIVE_UP_AFTER_S)
         while not self.flush() and time.monotonic() < end:
             time.sleep(SEND_EVERY_S)
 

@@ -19,6 +19,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.processes import start
+
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
 STEPS = 240
@@ -60,7 +62,7 @@ class Project:
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.cli", "compress", str(self.config), "--json"]
         with open(self.root / "stdout", "w") as stdout, open(self.root / "stderr", "a") as stderr:
-            return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+            return start(command, stdout=stdout, stderr=stderr, text=True)
 
     def finish(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
         """Wait for the command; its JSON document."""
@@ -91,6 +93,16 @@ class Project:
                 if process.create_time() == created and "".join(process.cmdline()).startswith(name):
                     return process
         return None
+
+    def alive(self) -> list[str]:
+        """What the project's commands started and what still runs."""
+        named = []
+        for pid, created in self.started.items():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
+                    named.append(" ".join(process.cmdline())[:200])
+        return named
 
     def exists(self, pattern: str) -> Callable[[], bool]:
         return lambda: any(self.store.glob(pattern))
@@ -181,6 +193,27 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     left = [path.name for path in project.store.rglob("*.tmp")]
     assert [name for name in left if not name.startswith(".lease.json.")] == []  # a heartbeat's goes when it is old
     assert not list(project.store.glob("*/*/attempt"))
+
+
+def test_an_interrupted_command_ends_what_it_started(project: Project) -> None:
+    """By the driver's own doing: nobody else hears the signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = project.newest("finetune")
+        driver = project.start()
+        project.until(lambda before=before: project.newest("finetune") > before, driver)
+        driver.send_signal(number)
+        assert driver.wait(DEADLINE_S) == 1, (project.root / "stderr").read_text()[-3000:]
+        end = time.monotonic() + DEADLINE_S
+        while project.alive() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert project.alive() == []
+        said = (project.root / "stderr").read_text()
+        assert said.rstrip().endswith(
+            "interrupted; what was committed is kept, and the same command goes on from there"
+        )
+        (lease,) = project.store.glob("finetune/*/lease.json")
+        assert json.loads(lease.read_text())["owner"] is None
+        (project.root / "stderr").unlink()
 
 
 @pytest.mark.soak

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -25,6 +24,7 @@ from pipeline.tracking import runs
 from pipeline.tracking.mlflow_listener import MlflowListener
 from pipeline.tracking.outbox import Outbox, outbox_folder
 from tests.conftest import Recorder
+from tests.processes import start
 from tests.store.test_step_store import serve_s3
 
 PASSWORD = "correct-horse-battery"
@@ -65,7 +65,7 @@ class Server:
             *("--default-artifact-root", self.artifacts, "--no-serve-artifacts"),
         ]
         with open(self.root / "server.log", "a") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+            self.process = start(command, env=self.environment, stdout=log, stderr=log)
         end = time.monotonic() + 180
         while time.monotonic() < end:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:

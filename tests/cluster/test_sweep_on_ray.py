@@ -34,6 +34,7 @@ from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
 from tests.mlflow_server import LOGIN, assert_untold, serve_mlflow
+from tests.processes import start
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
@@ -190,7 +191,7 @@ class Project:
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.cli", "sweep", str(self.path), "--json"]
         with open(self.root / "stdout", "w") as stdout, open(self.root / "stderr", "a") as stderr:
-            return subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+            return start(command, stdout=stdout, stderr=stderr, text=True)
 
     def until(self, happened: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
         """Poll until something has happened or the driver has ended, taking note of what it starts."""

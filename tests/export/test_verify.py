@@ -128,6 +128,8 @@ def test_a_text_may_be_the_probe_and_a_short_one_is_refused(trained, corpus, tmp
     )
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["probe"] == str(corpus)
+    for line in ("write: started", "prompts: done in", "verify: 10/40", "verify: 40/40"):
+        assert line in done.stderr
     short = tmp_path / "short.txt"
     short.write_text("Too little.")
     with pytest.raises(ConfigError, match="fills 0 rows of 80 tokens; 20 are needed"):

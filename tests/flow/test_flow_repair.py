@@ -16,6 +16,7 @@ from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.store.records import Evaluation, Teacher
 from tests.conftest import ROOT
+from tests.processes import start
 
 HOLD = """
 import sys, time
@@ -162,7 +163,7 @@ def held(evaluation, cloned):
         step = evaluation.step(Evaluation).dir
         names = [step.storage_uri, step.stage, step.key, step.scratch, str(cloned / "release"), str(record)]
         command = [sys.executable, "-c", HOLD, *names]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        process = start(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process

@@ -41,6 +41,18 @@ def test_so_is_progress(capsys, monkeypatch, terminal):
     assert shown(capsys).count(LIKE_MARKUP) >= 2
 
 
+def test_what_goes_on_for_long_is_heard_of(capsys, monkeypatch):
+    """Where no bar is drawn: at each quarter, and after each silent minute."""
+    with Display(open_console()) as display, display.stage("verify") as advance:
+        for done in range(1, 9):
+            advance(done, 8)
+        monkeypatch.setattr("jobs.display.SILENT_S", 0.0)
+        advance(9, 10_000)
+    lines = [re.sub(r"^\[ *[0-9.]+ s\] |[0-9.]+ s$", "", line).strip() for line in shown(capsys).splitlines()]
+    quarters = [f"verify: {done}/8" for done in (2, 4, 6, 8)]
+    assert lines == ["verify: started", *quarters, "verify: 9/10000", "verify: done in"]
+
+
 def test_an_error_names_an_extra_whole(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     said = CliRunner().invoke(app, ["export", str(finished.package), "--format", "gguf", "--out", str(tmp_path / "x")])

@@ -127,6 +127,7 @@ def test_a_pulled_model_is_the_model(finished, bitmill, monkeypatch, tmp_path, m
     assert document["kept"] == []
     assert sorted([*document["fetched"], "manifest.json"]) == sorted(p.name for p in (tmp_path / "model").iterdir())
     assert "each checked" in shown.stderr
+    assert all(f"{name}: done in" in shown.stderr for name in document["fetched"])
     again = json.loads(bitmill("pull", source, tmp_path / "model", "--json").stdout)
     assert (again["fetched"], again["kept"]) == ([], document["fetched"])
 

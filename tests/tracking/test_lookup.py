@@ -22,6 +22,7 @@ from pipeline.tracking import lookup as lookups
 from pipeline.tracking import runs
 from pipeline.tracking.lookup import matches, nearest_misses, reach
 from pipeline.tracking.query import MIB, Query, RegisteredModel, ranked, shortcomings
+from tests.processes import start
 
 # name, bits, task, MiB, perplexity and accuracy on validation, formats; the test split ranks them the other way round
 MODELS = [
@@ -111,7 +112,7 @@ def server(uri, tmp_path_factory):
     options = ["--backend-store-uri", uri, "--artifacts-destination", str(folder), "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1", *options]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        process = start(command, cwd=folder, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 300

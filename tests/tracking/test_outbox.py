@@ -97,6 +97,21 @@ def test_what_was_not_sent_is_named_and_sent_by_the_next_command(uri, tmp_path, 
     assert not list((tmp_path / "outbox").iterdir())
 
 
+def test_an_interrupted_command_does_not_wait_for_a_server_that_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox, "GIVE_UP_AFTER_S", 1e9)
+    monkeypatch.setattr(outbox.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    waiting = Outbox(tmp_path / "outbox")
+
+    def interrupted():
+        with waiting:
+            waiting.put(target(AWAY), [at(1, 3.0)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert waiting.unsent == {"2-2-8": 1}
+
+
 def test_what_another_machine_or_a_living_command_left_is_let_be(uri, tmp_path):
     folder = tmp_path / "outbox"
     with Outbox(folder) as living:
