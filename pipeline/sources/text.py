@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 
 import pyarrow as pa
@@ -17,12 +17,14 @@ from pipeline.sources.files import SourceFile, open_text
 from pipeline.sources.packaged import packaged_count, packaged_texts
 
 PART_BYTES = 4 * 2**20
-PARQUET_AHEAD_BYTES = 2**16  # a footer; its columns are read as a whole
+GROUP_PARTS = 16  # at most of one row group, which each reads from its beginning
+PARQUET_AHEAD_BYTES = 2**16  # a footer
+PARQUET_BUFFER_BYTES = 2**20  # of a column, which may be larger than memory
 BATCH_ROWS = 1024
 
 
 class Part(Closed):
-    """A contiguous piece of a source file that one worker reads: bytes, row groups or documents start..stop."""
+    """A contiguous piece of a source file that one worker reads: bytes, rows (Parquet) or documents start..stop."""
 
     file: SourceFile
     start: int
@@ -33,12 +35,17 @@ def parts(file: SourceFile) -> list[Part]:
     """Cut a file into pieces that workers read side by side; the cut depends on the content alone.
 
     Raises:
-        ConfigError: the footer of a Parquet file, which says how many row groups it has, cannot be read.
+        ConfigError: the footer of a Parquet file, which says how many rows it has, cannot be read.
     """
-    if file.format not in ("python", "parquet"):
+    pieces = max(1, file.bytes // PART_BYTES)
+    if file.format == "parquet":
+        total, groups = row_counts(file)
+        pieces = min(pieces, max(1, groups) * GROUP_PARTS)
+    elif file.format == "python":
+        total = packaged_count(file.uri.removeprefix("python://"))
+    else:
         return byte_parts(file, 0, file.bytes)
-    total = row_groups(file) if file.format == "parquet" else packaged_count(file.uri.removeprefix("python://"))
-    return _cut(file, 0, total, -(-total // max(1, file.bytes // PART_BYTES)))
+    return _cut(file, 0, total, -(-total // pieces))
 
 
 def byte_parts(file: SourceFile, start: int, stop: int) -> list[Part]:
@@ -50,12 +57,12 @@ def _cut(file: SourceFile, start: int, stop: int, length: int) -> list[Part]:
     return [Part(file=file, start=i, stop=min(i + length, stop)) for i in range(start, stop, max(1, length))]
 
 
-@lru_cache(maxsize=4096)  # a plan asks several times
-def row_groups(file: SourceFile) -> int:
-    """Count the row groups of a Parquet file. Raises ConfigError: it cannot be read."""
+@cache  # a plan asks several times
+def row_counts(file: SourceFile) -> tuple[int, int]:
+    """Return how many rows and row groups a Parquet file has. Raises ConfigError: it cannot be read."""
     try:
         with open_parquet(file) as table:
-            return int(table.num_row_groups)
+            return int(table.metadata.num_rows), int(table.num_row_groups)
     except OSError as error:
         raise ConfigError(f"data: {file.uri} cannot be read: {error}") from error
 
@@ -65,16 +72,27 @@ def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file, of which no more is read than its footer. Raises ConfigError: it is not Parquet."""
     with open_text(file, PARQUET_AHEAD_BYTES) as stream:
         try:
-            table = pq.ParquetFile(stream)
+            table = pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER_BYTES)
         except pa.ArrowException as error:
             raise ConfigError(f"data: {file.uri} is not Parquet: {error}") from error
         yield table
 
 
 def batches(table: pq.ParquetFile, part: Part, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield rows of a part's row groups, each read by itself, no other column among them."""
-    for group in range(part.start, part.stop):
-        yield from table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns])
+    """Yield a part's rows, no other column among them; of row groups that hold none of them nothing is read."""
+    start = 0
+    for group in range(table.num_row_groups):
+        stop = start + table.metadata.row_group(group).num_rows
+        if start < part.stop and part.start < stop:
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns]):
+                skipped = min(len(batch), max(0, part.start - start))
+                kept = batch.slice(skipped, max(0, part.stop - start - skipped))
+                if len(kept):
+                    yield kept
+                start += len(batch)
+                if start >= part.stop:
+                    return
+        start = stop
 
 
 def documents(part: Part, unit: str, text_column: str) -> Iterator[str]:

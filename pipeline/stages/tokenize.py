@@ -105,7 +105,7 @@ STAGE = Stage(
     run,
     locations,
     check,
-    version=2,
+    version=3,
     shared=True,
     repairs=True,
     unit="parts",

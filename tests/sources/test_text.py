@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -66,13 +67,31 @@ def test_the_parts_of_jsonl_hold_each_row_once(tmp_path, texts, part_bytes):
 
 
 @pytest.mark.parametrize("part_bytes", [1, 300, 10**6])
-def test_the_parts_of_parquet_hold_each_row_once(tmp_path, monkeypatch, read, part_bytes):
+@pytest.mark.parametrize("group", [1, 3, 7, 22])
+@pytest.mark.parametrize("batch", [2, 1024])
+def test_the_parts_of_parquet_hold_each_row_once(tmp_path, monkeypatch, read, part_bytes, group, batch):
     texts = [f"row {i} " + "ü" * i for i in range(20)]
     table = pa.table({"body": pa.array([*texts, None, " "], pa.large_string()), "id": range(22)})
-    pq.write_table(table, tmp_path / "text.parquet", row_group_size=3)
+    pq.write_table(table, tmp_path / "text.parquet", row_group_size=group)
+    monkeypatch.setattr(sources, "BATCH_ROWS", batch)
     monkeypatch.setattr(sources, "PART_BYTES", part_bytes)
     assert read(tmp_path / "text.parquet", column="body") == texts
     assert read(tmp_path / "text.parquet", "line", "body") == [*(f"{text}\n" for text in texts), "\n", " \n"]
+
+
+def test_a_row_group_is_cut_too_and_read_from_its_beginning_few_times(tmp_path, monkeypatch, memo):
+    texts = [f"{i} " + random.Random(i).randbytes(900).hex() for i in range(2000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "one.parquet")  # of one group, unless it is said otherwise
+    (file,) = pin_text(str(tmp_path / "one.parquet"), "data.source", memo)
+    for pieces in (3, 10):
+        monkeypatch.setattr(sources, "PART_BYTES", file.bytes // pieces)
+        cut = parts(file)
+        assert len(cut) == pieces
+        read = [list(documents(part, "document", "text")) for part in cut]
+        assert [text for part in read for text in part] == texts
+        assert max(map(len, read)) <= 2000 / pieces + 1
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    assert len(parts(file)) == sources.GROUP_PARTS
 
 
 def test_a_glob_reads_files_of_all_formats_in_order(tmp_path, read):

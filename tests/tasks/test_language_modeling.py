@@ -1,5 +1,6 @@
 import copy
 import math
+import tracemalloc
 from itertools import starmap
 
 import numpy as np
@@ -213,3 +214,20 @@ def test_a_tokenizer_without_end_of_text_puts_none(tokenizer):
     rows, lengths, _ = encode(TEXTS, bare, 8, "document")
     stream = [i for text in TEXTS for i in ids_of(tokenizer, text)]
     assert rows.reshape(-1)[: lengths.sum()].tolist() == stream
+
+
+def test_a_token_takes_few_bytes_until_it_is_stored(monkeypatch):
+    class Words:
+        eos_token_id = 50_000
+
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    monkeypatch.setattr(language_modeling, "ENCODE_CHARACTERS", 5000)
+    words = " ".join(str(10_000 + i) for i in range(99))
+    tracemalloc.start()
+    ids, lengths, _ = encode((words for _ in range(2000)), Words(), 64, "document")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (lengths.sum(), ids[0, 1], ids[-1, lengths[-1] - 1]) == (200_000, 10_001, 50_000)
+    assert peak / ids.size < 10
