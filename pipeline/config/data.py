@@ -90,9 +90,9 @@ class Data(Closed):
     rows that belong together stay so: those of one text to be summarized, all aspects of a paper, and, where
     `candidates_column` is given, those with the same first turn and persona. Paragraphs of a txt file are no such
     documents, for they tell one story: of txt files whole ones are held out, in the order of their hashes up to
-    `holdout` of the bytes, and where they are too few for that a block of each, validation at its beginning and test
-    after it, cut at blank lines. `sample` takes that share of `source`, by the same hashes, or of a block's file its
-    beginning.
+    `holdout` of the bytes, and where that would give half of it or less, or twice or more, a block of each, validation
+    at its beginning and test after it, cut at blank lines. `sample` takes that share of `source`, by the same hashes,
+    or of a block's file its beginning.
 
     A file that two splits hold is refused, and so is a `validation` or `test` of which more than half the documents
     (of `unit: line`: lines of 32 characters or more) are in another split; fewer are counted, and the run says it.

@@ -1,8 +1,8 @@
 """Which text goes to which split, where some of the training source is held out or left out.
 
 A file of rows is split by document: the content's hash, a point of 0..1, falls into one of the splits' intervals. A
-txt file is one text, whose paragraphs follow from each other: it stays whole where there are enough of them, else each
-gives a block to every split.
+txt file is one text, whose paragraphs follow from each other: it stays whole where every split comes near its share
+that way, else each gives a block to every split.
 
 What two splits hold all the same is counted by the hashes of their documents.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations, pairwise
@@ -67,14 +68,22 @@ def _intervals(data: dict[str, Any]) -> dict[SplitName, Interval]:
 
 def _places(files: Sequence[SourceFile], intervals: Sequence[Interval]) -> dict[str, float]:
     """Return a point of 0..1 for each txt file, by content: its middle, where all lie end to end in the order of their
-    hashes. None has one if an interval would get no file."""
-    sizes = {file.content: file.bytes for file in files if file.format == "txt"}
-    total, before, places = sum(sizes.values()), 0, {}
+    hashes. None has one if an interval, or what no interval has, would get less than half its share of the bytes, or
+    more than twice."""
+    sizes: Counter[str] = Counter()
+    for file in files:
+        if file.format == "txt":
+            sizes[file.content] += file.bytes
+    total, before, places = sizes.total(), 0, {}
     for content in sorted(sizes, key=point):
         places[content] = (before + sizes[content] / 2) / total
         before += sizes[content]
-    enough = all(any(low <= place < high for place in places.values()) for low, high in intervals)
-    return places if enough else {}
+    left_out = max(high for _, high in intervals)
+    for low, high in [*intervals, *([(left_out, 1.0)] if left_out < 1 else ())]:
+        bytes_in = sum(sizes[content] for content, place in places.items() if low <= place < high)
+        if not 0.5 <= bytes_in / max(1, total) / (high - low) <= 2:
+            return {}
+    return places
 
 
 def _pieces(file: SourceFile, interval: Interval, places: dict[str, float]) -> Iterator[tuple[Part, Interval]]:

@@ -4,6 +4,8 @@ import shutil
 from itertools import chain
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pipeline.config.data import Data
 from pipeline.errors import ConfigError
@@ -109,6 +111,31 @@ def test_of_texts_too_few_for_every_split_each_gives_a_block(tmp_path, divide):
     assert sorted(chain(*splits.values())) == sorted(text for texts in books for text in texts)
     for texts in books:
         assert [len(set(texts) & set(splits[split])) for split in SPLITS] == ABOUT
+
+
+@settings(database=None, deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(1000, 10**6) | st.integers(1000, 5000), min_size=1, max_size=60),
+    st.sampled_from([0.01, 0.05, 0.1, 0.3]),
+    st.sampled_from([0.1, 0.25, 0.6, 0.9, 1.0]),
+    st.sampled_from([(), ("test",), ("validation", "test")]),
+)
+@example([9000], 0.05, 0.6, ("validation", "test"))
+@example([3000] * 12 + [60_000] * 4, 0.05, 1.0, ())
+def test_every_split_gets_about_its_share_however_uneven_the_texts_are(sizes, holdout, sample, own):
+    files = [{"uri": f"{i}.txt", "format": "txt", "content": f"{i} {n}", "bytes": n} for i, n in enumerate(sizes)]
+    given = dict.fromkeys(own, "own.txt")
+    section = Data(source="*.txt", holdout=holdout, sample=sample, **given).model_dump()
+    taken = dict.fromkeys(SPLITS, 0)
+    for part in split_parts({"data": section}, {"train": files}):
+        taken[part.split] += part.stop - part.start
+    shares = {split: sample * holdout for split in ("validation", "test") if split not in own}
+    shares["train"] = sample - sum(shares.values())
+    taken["left out"], shares["left out"] = sum(sizes) - sum(taken.values()), 1 - sample
+    for split, share in shares.items():
+        assert 0.5 * share * sum(sizes) - 3 * len(sizes) <= taken[split] <= 2 * share * sum(sizes) + 3 * len(sizes), (
+            split
+        )
 
 
 def test_texts_beside_rows_are_split_among_themselves(tmp_path, divide):
