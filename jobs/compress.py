@@ -19,7 +19,7 @@ from pipeline.flow.plan import RunPlan, plan_run, reasons, target_of
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import METRICS, measure_of, printed
 from pipeline.store.locations import tracking_uri
-from pipeline.store.records import Evaluation, ModelVersion, Package, Student, Teacher, Tokens
+from pipeline.store.records import Evaluation, ModelVersion, Overlap, Package, Student, Teacher, Tokens
 from pipeline.tasks import task_of
 from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
 from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
@@ -49,7 +49,7 @@ def compress(
         check_page(Path(page), "--report")
     outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
-    print_shared(outcome.finished(Tokens).record, console)
+    print_shared(outcome.finished(Tokens).record.overlap, console)
     print_outcome(planned, document, path, console)
     if page is not None:
         from jobs.report import report  # draws, which a run without a page need not import
@@ -87,6 +87,7 @@ def plan_document(planned: RunPlan) -> dict[str, Any]:
         "parameters": planned.parameters,
         "cache_bytes": planned.cache_bytes,
         "cache_mode": planned.cache_mode[1],
+        "shared": planned.overlap and planned.overlap.shared,
         "warnings": planned.warnings,
     }
 
@@ -108,18 +109,18 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
     console.print(f"cache mode {planned.cache_mode[1]}")
-    print_shared(planned.tokens, console)
+    print_shared(planned.overlap, console)
 
 
-def print_shared(tokens: Tokens | None, console: Console) -> None:
+def print_shared(overlap: Overlap | None, console: Console) -> None:
     """Print in one line which documents several splits hold, if there are any."""
-    if tokens is None:
+    if overlap is None:
         return
-    about = "about " if tokens.compared < 1 else ""
+    about = "about " if overlap.compared < 1 else ""
     told = [
-        f"{about}{count:,} of {split.documents:,} documents of the {name} split are in the {earlier} split too"
-        for name, split in tokens.splits.items()
-        for earlier, count in split.shared.items()
+        f"{about}{count:,} of {overlap.documents[split]:,} documents of the {split} split are in the {other} split too"
+        for split, shared in overlap.shared.items()
+        for other, count in shared.items()
     ]
     if told:
         console.print("; ".join(told), soft_wrap=True)
@@ -129,6 +130,7 @@ def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
     """Return the document of `--json`."""
     facts = {s: {"status": status, "seconds": round(outcome.seconds[s], 3)} for s, status in outcome.status.items()}
     document = _begun(planned, facts) | dict.fromkeys(("metrics", "size", "package_uri", "model_version"))
+    document["shared"] = outcome.finished(Tokens).record.overlap.shared
     for step in outcome.steps.values():
         record = step.record
         if isinstance(record, Evaluation):

@@ -117,6 +117,7 @@ def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
     cap = planned.config.resources.max_worker_hours
     if cap is not None:
         console.print(f"no trial starts once {cap:g} worker-hours are used, shared steps included")
+    print_shared(planned.base.overlap, console)
 
 
 def _known(planned: SweepPlan) -> Sequence[Trial | PlannedTrial]:
@@ -134,7 +135,7 @@ def print_result(planned: SweepPlan, result: SweepResult, console: Console) -> N
     trials = sorted(result.trials, key=lambda trial: trial.size.packed_bytes if trial.size else math.inf)
     rows = [(*_row(trial), "*" if trial.key in result.front else "") for trial in trials]
     print_table(console, (Column("trial", no_wrap=True), *headings, "front, by\nvalidation"), rows)
-    print_shared(planned.base.step(Tokens).dir.record(Tokens), console)
+    print_shared(tokens.overlap if (tokens := planned.base.step(Tokens).dir.record(Tokens)) else None, console)
     for trial in result.trials:
         if trial.failure:
             console.print(f"{label(trial.values)}: {trial.failure}", soft_wrap=True)

@@ -16,7 +16,7 @@ from pipeline.stages.cache import cache_bytes, decide_mode
 from pipeline.stages.stage import PinnedRun, Stage
 from pipeline.store.keys import differences, step_key
 from pipeline.store.locations import scratch_dir, storage_uri
-from pipeline.store.records import ModelVersion, Record, Teacher, TeacherCache, Tokens
+from pipeline.store.records import ModelVersion, Overlap, Record, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import StepDir, records
 from pipeline.tracking import registry
 from pipeline.tracking.runs import Target
@@ -52,6 +52,7 @@ class RunPlan:
     pinned: PinnedRun
     steps: tuple[PlannedStep, ...]
     parameters: int
+    overlap: Overlap | None = None  # of the splits; None: not known before the text is read
 
     @property
     def tokens(self) -> Tokens | None:
@@ -122,9 +123,10 @@ def plan_run(config: Config, until: str = ModelVersion.stage) -> RunPlan:
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
         parameters = teacher.parameters if teacher is not None and not left else preflight.inspect(run)
-        for step in left:
-            step.stage.check(run, step.dir, steps[Tokens.stage].record)
-    return RunPlan(config, run, tuple(steps.values()), parameters)
+        tokens: Tokens | None = steps[Tokens.stage].record
+        checked = [step.stage.check(run, step.dir, tokens) for step in left]
+        overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
+    return RunPlan(config, run, tuple(steps.values()), parameters, overlap)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pipeline.models.family import Family
 from pipeline.sources.files import SourceFile
 from pipeline.sources.models import ModelSource
 from pipeline.store.keys import recipe_of
-from pipeline.store.records import SPLITS, Advance, Record, SplitName, StoredFile, Tokens
+from pipeline.store.records import SPLITS, Advance, Overlap, Record, SplitName, StoredFile, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Task
@@ -154,7 +154,8 @@ class Stage(Generic[R_co]):
     """A stage: the record it makes, those it reads, what of a configuration changes its answer, and its work.
 
     `recipe` enters the step's key with `version` and the keys of the inputs; `locations` says where pinned sources
-    lie, and enters none. `check` raises ConfigError, before any worker starts, for what cannot work.
+    lie, and enters none. `check` raises ConfigError, before any worker starts, for what cannot work, and returns what
+    splits share where it finds that out.
     """
 
     record: type[R_co]
@@ -162,7 +163,7 @@ class Stage(Generic[R_co]):
     recipe: Callable[[PinnedRun], dict[str, Any]]
     run: Callable[[Step], R_co]
     locations: Callable[[PinnedRun], dict[str, Any]] = lambda run: {}  # of a stage that reads nothing but records
-    check: Callable[[PinnedRun, StepDir, Tokens | None], None] = lambda run, step_dir, tokens: None
+    check: Callable[[PinnedRun, StepDir, Tokens | None], Overlap | None] = lambda run, step_dir, tokens: None
     version: int = 1
     shared: bool = False  # by all students of a teacher
     repairs: bool = False  # makes a single damaged shard again

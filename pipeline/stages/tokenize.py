@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
+from pipeline.sources.files import SourceFile
 from pipeline.sources.models import model_folder
 from pipeline.sources.splits import ALL, Sketch, SplitPart, point, shared_documents, split_parts
 from pipeline.sources.text import documents
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
-from pipeline.store.records import SPLITS, Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.store.records import SPLITS, Overlap, Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 SMALL_TEXT_BYTES = 2**20  # up to here a corpus is counted exactly before anything starts
+COMPARED_BEFORE_BYTES = 2**26  # so much is read before anything starts where a split has a source of its own
 
 
 def locations(run: PinnedRun) -> dict[str, Any]:
@@ -31,8 +34,9 @@ def locations(run: PinnedRun) -> dict[str, Any]:
     return files | ({"tokenizer": run.tokenizer.location()} if run.tokenizer is not None else {})
 
 
-def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
-    """Look at the text before any worker starts: the columns of files on this machine, and all of a small corpus.
+def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap | None:
+    """Look at the text before any worker starts: the columns of files on this machine, what splits share of text on
+    this machine, and all of a small corpus. Returns what they share, if all of it was compared.
 
     Raises:
         ConfigError: a column that is not there, a split that cannot fill what it must, or one that is another's.
@@ -40,18 +44,19 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
     task, recipe, tokenizer = run.task, run.tokens_recipe, run.tokenizer
     work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
     for part in work if columns is not None else ():
-        if part.start == 0 and ("://" not in part.file.uri or part.file.format == "python"):
+        if part.start == 0 and _is_here(part.file):
             next(rows(part, columns or ()), None)
     small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
-    sketches = {split: Sketch() for split in SPLITS}
+    with_own = any(recipe["data"][split] is not None for split in SPLITS[1:])
+    described = json.dumps([recipe, locations(run)])
+    overlap = _compared_before(described, max(SMALL_TEXT_BYTES, COMPARED_BEFORE_BYTES if with_own else 0))
     texts = {
-        split: list(_watched(_split_documents(split, work, recipe), sketches[split], recipe))
+        split: list(_split_documents(split, work, recipe))
         for split in SPLITS
         if (split if run.text.get(split) else "train") in small
     }
     if not texts:
-        return
-    shared_documents({split: sketches[split] for split in texts}, recipe["data"])
+        return overlap
     if tokenizer is None:
         known = texts.get("train") or chain.from_iterable(texts.values())
         strings = (text for document in known for text in task.strings(document))
@@ -63,6 +68,42 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> None:
         _, lengths, _ = task.encode(iter(read), words, split, collected, recipe["data"]["unit"])
         if (shortage := task.shortage(split, len(lengths), task.tokens(lengths))) is not None:
             raise ConfigError(shortage)
+    return overlap
+
+
+def _is_here(file: SourceFile) -> bool:
+    return "://" not in file.uri or file.format == "python"
+
+
+@lru_cache(maxsize=16)  # all trials of a sweep ask
+def _compared_before(described: str, budget: float) -> Overlap | None:
+    """Return what splits share of a text given as JSON, [recipe, locations]; None if more than `budget` bytes were to
+    be read for that, or text that is large and elsewhere.
+
+    As far as the bytes go, splits with a source of their own are compared with training text.
+
+    Raises:
+        ConfigError: one of them is mostly another's.
+    """
+    recipe, places = json.loads(described)
+    work, data, complete = split_parts(recipe, places), recipe["data"], True
+    pieces = Counter((part.split, part.file.uri) for part in work)
+    sketches: dict[SplitName, Sketch] = {}
+    for split in sorted(SPLITS, key=lambda split: (split != "train") * (1 if data[split] is None else -1)):
+        sketch, whole = Sketch(), True
+        for part in (part for part in work if part.split == split):
+            budget -= part.file.bytes / pieces[split, part.file.uri]
+            whole = budget >= 0 and (_is_here(part.file) or part.file.bytes <= SMALL_TEXT_BYTES)
+            if not whole:
+                break
+            for _ in _watched(documents_of(part, recipe), sketch, recipe):
+                pass
+        complete = complete and whole
+        if whole or split == "train":
+            sketches[split] = sketch
+    shared = shared_documents(sketches, data)
+    documents = {split: sketch.documents for split, sketch in sketches.items()}
+    return Overlap(shared=shared, documents=documents) if complete else None
 
 
 def run(step: Step) -> Tokens:

@@ -57,6 +57,15 @@ class Split(Closed):
         return sum(shard.tokens for shard in self.shards)
 
 
+class Overlap(Closed):
+    """How many documents of each split an earlier one, by name, holds too, and of how many; an estimate where only the
+    share `compared` of all documents was compared."""
+
+    shared: dict[SplitName, dict[SplitName, int]]
+    documents: dict[SplitName, int]
+    compared: float = 1.0
+
+
 class Record(Closed):
     """Base of all records: where it comes from, and the files that belong to it."""
 
@@ -85,6 +94,13 @@ class Tokens(Record):
     padding: int | None = None  # where the task needs a padding token
     splits: dict[SplitName, Split]
     compared: float = 1.0  # share of the documents by which those that splits share were counted
+
+    @property
+    def overlap(self) -> Overlap:
+        """Return how many documents splits share."""
+        splits = self.splits.items()
+        shared, documents = ({n: s.shared for n, s in splits}, {n: s.documents for n, s in splits})
+        return Overlap(shared=shared, documents=documents, compared=self.compared)
 
 
 class Trained(Record):

@@ -112,24 +112,49 @@ def paragraphs(corpus):
     return corpus.read_text().strip().split("\n\n")
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_test_split_that_is_mostly_training_text_is_refused(sharing, run_flow, monkeypatch, small):
-    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 2**20 if small else 0)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_test_split_that_is_mostly_training_text_is_refused(sharing, run_flow, monkeypatch, before):
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 0)
+    monkeypatch.setattr(tokenize, "COMPARED_BEFORE_BYTES", 2**26 if before else 0)
     with pytest.raises(ConfigError, match=r"data\.test: \d\d of its 40 documents are in the train split too"):
-        (plan_run if small else run_flow)(sharing(30), "tokenize")
+        (plan_run if before else run_flow)(sharing(30), "tokenize")
+
+
+def test_of_more_text_than_is_compared_before_the_beginning_is(sharing, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 0)
+    monkeypatch.setattr(tokenize, "COMPARED_BEFORE_BYTES", (tmp_path / "train.jsonl").stat().st_size * 0.9)
+    assert plan_run(sharing(10)).overlap is None
+    with pytest.raises(ConfigError, match=r"data\.test: \d\d of its 40 documents are in the train split too"):
+        plan_run(sharing(30))
+
+
+def test_a_sweep_compares_its_text_once(sharing, monkeypatch):
+    asked, config = [], sharing(10)
+    monkeypatch.setattr(tokenize, "documents_of", lambda part, recipe: asked.append(part) or documents_of(part, recipe))
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 0)
+    first = plan_run(config)
+    assert asked
+    asked.clear()
+    seed = config.distill.model_copy(update={"seed": 7})
+    assert plan_run(config.model_copy(update={"distill": seed})).overlap == first.overlap
+    assert not asked
 
 
 def test_what_splits_share_is_recorded_and_said(sharing, monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", 2000)  # of many parts
-    said, told = io.StringIO(), io.StringIO()
+    before, said, told = io.StringIO(), io.StringIO(), io.StringIO()
     config = sharing(10)
-    compress(config, "run.yaml", Console(file=said, width=200), until="tokenize", only_plan=False, wait=True)
+    planned = compress(config, "run.yaml", Console(file=before, width=200), until="tokenize", only_plan=True, wait=True)
+    done = compress(config, "run.yaml", Console(file=said, width=200), until="tokenize", only_plan=False, wait=True)
     splits = plan_run(config).tokens.splits
     assert [sum(split.documents for split in splits.values()), splits["test"].documents] == [340, 40]
     assert splits["validation"].shared == splits["train"].shared == {}
     assert sum(splits["test"].shared.values()) == 10
     line = f"{splits['test'].shared['train']} of 40 documents of the test split are in the train split too"
+    assert line in before.getvalue()
     assert line in said.getvalue()
+    assert planned["shared"] == done["shared"] == {split: splits[split].shared for split in SPLITS}
     compress(config, "run.yaml", Console(file=told, width=200), until="tokenize", only_plan=True, wait=True)
     assert line in told.getvalue()
 
