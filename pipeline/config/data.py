@@ -84,15 +84,15 @@ class Data(Closed):
     `python://aclsum` (of which /train, /validation and /test are parts).
 
     `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
-    `unit: line` takes rows or lines as running text.
+    `unit: line` takes rows or lines as running text, of which no rows can be held out or sampled, only txt.
 
     Without `validation` or `test`, `holdout` of `source` each. Rows are held out by document, chosen by content hash;
     rows that belong together stay so: those of one text to be summarized, all aspects of a paper, and, where
     `candidates_column` is given, those with the same first turn and persona. Paragraphs of a txt file are no such
     documents, for they tell one story: of txt files whole ones are held out, in the order of their hashes up to
     `holdout` of the bytes, and where that would give half of it or less, or twice or more, a block of each, validation
-    at its beginning and test after it, cut at blank lines. `sample` takes that share of `source`, by the same hashes,
-    or of a block's file its beginning.
+    at its beginning and test after it, cut at blank lines (`unit: line`: at any). `sample` takes that share of
+    `source`, by the same hashes, or of a block's file its beginning.
 
     A file that two splits hold is refused, and so is a `validation` or `test` of which more than half the documents
     (of `unit: line`: lines of 32 characters or more) are in another split; fewer are counted, and the run says it.
@@ -112,15 +112,6 @@ class Data(Closed):
     summary_column: str = "summary"
     candidates_column: str | None = None
     persona_column: str | None = None
-
-    @model_validator(mode="after")
-    def _lines_need_files(self) -> Data:
-        if self.unit == "line" and (self.validation is None or self.test is None or self.sample < 1):
-            raise ValueError(
-                "data.unit: line has no documents to hold out or sample; set data.validation and data.test and leave "
-                "data.sample, or use unit: document"
-            )
-        return self
 
 
 class Evaluate(Closed):

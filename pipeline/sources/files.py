@@ -40,7 +40,7 @@ def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[Source
     """Pin the files of every split that has a source of its own.
 
     Raises:
-        ConfigError: as `pin_text` does; a file that is in two of them.
+        ConfigError: as `pin_text` does; a file that is in two of them; running text that is to be split by document.
     """
     sources: dict[SplitName, tuple[str, str | None]] = {
         "train": ("data.source", section.source),
@@ -48,6 +48,12 @@ def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[Source
         "test": ("data.test", section.test),
     }
     pinned = {split: pin_text(source, knob, memo) for split, (knob, source) in sources.items() if source is not None}
+    other = next((file for file in pinned["train"] if file.format != "txt"), None)
+    if section.unit == "line" and other is not None and (len(pinned) < len(sources) or section.sample < 1):
+        raise ConfigError(
+            f"data.unit: line takes the rows of {other.uri} as running text, which has no documents to hold out or "
+            "sample; set data.validation and data.test and leave data.sample, use unit: document, or give .txt files"
+        )
     first_with: dict[str, tuple[str, str]] = {}
     for split, files in pinned.items():
         knob = sources[split][0]

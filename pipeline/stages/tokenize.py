@@ -66,9 +66,23 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap |
     for split, read in texts.items():
         collected = task.collect(read, split) if task.collects else None
         _, lengths, _ = task.encode(iter(read), words, split, collected, recipe["data"]["unit"])
-        if (shortage := task.shortage(split, len(lengths), task.tokens(lengths))) is not None:
-            raise ConfigError(shortage)
+        _refuse_shortage(recipe, split, len(lengths), task.tokens(lengths))
     return overlap
+
+
+def _refuse_shortage(recipe: dict[str, Any], split: str, rows: int, tokens: int) -> None:
+    """Raise ConfigError for a split that is too small."""
+    data, task = recipe["data"], task_of(recipe)
+    shortage = task.shortage(split, rows, tokens)
+    if shortage is None:
+        return
+    if not tokens and data["unit"] == "document" and any(file["format"] == "txt" for file in data["train"]):
+        of_lines = "" if task.columns(data) else ", or set data.unit: line, which cuts at any line"
+        shortage += (
+            f" With data.unit: document a .txt file is cut at blank lines alone, and one that has none is a single "
+            f"document, whole in one split: put a blank line between documents{of_lines}."
+        )
+    raise ConfigError(shortage)
 
 
 def _is_here(file: SourceFile) -> bool:
@@ -125,8 +139,7 @@ def run(step: Step) -> Tokens:
     for name, shared in shared_documents(sketches, step.recipe["data"]).items():
         counted = {"documents": sketches[name].documents, "shared": shared}
         split = splits[name] = splits[name].model_copy(update=counted)
-        if (shortage := task.shortage(name, split.rows, split.tokens)) is not None:
-            raise ConfigError(shortage)
+        _refuse_shortage(step.recipe, name, split.rows, split.tokens)
     tokenizer = read_tokenizer(step.dir.folder(files, Tokens.FOLDER))
     return Tokens(
         **step.identity(),

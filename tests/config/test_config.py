@@ -99,8 +99,6 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
             ["task.name=summarization", "data.unit=line", "data.validation=v", "data.test=t"],
             r"running text, which the task summarization cannot use",
         ),
-        (["data.unit=line"], r"data\.unit: line .*set data\.validation and data\.test"),
-        (["data.unit=line", "data.validation=v.txt"], r"set data\.validation and data\.test"),
         (["distill.epochs=2"], r"distill: give exactly one of steps and epochs"),
         (["distill.steps=null"], r"distill: give exactly one of steps and epochs"),
         (["finetune={lr: 1}"], r"finetune: give exactly one of steps and epochs"),

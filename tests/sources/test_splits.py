@@ -30,7 +30,7 @@ def divide(memo):
         work = split_parts(recipe, {split: [file.model_dump() for file in pinned] for split, pinned in files.items()})
         assert all(part.index == i for split in SPLITS for i, part in enumerate(p for p in work if p.split == split))
         return {
-            split: [text for part in work if part.split == split for text in documents(part, "document", "text")]
+            split: [text for part in work if part.split == split for text in documents(part, section.unit, "text")]
             for split in SPLITS
         }
 
@@ -57,6 +57,28 @@ def test_one_text_gives_a_block_to_each_split(tmp_path, divide, monkeypatch, par
     splits = divide(tmp_path / "book.txt", holdout=0.1, sample=0.5)
     assert splits["validation"] + splits["test"] + splits["train"] == paragraphs[: sum(map(len, splits.values()))]
     assert [len(splits[split]) for split in SPLITS] == pytest.approx([80, 10, 10], abs=2)
+
+
+@pytest.mark.parametrize("part_bytes", [10**9, 1000, 7])
+def test_lines_of_one_text_are_held_out_as_a_block_too(tmp_path, divide, monkeypatch, part_bytes):
+    lines = [f"Line {i} of a text without blank lines.\n" for i in range(200)]
+    (tmp_path / "lines.txt").write_text("".join(lines))
+    monkeypatch.setattr(sources, "PART_BYTES", part_bytes)
+    splits = divide(tmp_path / "lines.txt", holdout=0.1, unit="line")
+    assert splits["validation"] + splits["test"] + splits["train"] == lines
+    assert [len(splits[split]) for split in SPLITS] == ABOUT
+
+
+def test_lines_of_rows_are_not_held_out(tmp_path, memo):
+    for name in ("a.txt", "b.jsonl", "c.txt", "d.txt"):
+        (tmp_path / name).write_text(name)
+    every, rows, third, fourth = (str(tmp_path / name) for name in ("[ab].*", "*.jsonl", "c.txt", "d.txt"))
+    for data in ({"source": every}, {"source": rows, "test": third}):
+        message = refused(memo, **data, unit="line")
+        assert all(needle in message for needle in ("data.unit: line", "b.jsonl", "set data.validation and data.test"))
+    own = {"source": rows, "validation": third, "test": fourth, "unit": "line"}
+    assert "leave data.sample" in refused(memo, **own, sample=0.5)
+    assert len(pin_splits(Data(**own), memo)) == 3
 
 
 def test_only_what_has_no_source_of_its_own_is_held_out(tmp_path, divide):

@@ -18,6 +18,7 @@ from pipeline.sources.splits import split_parts
 from pipeline.stages import tokenize
 from pipeline.stages.tokenize import documents_of
 from pipeline.store.records import SPLITS
+from pipeline.tasks.tokenizers import train_bpe
 
 
 @pytest.fixture
@@ -118,6 +119,21 @@ def test_a_test_split_that_is_mostly_training_text_is_refused(sharing, run_flow,
     monkeypatch.setattr(tokenize, "COMPARED_BEFORE_BYTES", 2**26 if before else 0)
     with pytest.raises(ConfigError, match=r"data\.test: \d\d of its 40 documents are in the train split too"):
         (plan_run if before else run_flow)(sharing(30), "tokenize")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_text_without_blank_lines_is_said_to_be_one_document(
+    tmp_path, tiny_config, corpus, run_flow, monkeypatch, before
+):
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 2**20 if before else 0)
+    (tmp_path / "text.txt").write_text("\n".join(paragraphs(corpus)))
+    model = {"source": {"architecture": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}, "tokenizer": str(tmp_path)}
+    train_bpe(paragraphs(corpus), 300).save_pretrained(tmp_path)
+    data = {"source": str(tmp_path / "text.txt")}
+    with pytest.raises(ConfigError, match=r"train split holds 0 tokens.*blank line.*set data\.unit: line"):
+        (plan_run if before else run_flow)(tiny_config(tmp_path, data=data, model=model), "tokenize")
+    lines = tiny_config(tmp_path, data={**data, "unit": "line"}, model=model)
+    assert plan_run(lines).rows > 0
 
 
 def test_of_more_text_than_is_compared_before_the_beginning_is(sharing, monkeypatch, tmp_path):
