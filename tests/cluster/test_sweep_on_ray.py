@@ -156,6 +156,9 @@ class OneTrial:
 
     def reported(self, key: str, result: dict[str, Any]) -> None: ...
 
+    def goes_on(self, key: str, step: int, nats: float) -> bool:
+        return True
+
     def ended(self, key: str, status: str, failure: str) -> None:
         self.ends.append((key, status, failure))
 
@@ -172,7 +175,7 @@ def test_no_error_of_a_trial_is_unpickled_from_the_store(two_cpus: Path, tmp_pat
 
     with StepDir(str(tmp_path), "sweep", "f" * 32, str(tmp_path)).hold(True, print) as held:
         attempt, source = Path(held.run_folder()[0]), OneTrial()
-        run_trials(planting, source, Engine(resources), held, None, None)
+        run_trials(planting, source, Engine(resources), held, None)
         assert [str(path.relative_to(attempt)).count("/") for path in attempt.rglob("error.pkl")] == [2]
     assert not touched.exists()
     ((key, status, failure),) = source.ends
