@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Closed, Positive
+from pipeline.credentials import taking_none
 
 
 class TrainBpe(Closed):
@@ -112,6 +113,11 @@ class Data(Closed):
     summary_column: str = "summary"
     candidates_column: str | None = None
     persona_column: str | None = None
+
+    @field_validator("source", "validation", "test")
+    @classmethod
+    def _no_credentials(cls, uri: str | None) -> str | None:
+        return None if uri is None else taking_none(uri)
 
 
 class Evaluate(Closed):

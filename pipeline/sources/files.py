@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.config.base import Closed
 from pipeline.config.data import Data
+from pipeline.credentials import taking_none
 from pipeline.errors import ConfigError, RunError
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.packaged import PACKAGED_TEXT, packaged_files, packaged_texts
@@ -68,7 +69,12 @@ def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[Source
 
 
 def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...]:
-    """Return a source's files, pinned by content. Raises ConfigError: none, empty, unknown format, no such package."""
+    """Return a source's files, pinned by content. Raises ConfigError: none, empty, unknown format, no such package, or
+    a user or password in its URI."""
+    try:
+        taking_none(source)
+    except ValueError as error:
+        raise ConfigError(f"{knob}: {error}.") from error
     if source.startswith("python://"):
         files = _packaged_text(source, knob, memo)
     elif source.startswith("s3://"):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.credentials import taking_none
 from pipeline.errors import ConfigError, RunError
 
 TEMPORARY = ".tmp"
@@ -159,7 +160,12 @@ def _is_young(path: Path) -> bool:
 
 @lru_cache(maxsize=16)
 def open_objects(uri: str) -> Objects:
-    """Return the objects under a directory path, `file://` or `s3://bucket/prefix`."""
+    """Return the objects under a directory path, `file://` or `s3://bucket/prefix`. Raises ConfigError for others, and
+    for a user or password in it."""
+    try:
+        taking_none(uri)
+    except ValueError as error:
+        raise ConfigError(f"The URI of a store or model cannot be used: {error}.") from error
     if uri.startswith("s3://"):
         from pipeline.store.s3 import Bucket  # boto3 takes as long to import as a local plan takes in all
 

@@ -6,14 +6,17 @@ import json
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 import pipeline
 from jobs.cli import app
 from pipeline.config.load import load_config
 from pipeline.config.resources import Resources
-from pipeline.credentials import credentials_of, redacted, with_credentials, without_credentials
+from pipeline.credentials import credentials_of, redacted, taking_none, with_credentials, without_credentials
 from pipeline.errors import ConfigError
+from pipeline.sources.files import pin_text
+from pipeline.store.objects import open_objects
 from pipeline.store.s3 import Bucket
 from pipeline.tracking import outbox, runs
 from pipeline.tracking.outbox import Outbox
@@ -112,6 +115,9 @@ def test_no_other_server_is_shown_them(server, tmp_path, monkeypatch):
         ("postgresql://me:secret@host/db?sslmode=require", "postgresql://host/db", ("me", "secret")),
         ("postgresql:///db?host=/run&password=secret", "postgresql:///db", None),
         ("sqlite:////a@b/c#d/mlflow.db", "sqlite:////a@b/c#d/mlflow.db", None),
+        ("file:///home/me@corp/mlruns", "file:///home/me@corp/mlruns", None),
+        ("/home/me@corp/mlruns", "/home/me@corp/mlruns", None),
+        ("file://me:secret@host/mlruns", "file://host/mlruns", ("me", "secret")),
         ("databricks", "databricks", None),
     ],
 )
@@ -144,14 +150,50 @@ def test_a_password_whose_end_cannot_be_told_is_refused_untold(tiny_fields, tmp_
     assert "cret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("uri", ["me:s3cret@127.0.0.1:9", "http:/me:s3cret@host", "me:s3/cret@host"])
+def test_so_is_one_without_a_scheme(bitmill, uri):
+    with pytest.raises(ValidationError, match="it holds an @, but no scheme such as https://"):
+        Resources(tracking_uri=uri)
+    said = bitmill("lookup", "--tracking-uri", uri)
+    assert said.exit_code == 2
+    assert not any(secret in said.stderr for secret in ("s3", "cret"))
+
+
 @pytest.mark.parametrize(
-    ("knob", "uri"), [("storage_uri", "s3://key:secret@bucket/x"), ("ray_address", "ray://me:secret@host:10001")]
+    ("knob", "uri"),
+    [
+        ("resources.storage_uri", "s3://key:secret@bucket/x"),
+        ("resources.storage_uri", "s3://key:a/secret@bucket/x"),
+        ("resources.storage_uri", "s3:/key:a/secret@bucket/x"),
+        ("resources.storage_uri", "s3://k/ey:a/secret@bucket/x"),
+        ("resources.ray_address", "ray://me:secret@host:10001"),
+        ("resources.ray_address", "ray://me:a/secret@host:10001"),
+        ("resources.ray_address", "me:secret@host:6379"),
+        ("data.source", "s3://key:a/secret@bucket/*.txt"),
+        ("data.validation", "s3://key:a/secret@bucket/*.txt"),
+        ("data.test", "s3://key:a/secret@bucket/*.txt"),
+    ],
 )
 def test_an_address_that_takes_none_is_refused_with_them(bitmill, tiny_fields, tmp_path, knob, uri):
-    said = bitmill("compress", write(tmp_path / "run.yaml", tiny_fields(tmp_path, resources={knob: uri})))
+    said = bitmill("compress", write(tmp_path / "run.yaml", tiny_fields(tmp_path)), "--set", f"{knob}={uri}", "--plan")
     assert said.exit_code == 2
-    assert f"resources.{knob}: it takes no user or password" in said.stderr
+    assert f"{knob}: it takes no user or password" in said.stderr
     assert "secret" not in said.stderr
+
+
+def test_so_is_one_that_no_configuration_holds():
+    uri = "s3://key:a/secret@bucket/x"
+    with pytest.raises(ConfigError, match=r"^--data: it takes no user or password.*AWS") as refused:
+        pin_text(uri, "--data", None)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(ConfigError, match="URI of a store or model cannot be used: it takes no user") as refused:
+        open_objects(uri)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["/home/me@corp/x", "me@corp/x", "file:///home/me@corp/x", "hf://org/name@main/x.txt"])
+def test_an_at_in_a_path_or_before_a_revision_is_none(path):
+    assert taking_none(path) == path
 
 
 def test_so_is_an_s3_endpoint(monkeypatch):
@@ -163,6 +205,8 @@ def test_so_is_an_s3_endpoint(monkeypatch):
 
 
 def test_text_from_elsewhere_is_shown_without_them(bitmill):
-    said = bitmill("evaluate", "s3://key:secret@bucket/model", "--data", "x")
+    said = bitmill("evaluate", "s3://key:a/secret@bucket/model", "--data", "x")
     assert (said.exit_code, "secret" in said.stderr) == (2, False)
-    assert redacted("hf://name@main/x and a@b, then http://a:b@c/d@e") == "hf://name@main/x and a@b, then http://c/d@e"
+    assert redacted("hf://name@main/x and a@b, then http://a@c/d@e") == "hf://name@main/x and a@b, then http://c/d@e"
+    assert redacted("'s3://a:b/c@d@bucket/x', ray://e:f@g") == "'s3://bucket/x', ray://g"
+    assert redacted("http://host:5000/x of me@corp") == "http://host:5000/x of me@corp"
