@@ -146,12 +146,12 @@ def inference(
 ) -> dict[str, Any]:
     """Speed, load time and memory of a packed model: our runtime, fp32, dynamic int8 and llama.cpp, on this machine."""
     from jobs.bench.inference import compare
-    from pipeline.config.resources import Resources
+    from pipeline.config.load import load_resources
     from pipeline.store.locations import scratch_dir
 
     if quantizer not in ("quantgpt", "lsq", "seq"):
         raise ConfigError(f"--quantizer is {quantizer!r}; valid: quantgpt, lsq, seq")
     if model is not None and not (Path(model) / "manifest.json").exists():
         raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
-    cache = Path(scratch_dir(Resources.model_validate(environment()))).expanduser() / "bench-inference"
+    cache = Path(scratch_dir(load_resources(**environment()))).expanduser() / "bench-inference"
     return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)

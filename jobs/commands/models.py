@@ -65,9 +65,9 @@ def report(
     as it came. A measured latency is kept beside its package and shown from then on.
     """
     from jobs.report import report as run
-    from pipeline.config.resources import Resources
+    from pipeline.config.load import load_resources
 
-    resources = Resources(storage_uri=storage_uri, namespace=namespace)
+    resources = load_resources(storage_uri=storage_uri, namespace=namespace)
     return run(key, Path(out), resources, console, latency)
 
 

@@ -72,9 +72,9 @@ def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
         def run(as_json: bool, debug: bool, **values: Any) -> None:
             def act(console: Console) -> Any:
                 if "resources" in own:
-                    from pipeline.config.resources import Resources
+                    from pipeline.config.load import load_resources
 
-                    values["resources"] = Resources(**{option.name: values.pop(option.name) for option in STORE})
+                    values["resources"] = load_resources(**{option.name: values.pop(option.name) for option in STORE})
                 if "as_json" in own:
                     values["as_json"] = as_json
                 return work(console, **values)

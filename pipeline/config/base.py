@@ -17,7 +17,8 @@ FloatType = Literal["float32", "float16", "bfloat16"]
 class Closed(BaseModel):
     """A frozen value that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What was given is in `errors()`, by which `explain` shows it where it holds no password.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     def changed(self, *knobs: str) -> list[tuple[str, Any]]:
         """Return those of some knobs whose values are not their defaults, with the values."""

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 
@@ -44,6 +45,14 @@ def load_fields(
         return Config.model_validate(fields)
     except ValidationError as error:
         raise ConfigError("\n".join([f"The configuration {origin} is not valid.", *explain(error)])) from error
+
+
+def load_resources(**values: str | None) -> Resources:
+    """Return resources of what a command's options say. Raises ConfigError with one line for each that is wrong."""
+    try:
+        return Resources.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(["Where this command finds things is not valid.", *explain(error)])) from error
 
 
 def _apply(fields: dict[str, Any], override: str) -> None:

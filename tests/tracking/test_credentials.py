@@ -181,6 +181,29 @@ def test_an_address_that_takes_none_is_refused_with_them(bitmill, tiny_fields, t
     assert "secret" not in said.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "pull", "report"])
+def test_so_are_those_that_a_command_without_a_configuration_is_given(bitmill, command):
+    arguments = {
+        "generate": ["tiny@champion", "Bado"],
+        "evaluate": ["tiny@champion", "--data", "x"],
+        "export": ["tiny@champion", "--format", "onnx", "--out", "x"],
+        "pull": ["tiny@champion", "x"],
+        "report": ["key", "--out", "x.html"],
+    }
+    given = {"--storage-uri": "s3://key:a/cret@bucket/x", "--tracking-uri": "https://me:se/cret@host"}
+    for option, uri in given.items():
+        if (command, option) != ("report", "--tracking-uri"):  # which it has not
+            said = bitmill(command, *arguments[command], option, uri)
+            assert (said.exit_code, "cret" in said.stderr) == (2, False), said.stderr
+            assert f"{option[2:].replace('-', '_')}: " in said.stderr
+
+
+def test_an_error_in_python_does_not_hold_what_was_given():
+    with pytest.raises(ValidationError, match="an @ stands behind the host") as refused:
+        Resources(tracking_uri="https://me:se/cret@host")
+    assert "cret" not in str(refused.value)
+
+
 def test_so_is_one_that_no_configuration_holds():
     uri = "s3://key:a/secret@bucket/x"
     with pytest.raises(ConfigError, match=r"^--data: it takes no user or password.*AWS") as refused:
