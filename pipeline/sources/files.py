@@ -49,10 +49,10 @@ def pin_splits(section: Data, memo: ContentMemo) -> dict[SplitName, tuple[Source
         "test": ("data.test", section.test),
     }
     pinned = {split: pin_text(source, knob, memo) for split, (knob, source) in sources.items() if source is not None}
-    other = next((file for file in pinned["train"] if file.format != "txt"), None)
-    if section.unit == "line" and other is not None and (len(pinned) < len(sources) or section.sample < 1):
+    rows = next((file for file in pinned["train"] if file.format != "txt"), None)
+    if section.unit == "line" and rows is not None and (len(pinned) < len(sources) or section.sample < 1):
         raise ConfigError(
-            f"data.unit: line takes the rows of {other.uri} as running text, which has no documents to hold out or "
+            f"data.unit: line takes the rows of {rows.uri} as running text, which has no documents to hold out or "
             "sample; set data.validation and data.test and leave data.sample, use unit: document, or give .txt files"
         )
     first_with: dict[str, tuple[str, str]] = {}
