@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +18,14 @@ LOCK_S = 60.0  # for how long a write waits for those of other processes
 class ContentMemo:
     """A memo of facts about local files, by path, inode, size and mtime, so that unchanged is answered at once.
 
-    One SQLite file that any number of processes share. A memo that cannot be read is thrown away, and one that cannot
-    be written to remembers nothing.
+    One SQLite file that any number of processes and threads share. A memo that is damaged, or of another form, is
+    thrown away, and one that cannot be written to remembers nothing.
     """
 
     def __init__(self, folder: str) -> None:
         self._path = Path(folder) / "content.db"
         self._opened: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file."""
@@ -41,23 +44,26 @@ class ContentMemo:
 
     def _execute(self, statement: str, *values: str) -> list[tuple[str]]:
         """Return the rows that a statement gives; none where the memo cannot be used."""
-        for _ in range(2):
-            try:
-                return self._connection.execute(statement, values).fetchall()
-            except sqlite3.OperationalError:  # a full disk, or a lock that is held for a minute
-                return []
-            except sqlite3.DatabaseError:
-                self._throw_away()
+        with self._lock:
+            for _ in range(2):
+                try:
+                    return self._connection.execute(statement, values).fetchall()
+                except (OSError, sqlite3.OperationalError, sqlite3.ProgrammingError):
+                    return []  # a full disk, no such folder, a lock that is held for a minute: no damage
+                except sqlite3.DatabaseError:
+                    self._throw_away()
         return []
 
     @property
     def _connection(self) -> sqlite3.Connection:
         if self._opened is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._opened = sqlite3.connect(self._path, timeout=LOCK_S, isolation_level=None)
+            self._opened = sqlite3.connect(self._path, timeout=LOCK_S, isolation_level=None, check_same_thread=False)
             # Nothing waits for the disk: a row never changes, so none that a power cut leaves is false.
             self._opened.execute("PRAGMA synchronous = OFF")
             self._opened.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, fact TEXT) WITHOUT ROWID")
+            if [row[1] for row in self._opened.execute("PRAGMA table_info(facts)")] != ["name", "fact"]:
+                raise sqlite3.DatabaseError("a table of another form")
         return self._opened
 
     def _throw_away(self) -> None:
@@ -65,7 +71,8 @@ class ContentMemo:
             self._opened.close()
         self._opened = None
         for name in (self._path.name, f"{self._path.name}-journal"):
-            self._path.with_name(name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.with_name(name).unlink()
 
 
 def package_folder(module: str, package: str | None) -> Path:

@@ -1,8 +1,11 @@
+import contextlib
 import itertools
 import json
 import os
 import random
 import re
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -199,11 +202,42 @@ def test_what_is_remembered_is_not_read_again(tmp_path, memo):
         assert ContentMemo(str(tmp_path / "memo")).remembered(path, "", lambda: "asked again") == again
 
 
-def test_a_memo_that_cannot_be_written_remembers_nothing(tmp_path, memo):
+def test_a_memo_that_cannot_be_written_remembers_nothing(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("text")
-    (tmp_path / "memo" / "content.db").mkdir(parents=True)
-    assert [memo.remembered(path, "", iter([answer]).__next__) for answer in ("first", "second")] == ["first", "second"]
+    (tmp_path / "folder" / "content.db").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for folder in ("folder", "file", "file/memo"):
+        memo = ContentMemo(str(tmp_path / folder))
+        assert [memo.remembered(path, "", iter([answer]).__next__) for answer in ("first", "second")] == [
+            "first",
+            "second",
+        ]
+
+
+def test_a_memo_of_another_form_is_thrown_away(tmp_path, memo):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    (tmp_path / "memo").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "memo" / "content.db")) as other:
+        other.execute("CREATE TABLE facts (name TEXT PRIMARY KEY, fact TEXT, since TEXT)")
+        other.commit()
+    digest = memo.sha256(path)
+    assert ContentMemo(str(tmp_path / "memo")).remembered(path, "", lambda: "asked again") == digest
+
+
+def test_threads_share_a_memo(tmp_path, memo):
+    paths = [tmp_path / f"{i}.txt" for i in range(20)]
+    for path in paths:
+        path.write_text(path.name)
+    before = [memo.sha256(path) for path in paths[:10]]
+    inode = (tmp_path / "memo" / "content.db").stat().st_ino
+    with ThreadPoolExecutor(4) as pool:
+        digests = [*pool.map(memo.sha256, paths * 3)]
+    assert digests == digests[:20] * 3
+    assert digests[:10] == before
+    assert [memo.remembered(path, "", lambda: "asked") for path in paths] == digests[:20]
+    assert (tmp_path / "memo" / "content.db").stat().st_ino == inode
 
 
 def test_many_may_remember_at_once_and_nothing_is_lost(tmp_path):
