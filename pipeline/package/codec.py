@@ -22,7 +22,7 @@ from pipeline.models.family import family_for
 from pipeline.models.student import check_tensors
 from pipeline.quant.frozen import FrozenTensors
 from pipeline.quant.granularity import Granularity
-from pipeline.quant.packing import pack, packed_columns, unpack
+from pipeline.quant.packing import encoding_of, pack, packed_columns, unpack
 from pipeline.quant.spec import Encoding, Levels, QuantSpec, grid
 
 NOT_DAMAGE = (MemoryError, ImportError)  # of this machine, not of the package
@@ -60,7 +60,7 @@ def encode(frozen: FrozenTensors, encoding: Encoding) -> tuple[dict[str, Tensor]
     zeros = {name: tensors.pop(name) for name in SPARED if name in tensors and not tensors[name].any()}
     for name, codes in frozen.codes.items():
         bits = frozen.bits[name]
-        tensors[f"{name}.weight"] = pack(codes, bits, _encoding_of(bits, encoding), frozen.levels).flatten()
+        tensors[f"{name}.weight"] = pack(codes, bits, encoding_of(bits, encoding), frozen.levels).flatten()
         tensors[f"{name}.weight_scale"] = frozen.scales[name].contiguous()
     return tensors, {
         "encoding": encoding,
@@ -93,7 +93,7 @@ def packed_of(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple
     for name, module in fields["modules"].items():
         bits, (rows, columns) = _whole(module["bits"]), map(_whole, module["shape"])
         codes, scale = rest.pop(f"{name}.weight"), rest.pop(f"{name}.weight_scale")
-        encoding = _encoding_of(bits, fields["encoding"])
+        encoding = encoding_of(bits, fields["encoding"])
         expected = (rows * packed_columns(columns, bits, encoding),)
         if codes.dtype != torch.uint8 or tuple(codes.shape) != expected:
             raise ValueError(f"{name}.weight is {codes.dtype} {tuple(codes.shape)}, not {expected[0]} packed bytes")
@@ -144,7 +144,3 @@ def _whole(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{value!r} is not a whole number of one or more")
     return value
-
-
-def _encoding_of(bits: int, encoding: Encoding) -> Encoding:
-    return encoding if bits == 2 else "dense"

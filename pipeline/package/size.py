@@ -14,8 +14,8 @@ from pipeline.models.family import Family
 from pipeline.models.student import make_student, quant_targets
 from pipeline.quant.granularity import PER_CHANNEL
 from pipeline.quant.modules import TIED, Role
-from pipeline.quant.packing import packed_columns
-from pipeline.quant.spec import UNQUANTIZED, BitWidths, QuantSpec
+from pipeline.quant.packing import encoding_of, packed_columns
+from pipeline.quant.spec import UNQUANTIZED, BitWidths, Encoding, QuantSpec
 
 # As safetensors writes it: wider dtypes first, tensors of one dtype by name.
 ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}
@@ -36,13 +36,14 @@ class Layout:
     rest: Tensors
     scale_dtype: str
     rest_dtype: str
+    encoding: Encoding = "dense"
 
     def of_module(self, name: str, bits: int) -> Tensors:
-        """Return the tensors that a module stores at a width, packed densely."""
+        """Return the tensors that a module stores at a width."""
         rows, columns = self.modules[name]
         if bits == UNQUANTIZED:
             return {f"{name}.weight": (self.rest_dtype, (rows, columns))}
-        packed = rows * packed_columns(columns, bits)
+        packed = rows * packed_columns(columns, bits, encoding_of(bits, self.encoding))
         scales = self.spec.granularity_of(self.roles[name]).scale_shape((rows, columns))
         return {f"{name}.weight": ("U8", (packed,)), f"{name}.weight_scale": (self.scale_dtype, scales)}
 
@@ -58,7 +59,7 @@ class Layout:
         return header_bytes(tensors) + _data_bytes(tensors)
 
 
-def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
+def layout(shape: PreTrainedModel, family: Family, quant: Quant, encoding: Encoding = "dense") -> Layout:
     """Return the layout of a model on the meta device, which is changed."""
     targets = [target for target in quant_targets(shape, family) if target.role not in TIED]
     make_student(shape, QuantSpec(BitWidths(UNQUANTIZED, UNQUANTIZED, UNQUANTIZED)), family)
@@ -83,6 +84,7 @@ def layout(shape: PreTrainedModel, family: Family, quant: Quant) -> Layout:
         rest=rest,
         scale_dtype=CODES[quant.scale_dtype],
         rest_dtype=CODES[quant.rest_dtype],
+        encoding=encoding,
     )
 
 

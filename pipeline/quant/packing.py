@@ -15,6 +15,11 @@ from pipeline.quant.spec import Encoding, Grid, Levels, grid
 TERNARY_PER_BYTE = 5
 
 
+def encoding_of(bits: int, encoding: Encoding) -> Encoding:
+    """Return how codes of a width are packed in a package of an encoding: base3 holds its 2-bit codes alone."""
+    return encoding if bits == 2 else "dense"
+
+
 def packed_columns(columns: int, bits: int, encoding: Encoding = "dense") -> int:
     """Count the bytes of one packed row."""
     return -(-columns // codes_per_byte(bits, encoding))

@@ -55,9 +55,9 @@ class PlannedTrial:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Return the bytes of its weights, packed densely, from shapes alone."""
-        pinned, quant = self.plan.pinned, self.plan.config.quant
-        shape = layout(skeleton(preflight.model_config(pinned)), pinned.family, quant)
+        """Return the bytes of its weights, packed as it packs them, from shapes alone."""
+        pinned, quant, encoding = self.plan.pinned, self.plan.config.quant, self.plan.config.pack.encoding
+        shape = layout(skeleton(preflight.model_config(pinned)), pinned.family, quant, encoding)
         return shape.packed_bytes({name: quant.spec().weight_bits(name, role) for name, role in shape.roles.items()})
 
 

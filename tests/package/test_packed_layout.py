@@ -33,7 +33,7 @@ SETTINGS = [
 ]
 
 
-def written_bytes(config, family, quant, folder):
+def written_bytes(config, family, quant, folder, encoding="dense"):
     folder.mkdir()
     model = build(config, seed=0)
     make_student(model, quant.spec(), family_named(family))
@@ -41,7 +41,7 @@ def written_bytes(config, family, quant, folder):
         model.final_logits_bias.fill_(0.5)  # all zero, it would be left out
     frozen = freeze_student(model, quant, family_named(family))
     facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NOTHING}
-    return write_package(folder, frozen, config, quant, "dense", family, facts)["size"]["packed_bytes"]
+    return write_package(folder, frozen, config, quant, encoding, family, facts)["size"]["packed_bytes"]
 
 
 CASES = {
@@ -65,3 +65,14 @@ def test_the_file_is_as_long_as_predicted_at_any_widths(source, quant, tmp_path)
         overrides = {re.escape(name): bits for name, bits in widths.items()}
         written = written_bytes(config, family, Quant(**quant, gamma_init="one", overrides=overrides), tmp_path / label)
         assert found.packed_bytes(widths) == written
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_so_it_is_where_the_ternary_are_five_a_byte(name, tmp_path):
+    source, family = {**MODELS[name], "vocab_size": 301}, MODELS[name]["architecture"]
+    config, draw = read_config(source), itertools.cycle([2, 2, 8, 32])
+    found = layout(skeleton(config), family_named(family), Quant(), "base3")
+    widths = {name: next(draw) for name in found.modules}
+    overrides = {re.escape(name): bits for name, bits in widths.items()}
+    quant = Quant(gamma_init="one", overrides=overrides)
+    assert found.packed_bytes(widths) == written_bytes(config, family, quant, tmp_path / "base3", "base3")

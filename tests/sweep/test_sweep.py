@@ -85,6 +85,13 @@ def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, t
     assert trial.step_keys == {step.name: step.key for step in compressed.plan.steps}
 
 
+def test_a_trial_whose_ternary_codes_lie_five_a_byte_is_of_the_size_that_it_has(cloned, run_flow, tiny_config):
+    config = tiny_config(cloned, pack={"encoding": "base3"})
+    packed = run_flow(config, "pack")
+    assert packed.outcome.status["distill"] == "reused"
+    assert plan_trial(config, {}).packed_bytes == packed.record("pack").size.packed_bytes
+
+
 def test_runs_are_nested_with_curves_and_the_sweep_has_its_tables(swept):
     _, config, found, _ = swept
     client, logged = runs_of(config)
