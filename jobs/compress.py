@@ -146,8 +146,10 @@ def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
 def store_options(resources: Resources) -> str:
     """Return the options that name a store other than the default."""
     named = {"--storage-uri": resources.storage_uri, "--namespace": resources.namespace}
-    defaults = {"--storage-uri": Resources().storage_uri, "--namespace": ""}
-    return "".join(f" {name} {shlex.quote(value)}" for name, value in named.items() if value != defaults[name])
+    defaults = {"--storage-uri": Resources().storage_uri, "--namespace": None}
+    return "".join(
+        f" {name} {shlex.quote(value)}" for name, value in named.items() if value not in (None, defaults[name])
+    )
 
 
 def print_outcome(planned: RunPlan, document: dict[str, Any], path: str, console: Console) -> None:

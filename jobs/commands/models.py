@@ -54,7 +54,7 @@ def report(
     key: Annotated[str, typer.Argument(metavar="KEY", help="run_key or sweep_key, as compress and sweep print.")],
     out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; .png and .csv go beside it.")],
     storage_uri: StorageUri = "./bitmill-store",
-    namespace: Annotated[str, typer.Option(help="As resources.namespace of the run.")] = "",
+    namespace: Annotated[str | None, typer.Option(help="As resources.namespace of the run.")] = None,
     latency: Annotated[
         bool, typer.Option("--latency", help="First measure how long each model takes for a token, on this machine.")
     ] = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from pipeline.config.base import Closed, NotNegative, Positive, Rate
+from pipeline.config.base import Closed, Name, NotNegative, Positive, Rate
 from pipeline.credentials import taking_none, without_credentials
 
 
@@ -19,7 +19,7 @@ class Resources(Closed):
 
     storage_uri: str = "./bitmill-store"
     tracking_uri: str | None = None
-    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
+    namespace: Name | None = None  # a folder below storage_uri
     ray_address: str | None = None
     workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
     cpus_per_worker: Rate = 1

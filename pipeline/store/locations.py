@@ -22,7 +22,7 @@ def storage_uri(resources: Resources) -> str:
 
 def anchored(resources: Resources) -> Resources:
     """Return the resources with absolute paths, for workers, which have working directories of their own."""
-    root = storage_uri(resources.model_copy(update={"namespace": ""}))
+    root = storage_uri(resources.model_copy(update={"namespace": None}))
     return resources.model_copy(update={"storage_uri": root, "local_cache_dir": scratch_dir(resources)})
 
 

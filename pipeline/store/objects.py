@@ -169,8 +169,12 @@ def open_objects(uri: str) -> Objects:
     if uri.startswith("s3://"):
         from pipeline.store.s3 import Bucket  # boto3 takes as long to import as a local plan takes in all
 
-        bucket, _, prefix = uri[5:].partition("/")
-        return Bucket(bucket, prefix.rstrip("/") + "/" if prefix.strip("/") else "")
+        bucket, *folders = uri[5:].rstrip("/").split("/")
+        if not {"", ".", ".."}.isdisjoint([bucket, *folders]):  # which whatever lies between here and S3 may resolve
+            raise ConfigError(
+                f"resources.storage_uri is {uri!r}; valid: s3://bucket/prefix, without empty or dotted parts"
+            )
+        return Bucket(bucket, "".join(f"{folder}/" for folder in folders))
     if "://" in uri and not uri.startswith("file://"):
         raise ConfigError(f"resources.storage_uri is {uri!r}; valid: a directory, or s3://bucket/prefix")
     return Directory(Path(uri.removeprefix("file://")).expanduser().resolve())

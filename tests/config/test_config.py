@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,12 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
         (["data.holdout=0.5"], r"data\.holdout: .*less than 0\.5"),
         (["register.gate.max_perplexity_ratio=1"], r"greater than 1"),
         (["name=a b"], r"name: .*'a b'"),
-        (["resources.namespace=a/b"], r"resources\.namespace"),
+        *(
+            ([f"{knob}={name}"], rf"{knob}: {re.escape(repr(name))} is no name; valid: letters")
+            for knob in ("name", "resources.namespace", "register.name")
+            for name in ("..", ".", "../elsewhere", "a/../..", "a/b", "/tmp", "a//b", ".hidden", "a\\b")
+        ),
+        (['resources.namespace=""'], r"namespace: '' is no name"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_knob(load, overrides, message):

@@ -181,6 +181,12 @@ def test_a_storage_path_that_is_not_writable(refused, tmp_path, own_scratch):
     holds(refused(resources={"storage_uri": uri, "local_cache_dir": scratch}), "resources.storage_uri", uri)
 
 
+def test_a_namespace_stays_below_the_store(refused, tmp_path):
+    needles = ("namespace: '..' is no name", "valid: letters, digits")
+    holds(refused(resources={"namespace": ".."}), "resources.", *needles)
+    holds(said("report", "0" * 32, "--out", tmp_path / "page.html", "--namespace", ".."), *needles)
+
+
 def test_a_local_cache_dir_that_is_not_writable(refused, tmp_path):
     (tmp_path / "file").write_text("a regular file")
     folder = str(tmp_path / "file" / "scratch")

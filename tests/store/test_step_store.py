@@ -282,8 +282,10 @@ def test_a_directory_may_be_spelled_as_a_uri(tmp_path):
     assert open_objects(str(tmp_path / "store")).read("a") == b"x"
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x", "S4://x"])
-def test_an_unknown_scheme_is_refused(uri):
+@pytest.mark.parametrize(
+    "uri", ["gs://bucket/x", "http://host/x", "S4://x", "s3://", "s3:///x", "s3://b/../x", "s3://b/x/..", "s3://b//x"]
+)
+def test_what_is_neither_a_directory_nor_a_plain_prefix_is_refused(uri):
     with pytest.raises(ConfigError, match=r"resources\.storage_uri .*s3://bucket/prefix"):
         open_objects(uri)
 
