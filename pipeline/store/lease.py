@@ -1,4 +1,7 @@
-"""Leases: which process runs a step, and the fencing token of its attempt, worth nothing once it was taken over."""
+"""Leases: which process runs a step, and the fencing token of its attempt, worth nothing once it was taken over.
+
+Clocks of two machines are never compared: whoever waits watches by its own whether the owner's heart beats.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,11 +48,11 @@ class Owner:
 
 @dataclass(frozen=True)
 class Lease:
-    """The content of a lease's file; without an owner it was let go."""
+    """The content of a lease's file; without an owner it was let go. Each heartbeat is another value, of no clock."""
 
     owner: Owner | None
     fence: int
-    heartbeat: float
+    heartbeat: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def to_json(self) -> bytes:
         """Return the bytes of the file."""
@@ -60,10 +64,23 @@ class Lease:
         fields = json.loads(data)
         return cls(Owner(**fields["owner"]) if fields["owner"] else None, fields["fence"], fields["heartbeat"])
 
-    def dead(self) -> bool:
-        """Tell whether nobody holds the lease any more."""
-        silent = time.time() - self.heartbeat > DEAD_AFTER_S
-        return self.owner is None or self.owner.gone() or (silent and self.owner.host != _this_host())
+
+class Watch:
+    """Watches a lease by this process's own clock, from the first look on."""
+
+    def __init__(self) -> None:
+        self._seen: Lease | None = None
+        self._since = 0.0
+
+    def dead(self, lease: Lease) -> bool:
+        """Tell whether nobody holds the lease any more. An owner on this host is asked; one elsewhere is dead once its
+        heart has not beaten for `DEAD_AFTER_S` seconds before our eyes."""
+        now = time.monotonic()
+        if lease != self._seen:
+            self._seen, self._since = lease, now
+        if lease.owner is None or lease.owner.host == _this_host():
+            return lease.owner is None or lease.owner.gone()
+        return now - self._since >= DEAD_AFTER_S
 
 
 @dataclass(frozen=True)
@@ -100,42 +117,49 @@ class LeaseFile:
         away what killed writers left half written.
 
         Raises:
-            BusyError: a live process holds the lease and `wait` is False.
+            BusyError: a process holds the lease, and `wait` is False: there is no time to see whether it lives.
         """
         lease = self._acquire(wait, waiting)
         stop = threading.Event()
         beat = threading.Thread(target=self._beat, args=(lease, stop), daemon=True)
         beat.start()
+        hidden: tuple[type[OSError], ...] = (OSError,)
         try:
             yield lease.fence
+            hidden = ()
         finally:
             stop.set()
             beat.join()
-            self._release(lease)
+            with contextlib.suppress(*hidden):  # that the store is away must not replace the error that is under way
+                self._release(lease)
 
     def _release(self, lease: Lease) -> None:
         current = self.read()
         if current is not None and current.fence == lease.fence:
             with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
                 self.objects.delete_unfinished(self.folder, spared=LEASE)
-            self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence, time.time()).to_json())
+            self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence).to_json())
 
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
         told: Owner | None = None
         mine: Lease | None = None
+        watch = Watch()
         while True:
             current = self.read()
             if mine is not None and current == mine:  # our write arrived, and only its answer was lost
                 return mine
-            mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1, time.time())
+            mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1)
             if current is None:
                 if self.objects.create(self._name, mine.to_json()):
                     return mine
-            elif current.dead():
+            elif watch.dead(current):
                 if self.objects.swap(self._name, current.to_json(), mine.to_json()):
                     return mine
             elif not wait:
-                raise BusyError(f"The {self.title} is being run by {current.owner}. Try again later.")
+                raise BusyError(
+                    f"The {self.title} is being run by {current.owner}. Try again later, or leave out --no-wait: who "
+                    f"waits takes over once the process is gone or, on another machine, silent for {DEAD_AFTER_S:g} s."
+                )
             else:
                 if current.owner is not None and current.owner != told:
                     waiting(current.owner)
@@ -145,7 +169,7 @@ class LeaseFile:
     def _beat(self, lease: Lease, stop: threading.Event) -> None:
         current = lease
         while not stop.wait(HEARTBEAT_S):
-            fresh = Lease(lease.owner, lease.fence, time.time())
+            fresh = Lease(lease.owner, lease.fence)
             try:
                 if self.objects.swap(self._name, current.to_json(), fresh.to_json()):
                     current = fresh

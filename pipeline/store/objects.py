@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +16,6 @@ from pipeline.credentials import taking_none
 from pipeline.errors import ConfigError, RunError
 
 TEMPORARY = ".tmp"
-SPARED_S = 60.0  # for how long a temporary file may still become one that is spared
 
 
 class Objects(Protocol):
@@ -51,7 +49,7 @@ class Objects(Protocol):
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
     def delete_unfinished(self, prefix: str, spared: str) -> None:
-        """Delete what killed writers left below `prefix`, save `spared` files that others may be writing now."""
+        """Delete what killed writers left below `prefix`, save of `spared` files, which others may be writing now."""
 
     def free_bytes(self) -> int | None:
         """Return the space left, or None where there is no limit to ask for."""
@@ -124,9 +122,8 @@ class Directory:
     def delete_unfinished(self, prefix: str, spared: str) -> None:
         for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
-                path = Path(folder, name)
-                if name.endswith(TEMPORARY) and not (name.startswith(f".{spared}.") and _is_young(path)):
-                    path.unlink(missing_ok=True)
+                if name.endswith(TEMPORARY) and not name.startswith(f".{spared}."):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         root = self.root.resolve()
@@ -150,12 +147,6 @@ class Directory:
             return True
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _is_young(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime < SPARED_S
-    return False
 
 
 @lru_cache(maxsize=16)

@@ -191,7 +191,9 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     (lease,) = project.store.glob("distill/*/lease.json")
     assert json.loads(lease.read_text())["fence"] == 3  # killed; stopped at the spoilt shard; ended
     left = [path.name for path in project.store.rglob("*.tmp")]
-    assert [name for name in left if not name.startswith(".lease.json.")] == []  # a heartbeat's goes when it is old
+    assert [
+        name for name in left if not name.startswith(".lease.json.")
+    ] == []  # a heartbeat, which others may be writing
     assert not list(project.store.glob("*/*/attempt"))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -240,11 +239,7 @@ def test_what_killed_writers_left_is_deleted_where_it_was_asked_for_alone(tmp_pa
     objects.delete_unfinished("a/", spared="lease")
     objects.delete_unfinished("none/", spared="lease")
     assert set(objects.sizes("")) == {"a/b", "a/deep/b", "a/lease", "ab"}
-    left = {path.name.split(".")[1]: path for path in (tmp_path / "store").rglob("*.tmp")}
-    assert set(left) == {"ab", "lease"}
-    os.utime(left["lease"], (time.time() - 100,) * 2)  # whoever was writing it is gone
-    objects.delete_unfinished("a/", spared="lease")
-    assert list((tmp_path / "store").rglob("*.tmp")) == [left["ab"]]
+    assert {path.name.split(".")[1] for path in (tmp_path / "store").rglob("*.tmp")} == {"ab", "lease"}
 
 
 def test_unfinished_uploads_are_ended_where_it_was_asked_for_alone(s3):

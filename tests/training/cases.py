@@ -51,7 +51,7 @@ def fenced(root: Path, stage: str, key: str = "0" * 32) -> StepDir:
     with step_dir.hold(False, lambda owner: None) as held:
         pass
     owner = json.dumps(vars(Owner.this_process()))
-    lease = f'{{"owner": {owner}, "fence": {held.fence}, "heartbeat": 0}}'
+    lease = f'{{"owner": {owner}, "fence": {held.fence}, "heartbeat": ""}}'
     (root / "store" / stage / key / "lease.json").write_text(lease)
     return held
 
