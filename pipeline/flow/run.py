@@ -13,7 +13,7 @@ from pipeline.flow.plan import PlannedStep, RunPlan
 from pipeline.stages.stage import Step
 from pipeline.store.locations import storage_uri, tracking_uri
 from pipeline.store.records import ModelVersion, Record
-from pipeline.store.step_store import FinishedStep, check_writable
+from pipeline.store.step_store import FinishedStep, check_store
 from pipeline.tracking import runs
 from pipeline.tracking.listener import Listener, tell
 
@@ -54,7 +54,7 @@ def run_plan(plan: RunPlan, listener: Listener, wait: bool = True, engine: Engin
     """
     if not plan.left:
         return _Runner(plan, listener, wait, None).run()
-    check_writable(storage_uri(plan.config.resources))
+    check_store(storage_uri(plan.config.resources))
     if plan.ends_with(ModelVersion):
         runs.connect(tracking_uri(plan.config.resources))
     used = engine or Engine(plan.config.resources)

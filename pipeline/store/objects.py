@@ -57,6 +57,9 @@ class Objects(Protocol):
     def arrow(self, name: str) -> tuple[str, Any]:
         """Return the place of an object for readers through Arrow: a path, and its file system, None for ours."""
 
+    def flaw(self, name: str) -> str | None:
+        """Return why `create` and `swap` cannot be relied on, tried on an object of this new name; None if they can."""
+
 
 class Directory:
     """Objects as files below a directory, on this machine or a shared file system."""
@@ -83,7 +86,7 @@ class Directory:
         path = self._path(name)
         if not path.exists():
             return False
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        with open(_lock_of(path), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 if path.read_bytes() != expected:
@@ -132,6 +135,27 @@ class Directory:
     def arrow(self, name: str) -> tuple[str, None]:
         return str(self.root / name), None
 
+    def flaw(self, name: str) -> str | None:
+        self.write(name, b"")
+        self.delete(name)
+        try:
+            if not self.create(name, b"first") or self.create(name, b"second"):
+                return "a hard link takes the place of a file that is there"
+        except OSError as error:
+            return f"it has no hard links ({error.strerror})"
+        lock = _lock_of(self._path(name))
+        try:
+            with open(lock, "w") as first, open(lock, "w") as second:
+                fcntl.flock(first, fcntl.LOCK_EX)
+                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return "its locks hold nobody off"
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            return f"it has no locks ({error.strerror})"
+        finally:
+            lock.unlink()
+
     def _put(self, name: str, fill: Callable[[Path], object], place: Callable[[Path, Path], None]) -> bool:
         """Fill a temporary file and put it in the object's place, whole; False if `place` refuses an object there."""
         path = self._path(name)
@@ -147,6 +171,10 @@ class Directory:
             return True
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 @lru_cache(maxsize=16)

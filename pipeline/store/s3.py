@@ -144,6 +144,19 @@ class Bucket:
         )
         return f"{self.bucket}/{self.prefix}{name}", filesystem
 
+    def flaw(self, name: str) -> str | None:
+        try:
+            if not self.create(name, b"first") or self.create(name, b"second"):
+                return "it writes in spite of If-None-Match"
+            stale = self.versions(name)[name]
+            if not self.swap(name, b"first", b"second") or self._conditional(name, b"third", IfMatch=stale):
+                return "it writes in spite of If-Match"
+        except S3Error as error:
+            if _status(error) != 501:
+                raise
+            return f"it has no conditional writes ({error})"
+        return None
+
 
 class _Ranges(io.RawIOBase):
     """An object as a file to read from, as long as it is the one of an ETag."""

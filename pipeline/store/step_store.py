@@ -199,18 +199,26 @@ def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
     return read
 
 
-def check_writable(storage_uri: str) -> None:
-    """Raise ConfigError if nothing can be written under `storage_uri`."""
+def check_store(storage_uri: str) -> None:
+    """Raise ConfigError if nothing can be written under `storage_uri`, or two processes could both win a race there."""
     name = f"probe-{uuid.uuid4().hex}"
     try:
         objects = open_objects(storage_uri)
-        objects.write(name, b"")
-        objects.delete(name)
+        try:
+            flaw = objects.flaw(name)
+        finally:
+            objects.delete(name)
     except OSError as error:
         raise ConfigError(
             f"resources.storage_uri {storage_uri!r} cannot be written to: {error}. Set it to a directory you may "
             "write to, or to s3://bucket/prefix with credentials that allow it."
         ) from error
+    if flaw is not None:
+        raise ConfigError(
+            f"resources.storage_uri {storage_uri!r} cannot keep two commands from running one step: {flaw}. Set it to "
+            "a directory on a file system with hard links and locks, or to a bucket of a store that honours If-Match "
+            "and If-None-Match when it is written to, as AWS S3 does."
+        )
 
 
 def checksum(path: Path) -> StoredFile:

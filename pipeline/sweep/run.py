@@ -140,7 +140,7 @@ def run_sweep(planned: SweepPlan, listener: Listener, wait: bool = True) -> Swee
         shared = sum(stored_sharing(planned.step_dir).values())
         hours = (sum(trial.worker_seconds for trial in record.trials) + shared) / 3600
         return SweepResult(record.trials, record.front, True, hours, untold=send_waiting(planned.config.resources))
-    step_store.check_writable(storage_uri(planned.config.resources))
+    step_store.check_store(storage_uri(planned.config.resources))
     parent = parent_of(planned)
     runs.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))

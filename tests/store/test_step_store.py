@@ -1,6 +1,8 @@
 """The store's objects, the same on a directory and on S3."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import threading
 import uuid
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pytest
+from botocore.awsrequest import AWSResponse
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -15,7 +18,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import Directory, open_objects
 from pipeline.store.records import Evaluation
-from pipeline.store.step_store import check_writable
+from pipeline.store.step_store import check_store
 
 KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]
@@ -285,16 +288,67 @@ def test_what_is_neither_a_directory_nor_a_plain_prefix_is_refused(uri):
         open_objects(uri)
 
 
-def test_check_writable_leaves_nothing(uri, objects):
-    check_writable(uri)
-    assert objects.sizes("probe") == {}
+def test_a_sound_store_is_taken_and_left_as_it_was(uri, objects, tmp_path):
+    check_store(uri)
+    assert objects.sizes("") == {}
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "neighbour.txt"]
 
 
-def test_check_writable_says_what_to_do(tmp_path, s3):
+def test_a_store_that_cannot_be_written_to_is_refused_with_what_to_do(tmp_path, s3):
     (tmp_path / "file").write_text("x")
     for uri in (str(tmp_path / "file" / "store"), "s3://no-such-bucket/x"):
         with pytest.raises(ConfigError, match=r"resources\.storage_uri .*cannot be written to"):
-            check_writable(uri)
+            check_store(uri)
+
+
+UNFIT = r"resources\.storage_uri .* cannot keep two commands from running one step: "
+
+
+@pytest.mark.parametrize("header", ["If-None-Match", "If-Match"])
+def test_an_s3_that_ignores_a_condition_is_found_out(s3, header):
+    def unheard(params, **_):
+        params["headers"].pop(header, None)
+
+    uri = f"{s3}/{uuid.uuid4()}"
+    bucket = open_objects(uri)
+    bucket.client.meta.events.register("before-call.s3.PutObject", unheard)
+    with pytest.raises(ConfigError, match=f"{UNFIT}it writes in spite of {header}"):
+        check_store(uri)
+    assert bucket.sizes("") == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(501, f"{UNFIT}it has no conditional writes"), (403, "cannot be written to")]
+)
+def test_an_s3_without_conditional_writes_is_told_from_one_that_may_not_be_written_to(s3, status, message):
+    def answer(**_):
+        return AWSResponse("", status, {}, None), {"Error": {}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    uri = f"{s3}/{uuid.uuid4()}"
+    open_objects(uri).client.meta.events.register("before-call.s3.PutObject", answer)
+    with pytest.raises(ConfigError, match=message):
+        check_store(uri)
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "instead", "message"),
+    [
+        (os, "link", refuse, r"it has no hard links \(Operation not supported\)"),
+        (os, "link", os.replace, "a hard link takes the place of a file that is there"),
+        (fcntl, "flock", refuse, r"it has no locks \(Operation not supported\)"),
+        (fcntl, "flock", lambda *_: None, "its locks hold nobody off"),
+    ],
+    ids=["no hard links", "links that overwrite", "no locks", "locks that hold nobody off"],
+)
+def test_a_file_system_without_links_or_locks_is_found_out(tmp_path, monkeypatch, module, function, instead, message):
+    monkeypatch.setattr(module, function, instead)
+    with pytest.raises(ConfigError, match=UNFIT + message):
+        check_store(str(tmp_path / "store"))
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 def test_space_left_is_known_for_directories(objects):
