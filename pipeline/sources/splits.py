@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.files import SourceFile
-from pipeline.sources.text import Part, byte_parts, parts
+from pipeline.sources.text import Part, byte_parts, parts, read_footers
 from pipeline.store.records import SPLITS, SplitName
 
 Interval = tuple[float, float]
@@ -44,6 +44,7 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     """Return every part to tokenize: of each split's own source, or of the training source, some of it held out. The
     cut depends on the contents of the files alone."""
     files = {split: [SourceFile.model_validate(file) for file in locations.get(split, ())] for split in SPLITS}
+    read_footers(chain(*files.values()))
     intervals = _intervals(recipe["data"])
     places = _places(files["train"], [*intervals.values()])
     share = min(1.0, COMPARED_BYTES / sum(file.bytes for file in chain(*files.values())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 
@@ -20,6 +21,7 @@ PART_BYTES = 4 * 2**20
 GROUP_PARTS = 16  # at most of one row group, which each reads from its beginning
 PARQUET_AHEAD_BYTES = 2**16  # a footer
 PARQUET_BUFFER_BYTES = 2**20  # of a column, which may be larger than memory
+FOOTERS_AT_ONCE = 16
 BATCH_ROWS = 1024
 
 
@@ -55,6 +57,13 @@ def byte_parts(file: SourceFile, start: int, stop: int) -> list[Part]:
 
 def _cut(file: SourceFile, start: int, stop: int, length: int) -> list[Part]:
     return [Part(file=file, start=i, stop=min(i + length, stop)) for i in range(start, stop, max(1, length))]
+
+
+def read_footers(files: Iterable[SourceFile]) -> None:
+    """Read the footers of Parquet files that are to be cut, several at once. Raises ConfigError: one cannot be read."""
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        for _ in pool.map(row_counts, (file for file in files if file.format == "parquet")):
+            pass
 
 
 @cache  # a plan asks several times

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import itertools
 import json
 import random
@@ -18,11 +19,13 @@ from botocore.exceptions import ResponseStreamingError
 from huggingface_hub import HfApi, HfFileSystem, constants
 from huggingface_hub.hf_api import DatasetInfo
 
+from pipeline.config.data import Data
 from pipeline.errors import ConfigError, RunError
 from pipeline.sources import text as sources
 from pipeline.sources.fields import rows
 from pipeline.sources.files import open_text, pin_text, s3_bucket
 from pipeline.sources.models import pin_model
+from pipeline.sources.splits import split_parts
 from pipeline.sources.text import documents, parts
 from tests.store.test_step_store import serve_s3
 
@@ -195,6 +198,26 @@ def test_a_part_of_a_remote_parquet_file_is_some_of_its_row_groups_and_fetches_n
     assert [text for ((text,),) in rows(pieces[11], ("other",))] == TEXTS[::-1][550:]
     assert sum(sent) < group + 3 * ahead
     assert [text for piece in pieces for text in documents(piece, "document", "text")] == TEXTS
+
+
+def test_footers_are_read_side_by_side_and_once(put, monkeypatch, memo):
+    rows = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a text"]}), rows)
+    for i in range(8):
+        root = put(f"{i}.parquet", rows.getvalue())
+    opened, together = [], threading.Barrier(4)
+
+    def opening(file, ahead):
+        opened.append(file.uri)
+        together.wait(10)  # breaks unless four are open at once
+        return open_text(file, ahead)
+
+    monkeypatch.setattr(sources, "open_text", opening)
+    section = Data(source=f"{root}/*.parquet")
+    places = {"train": [file.model_dump() for file in pin_text(section.source, "data.source", memo)]}
+    cut = [split_parts({"data": section.model_dump()}, places) for _ in range(2)]
+    assert cut[0] == cut[1]
+    assert sorted(opened) == [f"{root}/{i}.parquet" for i in range(8)]
 
 
 def test_an_object_that_changes_while_it_is_read_is_not_read_on(put, memo, big_parquet):
