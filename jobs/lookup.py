@@ -14,6 +14,11 @@ from pipeline.tracking.lookup import matches, nearest_misses, reach
 from pipeline.tracking.query import NearMiss, Query, RegisteredModel, of_text
 
 SHARES = {metric.name for metric in METRICS.values() if metric.form.endswith("%")}  # others are shown with four digits
+SIZE = "size_mib"
+SPLITS = "\nvalidation / test"
+TEXTS = ("bits", "quantizer", "created")
+FOLDED = {"model": 30, "formats": 18}  # to so many characters at least, where a word is as long
+UNBOUNDED = 10_000
 
 
 def lookup(
@@ -31,32 +36,62 @@ def lookup(
 
 
 def print_found(models: list[RegisteredModel], metric: str, console: Console) -> None:
-    """Print a table of models, with the metrics that any of them has, the one they are ordered by first: of validation,
-    which finds and orders, and of the test split, where they differ."""
-    shown = list(dict.fromkeys([metric, "perplexity", "accuracy", "rougeL"]))
-    shown = [name for name in shown if name != "size_mib" and any(name in model.metrics for model in models)]
-    measured = [(name, split) for name in shown for split in ("validation", "test") if of_text(name) or split == "test"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for heading in ("bits", "quantizer"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("MiB", *(f"{name}\n{split}" if of_text(name) else name for name, split in measured)):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("created", no_wrap=True)
-    table.add_column("formats", overflow="fold")
-    for model in models:
-        name = " ".join([f"{model.name}/{model.version}", *(f"@{alias}" for alias in model.aliases)])
-        size = "" if model.size_mib is None else f"{model.size_mib:.2f}"
-        values = [
-            printed(name if name in SHARES else "", (model.metrics if split == "test" else model.validation).get(name))
-            for name, split in measured
-        ]
-        cells = (name, model.bits, model.quantizer, size, *values, model.created_at[:10], " ".join(model.formats))
-        table.add_row(*cells)
+    """Print a table of models, without the columns for which the console is too narrow, and how to get the first."""
+    columns, left_out = columns_of(models, metric), []
+    table, unbounded = table_of(columns), console.options.update(width=UNBOUNDED)
+    for heading in reversed([*columns][3:]):  # never the model, its bits, and what it is ordered by
+        if console.measure(table, options=unbounded).minimum <= console.width:
+            break
+        left_out.append(heading.removesuffix(SPLITS))
+        del columns[heading]
+        table = table_of(columns)
     console.print(table)
+    if left_out:
+        console.print(f"  too wide for this terminal, and in --json: {', '.join(left_out)}", soft_wrap=True)
     best = models[0]
     for command in (f"bitmill pull {best.name}/{best.version} DEST", f"package: {best.package_uri}"):
         console.print(f"  {command}", soft_wrap=True)
+
+
+def columns_of(models: list[RegisteredModel], metric: str) -> dict[str, list[str]]:
+    """Return headings and cells, the least important last. Of the metrics that any model has, the one they are ordered
+    by is first; where the splits differ, validation's, which finds and orders, is shown before the test's."""
+    names = list(dict.fromkeys([metric, "perplexity", "accuracy", "rougeL"]))
+    names = [name for name in names if name != SIZE and any(name in model.metrics for model in models)]
+    scores = {name + SPLITS * of_text(name): [score(model, name) for model in models] for name in names}
+    sizes = {"MiB": ["" if model.size_mib is None else f"{model.size_mib:.2f}" for model in models]}
+    return {
+        "model": [" ".join([f"{m.name}/{m.version}", *(f"@{alias}" for alias in m.aliases)]) for m in models],
+        "bits": [model.bits for model in models],
+        **(sizes | scores if metric == SIZE else dict([*scores.items()][:1]) | sizes | scores),
+        "quantizer": [model.quantizer for model in models],
+        "formats": [" ".join(model.formats) for model in models],
+        "created": [model.created_at[:10] for model in models],
+    }
+
+
+def score(model: RegisteredModel, name: str) -> str:
+    """Return a metric's value, of both splits where they differ."""
+    splits = (model.validation, model.metrics) if of_text(name) else (model.metrics,)
+    values = [printed(name if name in SHARES else "", metrics.get(name)) for metrics in splits]
+    return " / ".join(value or "-" for value in values) if any(values) else ""
+
+
+def table_of(columns: dict[str, list[str]]) -> Table:
+    """Return a table of columns, of which only those of several words give way."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading, cells in columns.items():
+        if heading in FOLDED:
+            longest = max(len(word) for cell in cells for word in [*cell.split(), heading])
+            table.add_column(heading, overflow="fold", min_width=min(longest, FOLDED[heading]))
+        else:
+            width = max(len(line) for text in (heading, *cells) for line in text.splitlines() or [""])
+            table.add_column(
+                heading, justify="right" if heading not in TEXTS else "left", no_wrap=True, min_width=width
+            )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
 
 
 def print_misses(misses: list[NearMiss], console: Console) -> None:

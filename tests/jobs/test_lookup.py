@@ -7,7 +7,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from jobs import lookup as command
 from jobs.cli import app
+from jobs.commands.options import open_console
+from pipeline.tracking.query import RegisteredModel
 
 
 @pytest.fixture
@@ -46,6 +49,42 @@ def test_a_person_sees_a_table_and_what_to_do_next(lookup):
     assert done.stdout == ""
     for shown in ("tiny/1", "@champion", "2-2-8", "perplexity", "validation", "test", "bitmill pull tiny/1"):
         assert shown in done.stderr
+
+
+def model(number, **fields):
+    scores = {"perplexity": 17.0 + number, "accuracy": 0.5, "rougeL": 21.0}
+    return RegisteredModel(
+        **{
+            "name": "gpt2-small-wikitext",
+            "version": number,
+            "aliases": ("champion",),
+            "task": "language_modeling",
+            "bits": "2-2-8",
+            "quantizer": "quantgpt",
+            "size_mib": 33.25,
+            "metrics": {"perplexity": 18.0 + number},
+            "validation": scores,
+            "package_uri": "s3://bucket/x",
+            "formats": ("bitmill", "compressed-tensors"),
+            "created_at": "2026-11-27T06:00:00+00:00",
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize(("columns", "has"), [("80", ""), ("60", ""), ("160", "2026-11-27")])
+def test_a_table_fits_the_terminal(monkeypatch, capsys, columns, has):
+    monkeypatch.setenv("COLUMNS", columns)
+    metrics = {"perplexity": 18.5, "accuracy": 0.4375, "rougeL": 20.5}
+    models = [model(1), model(12, metrics=metrics, quantizer="seq", aliases=())]
+    command.print_found(models, "perplexity", open_console())
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if not line.startswith("  ")]
+    assert all(len(line) <= int(columns) for line in lines)
+    for cell in ("gpt2-small-wikitext/1 ", "gpt2-small-wikitext/12", "@champion", "2-2-8", "18 / 19", "29 / 18.5"):
+        assert any(cell in line for line in lines), shown
+    assert has in shown
+    assert ("in --json: created" in shown) is not bool(has)
 
 
 def test_if_nothing_fits_the_nearest_are_said_and_the_status_is_3(lookup, finished):
