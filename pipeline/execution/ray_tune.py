@@ -6,9 +6,12 @@ With `resources.workers: 0` trials run one by one in this process.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +19,14 @@ from typing import Any, Protocol
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.execution.engine import Engine, explained, quiet, set_threads
+from pipeline.store.lease import Owner
 from pipeline.store.step_store import StepDir
 
 STEP, LOSS = "step", "validation_nats"
 ReportResult = Callable[[dict[str, Any]], None]
 Work = Callable[[Any, ReportResult], None]  # runs a trial; reports hold STEP and LOSS
 PASSING = (BusyError, FencedOffError, LostError)  # the same command may fare better
+FOLDER, OWNER = "bitmill-tune-", "owner.json"
 GROUPS, ENDED, FAILURE = "groups", "ended", "failure"
 A_BYTE = 1  # of memory: an actor that waits for training workers of its own needs no CPU, and Tune wants something
 
@@ -59,9 +64,30 @@ def run_trials(work: Work, source: TrialSource, engine: Engine, step_dir: StepDi
                 source.ended(key, *_outcome(result))
         return
     engine.start()
-    # Tune pickles its state and the errors of trials, and reads errors back: from nowhere that others may write to.
-    with quiet(), explained(step_dir), tempfile.TemporaryDirectory(prefix="bitmill-tune-") as folder:
+    with quiet(), explained(step_dir), own_folder() as folder:
         _tune(work, source, engine, folder, at_once)
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[str]:
+    """Yield a folder for Tune, and take away those of processes that were killed.
+
+    Tune pickles its state and the errors of trials, and reads errors back, so it lies nowhere that others may write to:
+    not in a store, whose scratch a group may share, but where each takes away only what is its own.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        if _is_left(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+        (Path(folder) / OWNER).write_text(json.dumps(asdict(Owner.this_process())))
+        yield folder
+
+
+def _is_left(folder: Path) -> bool:
+    try:
+        return Owner(**json.loads((folder / OWNER).read_bytes())).gone()
+    except (OSError, ValueError, TypeError):  # somebody else's, or just made
+        return False
 
 
 def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once: int | None) -> None:
