@@ -227,9 +227,9 @@ def _report(
     console: Console,
 ) -> dict[str, Any]:
     teacher = sound[0].teacher["perplexity"]
-    earlier = _earlier(out, base, extent, {*failed, *(one.key for one in (*searched, *sound))}, sound[0], console)
+    earlier = _earlier(out, base, extent, {*failed, *(tried.key for tried in (*searched, *sound))}, sound[0], console)
     search = earlier.search + [
-        one.model_dump(include={"row", "bits", "rate", "contrast_weight", "validation_nats"}) for one in searched
+        tried.model_dump(include={"row", "bits", "rate", "contrast_weight", "validation_nats"}) for tried in searched
     ]
     scores, failed = [*earlier.scores, *sound], {**earlier.failed, **failed}
     texts = earlier.documents | averaged([(s.key, s.documents) for s in sound if s.documents is not None])

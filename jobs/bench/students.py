@@ -161,7 +161,7 @@ def train_all(runs: Sequence[BenchRun], of: type[S], resources: Resources, displ
     with contextlib.closing(Engine(resources)) as engine, engine.relayed(partial(display.noted, stage)) as say:
         work = partial(partial, _train, plans, of, say)
         lines = engine.shards(work, list(distinct.values()), advance, gpus=resources.gpus_per_worker)
-        given = {one.digest: one for one in map(of.model_validate_json, lines)}
+        given = {tried.digest: tried for tried in map(of.model_validate_json, lines)}
     return [given[run.digest].model_copy(update=_identity(run)) for run in runs]
 
 
@@ -213,11 +213,11 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
 def best_tries(searched: Iterable[Tried]) -> dict[Key, Try]:
     """Return by row and width what is best on validation; nothing of a row that failed at every try."""
     best: dict[Key, Tried] = {}
-    for one in searched:
-        if not one.failure and (one.key not in best or _nats(one) < _nats(best[one.key])):
-            best[one.key] = one
-    return {key: one.tried for key, one in best.items()}
+    for tried in searched:
+        if not tried.failure and (tried.key not in best or _nats(tried) < _nats(best[tried.key])):
+            best[tried.key] = tried
+    return {key: tried.tried for key, tried in best.items()}
 
 
-def _nats(one: Tried) -> float:
-    return math.inf if one.validation_nats is None else one.validation_nats
+def _nats(tried: Tried) -> float:
+    return math.inf if tried.validation_nats is None else tried.validation_nats
