@@ -18,10 +18,10 @@ from jobs.model_argument import is_registered, locate, pinned
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import Format, format_named
-from pipeline.export.probes import PROMPTS, lengths, make_probes
-from pipeline.export.verify import Logits, Verdict, bytes_of, measure, reasons_against
+from pipeline.export.probes import PROMPTS, make_probes, width_of
+from pipeline.export.verify import Comparison, Floors, Logits, Verdict, bytes_of, measure, reasons_against
 from pipeline.package.manifest import MANIFEST, check
-from pipeline.package.package import load, read_package
+from pipeline.package.package import load, load_in_fp32, read_package
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_text
 from pipeline.sources.text import documents, parts
@@ -51,7 +51,7 @@ def export(
             raise ConfigError(f"MODEL is {model!r}, which is not a packed model: it has no {MANIFEST}.")
         _, config, _ = read_package(package)
         kind.load().check(config)
-        text = _text(data, package, config.max_position_embeddings, Path(temporary)) if data else None
+        text = _text(data, package, width_of(config), Path(temporary)) if data else None
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -89,15 +89,17 @@ def _prove(
     with display.stage("write"):
         notes = module.write(package, draft)
         error, tensors = module.read_back(package, draft) if hasattr(module, "read_back") else (None, 0)
-    with display.stage("prompts"):  # and the packed model's own path from each
-        model = load(package)
-        probes = make_probes(model, text)
+    with display.stage("prompts"):
+        scored = load(package)
+        probes = make_probes(scored, text)
     with display.stage("verify") as advance:
-        logits = _counted(module.open_logits(draft, threads), len(probes.paths) + len(probes.rows), advance)
-        measured = measure(model, logits, probes)
+        as_it_runs = _counted(module.open_logits(draft, threads), len(probes.rows), advance)
+        in_fp32 = module.open_in_fp32(package, draft, threads) if hasattr(module, "open_in_fp32") else None
+        measured = measure(load_in_fp32(package), scored, as_it_runs, in_fp32, probes)
     return Verdict(
         format=name,
         digest=check(package)["digest"],
+        runtime=kind.ran(),
         probe=data or "sampled from the packed model",
         activations=kind.activations,
         tensors_read_back=tensors,
@@ -106,7 +108,7 @@ def _prove(
         package_bytes=bytes_of(package),
         notes=tuple(notes),
         reasons=reasons_against(measured, error),
-        **measured,
+        **dict(measured),
     )
 
 
@@ -122,9 +124,9 @@ def _counted(logits: Logits, total: int, advance: Callable[[int, int], None]) ->
     return counted
 
 
-def _text(data: str, package: Path, positions: int, temporary: Path) -> Tensor:
+def _text(data: str, package: Path, width: int, temporary: Path) -> Tensor:
     """Return some full rows of a text, drawn by a hash of their content."""
-    files, width = pin_text(data, "--data", ContentMemo(f"{temporary}/text")), sum(lengths(positions))
+    files = pin_text(data, "--data", ContentMemo(f"{temporary}/text"))
     texts = (text for file in files for part in parts(file) for text in documents(part, "document", "text"))
     ids, held, _ = encode(texts, read_tokenizer(package), width, "document")
     full = ids[held == width]
@@ -142,17 +144,34 @@ def _log(model: str, verdict: Verdict, resources: Resources) -> None:
 
 
 def _show(verdict: Verdict, out: Path, console: Console) -> None:
-    change = verdict.perplexity_export / verdict.perplexity_packed - 1
-    rows = {
-        "|delta log-probability|, max; 99.9 %": f"{verdict.delta_max:.4f}; {verdict.delta_p999:.4f} nats",
-        "same first token, of the steps decided": f"all; {verdict.covered:.1%} of {verdict.prompts * verdict.steps}",
-        "perplexity of packed model; export": f"{verdict.perplexity_packed:.4f}; {verdict.perplexity_export:.4f} "
-        f"({change:+.3%})",
-        "bytes of package; export": f"{verdict.package_bytes:,}; {verdict.bytes:,}",
-        "activations there": verdict.activations,
+    comparisons = {
+        "under fp32 activations": (verdict.exact, verdict.exact_floors),
+        f"with activations in {verdict.activations}": (verdict.as_it_runs, verdict.as_it_runs_floors),
+        "beside the package as it was scored": (verdict.as_scored, None),
     }
-    print_table(console, ("measured", "value"), rows.items(), title=f"{verdict.format}, verified: {out}")
+    rows = [_row(name, measured, floors) for name, (measured, floors) in comparisons.items() if measured is not None]
+    columns = (f"{verdict.steps:,} tokens", "KL(package || export), nats", "same likeliest token", "perplexity")
+    print_table(console, columns, rows, title=f"{verdict.format}, verified by {verdict.runtime}: {out}")
+    if verdict.read_back_error is not None:
+        console.print(
+            f"{verdict.tensors_read_back} tensors read back, at most {verdict.read_back_error:.2g} off a level"
+        )
+    console.print(f"bytes of package; export: {verdict.package_bytes:,}; {verdict.bytes:,}")
     for note in verdict.notes:
         console.print(note)
     if (serve_command := getattr(format_named(verdict.format).load(), "serve_command", None)) is not None:
         console.print(f"serve it: {serve_command(out)}")
+
+
+def _row(name: str, measured: Comparison, floors: Floors | None) -> tuple[str, str, str, str]:
+    """Return a comparison, each number with its floor, for people."""
+    kl, same = f"{measured.kl_nats:.2g}", f"{measured.agreement:.2%}"
+    perplexity = f"{measured.perplexity:.4f}, {measured.perplexity_change:+.3%}"
+    if floors is None:
+        return name, kl, same, perplexity
+    return (
+        name,
+        f"{kl} (at most {floors.max_kl_nats:.2g})",
+        f"{same} (at least {floors.least_agreement:.0%})",
+        f"{perplexity} (within {floors.max_perplexity_change:.1%})",
+    )

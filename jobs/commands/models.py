@@ -139,7 +139,8 @@ def export(
 ) -> dict[str, Any]:
     """Write a packed model in another format, run it there, and keep it only if it computes the same.
 
-    The verdict lies beside the export as verdict.json and, for a registered model, in MLflow.
+    What was measured, each number's floor and what ran lie beside the export as verdict.json and, for a registered
+    model, in MLflow. compressed-tensors is read back by transformers and compressed-tensors; vLLM is not run.
     """
     from jobs.export import export as run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,13 @@ def check(config: PreTrainedConfig) -> Gguf:
     return family.gguf
 
 
-def write(package: Path, out: Path) -> list[str]:
-    """Write `out`/model.gguf; return what is not held as codes. Raises as `check` and `write_vocabulary` do."""
+def write(package: Path, out: Path, widened: bool = False) -> list[str]:
+    """Write `out`/model.gguf; return what is not held as codes. With `widened` every tensor is in fp32, with the values
+    that it would have else. Raises as `check` and `write_vocabulary` do."""
     frozen, config, _ = read_package(package)
     family = check(config)
     refuse_groups(frozen, config, "gguf")
-    writer = GGUFWriter(out / FILE, family.architecture)
+    writer = (_Widening if widened else GGUFWriter)(out / FILE, family.architecture)
     settings = {
         "name": package.resolve().name,
         "vocab_size": config.vocab_size,
@@ -70,6 +72,14 @@ def write(package: Path, out: Path) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     return notes
+
+
+class _Widening(GGUFWriter):  # type: ignore[misc]
+    """A writer of tensors in fp32, with the values that the `gguf` package reads from their blocks."""
+
+    def add_tensor(self, name: str, tensor: NDArray[Any], raw_dtype: GGMLQuantizationType | None = None) -> None:
+        values = tensor if raw_dtype is None else gguf.quants.dequantize(tensor, raw_dtype)
+        super().add_tensor(name, values.astype(np.float32))
 
 
 def _add(writer: GGUFWriter, frozen: FrozenTensors, name: str, config: PreTrainedConfig) -> list[str]:
@@ -171,6 +181,14 @@ def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.flo
         return row
 
     return lambda ids: np.stack([after(ids[: end + 1]) for end in range(len(ids))])
+
+
+def open_in_fp32(package: Path, out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:
+    """Give the log-probabilities of a file with the same values in fp32, for which llama.cpp rounds no activations. It
+    lives as long as llama.cpp has it open."""
+    with tempfile.TemporaryDirectory(prefix="bitmill-", dir=out.parent) as folder:
+        write(package, Path(folder), widened=True)
+        return open_logits(Path(folder), threads)
 
 
 def _complete(server: Any, ids: list[int], **settings: Any) -> Any:

@@ -22,7 +22,7 @@ from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import build, check, longest
 
-__all__ = ["check", "open_logits", "read_back", "write"]
+__all__ = ["check", "open_in_fp32", "open_logits", "read_back", "write"]
 
 
 def write(package: Path, out: Path) -> list[str]:
@@ -42,8 +42,13 @@ def write(package: Path, out: Path) -> list[str]:
 
 def open_logits(out: Path, threads: int, activations: int | None = None) -> Callable[..., NDArray[np.float32]]:
     """Give ONNX Runtime's logits (length, vocabulary) of one sequence of token ids; a decoder is given also the source.
-    With `activations` 32 the kernels multiply in fp32, which shows whether the weights are the packed model's."""
+    With `activations` 32 the kernels multiply in fp32."""
     return Runtime(out, threads, activations).logits
+
+
+def open_in_fp32(package: Path, out: Path, threads: int) -> Callable[..., NDArray[np.float32]]:
+    """Give the logits of the very files under fp32 activations."""
+    return open_logits(out, threads, activations=32)
 
 
 def read_back(package: Path, out: Path) -> tuple[float, int]:

@@ -1,8 +1,26 @@
-"""The proof that an export computes what the packed model computes, in the runtime it is for."""
+"""The proof that an export computes what the packed model computes, in the runtime it is for.
+
+Like is compared with like: `exact` has activations in fp32 on both sides, which leaves nothing but the rounding of
+weights to fp16, whatever the model. Some runtimes round activations to 8 bits by a rule of their own, and so does a
+package by another. As it runs there, an export may stray from the exact numbers by what the package's own rounding
+costs (`rounding`) and the same floor again. No floor depends on what is measured of the export.
+
+What true exports need, KL in nats a token: GPT-2 and Llama are the tests' models, trained at 2-2-8, the other two were
+rounded at 8-8-8. The likeliest token is the same at 99.87 % of all steps and more under fp32 activations; as they run,
+at 93.7 % on SmolLM2-135M, whose activations have outliers, and 97.7 % elsewhere. Noise of 0.1 logit costs 4.5e-3 nats.
+
+| under fp32 activations  | GPT-2  | Llama  | stories260K | SmolLM2-135M |
+|-------------------------|--------|--------|-------------|--------------|
+| transformers            | 1.5e-7 | 0.9e-7 | 1.6e-6      | 4.6e-6       |
+| compressed-tensors      |        | 0.9e-7 | 1.9e-6      |              |
+| onnx, as it runs        | 4.6e-6 | 9.0e-6 | 1.0e-3      | 7.8e-3       |
+| gguf, as it runs        | 5.3e-6 | 1.0e-5 | 5.4e-4      |              |
+| the package's rounding  | 4.9e-6 | 9.6e-6 | 1.6e-3      | 5.8e-2       |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +33,76 @@ from transformers import PreTrainedModel
 from pipeline.config.base import Closed
 from pipeline.export.probes import Probes
 
+MAX_KL_NATS = 1e-3
+LEAST_AGREEMENT, LEAST_AGREEMENT_ROUNDED = 0.99, 0.90
 MAX_PERPLEXITY_CHANGE = 0.005
-LEAST_COVERED = 0.5
-SCALE_ROUNDING = 2.0**-10  # of a scale in fp16, and of its product with a level in fp16
+MAX_READ_BACK_ERROR = 2.0**-10  # a scale in fp16, and its product with a level in fp16
 Logits = Callable[..., NDArray[np.float32]]
 LogProbs = NDArray[np.float64]
 
 
-class Verdict(Closed):
-    """What was measured of an export, and the reasons against it; none means it is kept.
+class Comparison(Closed):
+    """How far one model's distributions are from a reference's, over the same steps."""
 
-    Differences are of log-probabilities in nats: not every runtime gives logits. `delta_p999` is the 99.9th percentile
-    over steps and vocabulary; a step is covered if the packed model's first token leads by more than twice that.
+    kl_nats: float  # KL(reference || model), the mean over steps
+    agreement: float  # the share of all steps at which both find the same token likeliest
+    perplexity: float
+    perplexity_change: float  # relative to the reference's
+
+
+class Floors(Closed):
+    """What a comparison has to keep."""
+
+    max_kl_nats: float = MAX_KL_NATS
+    least_agreement: float = LEAST_AGREEMENT
+    max_perplexity_change: float = MAX_PERPLEXITY_CHANGE
+
+    def missed_by(self, measured: Comparison) -> list[str]:
+        """Return a sentence for each floor that is not kept."""
+        kl, same, change = measured.kl_nats, measured.agreement, measured.perplexity_change
+        if not np.isfinite([kl, same, change]).all():
+            return ["the runtime gives numbers that are not finite"]
+        missed = []
+        if kl > self.max_kl_nats:
+            missed.append(f"KL(package || export) is {kl:.3g} nats a token, more than {self.max_kl_nats:.3g}")
+        if same < self.least_agreement:
+            missed.append(
+                f"the likeliest token is the same at {same:.2%} of the steps, of {self.least_agreement:.0%} due"
+            )
+        if abs(change) > self.max_perplexity_change:
+            missed.append(f"perplexity differs by {change:+.2%}, more than {self.max_perplexity_change:.1%}")
+        return missed
+
+
+class Measured(Closed):
+    """What was measured of an export over `steps` tokens in all of `prompts` texts.
+
+    `exact` and `as_it_runs` compare with the package's weights under fp32 activations; `as_it_runs` is left out where
+    the runtime rounds none. `as_scored` compares the export as it runs with the package as it was scored, each with its
+    own rounding; it is told, and has no floor.
     """
+
+    prompts: int
+    steps: int
+    exact: Comparison
+    exact_floors: Floors = Floors()
+    rounding: Comparison  # the package as it was scored, from the same under fp32 activations
+    as_it_runs: Comparison | None = None
+    as_it_runs_floors: Floors | None = None
+    as_scored: Comparison
+
+
+class Verdict(Measured):
+    """What was measured of an export, and the reasons against it; none means it is kept."""
 
     format: str
     digest: str
-    prompts: int
-    steps: int
+    runtime: str
     probe: str
     activations: str
-    delta_max: float
-    delta_p999: float
-    covered: float
-    disagreements: int  # of the covered steps
-    agreement: float  # of all steps
-    perplexity_packed: float
-    perplexity_export: float
     tensors_read_back: int
     read_back_error: float | None  # relative to the level
+    max_read_back_error: float = MAX_READ_BACK_ERROR
     bytes: int
     package_bytes: int
     notes: tuple[str, ...]
@@ -55,81 +114,80 @@ class Verdict(Closed):
         return not self.reasons
 
 
-def measure(model: PreTrainedModel, logits: Logits, probes: Probes) -> dict[str, Any]:
-    """Measure the differences between the packed model and a runtime, teacher-forced over the probes."""
-    paths = [rows[:2] for rows in _both(model, logits, probes.paths, probes.sources)]
-    ours, theirs = (np.concatenate([path[-probes.steps :] for path in rows]) for rows in zip(*paths, strict=True))
-    delta = np.abs(ours - theirs)
-    tail = float(np.quantile(delta, 0.999))
-    leaders = np.partition(ours, -2, axis=1)[:, -2:]
-    covered = leaders[:, 1] - leaders[:, 0] > 2 * tail
-    same = ours.argmax(1) == theirs.argmax(1)
-    mine, other = _perplexities(model, logits, probes)
-    return {
-        "prompts": len(probes.paths),
-        "steps": probes.steps,
-        "delta_max": float(delta.max()),
-        "delta_p999": tail,
-        "covered": float(covered.mean()),
-        "disagreements": int((covered & ~same).sum()),
-        "agreement": float(same.mean()),
-        "perplexity_packed": mine,
-        "perplexity_export": other,
-    }
+def measure(
+    exact: PreTrainedModel, scored: PreTrainedModel, as_it_runs: Logits, in_fp32: Logits | None, probes: Probes
+) -> Measured:
+    """Measure a runtime against the packed model, teacher-forced over the probes.
+
+    Args:
+        exact: the package under fp32 activations.
+        scored: the package as it was scored.
+        as_it_runs: the runtime on the export.
+        in_fp32: the runtime under fp32 activations; None if it rounds none anyway.
+    """
+    texts = []
+    for index, row in enumerate(probes.rows):  # one at a time: a runtime may know no batches
+        source = None if probes.sources is None else probes.sources[index]
+        ours, packed = (_torch_log_probs(model, row[:-1], source) for model in (exact, scored))
+        ids = [given.tolist() for given in (row[:-1], source) if given is not None]
+        theirs = _log_softmax(as_it_runs(*ids))
+        theirs_in_fp32 = theirs if in_fp32 is None else _log_softmax(in_fp32(*ids))
+        pairs = (ours, theirs_in_fp32), (ours, packed), (ours, theirs), (packed, theirs)
+        texts.append(np.stack([_per_step(*pair, row[1:].numpy()) for pair in pairs]))
+    steps = np.concatenate(texts, axis=-1)  # (pairs, numbers, steps)
+    in_fp32_too, rounding, running, as_scored = map(_comparison, steps.mean(axis=-1))
+    return Measured(
+        prompts=len(texts),
+        steps=steps.shape[-1],
+        exact=in_fp32_too,
+        rounding=rounding,
+        as_it_runs=None if in_fp32 is None else running,
+        as_it_runs_floors=None if in_fp32 is None else floors_as_it_runs(rounding),
+        as_scored=as_scored,
+    )
 
 
-def reasons_against(measured: dict[str, Any], read_back_error: float | None) -> tuple[str, ...]:
+def floors_as_it_runs(rounding: Comparison) -> Floors:
+    """Return the floors of a runtime that rounds activations, for a package whose own rounding costs that much."""
+    return Floors(max_kl_nats=MAX_KL_NATS + rounding.kl_nats, least_agreement=LEAST_AGREEMENT_ROUNDED)
+
+
+def reasons_against(measured: Measured, read_back_error: float | None) -> tuple[str, ...]:
     """Return why an export cannot be kept."""
-    reasons = []
-    change = abs(measured["perplexity_export"] / measured["perplexity_packed"] - 1)
-    if not np.isfinite([measured["delta_max"], change]).all():
-        return ("the runtime gives numbers that are not finite",)
-    if read_back_error is not None and not read_back_error <= SCALE_ROUNDING:
+    reasons = [f"under fp32 activations {missed}" for missed in measured.exact_floors.missed_by(measured.exact)]
+    if measured.as_it_runs is not None and measured.as_it_runs_floors is not None:
+        reasons += [f"as it runs {missed}" for missed in measured.as_it_runs_floors.missed_by(measured.as_it_runs)]
+    if read_back_error is not None and not read_back_error <= MAX_READ_BACK_ERROR:
         reasons.append(f"a tensor reads back {read_back_error:.2g} off its levels, more than the rounding of the scale")
-    if measured["disagreements"]:
-        reasons.append(
-            f"at {measured['disagreements']} steps it prefers another token although the packed model's leads by more "
-            f"than {2 * measured['delta_p999']:.3g} nats"
-        )
-    if measured["covered"] < LEAST_COVERED:
-        reasons.append(
-            f"log-probabilities differ by {measured['delta_p999']:.3g} nats (99.9th percentile), so that only "
-            f"{measured['covered']:.0%} of the steps are decided; at least {LEAST_COVERED:.0%} are needed"
-        )
-    if change > MAX_PERPLEXITY_CHANGE:
-        reasons.append(f"its perplexity differs by {change:.2%}, more than {MAX_PERPLEXITY_CHANGE:.1%}")
     return tuple(reasons)
 
 
-def _perplexities(model: PreTrainedModel, logits: Logits, probes: Probes) -> tuple[float, float]:
-    sums, tokens = np.zeros(2), 0
-    for ours, theirs, row in _both(model, logits, probes.rows, probes.sources):
-        places = np.arange(len(ours)), row[1:]
-        sums -= [ours[places].sum(), theirs[places].sum()]
-        tokens += len(ours)
-    mine, other = np.exp(sums / tokens)
-    return float(mine), float(other)
-
-
 @torch.no_grad()
-def _both(
-    model: PreTrainedModel, logits: Logits, rows: Tensor, sources: Tensor | None
-) -> Iterator[tuple[LogProbs, LogProbs, NDArray[np.int64]]]:
-    """Yield log-probabilities of both on a row without its last token, and the row; a runtime may know no batches."""
-    for index, row in enumerate(rows):
-        given = {"input_ids": row[None, :-1]}
-        source: list[list[int]] = []
-        if sources is not None:
-            given = {"input_ids": sources[index : index + 1], "decoder_input_ids": row[None, :-1]}
-            source = [sources[index].tolist()]
-        ours = model(**given).logits[0].double().numpy()
-        theirs = np.asarray(logits(row[:-1].tolist(), *source), np.float64)
-        yield _log_softmax(ours), _log_softmax(theirs), row.numpy()
+def _torch_log_probs(model: PreTrainedModel, ids: Tensor, source: Tensor | None) -> LogProbs:
+    given = {"input_ids": ids[None]}
+    if source is not None:
+        given = {"input_ids": source[None], "decoder_input_ids": ids[None]}
+    return _log_softmax(model(**given).logits[0].numpy())
 
 
-def _log_softmax(values: LogProbs) -> LogProbs:
-    """Return log-probabilities; those that are given stay as they are."""
-    shifted = values - values.max(axis=-1, keepdims=True)
+def _per_step(reference: LogProbs, model: LogProbs, following: NDArray[np.int64]) -> LogProbs:
+    """Return (numbers, steps): KL, whether the likeliest token is the same, log-probabilities of the token to come."""
+    with np.errstate(invalid="ignore"):  # an infinite one is refused by name
+        kl = (np.exp(reference) * (reference - model)).sum(axis=1)
+    same = reference.argmax(axis=1) == model.argmax(axis=1)
+    places = np.arange(len(following)), following
+    return np.stack([kl, same, reference[places], model[places]])
+
+
+def _comparison(means: LogProbs) -> Comparison:
+    kl, same, reference, model = means
+    perplexity, change = np.exp(-model), np.expm1(reference - model)
+    return Comparison(kl_nats=kl, agreement=same, perplexity=perplexity, perplexity_change=change)
+
+
+def _log_softmax(values: NDArray[Any]) -> LogProbs:
+    """Return log-probabilities in fp64; those that are given stay as they are."""
+    shifted = values.astype(np.float64) - values.max(axis=-1, keepdims=True)
     normalized: LogProbs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normalized
 

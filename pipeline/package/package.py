@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.package.model_card import model_card
 from pipeline.package.pull import from_store, pull
 from pipeline.package.safe_read import read_tensors
 from pipeline.quant.frozen import FrozenTensors
-from pipeline.quant.spec import Encoding
+from pipeline.quant.spec import UNQUANTIZED, Encoding
 from pipeline.store.records import Size
 from pipeline.store.step_store import checksum
 
@@ -124,12 +125,24 @@ def load(source: str | Path) -> PreTrainedModel:
     return _load(Path(source))
 
 
+def load_in_fp32(folder: Path) -> PreTrainedModel:
+    """Load a package with activations and attention operands left as they are: what its weights compute. Raises as
+    `load`."""
+    return _restored(folder, UNQUANTIZED)[0]
+
+
 def _load(folder: Path) -> PreTrainedModel:
+    model, quantization = _restored(folder)
+    return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
+
+
+def _restored(folder: Path, activations: int | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model and its quantization_config; `activations` is their width, by default that of the package."""
     frozen, config, quantization = read_package(folder)
     with damage_of(folder):
-        quant = Quant.model_validate(quantization["quant"])
-        model = restore_frozen(config, quant.spec(), family_for(config.model_type, quantization["family"]), frozen)
-    return keep_packed(model, read_tensors(folder / WEIGHTS), quantization)
+        spec = Quant.model_validate(quantization["quant"]).spec()
+        spec = replace(spec, bits=replace(spec.bits, activations=activations or spec.bits.activations))
+        return restore_frozen(config, spec, family_for(config.model_type, quantization["family"]), frozen), quantization
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -146,8 +146,8 @@ def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, ve
         model_id = _model_id(version)
         client.log_text(version.run_id, json.dumps(verdict, indent=1), f"exports/{format}.json")
         if passed:
-            for name in ("delta_max", "delta_p999", "covered", "perplexity_export", "bytes"):
-                client.log_metric(version.run_id, f"export/{format}/{name}", verdict[name], model_id=model_id)
+            for name, value in {**verdict["as_scored"], "bytes": verdict["bytes"]}.items():
+                client.log_metric(version.run_id, f"export/{format}/{name}", value, model_id=model_id)
         others = set(version.tags.get(FORMATS_TAG, OWN_FORMAT).split(",")) - {format}
         formats = ",".join(sorted(others | ({format} if passed else set())))
         client.set_model_version_tag(version.name, version.version, FORMATS_TAG, formats)

@@ -19,7 +19,7 @@ from pipeline.export.verify import measure, reasons_against
 from pipeline.models.build import build, read_config
 from pipeline.models.family import family_named
 from pipeline.models.student import make_student
-from pipeline.package.package import load, read_package, write_package
+from pipeline.package.package import load, load_in_fp32, read_package, write_package
 from pipeline.quant.frozen import freeze
 from tests.conftest import ARCHITECTURES
 
@@ -53,7 +53,8 @@ def exact(package):
 def test_an_export_loads_in_plain_transformers_without_our_code(trained, tmp_path, family, name):
     out = tmp_path / "out"
     verdict = export(str(trained(family)), name, out, None, 1, Resources(), Console(quiet=True))
-    assert (verdict["reasons"], verdict["disagreements"]) == ([], 0)
+    assert (verdict["reasons"], verdict["as_it_runs"]) == ([], None)
+    assert verdict["exact"]["kl_nats"] < 1e-6
     command = [sys.executable, "-c", PLAIN, str(out), str(tmp_path / "logits.npy")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -104,6 +105,8 @@ def test_bart_goes_to_plain_transformers_too(tmp_path):
     write_package(package, frozen, model.config, quant, "dense", "bart", FACTS)
     dequantized.write(package, out)
     packed = load(package)
-    measured = measure(packed, dequantized.open_logits(out, 1), make_probes(packed, None))
-    assert (measured["prompts"], measured["disagreements"]) == (20, 0)
-    assert not [reason for reason in reasons_against(measured, None) if "steps are decided" not in reason]
+    logits = dequantized.open_logits(out, 1)
+    measured = measure(load_in_fp32(package), packed, logits, None, make_probes(packed, None))
+    assert measured.prompts == 20
+    assert measured.exact.kl_nats < 1e-6
+    assert reasons_against(measured, None) == ()
