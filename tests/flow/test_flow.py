@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.flow.line import LINE, STAGES
@@ -19,6 +21,7 @@ from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Package, Student, TeacherCache
 from pipeline.store.step_store import checksum
 from pipeline.tracking import registry, runs
+from tests.pickles import pickles_below
 
 FROM_DISTILL = ["distill", "evaluate", "pack", "register"]
 ALL = ["tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"]
@@ -52,6 +55,14 @@ def test_all_seven_stages_are_done_in_order(finished):
         assert (record.stage, record.key, record.recipe) == (step.name, step.key, step.recipe)
         assert record.inputs == {stage: keys(finished.plan)[stage] for stage in step.inputs}
     assert finished.plan.run_key == finished.record("register").key
+
+
+def test_a_run_leaves_no_pickle(finished, tmp_path):
+    (tmp_path / "a.json").write_bytes(pickle.dumps(["a"]))
+    (tmp_path / "b.bin").write_bytes(ray.cloudpickle.dumps(lambda: "b"))
+    torch.save(torch.zeros(1), tmp_path / "c.safetensors")
+    assert [path.name for path in pickles_below(tmp_path)] == ["a.json", "b.bin", "c.safetensors"]
+    assert pickles_below(Path(finished.plan.config.resources.storage_uri)) == []
 
 
 def test_the_listener_is_told_how_far_each_long_stage_is(finished):
