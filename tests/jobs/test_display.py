@@ -60,7 +60,8 @@ def test_an_error_names_an_extra_whole(finished, tmp_path, monkeypatch):
     assert "pip install 'bitmill[export]'" in said.stderr
 
 
-def test_so_does_a_bench_of_what_it_leaves_out(capsys):
+def test_so_does_a_bench_of_what_it_leaves_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     inference._print({}, {"llama.cpp": LIKE_MARKUP}, open_console(), "title")
     assert f"llama.cpp: not measured. {LIKE_MARKUP}" in shown(capsys)
 

@@ -13,7 +13,7 @@ from jobs.cli import app
 from jobs.commands.options import interruptible
 from pipeline.export import dequantized
 
-FORK = multiprocessing.get_context("fork")  # the signal is for a process of its own
+SPAWN = multiprocessing.get_context("spawn")  # the signal is for a process of its own, with handlers of its own
 SAID = "interrupted; what was committed is kept, and the same command goes on from there"
 
 
@@ -25,8 +25,8 @@ def export_interrupted(by, package, out, pipe):
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_export_leaves_nothing(finished, tmp_path, by):
-    theirs, ours = FORK.Pipe()
-    process = FORK.Process(target=export_interrupted, args=(by, finished.package, tmp_path / "out", ours))
+    theirs, ours = SPAWN.Pipe()
+    process = SPAWN.Process(target=export_interrupted, args=(by, finished.package, tmp_path / "out", ours))
     process.start()
     ours.close()
     process.join()
