@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check soak install clean
 demo: .venv/demo
 	$(BIN)/bitmill compress configs/quickstart.yaml --report bitmill-store/quickstart.html
-	@echo "Open bitmill-store/quickstart.html in a browser; the package lies in bitmill-store/pack/*/package"
+	@echo "Open bitmill-store/quickstart.html in a browser; the package lies in bitmill-store/pack/*/*/package"
 
 test: check
 	$(BIN)/python -m pytest tests -m "not soak" --verbose --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

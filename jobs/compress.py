@@ -137,7 +137,7 @@ def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
             document["metrics"] = record.model_dump(include={"teacher", "student", "validation"})
         elif isinstance(record, Package):
             document["size"] = record.size.model_dump(exclude={"paper_bytes"})
-            document["package_uri"] = step.dir.uri_of(Package.FOLDER)
+            document["package_uri"] = step.folder_uri
         elif isinstance(record, ModelVersion):
             document["model_version"] = {"name": record.name, "version": record.version, "aliases": [*record.aliases]}
     return document

@@ -59,7 +59,7 @@ def show(planned: SweepPlan) -> str:
         runs.log_page(parent_of(planned), PAGE, files[".html"].decode())
         for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
             objects.write(f"report{suffix}", files[suffix])
-    return planned.step_dir.uri_of(PAGE)
+    return planned.step_dir.uri + PAGE
 
 
 def document(planned: SweepPlan, result: SweepResult, report_uri: str | None) -> dict[str, Any]:

@@ -220,7 +220,8 @@ class Ran:
         return self.outcome.steps[stage].record
 
     def folder(self, stage: str) -> Path:
-        return Path(self.plan.step(STAGES[stage].record).dir.uri)
+        """Where the only attempt of a stage keeps its files."""
+        return Path(self.plan.step(STAGES[stage].record).dir.uri) / "1"
 
     @property
     def package(self) -> Path:

@@ -153,7 +153,7 @@ def shown(key: str, name: str, bits: str, status: str, steps: Steps) -> Shown:
         model = replace(model, metrics=evaluation.student, validation=evaluation.validation["student"])
     if Package.stage in steps:
         package = steps[Package.stage]
-        size, uri = package.record.size, package.dir.uri_of(Package.FOLDER)
+        size, uri = package.record.size, package.folder_uri
         model = replace(model, packed_bytes=size.packed_bytes, ratio=size.ratio, package_uri=uri)
         model = replace(model, package_key=package.dir.key, modules=modules(steps), latency=latency.measured(package))
     return replace(model, costs=costs(step for name, step in steps.items() if name not in SHARED))

@@ -79,8 +79,8 @@ class Engine:
 
         resources = self.resources
         path, filesystem = step_dir.run_folder()
-        # A fresh name each attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
-        run = RunConfig(storage_path=path, storage_filesystem=filesystem, name=f"ray-{step_dir.fence}")
+        # A folder of this attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
+        run = RunConfig(storage_path=path, storage_filesystem=filesystem, name="ray")
         actor = None
         work: Callable[[], Callable[..., None]] = partial(partial, worker, report=advance)
         workers: dict[str, Any] = {"num_workers": 0}

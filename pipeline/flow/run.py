@@ -95,18 +95,18 @@ class _Runner:
             if not damaged:
                 raise
             for earlier in damaged:
-                self._run_step(earlier, repair=True)
+                mended, _ = self._run_step(earlier, repair=True)
+                self.outcome.steps[earlier.name] = FinishedStep(mended, earlier.dir)
             return self._run_step(step)
 
     def _run_step(self, step: PlannedStep, repair: bool = False) -> tuple[Record, str]:
         if self.engine is None:
             raise ValueError(f"the step {step.name} is to run, and there is no engine")
         with step.dir.hold(self.wait, lambda owner: self.listener.waiting(step.name, owner)) as held:
-            if step.stage.record is ModelVersion:  # done only when the registry holds it; an old record says otherwise
-                held.forget_record()
-            record: Record | None = None if repair else held.record(step.stage.record)
-            if record is not None:  # another process finished it while we waited
-                return record, "reused"
+            before: Record | None = held.record(step.stage.record)
+            # A version is done only when the registry holds it, whatever an old record says.
+            if before is not None and not repair and not isinstance(before, ModelVersion):
+                return before, "reused"  # another process finished it while we waited
             begun = time.perf_counter()
             record = step.stage.run(
                 Step(
@@ -120,8 +120,10 @@ class _Runner:
                     advance=partial(tell, self.listener, step.name),
                 )
             )
-            if held.fence == 1:  # in one go, so that the time says what the step costs
+            if repair and before is not None:
+                record = record.model_copy(update={"provenance": before.provenance})
+            elif held.fence == 1:  # in one go, so that the time says what the step costs
                 workers = max(1, self.engine.resources.workers)
                 took = {"seconds": f"{time.perf_counter() - begun:.3f}", "workers": str(workers)}
                 record = record.model_copy(update={"provenance": {**record.provenance, **took}})
-            return held.commit(record), "done"
+            return held.commit(record, instead_of=before), "done"

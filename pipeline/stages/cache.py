@@ -21,15 +21,16 @@ from pipeline.models.device import device_for
 from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
-    commit_shard,
-    committed_shard,
     drawn_shards,
+    is_sound,
     open_shard,
     read_tokens,
     states_name,
+    store_shard,
     write_states,
 )
 from pipeline.store.step_store import StepDir
@@ -95,9 +96,14 @@ def run(step: Step) -> TeacherCache:
     make = partial(CacheShard, step.job, dtype)
     lines = step.engine.shards(make, split.shards, step.advance, gpus)
     shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
-    size = sum(size for name, size in step.dir.sizes("rows/").items() if name.endswith(".arrow"))
     return TeacherCache(
-        **step.identity(), mode="states", dtype=dtype, hidden=hidden, shards=tuple(shards), bytes=size, kl_nats=kl_nats
+        **step.identity(),
+        mode="states",
+        dtype=dtype,
+        hidden=hidden,
+        shards=tuple(shards),
+        bytes=sum(shard.file.bytes for shard in shards),
+        kl_nats=kl_nats,
     )
 
 
@@ -131,26 +137,32 @@ def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
 
 
 class CacheShard:
-    """Computes the states of one shard of rows at a time; a committed shard is not computed again."""
+    """Computes the states of one shard of rows at a time; a sound one that is there is not computed again."""
 
     def __init__(self, job: StepJob, dtype: str) -> None:
         self.dir, self.tokens, self.task, self.dtype = job.dir, job.input(Tokens).dir, job.task, dtype
+        self.made = Pieces(job.dir, "parts/")
         self.batch = job.resources.inference_batch  # rows of a pass
         self.device = device_for(job.resources)
         self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
 
     def __call__(self, rows: Shard) -> str:
         name = states_name(rows.name)
-        return (committed_shard(self.dir, name) or self._compute(rows, name)).model_dump_json()
+        known = self.made.get(name)
+        shard = Shard.model_validate(known) if known is not None else None
+        if shard is None or not is_sound(self.dir, shard):
+            shard = self._compute(rows, name)
+            self.made.put(name, shard.model_dump())
+        return shard.model_dump_json()
 
     @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
-        arrays = read_tokens(open_shard(self.tokens, rows.name))
+        arrays = read_tokens(open_shard(self.tokens, rows))
         ids, lengths = (torch.from_numpy(array.astype(np.int64)).split(self.batch) for array in arrays)
         batches = map(self.task.batch, ids, lengths)
         states = torch.cat([row_states(self.model, batch.to(self.device)).cpu() for batch in batches])
         dtype = storable(states, self.dtype)
-        return commit_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+        return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
 
 
 def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -41,7 +41,7 @@ def run(step: Step) -> Student:
     """Train the student on every worker; rank 0 freezes and stores it."""
     step.engine.train(partial(_train, step.job), step.dir, step.advance)
     teacher = step.input(Teacher).record
-    result = json.loads(step.dir.read("attempt/result.json"))
+    result = json.loads(step.dir.read(step.dir.place("attempt/result.json")))
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
@@ -52,7 +52,7 @@ def _train(job: StepJob, device: torch.device, report: Advance) -> None:
     teacher, cache, step_dir = job.input(Teacher), job.input(TeacherCache), job.dir
     quant, family = Quant.model_validate(job.recipe["quant"]), teacher.record.family
     recipe = Distill.model_validate(job.recipe["distill"])
-    training = training_job(job, recipe, cache.dir if cache.record.mode == "states" else None)
+    training = training_job(job, recipe, cache if cache.record.mode == "states" else None)
     student, distillation = make(training, teacher.folder(), family, quant, device)
     progress = train(student, training, distillation, device, report)
     if progress is None:  # another rank stores what there is

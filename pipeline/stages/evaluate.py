@@ -26,6 +26,7 @@ from pipeline.models.device import device_for
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import Evaluation, Shard, SplitName, Student, Teacher, Tokens
 from pipeline.store.shards import Rows
 from pipeline.tasks.samples import samples
@@ -107,18 +108,17 @@ def spans_of(parts: Sequence[Part], most: int) -> list[Span]:
 def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
     """Return a `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made
     again."""
-    pieces: list[str] = []
+    made, pieces = Pieces(job.dir, f"attempt/{origin}/"), []
     scorer = None
     for part in span:
         _, _, shard = part
-        name = f"attempt/{origin}-{Path(shard.name).stem}.json"
-        try:
-            piece = job.dir.read(name).decode()
-        except FileNotFoundError:
+        name = Path(shard.name).stem
+        piece = made.get(name)
+        if piece is None:
             scorer = scorer or Scorer(job)
-            piece = scorer.score(*part).model_dump_json()
-            job.dir.write(name, piece.encode())
-        pieces.append(piece)
+            piece = scorer.score(*part).model_dump()
+            made.put(name, piece)
+        pieces.append(json.dumps(piece))
     return pieces
 
 

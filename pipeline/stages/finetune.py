@@ -51,8 +51,8 @@ def run(step: Step) -> Teacher:
         result: dict[str, Any] = {"steps": 0, "best_step": 0, "validation_nats": None, "files": files}
     else:
         step.engine.train(partial(_train, step.job), step.dir, step.advance)
-        result = json.loads(step.dir.read("attempt/result.json"))
-    facts = json.loads(step.dir.read("attempt/facts.json"))
+        result = json.loads(step.dir.read(step.dir.place("attempt/result.json")))
+    facts = json.loads(step.dir.read(step.dir.place("attempt/facts.json")))
     return Teacher(**step.identity(), **result, **facts)
 
 

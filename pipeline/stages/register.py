@@ -56,10 +56,10 @@ def run(step: Step) -> ModelVersion:
     name, params = step.recipe["name"], step.locations["params"]
     if evaluation.record.digest != package.record.digest:
         raise RunError("What was scored is not what was packed: the digests differ. Nothing was registered.")
-    _pass(step.recipe["gate"]["max_perplexity_ratio"], evaluation.record, package.dir.uri)
+    _pass(step.recipe["gate"]["max_perplexity_ratio"], evaluation.record, package.folder_uri)
     target = target_at(step.locations, step.dir.key, f"{name} {params['bits']}", None)
     metrics = _metrics(evaluation.record, package.record)
-    advice = f"The package is kept at {package.dir.uri}; the same command registers it."
+    advice = f"The package is kept at {package.folder_uri}; the same command registers it."
     with runs.refusal(f"MLflow at {target.uri} refused the registration", advice):
         client, logged = runs.connect(target.uri), runs.find_run(target)
         runs.log_run(client, logged, params, step.locations["recipe"], metrics, _curves(step))
@@ -143,5 +143,5 @@ def _tags(step: Step) -> dict[str, str]:
         **lineage,
         **{f"bitmill.{name}": params[name] for name in ("bits", "quantizer", "task")},
         "bitmill.digest": package.record.digest,
-        "bitmill.package_uri": package.dir.uri_of(Package.FOLDER),
+        "bitmill.package_uri": package.folder_uri,
     }

@@ -92,7 +92,7 @@ def _batches(job: StepJob, teacher: PreTrainedModel, device: torch.device) -> It
     """Yield a few rows of a few shards, drawn by hash, with the teacher's last states."""
     tokens, cache, task = job.input(Tokens), job.input(TeacherCache), job.task
     shards = drawn_shards(tokens.record.splits["train"].shards, SHARDS)
-    reader = Rows(tokens.dir, shards, cache.dir if cache.record.mode == "states" else None)
+    reader = Rows(tokens.dir, shards, cache if cache.record.mode == "states" else None)
     for ids in torch.tensor(reader.drawn(job.recipe["rows"])).split(job.resources.inference_batch):
         stored, lengths, cached = reader.get(ids.tolist())
         batch = task.batch(stored, lengths).to(device)

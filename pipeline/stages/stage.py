@@ -21,7 +21,7 @@ from pipeline.models.family import Family
 from pipeline.sources.files import SourceFile
 from pipeline.sources.models import ModelSource
 from pipeline.store.keys import recipe_of
-from pipeline.store.records import SPLITS, Advance, Overlap, Record, SplitName, StoredFile, Tokens
+from pipeline.store.records import SPLITS, Advance, Overlap, Record, SplitName, StoredFile, TeacherCache, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Task
@@ -180,7 +180,9 @@ def upload_folder(step_dir: StepDir, folder: Path, prefix: str) -> dict[str, Sto
     return {prefix + path.name: step_dir.upload(prefix + path.name, path) for path in sorted(folder.iterdir())}
 
 
-def training_job(job: StepJob, recipe: Finetune | Distill, cache: StepDir | None = None) -> TrainingJob:
+def training_job(
+    job: StepJob, recipe: Finetune | Distill, cache: FinishedStep[TeacherCache] | None = None
+) -> TrainingJob:
     """Return the training job of a step that trains on its tokens."""
     tokens = job.input(Tokens)
     train, validation = tokens.record.splits["train"].shards, tokens.record.splits["validation"].shards

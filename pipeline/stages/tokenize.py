@@ -18,8 +18,9 @@ from pipeline.sources.models import model_folder
 from pipeline.sources.splits import ALL, Sketch, SplitPart, point, shared_documents, split_parts
 from pipeline.sources.text import documents
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import SPLITS, Overlap, Shard, Split, SplitName, StoredFile, Tokens
-from pipeline.store.shards import commit_shard, committed_shard, rows_per_shard, write_tokens
+from pipeline.store.shards import is_sound, rows_per_shard, store_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
@@ -217,27 +218,21 @@ def _collect(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
 
 
 class TokenizePart:
-    """Tokenizes parts on one worker; a part whose shards are all committed is not done again. `collected` has a file a
-    split where the task collects."""
+    """Tokenizes parts on one worker; a part whose shards are all there and sound is not done again. `collected` has a
+    file a split where the task collects."""
 
     def __init__(self, job: StepJob, tokenizer: dict[str, StoredFile], collected: dict[str, StoredFile]) -> None:
         self.dir, self.recipe, self.task, self.collected = job.dir, job.recipe, task_of(job.recipe), collected
         self.tokenizer = read_tokenizer(job.dir.folder(tokenizer, Tokens.FOLDER))
+        self.made = Pieces(job.dir, "parts/")
 
     def __call__(self, part: SplitPart) -> str:
-        name = f"parts/{part.split}-{part.index:05d}.json"
-        entry = self._committed(name)
-        if entry is None:
+        name = f"{part.split}-{part.index:05d}"
+        entry = self.made.get(name)
+        if entry is None or not all(is_sound(self.dir, Shard.model_validate(shard)) for shard in entry["shards"]):
             entry = self._tokenize(part)
-            self.dir.write(name, json.dumps(entry).encode())
+            self.made.put(name, entry)
         return json.dumps(entry)
-
-    def _committed(self, name: str) -> dict[str, Any] | None:
-        try:
-            entry: dict[str, Any] = json.loads(self.dir.read(name))
-        except FileNotFoundError:
-            return None
-        return entry if all(committed_shard(self.dir, shard["name"]) for shard in entry["shards"]) else None
 
     def _tokenize(self, part: SplitPart) -> dict[str, Any]:
         sketch, unit = Sketch(part.share), self.recipe["data"]["unit"]
@@ -250,7 +245,7 @@ class TokenizePart:
         shards = []
         for number, start in enumerate(range(0, len(ids), per_shard)):
             rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
-            shard = commit_shard(
+            shard = store_shard(
                 self.dir,
                 f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
                 len(rows),

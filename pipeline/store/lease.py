@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import BusyError, FencedOffError
 from pipeline.store.objects import Objects
+from pipeline.store.records import place_of
 
 LEASE = "lease.json"
 HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
@@ -99,22 +100,23 @@ class LeaseFile:
         """Return the lease as it is now, or None if there never was one."""
         try:
             return Lease.parse(self.objects.read(self._name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def check(self, fence: int | None) -> None:
-        """Raise FencedOffError unless the attempt with this token still holds the lease."""
+    def check(self, fence: int | None) -> int:
+        """Return the token of an attempt. Raises FencedOffError unless it still holds the lease."""
         lease = self.read()
         if lease is None or fence is None or lease.fence != fence:
             holder = "nobody" if lease is None or lease.owner is None else str(lease.owner)
             raise FencedOffError(f"The {self.title} is no longer ours: it is held by {holder}.")
+        return fence
 
     @contextlib.contextmanager
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[int]:
         """Hold the lease while inside; yield the fencing token.
 
         A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
-        away what killed writers left half written.
+        away what killed writers of this attempt and those before left half written in their folders.
 
         Raises:
             BusyError: a process holds the lease, and `wait` is False: there is no time to see whether it lives.
@@ -137,7 +139,8 @@ class LeaseFile:
         current = self.read()
         if current is not None and current.fence == lease.fence:
             with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
-                self.objects.delete_unfinished(self.folder, spared=LEASE)
+                for fence in range(1, lease.fence + 1):
+                    self.objects.delete_unfinished(self.folder + place_of("", fence))
             self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence).to_json())
 
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:

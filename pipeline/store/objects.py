@@ -48,8 +48,8 @@ class Objects(Protocol):
     def delete_below(self, prefix: str) -> None:
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
-    def delete_unfinished(self, prefix: str, spared: str) -> None:
-        """Delete what killed writers left below `prefix`, save of `spared` files, which others may be writing now."""
+    def delete_unfinished(self, prefix: str) -> None:
+        """Delete what killed writers left below `prefix`, which ends in a slash."""
 
     def free_bytes(self) -> int | None:
         """Return the space left, or None where there is no limit to ask for."""
@@ -122,10 +122,10 @@ class Directory:
     def delete_below(self, prefix: str) -> None:
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
-    def delete_unfinished(self, prefix: str, spared: str) -> None:
+    def delete_unfinished(self, prefix: str) -> None:
         for folder, _, names in os.walk(self._path(prefix)):
             for name in names:
-                if name.endswith(TEMPORARY) and not name.startswith(f".{spared}."):
+                if name.endswith(TEMPORARY):
                     Path(folder, name).unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:

@@ -22,19 +22,35 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None: ...
 
 
-class StoredFile(Closed):
-    """A file of a step: its size and checksum."""
+class Checksum(Closed):
+    """The size and SHA-256 of a file."""
 
     bytes: int
     sha256: str
 
 
+class StoredFile(Checksum):
+    """A file of a step: its checksum, and the fencing token of the attempt that wrote it."""
+
+    fence: int
+
+    def place(self, name: str) -> str:
+        """Return where the file of this name lies, below the folder of its step."""
+        return place_of(name, self.fence)
+
+
+def place_of(name: str, fence: int | None) -> str:
+    """Return where an attempt keeps the file of a name, below the folder of its step."""
+    return f"{fence}/{name}"
+
+
 class Shard(Closed):
-    """A shard of rows. Its checksum lies beside it, not here, so that a damaged shard can be remade."""
+    """A shard of rows, and the file that holds it."""
 
     name: str
     rows: int
     tokens: int
+    file: StoredFile
 
 
 class Split(Closed):

@@ -129,9 +129,8 @@ class Bucket:
         for name in self.sizes(prefix):
             self.delete(name)
 
-    def delete_unfinished(self, prefix: str, spared: str) -> None:
+    def delete_unfinished(self, prefix: str) -> None:
         with _explained():
-            # An object named `spared` is small, and never uploaded in parts.
             for upload in self._pages("list_multipart_uploads", "Uploads", prefix):
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 

@@ -1,7 +1,7 @@
 """Shards of rows: token ids in Parquet, hidden states in Arrow IPC that training maps. The only pyarrow schemas.
 
-A shard is committed by a small JSON file beside it, written last, with its size and checksum. A shard that does not
-match is never read: whoever finds it raises DamagedError, and the stage that made it makes it again.
+A shard that does not match its checksum is never read: whoever finds it raises DamagedError, and the stage that made it
+makes it again, in a file of another attempt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DamagedError
-from pipeline.store.records import Shard, StoredFile
-from pipeline.store.step_store import StepDir
+from pipeline.store.records import Shard, TeacherCache
+from pipeline.store.step_store import FinishedStep, StepDir
 
 SHARD_TOKENS = 65_536
 T = TypeVar("T")
@@ -86,49 +86,42 @@ def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
     return (words.view(torch.bfloat16) if dtype == "bfloat16" else words).float()
 
 
-def commit_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
-    """Write a shard to a temporary file, store it, then commit it by the JSON beside it."""
+def store_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
+    """Write a shard to a temporary file, and store it."""
     with tempfile.TemporaryDirectory(dir=step_dir.scratch_dir()) as folder:
         path = Path(folder) / name.replace("/", "-")
         write(path)
-        stored = step_dir.upload(name, path)
-    shard = Shard(name=name, rows=rows, tokens=tokens)
-    step_dir.write(f"{name}.json", json.dumps({"shard": shard.model_dump(), "file": stored.model_dump()}).encode())
-    return shard
+        return Shard(name=name, rows=rows, tokens=tokens, file=step_dir.upload(name, path))
 
 
-def committed_shard(step_dir: StepDir, name: str) -> Shard | None:
-    """Return the shard if it is committed and sound; a damaged one counts as absent."""
+def is_sound(step_dir: StepDir, shard: Shard) -> bool:
+    """Tell whether a shard is there as it was stored."""
     try:
-        shard, stored = _entry(step_dir, name)
-        step_dir.local(name, stored)
+        open_shard(step_dir, shard)
     except DamagedError:
-        return None
-    return shard
+        return False
+    return True
 
 
-def open_shard(step_dir: StepDir, name: str) -> Path:
+def open_shard(step_dir: StepDir, shard: Shard) -> Path:
     """Return a local, checked file. Raises DamagedError."""
-    return step_dir.local(name, _entry(step_dir, name)[1])
-
-
-def _entry(step_dir: StepDir, name: str) -> tuple[Shard, StoredFile]:
-    try:
-        entry = json.loads(step_dir.read(f"{name}.json"))
-        return Shard.model_validate(entry["shard"]), StoredFile.model_validate(entry["file"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"The shard {name} of the {step_dir.stage} step {step_dir.key} is not committed.") from error
+    return step_dir.local(shard.name, shard.file)
 
 
 class Rows:
     """Random access to rows of a split by global row id, a bounded number of shards open at a time."""
 
     def __init__(
-        self, tokens: StepDir, shards: Sequence[Shard], cache: StepDir | None = None, open_shards: int = 32
+        self,
+        tokens: StepDir,
+        shards: Sequence[Shard],
+        cache: FinishedStep[TeacherCache] | None = None,
+        open_shards: int = 32,
     ) -> None:
         self.shards = list(shards)
         self.rows = sum(shard.rows for shard in shards)
         self._tokens, self._cache = tokens, cache
+        self._states = {shard.name: shard for shard in (cache.record.shards if cache is not None else ())}
         self._first = np.cumsum([0, *(shard.rows for shard in shards)])
         self._open: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
         self._limit = open_shards
@@ -152,7 +145,7 @@ class Rows:
         """
         if count >= self.rows:
             return list(range(self.rows))
-        arrays = (read_tokens(open_shard(self._tokens, shard.name)) for shard in self.shards)
+        arrays = (read_tokens(open_shard(self._tokens, shard)) for shard in self.shards)
         hashes = np.concatenate([row_hashes(*pair) for pair in arrays])
         return sorted(int(row) for row in np.argsort(hashes, kind="stable")[:count])
 
@@ -168,11 +161,11 @@ class Rows:
 
     def _shard(self, index: int) -> tuple[Any, ...]:
         if index not in self._open:
-            name = self.shards[index].name
-            tokens = read_tokens(open_shard(self._tokens, name))
-            cache = self._cache
-            states = (None, "") if cache is None else map_states(open_shard(cache, states_name(name)))
-            self._open[index] = (*tokens, *states)
+            shard, cache = self.shards[index], self._cache
+            states: tuple[Any, str] = (None, "")
+            if cache is not None:
+                states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
+            self._open[index] = (*read_tokens(open_shard(self._tokens, shard)), *states)
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)

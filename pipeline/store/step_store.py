@@ -1,8 +1,16 @@
 """Where steps keep their files: commit-last, with leases.
 
 A step is done when its record exists; the record is created last, atomically and once. While a step runs, its
-process holds a lease with a fencing token; every write of the step checks the token first, so what the workers of
-a killed driver still try to write is refused. Only this module knows how the directories of steps are spelled.
+process holds a lease with a fencing token, and writes into a folder of that token alone:
+
+    distill/KEY/record.json           says which file of which attempt belongs to the step
+    distill/KEY/lease.json            says who runs it
+    distill/KEY/3/frozen.safetensors  a file called frozen.safetensors, at this place since the third attempt
+    distill/KEY/3/attempt/...         what goes when the record is there
+
+Every write checks the token first, so what the workers of a killed driver still try to write is refused; and what one
+writes that was stopped after its check, and taken over, lies in its own attempt's folder, where no record names it.
+What is made of a finished step, such as a report, may lie beside the record. Only this module knows how it is spelled.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from typing import Any, Generic, TypeVar
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.store.lease import LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
-from pipeline.store.records import Record, StoredFile, read_record
+from pipeline.store.records import Checksum, Record, StoredFile, place_of, read_record
 
 RECORD = "record.json"
 R = TypeVar("R", bound=Record)
@@ -57,62 +65,84 @@ class StepDir:
 
     def record(self, kind: type[R]) -> R | None:
         """Return the step's record, or None if the step is not done."""
+        data = self._stored_record()
+        return read_record(data, kind, self.uri + RECORD) if data is not None else None
+
+    def _stored_record(self) -> bytes | None:
         try:
-            data = self._objects.read(self._prefix + RECORD)
+            return self._objects.read(self._prefix + RECORD)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return read_record(data, kind, self.uri + RECORD)
 
-    def commit(self, record: R) -> R:
-        """Create the record; whoever loses a race adopts the winner's. Leftovers of the attempts go."""
+    def commit(self, record: R, instead_of: R | None = None) -> R:
+        """Create the record, or put it where `instead_of` is; whoever loses a race adopts the winner's.
+
+        What the attempts so far kept for themselves goes, and files of theirs that the record names in another.
+        """
+        stored = self._stored_record()  # before the fence is checked: so it is replaced only if nobody did meanwhile
         self.check_fence()
-        self._objects.create(self._prefix + RECORD, record.to_json())
+        if stored is None:
+            self._objects.create(self._prefix + RECORD, record.to_json())
+        elif instead_of is not None and read_record(stored, type(record), self.uri + RECORD) == instead_of:
+            self._objects.swap(self._prefix + RECORD, stored, record.to_json())
         winner = self.record(type(record))
         if winner is None:
             raise RunError(f"The record of the {self.stage} step {self.key} vanished while it was committed.")
-        self._objects.delete_below(self._prefix + "attempt/")
+        self.check_fence()  # else whoever took over meanwhile may still be reading them
+        for fence in self._attempts():
+            self._objects.delete_below(self._prefix + place_of("attempt/", fence))
+            for name, file in winner.files.items():
+                if file.fence != fence:
+                    self._objects.delete(self._prefix + place_of(name, fence))
         return winner
 
-    def forget_record(self) -> None:
-        """Withdraw a record whose files are damaged, so that the step runs again."""
-        self.check_fence()
-        self._objects.delete(self._prefix + RECORD)
+    def _attempts(self) -> range:
+        """Return the tokens of all attempts so far; to one that writes, those after it are nobody's."""
+        lease = self._lease.read() if self.fence is None else None
+        return range(1, 1 + (self.fence or (lease.fence if lease is not None else 0)))
 
-    def read(self, name: str) -> bytes:
-        """Return a small file's content. Raises FileNotFoundError."""
-        return self._objects.read(self._prefix + name)
+    def place(self, name: str) -> str:
+        """Return where this attempt keeps the file of a name, below the step's folder."""
+        return place_of(name, self.fence)
+
+    def read(self, place: str) -> bytes:
+        """Return the content of the small file at a place. Raises FileNotFoundError."""
+        return self._objects.read(self._prefix + place)
 
     def write(self, name: str, data: bytes) -> StoredFile:
         """Store a small file."""
-        self.check_fence()
-        self._objects.write(self._prefix + name, data)
-        return StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    def upload(self, name: str, path: Path) -> StoredFile:
-        """Store a local file; a name is written by one attempt at a time, atomically."""
-        stored = checksum(path)
-        self.check_fence()
-        self._objects.upload(self._prefix + name, path)
+        stored = StoredFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), fence=self.check_fence())
+        self._objects.write(self._prefix + stored.place(name), data)
         return stored
 
-    def delete(self, name: str) -> None:
-        """Delete a file, if it is there."""
+    def upload(self, name: str, path: Path) -> StoredFile:
+        """Store a local file, atomically."""
+        stored = StoredFile(**checksum(path).model_dump(), fence=self.check_fence())
+        self._objects.upload(self._prefix + stored.place(name), path)
+        return stored
+
+    def delete(self, place: str) -> None:
+        """Delete the file at a place, if it is there."""
         self.check_fence()
-        self._objects.delete(self._prefix + name)
+        self._objects.delete(self._prefix + place)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Return the bytes of the step's files whose names start with `prefix`."""
-        sizes = self._objects.sizes(self._prefix + prefix)
-        return {name.removeprefix(self._prefix): size for name, size in sizes.items()}
+        """Return the bytes of the files whose names start with `prefix` by their places, the oldest attempt's first."""
+        listed = (self._objects.sizes(self._prefix + place_of(prefix, fence)) for fence in self._attempts())
+        return {name.removeprefix(self._prefix): size for sizes in listed for name, size in sizes.items()}
+
+    def newest(self, prefix: str = "") -> dict[str, str]:
+        """Return, for each name that starts with `prefix`, the place where the newest attempt that has it keeps it."""
+        return {place.partition("/")[2]: place for place in self.sizes(prefix)}
 
     def local(self, name: str, stored: StoredFile) -> Path:
         """Return a local file that matches its checksum. Raises DamagedError if it is missing or does not."""
-        scratch = Path(self.scratch).expanduser().resolve()
+        scratch, object_name = Path(self.scratch).expanduser().resolve(), self._prefix + stored.place(name)
         try:
-            path = self._objects.local(self._prefix + name, scratch)
+            path = self._objects.local(object_name, scratch)
             if path.is_relative_to(scratch) and not _matches(path, stored):  # the object itself may be sound
                 path.unlink()
-                path = self._objects.local(self._prefix + name, scratch)
+                path = self._objects.local(object_name, scratch)
             if _matches(path, stored):
                 return path
         except FileNotFoundError as error:
@@ -146,20 +176,16 @@ class StepDir:
 
     def run_folder(self) -> tuple[str, Any]:
         """Return where Ray keeps this attempt's state: a path that all nodes share, and a pyarrow file system."""
-        return self._objects.arrow(self._prefix + "attempt")
-
-    def uri_of(self, name: str) -> str:
-        """Return where a file or folder of the step lies, for people and registries."""
-        return self.uri + name
+        return self._objects.arrow(self._prefix + self.place("attempt"))
 
     def free_bytes(self) -> int:
         """Return the room for what the step stores; with S3, for the copies that each node keeps."""
         free = self._objects.free_bytes()
         return shutil.disk_usage(self.scratch_dir()).free if free is None else free
 
-    def check_fence(self) -> None:
-        """Raise FencedOffError unless this attempt still holds the step."""
-        self._lease.check(self.fence)
+    def check_fence(self) -> int:
+        """Return this attempt's token. Raises FencedOffError unless it still holds the step."""
+        return self._lease.check(self.fence)
 
     @contextlib.contextmanager
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[StepDir]:
@@ -182,6 +208,12 @@ class FinishedStep(Generic[R_co]):
     def folder(self) -> Path:
         """Return a local folder with the files below the record's own FOLDER."""
         return self.dir.folder(self.record.files, self.record.FOLDER)
+
+    @property
+    def folder_uri(self) -> str:
+        """Return where the files below the record's own FOLDER lie, for people and registries."""
+        folder = self.record.FOLDER
+        return self.dir.uri + next(f.place(folder) for name, f in self.record.files.items() if name.startswith(folder))
 
     def read_json(self, name: str) -> Any:
         """Return the content of a JSON file, or None if the record lists none of that name."""
@@ -221,14 +253,14 @@ def check_store(storage_uri: str) -> None:
         )
 
 
-def checksum(path: Path) -> StoredFile:
+def checksum(path: Path) -> Checksum:
     """Return size and SHA-256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return StoredFile(bytes=path.stat().st_size, sha256=digest)
+    return Checksum(bytes=path.stat().st_size, sha256=digest)
 
 
-def _matches(path: Path, stored: StoredFile) -> bool:
+def _matches(path: Path, stored: Checksum) -> bool:
     status = path.stat()
     identity = str(path), status.st_ino, status.st_size, status.st_mtime_ns
     return status.st_size == stored.bytes and _digest_of(*identity) == stored.sha256

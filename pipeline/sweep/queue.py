@@ -6,7 +6,6 @@ A trial that has ended is never run again; one that was running when its driver 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from pipeline.flow.run import run_plan
 from pipeline.models.build import skeleton
 from pipeline.package.size import layout
 from pipeline.store.keys import canonical_json, step_key
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import Advance, Evaluation, ModelVersion, Package, Point, Student, Teacher, Trial
 from pipeline.store.step_store import StepDir
 from pipeline.sweep.halving import Halving
@@ -37,7 +37,8 @@ from pipeline.tracking.mlflow_listener import MlflowListener
 from pipeline.tracking.outbox import Outbox
 
 POINTS = "points"
-SHARING = "sharing.json"
+TRIALS, SHARED = "trials/", "shared/"  # folders of the sweep's step
+SECONDS = "seconds"
 SAMPLES_A_TRIAL = 20  # tries to sample values that were not tried before
 
 
@@ -72,17 +73,13 @@ def plan_trial(base: Config, values: dict[str, Any]) -> PlannedTrial:
 
 def stored_trials(step_dir: StepDir) -> dict[str, Trial]:
     """Return what is known of a sweep's trials, in the order in which they were started."""
-    entries = [json.loads(step_dir.read(name)) for name in step_dir.sizes("trials/") if name.endswith(".json")]
-    trials = [Trial(**entry["trial"]) for entry in sorted(entries, key=itemgetter("index"))]
+    trials = [Trial(**entry["trial"]) for entry in sorted(Pieces(step_dir, TRIALS).all(), key=itemgetter("index"))]
     return {trial.key: trial for trial in trials}
 
 
 def stored_sharing(step_dir: StepDir) -> dict[str, float]:
     """Return the worker-seconds that a sweep has spent on what its trials share."""
-    try:
-        return dict(json.loads(step_dir.read(SHARING)))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    return dict(Pieces(step_dir, SHARED).get(SECONDS) or {})
 
 
 @dataclass
@@ -108,6 +105,7 @@ class TrialQueue:
     def __post_init__(self) -> None:
         self._sharing = stored_sharing(self.step_dir)
         self._halving = None if self.sweep.asha is None else Halving(self.sweep.asha)
+        self._kept = Pieces(self.step_dir, TRIALS)
         self.workers = max(1, self.base.resources.workers)
 
     @property
@@ -130,7 +128,7 @@ class TrialQueue:
         """Write down what shared steps took, which counts like a trial."""
         if worker_seconds:
             self._sharing[name] = self._sharing.get(name, 0.0) + worker_seconds
-            self.step_dir.write(SHARING, json.dumps(self._sharing).encode())
+            Pieces(self.step_dir, SHARED).put(SECONDS, self._sharing)
 
     def settle(self) -> bool:
         """Take in what needs no worker: trials whose package is there. Returns whether others are left to run."""
@@ -166,7 +164,7 @@ class TrialQueue:
             return None
         if (planned := self._chosen()) is None:
             return None
-        self._keep(self._started(planned))
+        self.keep(self._started(planned))
         self._running[planned.key] = (planned, time.monotonic())
         return planned.key, worker_plan(planned.plan)
 
@@ -190,7 +188,7 @@ class TrialQueue:
                 key = step_key("impossible", 1, {"values": canonical_json(values)}, {})
                 if key not in self.trials:
                     bits = str(values.get("quant.bits", self.base.quant.bits))
-                    self._keep(Trial(key=key, bits=bits, values=values, status="failed", failure=str(error)))
+                    self.keep(Trial(key=key, bits=bits, values=values, status="failed", failure=str(error)))
                 continue
             if planned.key not in self.trials:
                 return planned
@@ -229,7 +227,7 @@ class TrialQueue:
         trial = trial.model_copy(update={"seconds": trial.seconds + time.monotonic() - start, "failure": failure})
         if status == "lost":  # by no fault of its own: the same command tries it again
             self.failures[key] = failure
-            self._keep(trial)
+            self.keep(trial)
         elif status == "done":
             self._register(planned, trial)
         else:
@@ -243,7 +241,7 @@ class TrialQueue:
 
     def _fail(self, planned: PlannedTrial, trial: Trial) -> None:
         """Write down a trial that was stopped or failed, here and in MLflow."""
-        self._keep(trial)
+        self.keep(trial)
         ending = "KILLED" if trial.status == "stopped" else "FAILED"
         self.outbox.put(target_of(planned.plan, label(planned.values), self.key), [], ending)
 
@@ -264,9 +262,9 @@ class TrialQueue:
             failure = str(error)
         except (BitmillError, *runs.FAULTS) as error:
             self.failures[planned.key] = str(error)
-            self._keep(trial)
+            self.keep(trial)
             return
-        self._keep(described(plan_run(config), trial.model_copy(update={"status": "done", "failure": failure})))
+        self.keep(described(plan_run(config), trial.model_copy(update={"status": "done", "failure": failure})))
 
     def _started(self, planned: PlannedTrial) -> Trial:
         """Return what is known of a trial, or a new one."""
@@ -275,11 +273,11 @@ class TrialQueue:
             key=planned.key, bits=bits, values=planned.values, status="running", workers=self.workers, step_keys=keys
         )
 
-    def _keep(self, trial: Trial) -> None:
+    def keep(self, trial: Trial) -> None:
         """Write a trial down."""
         self.trials[trial.key] = trial
         entry = {"index": list(self.trials).index(trial.key), "trial": trial.model_dump(mode="json")}
-        self.step_dir.write(f"trials/{trial.key}.json", json.dumps(entry).encode())
+        self._kept.put(trial.key, entry)
 
     def _say(self, note: str) -> None:
         self.advance(self.ended_count, self.total, note)

@@ -85,9 +85,11 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
     step_dir = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
-    trials, record = stored_trials(step_dir), step_dir.record(SweepRecord)
-    if retry_failed and any(_failed(trial) for trial in trials.values()):
-        trials, record = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}, None
+    trials = stored_trials(step_dir)
+    if retry_failed:
+        trials = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}
+    ended = all(trial.status != "running" for trial in trials.values())  # else an old record does not count
+    record = step_dir.record(SweepRecord) if ended else None
     planned = SweepPlan(config, sweep, base, step_dir, recipe, (), trials, record, retry_failed)
     if planned.record is not None and all(_registered(planned, planned.record.trials)):
         return planned
@@ -168,15 +170,13 @@ def _queue(planned: SweepPlan, step_dir: StepDir, outbox: Outbox, listener: List
     """Queue the trials known, under the lease; one whose version the registry lost is to be registered again."""
     trials = stored_trials(step_dir)
     held = _registered(planned, tuple(trials.values()))
-    known = {
-        key: trial if there and not (planned.retry_failed and _failed(trial)) else _again(trial)
-        for (key, trial), there in zip(trials.items(), held, strict=True)
-    }
-    if planned.retry_failed or not all(held):  # a finished sweep some of whose trials are to run again
-        step_dir.forget_record()
-        step_dir.delete(PAGE)
     advance = partial(tell, listener, TRIALS)
-    return TrialQueue(planned.config, planned.sweep, planned.key, step_dir, planned.known, outbox, advance, known)
+    queue = TrialQueue(planned.config, planned.sweep, planned.key, step_dir, planned.known, outbox, advance, trials)
+    for trial, there in zip([*trials.values()], held, strict=True):
+        if not there or (planned.retry_failed and _failed(trial)):
+            queue.keep(_again(trial))
+            step_dir.delete(PAGE)
+    return queue
 
 
 def _failed(trial: Trial) -> bool:
@@ -262,7 +262,7 @@ def _conclude(planned: SweepPlan, queue: TrialQueue, step_dir: StepDir) -> Sweep
             trials=trials,
             front=best,
         )
-        step_dir.commit(record)
+        step_dir.commit(record, instead_of=step_dir.record(SweepRecord))
     unfinished = tuple((label(queue.trials[key].values), why) for key, why in reasons.items())
     return SweepResult(trials, best, not queue.capped, queue.spent_s / 3600, unfinished)
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training job in the directory of its step: fenced, checksummed, and no pickle in them.
 
-A checkpoint is a file of tensors and, written last, a small JSON that names it. There is one at a time, and the best
-weights so far beside it.
+A checkpoint is a file of tensors and, written last, a small JSON that names it and the best weights so far. An attempt
+keeps its last one; until it has one, it goes on from that of the attempt before.
 """
 
 from __future__ import annotations
@@ -37,21 +37,24 @@ class Progress:
 
 def write_checkpoint(step_dir: StepDir, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Store a checkpoint, then drop the one before it."""
-    state = f"attempt/state-{progress.step:09d}-{step_dir.fence}.safetensors"
+    state = f"attempt/state-{progress.step:09d}.safetensors"
     marker = f"attempt/checkpoint-{progress.step:09d}.json"
     stored = store_tensors(step_dir, state, tensors)
     fields = {"file": state, "stored": stored.model_dump(), "progress": vars(progress)}
-    step_dir.write(marker, json.dumps(fields).encode())
+    written = step_dir.write(marker, json.dumps(fields).encode())
+    kept = {stored.place(state), written.place(marker)}
+    if progress.best_stored:
+        kept.add(StoredFile(**progress.best_stored).place(progress.best_file))
     for prefix in ("attempt/checkpoint-", "attempt/state-", "attempt/best-"):
-        for old in set(step_dir.sizes(prefix)) - {state, marker, progress.best_file}:
+        for old in set(step_dir.sizes(prefix)) - kept:
             step_dir.delete(old)
 
 
 def latest_checkpoint(step_dir: StepDir) -> dict[str, Any] | None:
-    """Return the newest checkpoint that is whole, as `load_checkpoint` takes it."""
-    for name in sorted(step_dir.sizes("attempt/checkpoint-"), reverse=True):
+    """Return the newest attempt's last checkpoint that is whole, as `load_checkpoint` takes it."""
+    for place in reversed(step_dir.sizes("attempt/checkpoint-")):
         try:
-            fields: dict[str, Any] = json.loads(step_dir.read(name))
+            fields: dict[str, Any] = json.loads(step_dir.read(place))
             step_dir.local(fields["file"], StoredFile(**fields["stored"]))
         except (FileNotFoundError, DamagedError, ValueError):
             continue

@@ -25,9 +25,9 @@ from pipeline.errors import RunError
 from pipeline.models.hidden_states import WithStates, last_states, logits_of
 from pipeline.models.student import load_parameters
 from pipeline.quant.modules import quantizers
-from pipeline.store.records import Advance, Shard, StoredFile
+from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import StepDir
+from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_losses
@@ -53,7 +53,7 @@ class TrainingJob:
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
     resources: Resources
-    cache: StepDir | None = None
+    cache: FinishedStep[TeacherCache] | None = None
     task: Task = field(default_factory=LanguageModeling)
 
     @property
@@ -212,7 +212,7 @@ class Trainer:
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
-            progress.best_file = f"attempt/best-{step}-{self.job.dir.fence}.safetensors"
+            progress.best_file = f"attempt/best-{step}.safetensors"
             if self.rank == 0:
                 stored = checkpoints.store_tensors(self.job.dir, progress.best_file, weights(self.model))
                 progress.best_stored = stored.model_dump()

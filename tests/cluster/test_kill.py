@@ -109,7 +109,7 @@ class Project:
 
     def newest(self, stage: str) -> int:
         """The step of the last checkpoint of a stage's attempt; 0 if there is none."""
-        names = (path.stem for path in self.store.glob(f"{stage}/*/attempt/checkpoint-*.json"))
+        names = (path.stem for path in self.store.glob(f"{stage}/*/*/attempt/checkpoint-*.json"))
         return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
     def reap(self) -> None:
@@ -121,11 +121,18 @@ class Project:
                     process.kill()
 
     def digests(self) -> dict[str, str]:
-        """Content of everything that a run hands on."""
-        kept = ("**/rows/*.parquet", "**/rows/*.arrow", "finetune/*/model/model.safetensors", "distill/*/*.safetensors")
-        files = [path for pattern in kept for path in self.store.glob(pattern)]
-        files += self.store.glob("pack/*/package/model.safetensors")
-        return {str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        """Content of every weight and row that a run hands on, whichever attempt made it."""
+        found = {}
+        for path in self.store.glob("*/*/record.json"):
+            record = json.loads(path.read_text())
+            splits = record.get("splits", {}).values()
+            shards = [*record.get("shards", ()), *(shard for split in splits for shard in split["shards"])]
+            files = record["files"] | {shard["name"]: shard["file"] for shard in shards}
+            for name in files:
+                if name.endswith((".safetensors", ".parquet", ".arrow")):
+                    content = (path.parent / str(files[name]["fence"]) / name).read_bytes()
+                    found[f"{path.parent.relative_to(self.store)}/{name}"] = hashlib.sha256(content).hexdigest()
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +173,7 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     kill(worker)
 
     # An actor, mid-cache: another takes over its shard.
-    project.until(project.exists("cache/*/rows/*.arrow"), driver)
+    project.until(project.exists("cache/*/*/rows/*.arrow"), driver)
     assert not project.exists("cache/*/record.json")()
     actor = project.worker("ray::MapWorker")
     assert actor is not None
@@ -179,7 +186,7 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     assert not list(project.store.glob("distill/*/record.json"))
 
     # And a shard of the cache is spoilt: the worker that meets it does not read it, and it is made again.
-    shard = next(project.store.glob("cache/*/rows/*.arrow"))
+    shard = next(project.store.glob("cache/*/*/rows/*.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -190,11 +197,8 @@ def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
     assert second["metrics"] == document["metrics"]
     (lease,) = project.store.glob("distill/*/lease.json")
     assert json.loads(lease.read_text())["fence"] == 3  # killed; stopped at the spoilt shard; ended
-    left = [path.name for path in project.store.rglob("*.tmp")]
-    assert [
-        name for name in left if not name.startswith(".lease.json.")
-    ] == []  # a heartbeat, which others may be writing
-    assert not list(project.store.glob("*/*/attempt"))
+    assert not list(project.store.glob("*/*/*/**/*.tmp"))
+    assert not list(project.store.glob("*/*/*/attempt"))
 
 
 def test_an_interrupted_command_ends_what_it_started(project: Project) -> None:

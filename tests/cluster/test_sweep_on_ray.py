@@ -45,7 +45,7 @@ SHARED = ("tokenize", "finetune", "cache")
 def with_shared_steps(folder: Path, finished: Any) -> Path:
     """A folder with a store that holds what the trials share."""
     for stage in SHARED:
-        shutil.copytree(finished.folder(stage).parent, folder / "store" / stage)
+        shutil.copytree(finished.folder(stage).parent.parent, folder / "store" / stage)
     return folder
 
 
@@ -223,7 +223,7 @@ class Project:
                     process.kill()
 
     def trials(self) -> list[Path]:
-        return list(self.root.glob("store/sweep/*/trials/*.json"))
+        return list(self.root.glob("store/sweep/*/*/trials/*.json"))
 
 
 @pytest.fixture
@@ -270,13 +270,13 @@ def check(project: Project, document: dict[str, Any], undisturbed: SweepResult) 
             points = client.get_metric_history(run.info.run_id, "distill/validation_nats")  # in order of arrival
             assert sorted(point.step for point in points) == [0, 10, 20, 30, 40, 50, 60]
     assert len(client.search_model_versions("name = 'tiny'")) == len(BITS)
-    assert not list(project.root.glob("store/sweep/*/attempt"))
+    assert not list(project.root.glob("store/sweep/*/*/attempt"))
 
 
 def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
     """Kill the driver some time after the first trial has a checkpoint, then give the command again."""
     driver = project.start()
-    project.until(lambda: any(project.root.glob("store/distill/*/attempt/*checkpoint*")), driver)
+    project.until(lambda: any(project.root.glob("store/distill/*/*/attempt/*checkpoint*")), driver)
     end = time.monotonic() + random.Random(seed).uniform(0, 3)
     project.until(lambda: time.monotonic() > end, driver)
     assert driver.poll() is None, "it ended before it could be killed"

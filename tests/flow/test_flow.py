@@ -185,11 +185,11 @@ def test_a_version_deleted_from_the_registry_is_registered_again(tiny_config, ru
 
 def test_a_student_that_fails_the_gate_is_kept_and_not_registered(tiny_config, run_flow, cloned):
     config = tiny_config(cloned, register={"gate": {"max_perplexity_ratio": 1.0001}})
-    package = Path(plan_run(config).step(Package).dir.uri)
+    package = Path(plan_run(config).step(Package).dir.uri, "1", Package.FOLDER)
     with pytest.raises(RunError, match=r"max_perplexity_ratio \(1\.0001\).* not registered; .* kept at") as error:
         run_flow(config)
     assert str(package) in str(error.value)
-    assert load(package / "package").config.model_type == "gpt2"
+    assert load(package).config.model_type == "gpt2"
     assert versions(config) == []
     assert run_flow(tiny_config(cloned)).record("register").version == 1
 
@@ -225,7 +225,7 @@ def test_another_file_in_place_of_the_frozen_student_is_noticed(
     config = tiny_config(cloned)
     plan = plan_run(config)
     steps = {name: Path(plan.step(STAGES[name].record).dir.uri) for name in ("distill", "evaluate", "pack")}
-    path, record = steps["distill"] / Student.FROZEN, steps["distill"] / "record.json"
+    path, record = steps["distill"] / "1" / Student.FROZEN, steps["distill"] / "record.json"
     frozen = load_frozen(path)
     other = copy.deepcopy(frozen)
     next(iter(other.rest.values())).flatten()[0] += 1.0
@@ -233,7 +233,7 @@ def test_another_file_in_place_of_the_frozen_student_is_noticed(
     save_frozen(other, path)
     if its_checksum_too:
         fields = json.loads(record.read_text())
-        fields["files"][Student.FROZEN] = checksum(path).model_dump()
+        fields["files"][Student.FROZEN] |= checksum(path).model_dump()
         record.write_text(json.dumps(fields))
     for name in ("evaluate", "pack"):
         shutil.rmtree(steps[name])

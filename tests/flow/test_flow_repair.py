@@ -14,7 +14,8 @@ from pipeline.errors import BusyError, DamagedError
 from pipeline.flow.line import STAGES
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
-from pipeline.store.records import Evaluation, Teacher
+from pipeline.store.records import Evaluation, Student
+from pipeline.store.shards import open_shard
 from tests.conftest import ROOT
 from tests.processes import start
 
@@ -48,8 +49,16 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def contents(folder):
-    return {path: sha256(path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+def shards_of(config, stage):
+    """The shards of a finished stage by name: the attempt that each is of, and what is in it."""
+    step = plan_run(config, "cache").step(STAGES[stage].record)
+    splits = step.record.splits.values() if stage == "tokenize" else [step.record]
+    shards = [shard for split in splits for shard in split.shards]
+    return {shard.name: (shard.file.fence, sha256(open_shard(step.dir, shard))) for shard in shards}
+
+
+def weights_of(ran):
+    return sha256(ran.outcome.steps["distill"].local(Student.WEIGHTS))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +75,7 @@ def sharded(tiny_config, run_flow, tmp_path_factory):
 def undamaged(sharded, tiny_config, run_flow, tmp_path_factory):
     """SHA-256 of the student's weights when nothing was damaged."""
     folder = tmp_path_factory.mktemp("undamaged")
-    ran = run_flow(copy_of(sharded, tiny_config, folder), until="distill")
-    return sha256(ran.folder("distill") / "weights.safetensors")
+    return weights_of(run_flow(copy_of(sharded, tiny_config, folder), until="distill"))
 
 
 def copy_of(ran, tiny_config, folder):
@@ -81,8 +89,6 @@ def copy_of(ran, tiny_config, folder):
         ("cache", "rows/*.arrow", flip),
         ("cache", "rows/*.arrow", truncate),
         ("cache", "rows/*.arrow", Path.unlink),
-        ("cache", "rows/*.arrow.json", Path.unlink),
-        ("cache", "rows/*.arrow.json", truncate),
         ("tokenize", "rows/train-*.parquet", flip),
         ("tokenize", "rows/validation-*.parquet", truncate),
         ("tokenize", "rows/train-*.parquet", Path.unlink),
@@ -92,32 +98,50 @@ def test_a_damaged_shard_is_remade_and_the_student_is_the_same(
     sharded, undamaged, tiny_config, run_flow, tmp_path, stage, pattern, damage
 ):
     config = copy_of(sharded, tiny_config, tmp_path)
-    folder = Path(plan_run(config, "cache").step(STAGES[stage].record).dir.uri)
-    shard = sorted(folder.glob(pattern))[0]
-    before = contents(folder / "rows")
-    times = {path: path.stat().st_mtime_ns for path in before}
-    damage(shard)
+    before, record = shards_of(config, stage), sharded.record(stage)
+    folder = tmp_path / "store" / stage / record.key
+    damage(sorted(folder.glob(f"1/{pattern}"))[0])
 
     ran = run_flow(config, until="distill")
-    assert sha256(ran.folder("distill") / "weights.safetensors") == undamaged
-    assert contents(folder / "rows") == before
-    if stage == "cache":  # the one shard and its commit; all others stay as they are
-        assert len([path for path in before if path.stat().st_mtime_ns != times[path]]) == 2
+    assert weights_of(ran) == undamaged
+    after = shards_of(config, stage)
+    assert {name: digest for name, (_, digest) in after.items()} == {
+        name: digest for name, (_, digest) in before.items()
+    }
+    remade = [name for name, (fence, _) in after.items() if fence == 2]
+    assert len(remade) == 1 if stage == "cache" else 0 < len(remade) < len(after)  # of tokens a part, which has several
+    assert ran.record(stage).provenance == record.provenance  # what the step cost when it was made
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
+        "1",
+        "2",
+        "lease.json",
+        "record.json",
+    ]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+def test_a_piece_that_nobody_knows_of_any_more_is_made_again(
+    sharded, undamaged, tiny_config, run_flow, tmp_path, damage
+):
+    config = copy_of(sharded, tiny_config, tmp_path)
+    folder = tmp_path / "store" / "cache" / sharded.record("cache").key / "1"
+    damage(sorted(folder.glob("parts/rows/*.json"))[0])
+    truncate(sorted(folder.glob("rows/*.arrow"))[1])
+    assert weights_of(run_flow(config, until="distill")) == undamaged
+    assert sorted(fence for fence, _ in shards_of(config, "cache").values())[-3:] == [1, 2, 2]
 
 
 def test_two_damaged_stages_are_both_repaired(sharded, undamaged, tiny_config, run_flow, tmp_path):
     config = copy_of(sharded, tiny_config, tmp_path)
     for stage, pattern in (("tokenize", "rows/*.parquet"), ("cache", "rows/*.arrow")):
-        for shard in Path(plan_run(config).step(STAGES[stage].record).dir.uri).glob(pattern):
+        for shard in (tmp_path / "store" / stage / sharded.record(stage).key / "1").glob(pattern):
             truncate(shard)
-    ran = run_flow(config, until="distill")
-    assert sha256(ran.folder("distill") / "weights.safetensors") == undamaged
+    assert weights_of(run_flow(config, until="distill")) == undamaged
 
 
-def test_damaged_weights_are_never_read(tiny_config, run_flow, cloned):
+def test_damaged_weights_are_never_read(tiny_config, run_flow, finished, cloned):
     config = tiny_config(cloned, quant={"bits": "4-4-8"})
-    weights = Path(plan_run(config).step(Teacher).dir.uri) / "model" / "model.safetensors"
-    flip(weights)
+    flip(cloned / "store" / "finetune" / finished.record("finetune").key / "1" / "model" / "model.safetensors")
     with pytest.raises(DamagedError, match=r"model/model\.safetensors.*does not match its checksum"):
         run_flow(config)
 

@@ -23,9 +23,9 @@ def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, 
         assert here.digest == there.digest
         again = run_flow(config)
         assert [again.outcome.status[stage] for stage in stages] == ["reused"] * 7
-        packed = first.outcome.steps["pack"].dir
-        model = pipeline.load(packed.uri_of("package/"))
+        packed = first.outcome.steps["pack"]
+        model = pipeline.load(packed.folder_uri)
         ids = torch.arange(8).unsqueeze(0)
-        local = finished.outcome.steps["pack"].dir
-        assert torch.equal(model(ids).logits, pipeline.load(local.uri_of("package")).eval()(ids).logits)
-        assert not packed.sizes("attempt/")
+        local = pipeline.load(finished.outcome.steps["pack"].folder_uri)
+        assert torch.equal(model(ids).logits, local.eval()(ids).logits)
+        assert not packed.dir.sizes("attempt/")

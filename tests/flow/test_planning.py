@@ -74,7 +74,7 @@ def test_only_reasons_look_at_what_was_run_before(
     ],
     ids=str,
 )
-def test_a_cache_to_be_made_is_listed_once_for_the_space_it_takes(
+def test_of_a_cache_to_be_made_the_store_is_asked_for_attempts_alone(
     finished: Ran,
     tiny_config: Callable[..., Config],
     tmp_path: Path,
@@ -84,11 +84,11 @@ def test_a_cache_to_be_made_is_listed_once_for_the_space_it_takes(
 ) -> None:
     store = finished.plan.config.resources.model_dump()
     plan = plan_run(tiny_config(tmp_path, resources=store, **fields))
-    cache = f"cache/{plan.step(TeacherCache).key}/rows/"
+    cache = f"cache/{plan.step(TeacherCache).key}/"
     assert plan.left[0].name == left
-    assert asked == Asked(read=record_names(plan), listed=[cache])
+    assert asked == Asked(read=[*record_names(plan), f"{cache}lease.json"])  # no attempt made any of it
     reasons(plan)
-    assert asked.listed == [cache, f"{left}/"]
+    assert asked.listed == [f"{left}/"]
 
 
 def test_deciding_the_mode_of_the_cache_asks_the_store_for_nothing(

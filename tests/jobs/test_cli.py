@@ -151,7 +151,7 @@ def test_a_failed_gate_is_exit_status_1_with_advice(bitmill, tiny_config, cloned
     failed = bitmill("compress", path, "--set", "register.gate.max_perplexity_ratio=1.0001", "--json")
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert "register.gate.max_perplexity_ratio" in failed.stderr
-    assert str(plan_run(tiny_config(cloned)).step(Package).dir.uri) in failed.stderr
+    assert f"{plan_run(tiny_config(cloned)).step(Package).dir.uri}1/package/" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

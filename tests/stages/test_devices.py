@@ -13,8 +13,8 @@ from pipeline.models.device import device_for
 from pipeline.stages import cache, sensitivity
 from pipeline.stages.evaluate import Scorer
 from pipeline.stages.stage import StepJob
-from pipeline.store.records import Evaluation
-from pipeline.store.shards import map_states, open_shard, states_name, to_tensor
+from pipeline.store.records import Evaluation, Shard
+from pipeline.store.shards import map_states, open_shard, to_tensor
 from tests.conftest import Ran
 from tests.second_device import product_devices
 from tests.training.cases import Case
@@ -26,8 +26,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def states(job: StepJob, case: Case) -> Any:
-    cache.CacheShard(job, "float32")(case.train[0])
-    return to_tensor(*map_states(open_shard(job.dir, states_name(case.train[0].name))))
+    shard = Shard.model_validate_json(cache.CacheShard(job, "float32")(case.train[0]))
+    return to_tensor(*map_states(open_shard(job.dir, shard)))
 
 
 def probe(job: StepJob, case: Case) -> Any:

@@ -24,17 +24,19 @@ from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import DOCUMENTS, SCORED, SPANS_A_WORKER, Scorer, parts_of, spans_of
 from pipeline.stages.stage import Step
-from pipeline.store.records import Evaluation, Shard, Split, SplitName, Student, Tokens
-from pipeline.store.shards import Rows, commit_shard, open_shard, read_tokens, write_tokens
+from pipeline.store.records import Evaluation, Shard, Split, SplitName, StoredFile, Student, Tokens
+from pipeline.store.shards import Rows, open_shard, read_tokens, store_shard, write_tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.scoring import Scores
 from tests.conftest import Ran
+
+FILE = StoredFile(bytes=0, sha256="", fence=1)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
 def test_spans_hold_every_shard_in_order_behind_the_rows_before_it(sizes: list[int], most: int) -> None:
-    shards = [Shard(name=f"s{i}", rows=size, tokens=1) for i, size in enumerate(sizes)]
+    shards = [Shard(name=f"s{i}", rows=size, tokens=1, file=FILE) for i, size in enumerate(sizes)]
     spans = spans_of(parts_of("test", shards), most)
     assert [shard for span in spans for _, _, shard in span] == shards
     assert [before for span in spans for _, before, _ in span] == [sum(sizes[:i]) for i in range(len(sizes))]
@@ -62,7 +64,7 @@ class CutEvaluation:
         self.planned, self.steps = ran.plan.step(Evaluation), dict(ran.outcome.steps)
         self.storage_uri, self.engine = str(folder / "store"), Engine(ran.plan.config.resources)
         tokens: Tokens = self.steps["tokenize"].record
-        shutil.copytree(ran.folder("tokenize"), folder / "store" / "tokenize" / tokens.key)
+        shutil.copytree(ran.folder("tokenize").parent, folder / "store" / "tokenize" / tokens.key)
         cut = replace(self.steps["tokenize"].dir, storage_uri=self.storage_uri)
         self.shards: list[Shard] = []
         splits = dict(tokens.splits)
@@ -70,14 +72,14 @@ class CutEvaluation:
             for split in SCORED:
                 shards = []
                 for shard in tokens.splits[split].shards:
-                    ids, lengths = read_tokens(open_shard(cut, shard.name))
+                    ids, lengths = read_tokens(open_shard(cut, shard))
                     for start in range(0, len(ids), rows):
                         few, valid = ids[start : start + rows], lengths[start : start + rows]
                         name, write = (
                             f"rows/cut-{split}-{start:05d}.parquet",
                             partial(write_tokens, ids=few, lengths=valid),
                         )
-                        shards.append(commit_shard(held, name, len(few), 1, write))
+                        shards.append(store_shard(held, name, len(few), 1, write))
                 splits[split] = Split(shards=tuple(shards))
                 self.shards += shards
         self.steps["tokenize"] = FinishedStep(tokens.model_copy(update={"splits": splits}), cut)
@@ -129,7 +131,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     evaluated = evaluation.run()
     assert scored == [shard.name for shard in evaluation.shards]
     assert (evaluated.student, evaluated.teacher) == (undisturbed.student, undisturbed.teacher)
-    assert (evaluated.validation, evaluated.files) == (undisturbed.validation, undisturbed.files)
+    assert evaluated.validation == undisturbed.validation
+    digests = [{name: file.sha256 for name, file in each.files.items()} for each in (evaluated, undisturbed)]
+    assert digests[0] == digests[1]
 
 
 def test_validation_is_scored_as_the_test_split_is(finished: Ran, tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_documents_end_where_the_text_says_whatever_the_shards(finished: Ran, tm
         assert len(documents[model]) == len(counts)
     cut = CutEvaluation(finished, tmp_path, rows=3)
     assert cut.run().files[DOCUMENTS].bytes > 0
-    again = json.loads((tmp_path / "store" / "evaluate" / metrics.key / DOCUMENTS).read_text())
+    again = json.loads((tmp_path / "store" / "evaluate" / metrics.key / "1" / DOCUMENTS).read_text())
     assert again["tokens"] == counts
     assert again["student"] == pytest.approx(documents["student"], rel=1e-5)
 

@@ -19,7 +19,7 @@ from pipeline.store.lease import DEAD_AFTER_S, Lease, Owner
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Evaluation
 from pipeline.store.step_store import StepDir
-from tests.store.test_step_store import EVERYWHERE, KEY, at_once, evaluation, file_of, serve_s3
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
 
 NAME = f"{Evaluation.stage}/{KEY}/lease.json"
 DRIVER = """
@@ -87,7 +87,6 @@ def assert_fenced_off(old, tmp_path):
         lambda: old.upload("a", path),
         lambda: old.delete("a"),
         lambda: old.commit(evaluation("late")),
-        old.forget_record,
         old.check_fence,
     ):
         with pytest.raises(FencedOffError, match="no longer ours"):
@@ -102,7 +101,7 @@ def test_a_holder_writes_and_leaves_the_step_to_the_next(step_dir):
     assert lease_of(step_dir).owner is None
     with step_dir.hold(False, never) as second:
         assert second.fence > first.fence
-        assert second.read("a") == b"x"
+        assert content(second, "a") == b"x"
 
 
 def test_the_lease_is_released_when_the_step_fails(step_dir):
@@ -159,7 +158,7 @@ def test_a_killed_driver_is_named_waited_for_and_fenced_off(step_dir, tmp_path):
             assert taken.commit(evaluation("ours")) == evaluation("ours")
         assert_fenced_off(worker, tmp_path)
         assert step_dir.record(Evaluation) == evaluation("ours")
-        assert step_dir.read("a") == b"in time"
+        assert content(step_dir, "a") == b"in time"
     finally:
         driver.kill()
         driver.communicate()
@@ -183,7 +182,7 @@ def test_a_live_process_is_waited_for_until_it_is_done(step_dir):
     thread.start()
     assert held.wait(30)
     with step_dir.hold(True, waiting) as second:
-        assert second.read("a") == b"first"
+        assert content(second, "a") == b"first"
     thread.join()
     assert told == [Owner.this_process()]
 
@@ -269,7 +268,7 @@ def test_a_live_owner_is_waited_for_whatever_its_clock_says(step_dir, monkeypatc
     clock.time = lambda: real() + (0.0 if threading.current_thread() is mine else skew_s)
     try:
         with step_dir.hold(True, lambda owner: None) as taken:
-            assert (clock.slept, taken.read("a")) == (9, b"by the owner")
+            assert (clock.slept, content(taken, "a")) == (9, b"by the owner")
     finally:
         release.set()
         thread.join()

@@ -20,14 +20,17 @@ from pipeline.store.records import (
     read_record,
 )
 
-SHARDS = (Shard(name="rows/a.parquet", rows=3, tokens=20), Shard(name="rows/b.parquet", rows=2, tokens=9))
+FILE = StoredFile(bytes=3, sha256="ab", fence=2)
+SHARDS = tuple(
+    Shard(name=name, rows=rows, tokens=n, file=FILE) for name, rows, n in (("rows/a", 3, 20), ("rows/b", 2, 9))
+)
 COMMON = {
     "key": "0" * 32,
     "stage_version": 1,
     "recipe": {"lr": 1e-3, "nested": {"list": [1, None, "é"]}},
     "inputs": {"cache": "1" * 32},
     "provenance": {"torch": "2"},
-    "files": {"weights.safetensors": StoredFile(bytes=3, sha256="ab")},
+    "files": {"weights.safetensors": FILE},
 }
 TRAINED = {"parameters": 10, "steps": 4, "best_step": 2, "validation_nats": 1.25, "family": "gpt2"}
 RECORDS = [

@@ -1,5 +1,5 @@
-import json
 import os
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -7,23 +7,23 @@ import pytest
 import torch
 
 from pipeline.errors import DamagedError
-from pipeline.store.records import StoredFile
+from pipeline.store.records import TeacherCache
 from pipeline.store.shards import (
     SHARD_TOKENS,
     Rows,
-    commit_shard,
-    committed_shard,
     drawn_shards,
+    is_sound,
     map_states,
     open_shard,
     read_tokens,
     rows_per_shard,
     states_name,
+    store_shard,
     to_tensor,
     write_states,
     write_tokens,
 )
-from pipeline.store.step_store import StepDir
+from pipeline.store.step_store import FinishedStep, StepDir
 
 BLOCK, HIDDEN = 6, 4
 SIZES = (3, 1, 4, 2, 5)
@@ -43,21 +43,36 @@ def step_dir(tmp_path):
 
 
 @pytest.fixture
-def corpus(step_dir):
-    """Shards of unequal sizes with their states, and what they hold as whole arrays."""
+def stored(step_dir):
+    """Shards of unequal sizes, those of their states, and what they hold as whole arrays."""
     ids, lengths = random_rows(sum(SIZES))
     states = torch.randn(sum(SIZES), BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
-    shards, start = [], 0
+    shards, states_shards, start = [], [], 0
     for number, rows in enumerate(SIZES):
         here = slice(start, start + rows)
         name = f"rows/train-{number}.parquet"
         tokens = int(lengths[here].sum())
-        shards.append(commit_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
-        commit_shard(
-            step_dir, states_name(name), rows, tokens, lambda p, h=here: write_states(p, states[h], "bfloat16")
-        )
+        shards.append(store_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
+        write = partial(write_states, states=states[here], dtype="bfloat16")
+        states_shards.append(store_shard(step_dir, states_name(name), rows, tokens, write))
         start += rows
-    return shards, torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
+    whole = torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
+    return shards, states_shards, whole
+
+
+@pytest.fixture
+def corpus(stored):
+    """The shards of token rows, and ids, lengths and states as whole arrays."""
+    shards, _, whole = stored
+    return shards, *whole
+
+
+@pytest.fixture
+def cache(step_dir, stored):
+    """The finished step that the states are of."""
+    common = {"key": "", "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+    record = TeacherCache(**common, mode="states", dtype="bfloat16", hidden=HIDDEN, shards=stored[1])
+    return FinishedStep(record, step_dir)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5000])
@@ -119,9 +134,9 @@ def test_states_are_mapped_and_not_copied(tmp_path, dtype):
     assert mapped[0, 0, 1] != 0
 
 
-def test_rows_are_found_across_shards(step_dir, corpus):
+def test_rows_are_found_across_shards(step_dir, corpus, cache):
     shards, ids, lengths, states = corpus
-    rows = Rows(step_dir, shards, step_dir)
+    rows = Rows(step_dir, shards, cache)
     assert rows.rows == sum(SIZES)
     for wanted in ([0], range(sum(SIZES)), [14, 0, 3, 3, 2, 4, 9], [7, 8]):
         wanted = list(wanted)
@@ -149,7 +164,7 @@ def contents(rows, chosen):
 def committed(step_dir, prefix, ids, lengths, per_shard):
     starts = range(0, len(ids), per_shard)
     return [
-        commit_shard(
+        store_shard(
             step_dir,
             f"rows/{prefix}-{start}.parquet",
             len(ids[start : start + per_shard]),
@@ -190,7 +205,7 @@ def test_the_length_of_a_row_is_of_its_content(step_dir):
 def test_all_rows_are_drawn_where_there_are_no_more_and_none_is_read_for_it(step_dir, corpus):
     shards, *_ = corpus
     for shard in shards:
-        step_dir.delete(shard.name)
+        step_dir.delete(shard.file.place(shard.name))
     for count in (sum(SIZES), 512):
         assert Rows(step_dir, shards).drawn(count) == list(range(sum(SIZES)))
 
@@ -205,9 +220,9 @@ def test_drawn_shards_are_those_of_the_same_names_in_any_order(corpus):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, limit):
+def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, cache, limit):
     shards, ids, _, states = corpus
-    rows = Rows(step_dir, shards, step_dir, open_shards=limit)
+    rows = Rows(step_dir, shards, cache, open_shards=limit)
     order = torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(0)).tolist()
     for row in order * 2:
         found = rows.get([row])
@@ -221,71 +236,55 @@ def test_a_shard_that_is_open_is_not_read_again(step_dir, corpus):
     shards, ids, _, _ = corpus
     rows = Rows(step_dir, shards, open_shards=2)
     rows.get([0, 3])
-    step_dir.delete(shards[0].name)
+    step_dir.delete(shards[0].file.place(shards[0].name))
     assert torch.equal(rows.get([1])[0], ids[[1]])
     rows.get([4, 8])
     with pytest.raises(DamagedError):
         rows.get([0])
 
 
-def spoil(step_dir, name, how):
+def spoil(step_dir, shard, how):
     if how == "missing":
-        step_dir.delete(name)
-    elif how == "without its sidecar":
-        step_dir.delete(f"{name}.json")
-    elif how.startswith("sidecar "):
-        step_dir.write(f"{name}.json", how.removeprefix("sidecar ").encode())
+        step_dir.delete(shard.file.place(shard.name))
     else:
-        data = bytearray(step_dir.read(name))
+        data = bytearray(step_dir.read(shard.file.place(shard.name)))
         data[len(data) // 2] ^= 1
-        step_dir.write(name, bytes(data) if how == "flipped" else bytes(data[:-1]))
+        step_dir.write(shard.name, bytes(data) if how == "flipped" else bytes(data[:-1]))
 
 
-@pytest.mark.parametrize(
-    "how", ["missing", "flipped", "cut", "without its sidecar", "sidecar {", "sidecar []", "sidecar {}", "sidecar \x00"]
-)
-@pytest.mark.parametrize("kind", ["tokens", "states"])
-def test_a_damaged_shard_is_refused_and_counts_as_absent(step_dir, corpus, how, kind):
-    shards, ids, _, _ = corpus
-    name = shards[1].name if kind == "tokens" else states_name(shards[1].name)
-    assert committed_shard(step_dir, name).rows == SIZES[1]
-    spoil(step_dir, name, how)
-    with pytest.raises(DamagedError, match=name.split("/")[1]):
-        open_shard(step_dir, name)
-    assert committed_shard(step_dir, name) is None
-    rows = Rows(step_dir, shards, step_dir)
+@pytest.mark.parametrize("how", ["missing", "flipped", "cut"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["tokens", "states"])
+def test_a_damaged_shard_is_refused(step_dir, stored, cache, how, kind):
+    shards, _, (ids, *_) = stored
+    damaged = stored[kind][1]
+    assert is_sound(step_dir, damaged)
+    spoil(step_dir, damaged, how)
+    with pytest.raises(DamagedError, match=damaged.name.split("/")[1]):
+        open_shard(step_dir, damaged)
+    assert not is_sound(step_dir, damaged)
+    rows = Rows(step_dir, shards, cache)
     assert torch.equal(rows.get([0])[0], ids[[0]])
     with pytest.raises(DamagedError):
         rows.get([SIZES[0]])
 
 
-def test_a_damaged_shard_can_be_made_again(step_dir, corpus):
-    shards, _, _, _ = corpus
-    spoil(step_dir, shards[0].name, "cut")
-    ids, lengths = random_rows(SIZES[0], seed=9)
-    again = commit_shard(step_dir, shards[0].name, 3, int(lengths.sum()), lambda path: write_tokens(path, ids, lengths))
-    assert committed_shard(step_dir, shards[0].name) == again
-    np.testing.assert_array_equal(read_tokens(open_shard(step_dir, shards[0].name))[0], ids)
-
-
-def test_a_shard_is_committed_by_its_sidecar_and_leaves_no_scratch(step_dir):
+def test_a_shard_is_stored_with_its_checksum_and_leaves_no_scratch(step_dir):
     ids, lengths = random_rows(2)
-    shard = commit_shard(step_dir, "rows/a.parquet", 2, 9, lambda path: write_tokens(path, ids, lengths))
-    assert (shard.name, shard.rows, shard.tokens) == ("rows/a.parquet", 2, 9)
-    entry = json.loads(step_dir.read("rows/a.parquet.json"))
-    assert step_dir.local("rows/a.parquet", StoredFile.model_validate(entry["file"])).is_file()
+    shard = store_shard(step_dir, "rows/a.parquet", 2, 9, lambda path: write_tokens(path, ids, lengths))
+    assert (shard.name, shard.rows, shard.tokens, shard.file.fence) == ("rows/a.parquet", 2, 9, step_dir.fence)
+    assert step_dir.sizes() == {"1/rows/a.parquet": shard.file.bytes}
+    np.testing.assert_array_equal(read_tokens(open_shard(step_dir, shard))[0], ids)
     assert os.listdir(step_dir.scratch) == []
 
 
-def test_a_shard_whose_writing_fails_is_not_committed(step_dir):
+def test_a_shard_whose_writing_fails_is_not_stored(step_dir):
     def fail(path):
         path.write_bytes(b"half")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        commit_shard(step_dir, "rows/a.parquet", 2, 9, fail)
-    assert step_dir.sizes("rows/") == {}
-    assert committed_shard(step_dir, "rows/a.parquet") is None
+        store_shard(step_dir, "rows/a.parquet", 2, 9, fail)
+    assert step_dir.sizes() == {}
     assert os.listdir(step_dir.scratch) == []
 
 

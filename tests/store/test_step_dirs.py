@@ -16,8 +16,8 @@ from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Evaluation, StoredFile
-from pipeline.store.step_store import StepDir, checksum, records
-from tests.store.test_step_store import EVERYWHERE, KEY, at_once, evaluation, file_of, serve_s3
+from pipeline.store.step_store import FinishedStep, StepDir, checksum, records
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def test_whoever_lets_go_of_a_step_clears_away_what_killed_writers_left(tmp_path
     killed = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
     with contextlib.suppress(ZeroDivisionError), killed.hold(False, print) as step_dir:
         step_dir.write("rows/a", b"whole")
-        for name in ("rows/.b", ".weights"):
+        for name in ("1/rows/.b", "1/.weights"):
             (tmp_path / Evaluation.stage / KEY / f"{name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
         if ends == "badly":
             raise ZeroDivisionError
-    assert killed.read("rows/a") == b"whole"
+    assert content(killed, "rows/a") == b"whole"
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -92,7 +92,8 @@ def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_
 
 def test_whoever_was_taken_over_clears_nothing_away(tmp_path):
     step_dir = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
-    temporary = tmp_path / Evaluation.stage / KEY / f".weights.{uuid.uuid4().hex}.tmp"
+    temporary = tmp_path / Evaluation.stage / KEY / "2" / f".weights.{uuid.uuid4().hex}.tmp"
+    temporary.parent.mkdir(parents=True)
     with step_dir.hold(False, print):
         mine = open_objects(str(tmp_path)).read(f"{Evaluation.stage}/{KEY}/lease.json")
         theirs = json.dumps(json.loads(mine) | {"fence": 2}).encode()
@@ -106,14 +107,17 @@ def test_a_record_is_none_until_it_is_committed_once(step_dir):
     assert step_dir.commit(evaluation("first")) == evaluation("first")
     assert step_dir.commit(evaluation("second")) == evaluation("first")
     assert step_dir.record(Evaluation) == evaluation("first")
-    step_dir.forget_record()
-    assert step_dir.record(Evaluation) is None
-    assert step_dir.commit(evaluation("third")) == evaluation("third")
+    assert step_dir.commit(evaluation("third"), instead_of=evaluation("second")) == evaluation("first")
+    assert step_dir.commit(evaluation("third"), instead_of=evaluation("first")) == evaluation("third")
+    assert step_dir.record(Evaluation) == evaluation("third")
 
 
 def test_whoever_loses_the_race_to_commit_adopts_the_winners_record(step_dir):
     winners = at_once(lambda i: step_dir.commit(evaluation(str(i))))
     assert winners == [step_dir.record(Evaluation)] * 8
+    replaced = at_once(lambda i: step_dir.commit(evaluation(f"again {i}"), instead_of=winners[0]))
+    assert replaced == [step_dir.record(Evaluation)] * 8
+    assert replaced[0] != winners[0]
 
 
 def test_commit_removes_what_the_attempt_left_and_keeps_the_rest(step_dir):
@@ -125,10 +129,28 @@ def test_commit_removes_what_the_attempt_left_and_keeps_the_rest(step_dir):
     else:
         with filesystem.open_output_stream(f"{path}/trial") as stream:
             stream.write(b"y")
-    assert step_dir.sizes("attempt/") == {"attempt/checkpoint/1": 1, "attempt/trial": 1}
+    assert step_dir.sizes("attempt/") == {"1/attempt/checkpoint/1": 1, "1/attempt/trial": 1}
     step_dir.commit(evaluation("d"))
-    assert step_dir.sizes("attempt/") == {}
-    assert {"weights", "record.json"} <= set(step_dir.sizes())
+    assert step_dir.sizes() == {"1/weights": 1}
+
+
+def test_each_attempt_writes_for_itself_and_what_no_record_names_goes(uri, tmp_path):
+    step, held = StepDir(uri, Evaluation.stage, KEY, str(tmp_path / "scratch")), []
+    for number in range(1, 4):
+        with step.hold(False, print) as attempt:
+            stored = attempt.write("weights", b"of attempt %d" % number)
+            attempt.write(f"rows/{number}", b"")
+            attempt.write("attempt/state", b"")
+            held.append(attempt)
+    assert [*attempt.sizes("w")] == ["1/weights", "2/weights", "3/weights"]
+    assert [*held[1].sizes("w")] == ["1/weights", "2/weights"]
+    rows = {"rows/1": "1/rows/1", "rows/2": "2/rows/2", "rows/3": "3/rows/3"}
+    assert step.newest() == rows | {"weights": "3/weights", "attempt/state": "3/attempt/state"}
+    with step.hold(False, print) as attempt:
+        record = attempt.commit(evaluation("d", weights=stored))
+    assert step.newest() == rows | {"weights": "3/weights"}
+    assert [*step.sizes("w")] == ["3/weights"]
+    assert FinishedStep(record, step).local("weights").read_bytes() == b"of attempt 3"
 
 
 def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):
@@ -141,16 +163,17 @@ def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):
 def test_a_step_dir_without_a_fence_reads_only(step_dir):
     step_dir.write("a", b"x")
     reader = pickle.loads(pickle.dumps(replace(step_dir, fence=None)))
-    assert reader.read("a") == b"x"
+    assert content(reader, "a") == b"x"
     with pytest.raises(FencedOffError):
         reader.write("a", b"y")
 
 
 def test_a_stored_file_is_checked_before_it_is_read(step_dir, tmp_path):
     stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
-    assert (stored.bytes, stored) == (5, checksum(file_of(tmp_path, b"sound")))
+    assert stored == StoredFile(**checksum(file_of(tmp_path, b"sound")).model_dump(), fence=1)
+    assert stored.bytes == 5
     assert step_dir.local("weights", stored).read_bytes() == b"sound"
-    for other in (StoredFile(bytes=6, sha256=stored.sha256), StoredFile(bytes=5, sha256="0" * 64)):
+    for other in (stored.model_copy(update={"bytes": 6}), stored.model_copy(update={"sha256": "0" * 64})):
         with pytest.raises(DamagedError, match="weights"):
             step_dir.local("weights", other)
 
@@ -158,7 +181,7 @@ def test_a_stored_file_is_checked_before_it_is_read(step_dir, tmp_path):
 @pytest.mark.parametrize("damaged", [b"Sound", b"soun", b"sound!", b"", None], ids=repr)
 def test_a_damaged_file_is_refused(uri, step_dir, tmp_path, damaged):
     stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
-    name = f"{Evaluation.stage}/{KEY}/weights"
+    name = f"{Evaluation.stage}/{KEY}/1/weights"
     if damaged is None:
         open_objects(uri).delete(name)
     else:

@@ -72,9 +72,14 @@ def objects(uri):
     return open_objects(uri)
 
 
-def evaluation(digest):
-    common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+def evaluation(digest, **files):
+    common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}, "files": files}
     return Evaluation(**common, protocol="p", digest=digest, teacher={}, student={}, validation={})
+
+
+def content(step_dir, name):
+    """What the newest attempt that has a file of this name keeps in it."""
+    return step_dir.read(step_dir.newest(name)[name])
 
 
 def file_of(tmp_path, data):
@@ -235,14 +240,14 @@ def test_an_unfinished_upload_is_neither_listed_nor_read(s3, tmp_path):
 
 def test_what_killed_writers_left_is_deleted_where_it_was_asked_for_alone(tmp_path):
     objects = open_objects(str(tmp_path / "store"))
-    for name in ("a/b", "a/deep/b", "a/lease", "ab"):
+    for name in ("a/b", "a/deep/b", "ab"):
         objects.write(name, b"x")
         path = tmp_path / "store" / name
         path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
-    objects.delete_unfinished("a/", spared="lease")
-    objects.delete_unfinished("none/", spared="lease")
-    assert set(objects.sizes("")) == {"a/b", "a/deep/b", "a/lease", "ab"}
-    assert {path.name.split(".")[1] for path in (tmp_path / "store").rglob("*.tmp")} == {"ab", "lease"}
+    objects.delete_unfinished("a/")
+    objects.delete_unfinished("none/")
+    assert set(objects.sizes("")) == {"a/b", "a/deep/b", "ab"}
+    assert [path.name.split(".")[1] for path in (tmp_path / "store").rglob("*.tmp")] == ["ab"]
 
 
 def test_unfinished_uploads_are_ended_where_it_was_asked_for_alone(s3):
@@ -250,7 +255,7 @@ def test_unfinished_uploads_are_ended_where_it_was_asked_for_alone(s3):
     bucket.write("a/b", b"whole")
     for name in ("a/b", "a/deep/b", "ab"):
         bucket.client.create_multipart_upload(Bucket=bucket.bucket, Key=bucket.prefix + name)
-    bucket.delete_unfinished("a/", spared="lease")
+    bucket.delete_unfinished("a/")
     left = bucket.client.list_multipart_uploads(Bucket=bucket.bucket, Prefix=bucket.prefix)["Uploads"]
     assert [upload["Key"] for upload in left] == [bucket.prefix + "ab"]
     assert bucket.read("a/b") == b"whole"

@@ -89,7 +89,7 @@ def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_p
     other = tiny_config(tmp_path)
     shards = outcome.steps["tokenize"].record.splits["train"].shards
     cache = bit_budget.plan_sensitivities(other).step(TeacherCache).dir
-    path = tmp_path / "store" / "cache" / cache.key / states_name(shards[0].name)
+    path = tmp_path / "store" / "cache" / cache.key / "1" / states_name(shards[0].name)
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
     _, made, _ = run(other)
     assert made.steps["sensitivity"].record.kl_nats == outcome.steps["sensitivity"].record.kl_nats

@@ -163,11 +163,11 @@ def test_a_sweep_goes_on_where_it_was(tiny_config, cloned):
     assert [trial.status for trial in planned.trials.values()] == ["done", "running"]
     guess = estimate(planned)
     assert (guess.trials, guess.left) == (3, 2)
-    trials = list(cloned.glob("store/sweep/*/trials/*.json"))
+    trials = list(cloned.glob("store/sweep/*/*/trials/*.json"))
     (first,) = [path.stat().st_mtime_ns for path in trials if json.loads(path.read_text())["trial"]["status"] == "done"]
     found = run_sweep(planned, Recorder())
     assert [trial.status for trial in found.trials] == ["done"] * 3
-    assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/trials/*.json")}
+    assert first in {path.stat().st_mtime_ns for path in cloned.glob("store/sweep/*/*/trials/*.json")}
     _, logged = runs_of(config)
     assert len(logged) == 4
 
@@ -388,6 +388,16 @@ def test_a_failed_trial_runs_again_when_asked(tiny_config, cloned, monkeypatch):
     assert plan_sweep(config).record is not None
     planned = plan_sweep(config, retry_failed=True)
     assert estimate(planned).left == 1
+
+    def interrupted(plan, report):
+        raise InterruptedHereError
+
+    monkeypatch.setattr(sweeping, "run_trial", interrupted)
+    with pytest.raises(InterruptedHereError):
+        run_sweep(planned, Recorder())
+    monkeypatch.undo()
+    planned = plan_sweep(config)  # goes on, as any sweep that was interrupted
+    assert planned.record is None
     again = run_sweep(planned, Recorder())
     assert [(trial.status, trial.failure) for trial in again.trials] == [("done", ""), ("done", "")]
     assert again.trials[0] == found.trials[0]

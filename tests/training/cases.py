@@ -26,8 +26,9 @@ from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.stages.stage import StepJob, upload_folder
 from pipeline.store.lease import Owner
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import Shard, Split, Teacher, TeacherCache, Tokens
-from pipeline.store.shards import commit_shard, write_tokens
+from pipeline.store.shards import store_shard, write_tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.task import Task
@@ -35,6 +36,7 @@ from pipeline.training.distillation import Distillation
 from pipeline.training.trainer import Trainer, TrainingJob
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
+ORIGIN: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
 ARCHITECTURE = {
     "architecture": "gpt2",
     "n_layer": 2,
@@ -76,7 +78,7 @@ class Case:
         for number, start in enumerate(range(0, len(ids), 20)):
             rows, valid = ids[start : start + 20], lengths[start : start + 20]
             write = partial(write_tokens, ids=rows, lengths=valid)
-            shards.append(commit_shard(tokens, f"rows/train-{number}.parquet", 20, task.tokens(valid), write))
+            shards.append(store_shard(tokens, f"rows/train-{number}.parquet", 20, task.tokens(valid), write))
         teacher = root / "teacher"
         build(read_config(model), seed=0).save_pretrained(teacher)
         family = model["architecture"]
@@ -94,47 +96,50 @@ class Case:
         lengths[39] = 5  # the last row of a part may be padded
         return cls.of(root, LanguageModeling(), ARCHITECTURE, ids, lengths)
 
-    def cache(self, dtype: str) -> StepDir:
+    def cache(self, dtype: str) -> FinishedStep[TeacherCache]:
+        """The teacher's states of all training rows."""
         self.runs += 1
         step_dir = fenced(self.root, "cache", f"{dtype}-{self.runs}")
         worker = CacheShard.__new__(CacheShard)
         worker.dir, worker.tokens, worker.task, worker.dtype, worker.batch = step_dir, self.tokens, self.task, dtype, 7
         worker.device, worker.model = torch.device("cpu"), load_model(self.teacher).eval()
-        for shard in self.train:
-            worker(shard)
-        return step_dir
+        worker.made = Pieces(step_dir, "parts/")
+        shards = [Shard.model_validate_json(worker(shard)) for shard in self.train]
+        record = TeacherCache(**ORIGIN, recipe={}, mode="states", dtype=dtype, hidden=HIDDEN, shards=tuple(shards))
+        return FinishedStep(record, step_dir)
 
     def step_job(
         self,
         recipe: dict[str, Any],
         train: tuple[Shard, ...] | None = None,
-        cache: StepDir | None = None,
+        cache: FinishedStep[TeacherCache] | None = None,
         locations: dict[str, Any] | None = None,
         **resources: Any,
     ) -> StepJob:
         """What the workers of a step are told that reads the rows and a teacher; without a cache it runs online."""
         self.runs += 1
         teacher = fenced(self.root, "finetune", f"{self.runs:032x}")
-        origin: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
         task = {"task": self.task.settings.model_dump(), "data": {"unit": "document"}}
         rows = {"train": train or self.train, "validation": self.validation, "test": self.validation}
         splits = {name: Split(shards=shards) for name, shards in rows.items()}
         trained = {"parameters": 0, "steps": 0, "best_step": 0, "validation_nats": None, "fp32_bytes": 0}
         files, hidden = upload_folder(teacher, self.teacher, Teacher.FOLDER), {"hidden": HIDDEN}
-        records = (
-            (Tokens(**origin, recipe=task, vocabulary=VOCABULARY, end_of_text=None, splits=splits), self.tokens),
-            (Teacher(**origin, recipe={}, files=files, family=self.family, **trained, **hidden), teacher),
-            (
-                TeacherCache(**origin, recipe={}, mode="states" if cache else "online", dtype="", **hidden),
-                cache or teacher,
+        online = TeacherCache(**ORIGIN, recipe={}, mode="online", dtype="", **hidden)
+        steps: tuple[FinishedStep[Any], ...] = (
+            FinishedStep(
+                Tokens(**ORIGIN, recipe=task, vocabulary=VOCABULARY, end_of_text=None, splits=splits), self.tokens
             ),
+            FinishedStep(Teacher(**ORIGIN, recipe={}, files=files, family=self.family, **trained, **hidden), teacher),
+            cache or FinishedStep(online, teacher),
         )
-        inputs = {record.stage: FinishedStep(record, place) for record, place in records}
+        inputs = {step.record.stage: step for step in steps}
         return StepJob(
             recipe, inputs, fenced(self.root, "of-step", teacher.key), Resources(**resources), locations or {}
         )
 
-    def run(self, recipe: Finetune | Distill, name: str, cache: StepDir | None = None, **resources: Any) -> TrainingJob:
+    def run(
+        self, recipe: Finetune | Distill, name: str, cache: FinishedStep[TeacherCache] | None = None, **resources: Any
+    ) -> TrainingJob:
         self.runs += 1
         return TrainingJob(
             recipe=recipe,

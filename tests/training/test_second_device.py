@@ -54,19 +54,19 @@ def interrupted(train: Callable[..., None], job: StepJob, device: torch.device, 
         with pytest.raises(InterruptedError):
             train(job, device, report)
     train(job, device, lambda *_, points=(): None)
-    return json.loads(job.dir.read("attempt/result.json"))
+    return json.loads(job.dir.read("1/attempt/result.json"))
 
 
 @pytest.mark.parametrize("kind", DISTILLATIONS)
 def test_a_distillation_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.device, kind: str) -> None:
     options, quant = DISTILLATIONS[kind]
     recipe = {"distill": recipe_of(Distill(**COMMON, **options)), "quant": recipe_of(Quant(**quant))}
-    cache_dir = case.cache("float16") if kind == "cached" else None
-    jobs = [case.step_job(recipe, cache=cache_dir, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
+    cache = case.cache("float16") if kind == "cached" else None
+    jobs = [case.step_job(recipe, cache=cache, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
     ours = interrupted(distill._train, jobs[0], device)
     theirs = interrupted(distill._train, jobs[1], CPU, stop_at=None)
-    histories = [json.loads(job.dir.read("history.json")) for job in jobs]
-    looks = [json.loads(job.dir.read("modules.json")) for job in jobs]
+    histories = [json.loads(job.dir.read("1/history.json")) for job in jobs]
+    looks = [json.loads(job.dir.read("1/modules.json")) for job in jobs]
     assert [look["step"] for look in looks[0]] == [look["step"] for look in looks[1]] == [0, 1, 2, 3]
     if device is SECOND:
         assert (ours["digest"], histories[0], looks[0]) == (theirs["digest"], histories[1], looks[1])

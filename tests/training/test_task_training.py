@@ -12,7 +12,7 @@ import torch
 from pipeline.config.data import TaskSettings
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
-from pipeline.store.shards import map_states, open_shard, states_name
+from pipeline.store.shards import map_states, open_shard
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from tests.conftest import ARCHITECTURES
@@ -101,12 +101,12 @@ def test_padding_does_not_show(case: Case, recipe: Distill | Finetune, tmp_path:
 
 
 def test_states_of_the_cache_are_those_of_the_teacher(case: Case) -> None:
-    step_dir = case.cache("float32")
-    states = gradients(case.loop(case.run(RECIPES["distill"], "states", step_dir), LOW))
+    cache = case.cache("float32")
+    states = gradients(case.loop(case.run(RECIPES["distill"], "states", cache), LOW))
     online = gradients(case.loop(case.run(RECIPES["distill"], "online"), LOW))
     assert states[0] == pytest.approx(online[0], rel=1e-6)
     assert relative(states[1], online[1]) < 1e-4
-    stored, _ = map_states(open_shard(step_dir, states_name(case.train[0].name)))
+    stored, _ = map_states(open_shard(cache.dir, cache.record.shards[0]))
     assert stored.shape[0] == 20
     assert np.prod(stored.shape[1:-1]) == case.task.states
 

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "damaged", checkpoint_steps=10)
     with pytest.raises(InterruptedError):
         fit_until(case, run, 17)
-    (state,) = Path(run.dir.uri).glob("attempt/state-*.safetensors")
+    (state,) = Path(run.dir.uri).glob("1/attempt/state-*.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)
@@ -275,7 +275,7 @@ def test_best_file_is_stored_whole(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "whole-best")
     with pytest.raises(InterruptedError):
         fit_until(case, run, 25)
-    (best,) = Path(run.dir.uri).glob("attempt/best-*.safetensors")
+    (best,) = Path(run.dir.uri).glob("1/attempt/best-*.safetensors")
     assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))
 
 

@@ -24,7 +24,10 @@ from jobs.report.files import table
 from jobs.report.page import columns, page, row
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
+from pipeline.store.pieces import Pieces
 from pipeline.store.records import Student, SweepRecord, Trial, read_record
+from pipeline.store.step_store import StepDir
+from pipeline.sweep.queue import TRIALS
 
 SWEEP = "5" * 32
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><b>{{7*7}}</b>=cmd()"
@@ -309,12 +312,10 @@ def test_a_sweep_is_read_with_its_stopped_and_failed_trials(finished, cloned):
 
 def test_a_sweep_that_is_not_finished_is_read_as_far_as_it_came(finished, cloned):
     record = sweep_of(finished, cloned / "store")
-    folder = cloned / "store" / "sweep" / SWEEP
-    (folder / "record.json").unlink()
-    (folder / "trials").mkdir()
-    for index, trial in enumerate(record.trials):
-        entry = {"index": index, "trial": trial.model_dump(mode="json")}
-        (folder / "trials" / f"{trial.key}.json").write_text(json.dumps(entry))
+    (cloned / "store" / "sweep" / SWEEP / "record.json").unlink()
+    with StepDir(str(cloned / "store"), "sweep", SWEEP, str(cloned / "scratch")).hold(False, print) as step_dir:
+        for index, trial in enumerate(record.trials):
+            Pieces(step_dir, TRIALS).put(trial.key, {"index": index, "trial": trial.model_dump(mode="json")})
     found = Reader(str(cloned / "store"), str(cloned / "scratch")).content(SWEEP)
     assert found.title == "sweep, not finished"
     assert [one.status for one in found.shown] == ["failed", "stopped", "done"]
@@ -396,7 +397,7 @@ def test_the_front_of_speed_is_its_own(trade_off):
 
 
 def test_a_damaged_history_costs_a_curve_and_not_the_report(finished, cloned):
-    history = cloned / "store" / "distill" / finished.plan.step(Student).dir.key / "history.json"
+    history = cloned / "store" / "distill" / finished.plan.step(Student).dir.key / "1" / "history.json"
     history.write_text("[")
     (one,) = Reader(str(cloned / "store"), str(cloned / "scratch")).content(finished.plan.run_key).shown
     assert one.curve == Curve()
