@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
-from pipeline.execution.progress_actor import ProgressActor, delivered, send
+from pipeline.execution.progress_actor import LOOK_S, ProgressActor, delivered, send
 from pipeline.store.records import Advance
 from pipeline.store.step_store import StepDir
 
@@ -66,7 +66,11 @@ class Engine:
             yield partial(send, actor, 0, 0)
 
     def train(self, worker: Worker, step_dir: StepDir, advance: Advance) -> None:
-        """Run `worker(device=..., report=...)` on every rank of a training group."""
+        """Run `worker(device=..., report=...)` on every rank of a training group.
+
+        Raises:
+            FencedOffError: the step was taken over; its workers are ended.
+        """
         import ray
         from ray import cloudpickle
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -96,11 +100,9 @@ class Engine:
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         config = {"work": work, "threads": self._threads(), "resources": resources}
-        with quiet(), delivered(actor, advance, self.groups), explained(step_dir):
+        with quiet(), delivered(actor, advance, self.groups, step_dir), explained(step_dir), _told(actor):
             scaling = ScalingConfig(**workers)
             Trainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
-            if actor is not None and (failure := ray.get(actor.failure.remote())) is not None:
-                raise failure
 
     def task(self, work: Callable[[], T], step_dir: StepDir, gpus: float = 0) -> T:
         """Run `work()` as one plain task, in this process if Ray would start for it alone; return what it gives."""
@@ -117,7 +119,11 @@ class Engine:
         return self.tasks([work], step_dir, lambda *progress, points=(): None, gpus)[0]
 
     def tasks(self, work: Sequence[Callable[[], T]], step_dir: StepDir, advance: Advance, gpus: float) -> list[T]:
-        """Run each piece of work as a plain task, `resources.workers` at a time; return what they give, in order."""
+        """Run each piece of work as a plain task, `resources.workers` at a time; return what they give, in order.
+
+        Raises:
+            FencedOffError: the step was taken over; what runs is not waited for, and stores nothing more.
+        """
         if self.resources.workers == 0:
             given = []
             for done, piece in enumerate(work, start=1):
@@ -138,11 +144,14 @@ class Engine:
                 while left and len(running) < self.resources.workers:
                     index, piece = left.pop(0)
                     running[remote.remote(piece, self._threads())] = index
-                ready = ray.wait(list(running))[0][0]
-                result, failure = ray.get(ready)
+                ready, _ = ray.wait(list(running), timeout=LOOK_S)
+                if not ready:
+                    step_dir.notice_takeover()
+                    continue
+                result, failure = ray.get(ready[0])
                 if failure:  # the others end by themselves: Ray 2.60 aborts if one is cancelled that just ends
                     raise ERRORS[failure](result)
-                results[running.pop(ready)] = result
+                results[running.pop(ready[0])] = result
                 advance(len(results), len(work), "")
             return [results[index] for index in range(len(work))]
 
@@ -278,6 +287,23 @@ def _guarded(worker: Worker, actor: Any, device: Any) -> None:
     except BitmillError as error:
         ray.get(actor.fail.remote(error))
         raise
+
+
+@contextlib.contextmanager
+def _told(actor: Any) -> Iterator[None]:
+    """Raise what the actor was told, by a worker or by whoever ended them, in place of what Ray makes of it."""
+    import ray
+
+    ray_error: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        ray_error = error
+    failure = ray.get(actor.failure.remote()) if actor is not None else None
+    if failure is not None:
+        raise failure from ray_error
+    if ray_error is not None:
+        raise ray_error
 
 
 def _task_worker(work: Callable[[], T], threads: int) -> tuple[T | str, str]:

@@ -1,16 +1,22 @@
-"""From the workers of a training run to its driver: progress, points of curves, and why it failed."""
+"""From the workers of a training run to its driver: progress, points of curves, and why it failed.
+
+And back: workers of a step that another process took over are stopped.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline.errors import BitmillError
+from pipeline.errors import BitmillError, FencedOffError
 from pipeline.store.records import Advance, Point
+from pipeline.store.step_store import StepDir
 
 POLL_S = 0.5
+LOOK_S = 15.0  # between two looks at the lease
 
 
 def send(actor: Any, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
@@ -51,9 +57,21 @@ class ProgressActor:
         return taken
 
 
+def remove_groups(groups: Iterable[str]) -> None:
+    """Remove placement groups by their ids, and end what runs in them."""
+    from ray._raylet import PlacementGroupID
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    for group in groups:
+        with contextlib.suppress(Exception):  # it may be gone
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
+
 @contextlib.contextmanager
-def delivered(actor: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
-    """Pass on what arrives in the actor while inside; what is left there goes at the end."""
+def delivered(actor: Any, advance: Advance, groups: set[str], step_dir: StepDir | None = None) -> Iterator[None]:
+    """Pass on what arrives in the actor while inside; what is left there goes at the end. Workers of a step that was
+    taken over are ended, and the actor knows why."""
     if actor is None:
         yield
         return
@@ -62,7 +80,7 @@ def delivered(actor: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
     stop = threading.Event()
 
     def deliver() -> None:
-        last = False
+        last, looked = False, time.monotonic()
         while not last:
             last = stop.wait(POLL_S)
             with contextlib.suppress(ray.exceptions.RayError):
@@ -71,6 +89,13 @@ def delivered(actor: Any, advance: Advance, groups: set[str]) -> Iterator[None]:
                 if message is not None:
                     done, total, note = message
                     advance(done, total, note, points)
+                if step_dir is not None and time.monotonic() - looked >= LOOK_S:
+                    looked = time.monotonic()
+                    try:
+                        step_dir.notice_takeover()
+                    except FencedOffError as error:
+                        ray.get(actor.fail.remote(error))  # so that workers that Ray starts in their place end at once
+                        remove_groups(groups)
 
     thread = threading.Thread(target=deliver, daemon=True)
     thread.start()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.execution.engine import Engine, explained, quiet, set_threads
+from pipeline.execution.progress_actor import remove_groups
 from pipeline.store.lease import Owner
 from pipeline.store.step_store import StepDir
 
@@ -220,9 +221,6 @@ def _scheduler(source_of: _InDriver) -> Any:
 
 def _watcher(source_of: _InDriver) -> Any:
     from ray import tune
-    from ray._raylet import PlacementGroupID
-    from ray.util import remove_placement_group
-    from ray.util.placement_group import PlacementGroup
 
     class Watcher(tune.Callback):  # type: ignore[misc]
         """Tells the source, and removes the placement groups of a trial that ended: Tune does not see those that Ray
@@ -253,8 +251,6 @@ def _watcher(source_of: _InDriver) -> Any:
                 self._free(trial_id)
 
         def _free(self, trial_id: str) -> None:
-            for group in self._groups.pop(trial_id, ()):
-                with contextlib.suppress(Exception):  # it may be gone
-                    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+            remove_groups(self._groups.pop(trial_id, ()))
 
     return Watcher()

@@ -187,6 +187,13 @@ class StepDir:
         """Return this attempt's token. Raises FencedOffError unless it still holds the step."""
         return self._lease.check(self.fence)
 
+    def notice_takeover(self) -> None:
+        """Raise FencedOffError if another attempt took the step over from this one, while it waits for work rather than
+        writes. A store that is away says nothing."""
+        if self.fence is not None:
+            with contextlib.suppress(OSError):
+                self.check_fence()
+
     @contextlib.contextmanager
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[StepDir]:
         """Hold the step's lease as `LeaseFile.hold` does; yield the directory with its fencing token."""

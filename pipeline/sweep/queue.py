@@ -201,7 +201,9 @@ class TrialQueue:
         return scores(self.sweep.objectives, **trial.validation, packed_bytes=trial.size.packed_bytes)
 
     def reported(self, key: str, result: dict[str, Any]) -> None:
-        """Send a running trial's curves to MLflow, and keep the last validation."""
+        """Send a running trial's curves to MLflow, and keep the last validation. Raises FencedOffError if the sweep was
+        taken over, which ends it."""
+        self.step_dir.notice_takeover()
         planned, _ = self._running[key]
         for stage, points in result.get(POINTS, ()):
             self.outbox.put(target_of(planned.plan, label(planned.values), self.key), runs.prefixed(stage, points))

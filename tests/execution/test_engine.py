@@ -1,19 +1,28 @@
-"""Reaching and starting Ray: whose fault it is when that fails; and which device work is given."""
+"""Reaching and starting Ray: whose fault it is when that fails; which device work is given; whose work goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, LostError
+from pipeline.errors import ConfigError, FencedOffError, LostError
+from pipeline.execution import engine as engine_module
+from pipeline.execution import progress_actor
 from pipeline.execution.engine import Engine
 from pipeline.models import device
+from pipeline.store.lease import Lease, Owner
+from pipeline.store.objects import open_objects
 from pipeline.store.step_store import StepDir
 
 ELSEWHERE = "127.0.0.1:6379"
@@ -84,3 +93,62 @@ def test_a_task_asks_for_the_gpus_it_is_given(monkeypatch: pytest.MonkeyPatch, s
     engine = Engine(Resources(gpus_per_worker=0.5))
     assert [engine.task(lambda: 1, step_dir), engine.task(lambda: 2, step_dir, gpus=0.5)] == [1, 2]
     assert asked == [0, 0.5]
+
+
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+def waits(folder: Path, **told: Any) -> None:
+    """Work that goes on until it is ended from outside; a test that fails leaves it for two minutes at most."""
+    (folder / f"{os.getpid()}.begun").touch()
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (folder / "go").exists():
+        time.sleep(0.05)
+    (folder / "ended").touch()
+
+
+@pytest.fixture
+def taken_over(step_dir: StepDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StepDir]:
+    """A step that is held until work has begun, and then another process holds it."""
+    monkeypatch.setattr(engine_module, "LOOK_S", 0.1)
+    monkeypatch.setattr(progress_actor, "LOOK_S", 0.1)
+    over = threading.Event()
+
+    def take_over() -> None:
+        while not any(tmp_path.glob("*.begun")) and not over.wait(0.05):
+            pass
+        theirs = Lease(Owner("elsewhere", 1, 0), 2).to_json()
+        open_objects(step_dir.storage_uri).write(f"{step_dir.stage}/{step_dir.key}/lease.json", theirs)
+
+    thread = threading.Thread(target=take_over)
+    with step_dir.hold(False, print) as held:
+        thread.start()
+        yield held
+        over.set()
+        thread.join()
+        (tmp_path / "go").touch()
+
+
+def test_tasks_of_a_step_that_was_taken_over_are_not_waited_for(
+    two_cpus: None, taken_over: StepDir, tmp_path: Path
+) -> None:
+    work = [partial(waits, tmp_path)] * 3
+    with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
+        Engine(Resources(workers=2)).tasks(work, taken_over, lambda *progress, points=(): None, 0)
+    assert not (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_workers_of_a_training_that_was_taken_over_are_ended(
+    two_cpus: None, taken_over: StepDir, tmp_path: Path, max_failures: int
+) -> None:
+    engine = Engine(Resources(workers=1, max_failures=max_failures))
+    with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
+        engine.train(partial(waits, tmp_path), taken_over, lambda *progress, points=(): None)
+    assert not (tmp_path / "ended").exists()
+    (worker,) = [int(path.stem) for path in tmp_path.glob("*.begun")]  # and none in its place
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE

@@ -15,10 +15,12 @@ from rich.console import Console
 import jobs.sweep
 from jobs.report.reader import Reader
 from pipeline.config.sweep import Sweep
-from pipeline.errors import ConfigError, LostError, NotRegisteredError, RunError
+from pipeline.errors import ConfigError, FencedOffError, LostError, NotRegisteredError, RunError
 from pipeline.flow.plan import plan_run
 from pipeline.stages.evaluate import Scorer
+from pipeline.store.lease import Lease, Owner
 from pipeline.store.locations import tracking_uri
+from pipeline.store.objects import open_objects
 from pipeline.store.records import Student
 from pipeline.sweep import bit_budget, queue
 from pipeline.sweep import run as sweeping
@@ -402,6 +404,29 @@ def test_a_failed_trial_runs_again_when_asked(tiny_config, cloned, monkeypatch):
     assert [(trial.status, trial.failure) for trial in again.trials] == [("done", ""), ("done", "")]
     assert again.trials[0] == found.trials[0]
     assert plan_sweep(config, retry_failed=True).record.trials == again.trials
+
+
+class TakenOver(Recorder):
+    """A listener during whose first trial another process takes the sweep over."""
+
+    def __init__(self, planned):
+        super().__init__()
+        self._planned = planned
+
+    def advanced(self, stage, done, total, note):
+        super().advanced(stage, done, total, note)
+        if stage == "trials":
+            step_dir = self._planned.step_dir
+            theirs = Lease(Owner("elsewhere", 1, 0), 99).to_json()
+            open_objects(step_dir.storage_uri).write(f"sweep/{step_dir.key}/lease.json", theirs)
+
+
+def test_a_sweep_that_was_taken_over_ends_its_trial_at_the_next_validation(tiny_config, cloned):
+    config = tiny_config(cloned, sweep={"space": {"quant.bits": ["4-4-8", "8-8-8"]}})
+    planned, before = plan_sweep(config), steps_in(cloned, "distill")
+    with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
+        run_sweep(planned, TakenOver(planned))
+    assert steps_in(cloned, "distill") == before
 
 
 def test_a_trial_with_a_range_for_each_batch_is_registered_by_its_own_keys(tiny_config, cloned):
