@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
@@ -20,6 +21,8 @@ from pipeline.store.records import ModelVersion, Overlap, Record, Teacher, Teach
 from pipeline.store.step_store import StepDir, records
 from pipeline.tracking import registry
 from pipeline.tracking.runs import Target
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,23 @@ class RunPlan:
         return self.last.stage.record is kind
 
 
-def plan_run(config: Config, until: str = ModelVersion.stage) -> RunPlan:
-    """Resolve a configuration into keyed steps, without starting Ray.
+class Once:
+    """Remembers what was looked at, so that plans that are made in one go look at it once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, Any] = {}
+
+    def __call__(self, what: Hashable, look: Callable[[], T]) -> T:
+        """Return what `look` returns, or returned before for the same `what`. What it raises is not remembered."""
+        if what not in self._seen:
+            self._seen[what] = look()
+        seen: T = self._seen[what]
+        return seen
+
+
+def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None = None) -> RunPlan:
+    """Resolve a configuration into keyed steps, without starting Ray. Plans that are given the same `once` share their
+    looks at sources, models, the store and the registry.
 
     Raises:
         ConfigError: anything that cannot work, said before any worker starts.
@@ -115,16 +133,22 @@ def plan_run(config: Config, until: str = ModelVersion.stage) -> RunPlan:
     names = [stage.name for stage in LINE]
     if until not in names:
         raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
+    look = once or Once()
+    pinned = config.model_dump_json(include={"model", "data", "resources"})
     with _store_explained(config):
-        run = preflight.pin(config)
+        run = replace(look(("sources", pinned), partial(preflight.pin, config)), config=config)
         steps: dict[str, PlannedStep] = {}
         for stage in line_to(until):
-            steps[stage.name] = plan_step(stage, run, steps)
+            steps[stage.name] = plan_step(stage, run, steps, once)
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
-        parameters = teacher.parameters if teacher is not None and not left else preflight.inspect(run)
+        if teacher is not None and not left:
+            parameters = teacher.parameters
+        else:
+            model = look(("model", pinned, config.task.model_dump_json()), partial(preflight.model_of, run))
+            parameters = preflight.inspect(run, model)
         tokens: Tokens | None = steps[Tokens.stage].record
-        checked = [step.stage.check(run, step.dir, tokens) for step in left]
+        checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
     return RunPlan(config, run, tuple(steps.values()), parameters, overlap)
 
@@ -141,17 +165,26 @@ def _store_explained(config: Config) -> Iterator[None]:
         ) from error
 
 
-def plan_step(stage: Stage[Any], run: PinnedRun, earlier: Mapping[str, PlannedStep]) -> PlannedStep:
+def plan_step(
+    stage: Stage[Any], run: PinnedRun, earlier: Mapping[str, PlannedStep], once: Once | None = None
+) -> PlannedStep:
     """Return one step, after those that it reads."""
     resources = run.config.resources
     recipe, locations = stage.recipe(run), stage.locations(run)
     inputs = {kind.stage: earlier[kind.stage].key for kind in stage.inputs(run)}
     key = step_key(stage.name, stage.version, recipe, inputs)
     step_dir = StepDir(storage_uri(resources), stage.name, key, scratch_dir(resources))
-    record = step_dir.record(stage.record)
-    if isinstance(record, ModelVersion) and not registry.registered(locations["uri"], record.name, record.key):
+    record = (once or Once())(("record", step_dir), partial(step_dir.record, stage.record))
+    if isinstance(record, ModelVersion) and not _registered(record, locations["uri"], once):
         record = None
     return PlannedStep(stage, recipe, inputs, step_dir, record, locations)
+
+
+def _registered(record: ModelVersion, uri: str, once: Once | None) -> bool:
+    """Tell whether a registry holds a version: one plan asks for it by its key, many for all keys of its name."""
+    if once is None:
+        return registry.registered(uri, record.name, record.key)
+    return record.key in once(("registry", uri, record.name), partial(registry.held_keys, uri, record.name))
 
 
 def reasons(plan: RunPlan) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pipeline.store.records import Evaluation, Record, Sensitivity, Student, Tea
 from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:  # which takes long to import
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What is made on a GPU, if there is any.
 COMPUTING: frozenset[type[Record]] = frozenset((Teacher, TeacherCache, Sensitivity, Student, Evaluation))
@@ -42,15 +42,20 @@ def pin(config: Config) -> PinnedRun:
     return PinnedRun(config, text, model, tokenizer, family)
 
 
-def inspect(run: PinnedRun) -> int:
+def model_of(run: PinnedRun) -> PreTrainedModel:
+    """Return the model without memory. Raises ConfigError: it cannot be built, or does not fit its tokenizer."""
+    return skeleton(model_config(run))
+
+
+def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
     """Return the number of the model's parameters, once model, tokenizer, task and quantization are checked to fit
-    together, on a model without memory.
+    together; `shape` is what `model_of` gave, if it was asked before.
 
     Raises:
         ConfigError: the first thing that cannot work.
     """
-    config = model_config(run)
-    shape = skeleton(config)
+    shape = model_of(run) if shape is None else shape
+    config = shape.config
     check_spec(shape, run.family, run.config.quant.spec())
     given = run.config.model.source if isinstance(run.config.model.source, dict) else ()
     run.task.check_model(config, given, {name: family.encoder_decoder for name, family in families().items()})

@@ -42,6 +42,10 @@ class Objects(Protocol):
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the bytes of every object whose name starts with `prefix`."""
 
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of what lies directly below `prefix`, which ends in a slash, and has objects below itself;
+        one listing, however many those are."""
+
     def delete(self, name: str) -> None:
         """Delete an object, if it exists."""
 
@@ -115,6 +119,13 @@ class Directory:
                     with contextlib.suppress(FileNotFoundError):
                         sizes[name] = path.stat().st_size
         return dict(sorted(sizes.items()))
+
+    def folders(self, prefix: str) -> list[str]:
+        try:
+            with os.scandir(self._path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)

@@ -116,9 +116,14 @@ class Bucket:
         listed = self._pages("list_objects_v2", "Contents", prefix)
         return {item["Key"][len(self.prefix) :]: item[field] for item in listed}
 
-    def _pages(self, call: str, entries: str, prefix: str) -> Iterator[dict[str, Any]]:
+    def folders(self, prefix: str) -> list[str]:
+        listed = self._pages("list_objects_v2", "CommonPrefixes", prefix, Delimiter="/")
+        return [item["Prefix"].split("/")[-2] for item in listed]
+
+    def _pages(self, call: str, entries: str, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
+        wanted = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, **more}
         with _explained():
-            for page in self.client.get_paginator(call).paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+            for page in self.client.get_paginator(call).paginate(**wanted):
                 yield from page.get(entries, [])
 
     def delete(self, name: str) -> None:

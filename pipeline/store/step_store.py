@@ -228,11 +228,10 @@ class FinishedStep(Generic[R_co]):
 
 
 def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
-    """Return up to `limit` records of one stage, for explaining what differs from what was run before."""
-    objects = open_objects(storage_uri)
-    names = [name for name in objects.sizes(f"{kind.stage}/") if name.endswith(f"/{RECORD}") and name.count("/") == 2]
-    read = []
-    for name in names[-limit:]:
+    """Return records of up to `limit` steps of one stage, for explaining what differs from what was run before."""
+    objects, read = open_objects(storage_uri), []
+    for key in objects.folders(f"{kind.stage}/")[-limit:]:
+        name = f"{kind.stage}/{key}/{RECORD}"
         with contextlib.suppress(RunError, FileNotFoundError):
             read.append(read_record(objects.read(name), kind, name))
     return read

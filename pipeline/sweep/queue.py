@@ -20,7 +20,7 @@ from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import GROUPS, LOSS, STEP
 from pipeline.flow import preflight
-from pipeline.flow.plan import RunPlan, plan_run, target_of
+from pipeline.flow.plan import Once, RunPlan, plan_run, target_of
 from pipeline.flow.run import run_plan
 from pipeline.models.build import skeleton
 from pipeline.package.size import layout
@@ -62,11 +62,11 @@ class PlannedTrial:
         return shape.packed_bytes({name: quant.spec().weight_bits(name, role) for name, role in shape.roles.items()})
 
 
-def plan_trial(base: Config, values: dict[str, Any]) -> PlannedTrial:
+def plan_trial(base: Config, values: dict[str, Any], once: Once | None = None) -> PlannedTrial:
     """Plan the run of a trial. Raises ConfigError for a combination that cannot work, with its values."""
     config = trial_config(base, values)
     try:
-        return PlannedTrial(values, plan_run(config))
+        return PlannedTrial(values, plan_run(config, once=once))
     except ConfigError as error:
         raise ConfigError(f"The trial {label(values)} cannot run: {error}") from error
 

@@ -19,7 +19,7 @@ from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
-from pipeline.flow.plan import RunPlan, plan_run, target_of
+from pipeline.flow.plan import Once, RunPlan, plan_run, target_of
 from pipeline.flow.run import run_plan
 from pipeline.stages.stage import provenance
 from pipeline.store import step_store
@@ -81,7 +81,8 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     """
     sweep = check_sweep(config)
     config = config.model_copy(update={"resources": anchored(config.resources)})
-    base = plan_run(config)
+    once = Once()
+    base = plan_run(config, once=once)
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
     step_dir = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
@@ -93,28 +94,28 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     planned = SweepPlan(config, sweep, base, step_dir, recipe, (), trials, record, retry_failed)
     if planned.record is not None and all(_registered(planned, planned.record.trials)):
         return planned
-    return replace(planned, known=_known(config, sweep), record=None)
+    return replace(planned, known=_known(config, sweep, once), record=None)
 
 
-def _known(config: Config, sweep: Sweep) -> tuple[PlannedTrial, ...]:
+def _known(config: Config, sweep: Sweep, once: Once) -> tuple[PlannedTrial, ...]:
     """Return the trials that can be named before anything runs; two that come to the same are one."""
     if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
         for combined in map(partial(trial_config, config), _combinations(sweep)):
             bit_budget.check_budget(combined, bit_budget.layout_of(combined), sweep.budget_mib)
         return ()
     if sweep.search == "optuna":  # a few examples, so that a space that cannot work at all is found out
-        _one_that_works(config, sweep)
+        _one_that_works(config, sweep, once)
         return ()
-    trials = [plan_trial(config, values) for values in listed(sweep)]
+    trials = [plan_trial(config, values, once) for values in listed(sweep)]
     return tuple({trial.key: trial for trial in trials}.values())
 
 
-def _one_that_works(config: Config, sweep: Sweep) -> PlannedTrial:
+def _one_that_works(config: Config, sweep: Sweep, once: Once) -> PlannedTrial:
     """Return the first of a few draws that can run. Raises ConfigError: none can, and why the first cannot."""
     first = None
     for index in range(EXAMPLES):
         try:
-            return plan_trial(config, drawn(sweep, index))
+            return plan_trial(config, drawn(sweep, index), once)
         except ConfigError as error:
             first = first or error
     raise first or ConfigError("sweep: nothing was drawn")
@@ -193,11 +194,11 @@ def _with_proposals(planned: SweepPlan, listener: Listener, wait: bool) -> Sweep
     sweep = planned.sweep
     if sweep.budget_mib is None:
         return planned
-    known = {}
+    known, once = {}, Once()
     for values in _combinations(sweep):
         config = trial_config(planned.config, values)
         for bits in bit_budget.proposals(config, sweep.budget_mib, sweep.proposals, listener, wait):
-            trial = plan_trial(planned.config, {**values, **bits})
+            trial = plan_trial(planned.config, {**values, **bits}, once)
             known[trial.key] = trial
     return replace(planned, known=tuple(known.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline.config.run import Config
-from pipeline.flow.plan import RunPlan, plan_run, reasons
+from pipeline.errors import ConfigError
+from pipeline.flow import preflight
+from pipeline.flow.plan import Once, RunPlan, plan_run, reasons
+from pipeline.stages import tokenize
 from pipeline.store.objects import Directory
 from pipeline.store.records import TeacherCache
+from pipeline.sweep.run import plan_sweep
 from tests.conftest import Ran
 
 
@@ -22,12 +27,13 @@ class Asked:
 
     read: list[str] = field(default_factory=list)
     listed: list[str] = field(default_factory=list)
+    looked_through: list[str] = field(default_factory=list)  # for folders alone
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """What directories are asked from here on."""
-    found, read, sizes = Asked(), Directory.read, Directory.sizes
+    found, read, sizes, folders = Asked(), Directory.read, Directory.sizes, Directory.folders
 
     def reading(self: Directory, name: str) -> bytes:
         found.read.append(name)
@@ -37,6 +43,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         found.listed.append(prefix)
         return sizes(self, prefix)
 
+    def looking_through(self: Directory, prefix: str) -> list[str]:
+        found.looked_through.append(prefix)
+        return folders(self, prefix)
+
+    monkeypatch.setattr(Directory, "folders", looking_through)
     monkeypatch.setattr(Directory, "read", reading)
     monkeypatch.setattr(Directory, "sizes", listing)
     return found
@@ -62,7 +73,7 @@ def test_only_reasons_look_at_what_was_run_before(
     assert [step.name for step in plan.left] == ["distill", "evaluate", "pack", "register"]
     assert asked == Asked(read=record_names(plan))
     assert reasons(plan)["distill"] == 'quant.bits: "2-2-8" -> "4-4-8"'
-    assert asked.listed == ["distill/"]  # the others follow a step that is not done
+    assert (asked.looked_through, asked.listed) == (["distill/"], [])  # the others follow a step that is not done
 
 
 @pytest.mark.parametrize(
@@ -88,7 +99,7 @@ def test_of_a_cache_to_be_made_the_store_is_asked_for_attempts_alone(
     assert plan.left[0].name == left
     assert asked == Asked(read=[*record_names(plan), f"{cache}lease.json"])  # no attempt made any of it
     reasons(plan)
-    assert asked.listed == [f"{left}/"]
+    assert (asked.looked_through, asked.listed) == ([f"{left}/"], [])
 
 
 def test_deciding_the_mode_of_the_cache_asks_the_store_for_nothing(
@@ -98,3 +109,63 @@ def test_deciding_the_mode_of_the_cache_asks_the_store_for_nothing(
     plan = plan_run(tiny_config(tmp_path, cache={"mode": "auto"}, resources=store))
     assert plan.cache_mode[0] == "online"  # each row is read less than twice
     assert asked == Asked(read=record_names(plan))
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["shared steps are done", "nothing is done"])
+def test_plans_of_many_trials_look_once_at_what_they_share(
+    cloned: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Asked,
+    done: bool,
+) -> None:
+    folder, counted = cloned if done else tmp_path / "fresh", Counter[str]()
+
+    def counting(where: Any, name: str) -> None:
+        sound = getattr(where, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            counted[name] += 1
+            return sound(*arguments, **keywords)
+
+        monkeypatch.setattr(where, name, call)
+
+    for where, name in (
+        (preflight, "pin_splits"),
+        (preflight, "skeleton"),
+        (tokenize, "train_bpe"),
+    ):
+        counting(where, name)
+    seen = []
+    for trials in (3, 9):
+        space = {"quant.bits": ["4-4-8", "8-8-8", "2-8-8"], "distill.seed": [*range(trials // 3)]}
+        asked.read.clear()
+        planned = plan_sweep(tiny_config(folder, sweep={"space": space}))
+        assert len({trial.key for trial in planned.known}) == trials
+        shared = Counter(name.partition("/")[0] for name in asked.read if name.endswith("record.json"))
+        assert shared == {
+            "tokenize": 1,
+            "finetune": 1,
+            "cache": 1,
+            "sweep": 1,
+            **dict.fromkeys(("distill", "evaluate", "pack", "register"), trials + 1),  # and those of the base
+        }
+        seen.append(dict(counted))
+        counted.clear()
+    assert seen[0] == seen[1] == {"pin_splits": 1, "skeleton": 1, **({} if done else {"train_bpe": 1})}
+
+
+def test_what_a_look_raises_is_raised_again() -> None:
+    once, looks = Once(), []
+
+    def look() -> int:
+        looks.append(1)
+        if len(looks) < 3:
+            raise ConfigError("not yet")
+        return 7
+
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="not yet"):
+            once("it", look)
+    assert [once("it", look), once("it", look), len(looks)] == [7, 7, 3]

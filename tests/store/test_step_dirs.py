@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
-from pipeline.store.objects import open_objects
+from pipeline.store.objects import Directory, open_objects
 from pipeline.store.records import Evaluation, StoredFile
 from pipeline.store.step_store import FinishedStep, StepDir, checksum, records
 from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
@@ -158,6 +158,20 @@ def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):
     open_objects(uri).write(f"{Evaluation.stage}/{'1' * 32}/record.json", b"{")
     open_objects(uri).write(f"{Evaluation.stage}/{KEY}/package/record.json", evaluation("inner").to_json())
     assert records(uri, Evaluation) == [evaluation("d")]
+
+
+def test_records_are_read_up_to_a_limit_and_no_file_of_a_step_is_listed(tmp_path, monkeypatch):
+    objects = open_objects(str(tmp_path))
+    for number in range(60):
+        objects.write(f"{Evaluation.stage}/{number:032x}/record.json", evaluation(str(number)).to_json())
+        objects.write(f"{Evaluation.stage}/{number:032x}/1/rows/a", b"")
+    names, read = [], Directory.read
+    monkeypatch.setattr(Directory, "read", lambda self, name: names.append(name) or read(self, name))
+    monkeypatch.setattr(Directory, "sizes", lambda self, prefix: pytest.fail(f"listed {prefix}"))
+    assert [record.digest for record in records(str(tmp_path), Evaluation)] == [str(number) for number in range(10, 60)]
+    assert len(names) == 50
+    assert len(records(str(tmp_path), Evaluation, limit=3)) == 3
+    assert len(names) == 53
 
 
 def test_a_step_dir_without_a_fence_reads_only(step_dir):

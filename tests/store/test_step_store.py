@@ -171,6 +171,13 @@ def test_sizes_lists_by_prefix(objects):
     assert set(objects.sizes("")) == {"a/1", "a/22", "a/deep/333", "ab/1", "b"}
 
 
+def test_folders_are_what_lies_directly_below_and_holds_objects(objects):
+    for name in ("a/1", "a/x/2", "a/x/deep/3", "a/y/deep/4", "ab/z/5"):
+        objects.write(name, b"")
+    assert objects.folders("a/") == ["x", "y"]
+    assert objects.folders("none/") == objects.folders("a/1/") == []
+
+
 def test_sizes_are_at_ease_with_what_vanishes_meanwhile(tmp_path):
     objects = open_objects(str(tmp_path / "store"))
     objects.write("kept/x", b"x")
