@@ -173,7 +173,9 @@ def plan_step(
     recipe, locations = stage.recipe(run), stage.locations(run)
     inputs = {kind.stage: earlier[kind.stage].key for kind in stage.inputs(run)}
     key = step_key(stage.name, stage.version, recipe, inputs)
-    step_dir = StepDir(storage_uri(resources), stage.name, key, scratch_dir(resources))
+    step_dir = StepDir(
+        storage_uri(resources), stage.name, key, scratch_dir(resources), local_cache_gib=resources.local_cache_gib
+    )
     record = (once or Once())(("record", step_dir), partial(step_dir.record, stage.record))
     if isinstance(record, ModelVersion) and not _registered(record, locations["uri"], once):
         record = None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.credentials import redacted
 from pipeline.errors import ConfigError, RunError
+from pipeline.store.copies import copies_in
 
 CONFLICT_RETRIES = 6
 READ_TRIES = 3
-PARTIAL = ".tmp"  # end of the name of a copy that is not whole
 
 
 class S3Error(OSError):
@@ -91,15 +89,11 @@ class Bucket:
             self.client.upload_file(str(path), **self._at(name))
 
     def local(self, name: str, scratch: Path) -> Path:
-        digest = hashlib.sha256(f"{self.bucket}/{self.prefix}{name}".encode()).hexdigest()[:16]
-        path = scratch / digest / Path(name).name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        def fetch(path: Path) -> None:
             with _explained(name):
-                self.client.download_file(self.bucket, self.prefix + name, str(temporary))
-            temporary.replace(path)
-        return path
+                self.client.download_file(self.bucket, self.prefix + name, str(path))
+
+        return copies_in(scratch).get(f"{self.bucket}/{self.prefix}{name}", fetch)
 
     def open(self, name: str, etag: str, size: int) -> io.RawIOBase:
         """Return a file of which each read fetches its own range. A read raises RunError if the ETag is another."""

@@ -21,12 +21,14 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.store.copies import copies_in
 from pipeline.store.lease import LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import Checksum, Record, StoredFile, place_of, read_record
@@ -38,13 +40,15 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 @dataclass(frozen=True)
 class StepDir:
-    """The files of one step, small and picklable. `fence` is the token of the attempt that may write; None reads."""
+    """The files of one step, small and picklable. `fence` is the token of the attempt that may write; None reads. Of a
+    store in S3, a node keeps copies of what it reads in `scratch`, `local_cache_gib` at most."""
 
     storage_uri: str
     stage: str
     key: str
     scratch: str
     fence: int | None = None
+    local_cache_gib: float = Resources().local_cache_gib
 
     @property
     def uri(self) -> str:
@@ -140,9 +144,11 @@ class StepDir:
         scratch, object_name = Path(self.scratch).expanduser().resolve(), self._prefix + stored.place(name)
         try:
             path = self._objects.local(object_name, scratch)
-            if path.is_relative_to(scratch) and not _matches(path, stored):  # the object itself may be sound
-                path.unlink()
-                path = self._objects.local(object_name, scratch)
+            if path.is_relative_to(scratch):
+                if not _matches(path, stored):  # the object itself may be sound
+                    path.unlink(missing_ok=True)
+                    path = self._objects.local(object_name, scratch)
+                copies_in(scratch).make_room(self.local_cache_gib)
             if _matches(path, stored):
                 return path
         except FileNotFoundError as error:
@@ -198,7 +204,7 @@ class StepDir:
     def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[StepDir]:
         """Hold the step's lease as `LeaseFile.hold` does; yield the directory with its fencing token."""
         with self._lease.hold(wait, waiting) as fence:
-            yield StepDir(self.storage_uri, self.stage, self.key, self.scratch, fence)
+            yield replace(self, fence=fence)
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,10 @@ def checksum(path: Path) -> Checksum:
 
 
 def _matches(path: Path, stored: Checksum) -> bool:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a copy, just deleted by another process
+        return False
     identity = str(path), status.st_ino, status.st_size, status.st_mtime_ns
     return status.st_size == stored.bytes and _digest_of(*identity) == stored.sha256
 

@@ -214,6 +214,7 @@ def test_upload_and_local_copy(objects, tmp_path):
         objects.local("a/other", tmp_path / "scratch")
     copies = at_once(lambda i: objects.local("a/file", tmp_path / "shared").read_bytes())
     assert copies == [data] * 8
+    assert not list(tmp_path.rglob("unfinished/*"))
 
 
 def test_a_write_that_fails_halfway_leaves_the_old_object_and_nothing_else(tmp_path, monkeypatch):
