@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,10 @@ from pipeline.sweep.queue import TRIALS
 SWEEP = "5" * 32
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><b>{{7*7}}</b>=cmd()"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium: apt-get install chromium")
+REQUIRED = bool(os.environ.get("BITMILL_REQUIRE_BROWSER"))  # as in continuous integration, where nothing is skipped
+browser = pytest.mark.skipif(
+    CHROMIUM is None and not REQUIRED, reason="needs Debian's package chromium: apt-get install chromium"
+)
 
 
 def model(key, size, perplexity, **given):
@@ -81,6 +85,7 @@ def trade_off():
 
 def in_browser(path: Path, folder: Path, width: int = 1200, script: str = "") -> str:
     """The DOM after the page has drawn itself, and after `script`."""
+    assert CHROMIUM, "BITMILL_REQUIRE_BROWSER is set, and there is no chromium"
     text = path.read_text(encoding="utf-8")
     probe = folder / "probe.html"
     probe.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
