@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import threading
 import uuid
@@ -13,6 +14,7 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+from werkzeug.wsgi import get_input_stream
 
 from pipeline.errors import ConfigError, RunError
 from pipeline.store import objects as objects_module
@@ -24,10 +26,23 @@ KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]
 
 
+def atomic_s3():
+    """moto's S3 as a WSGI application that checks a condition and writes the object in one, as S3 does: of sixteen
+    writers moto by itself lets two win now and then."""
+    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def answer(environ, start_response):
+        body = get_input_stream(environ).read()
+        with lock:
+            return list(moto({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
+
+    return answer
+
+
 @contextlib.contextmanager
-def serve_s3():
-    """S3 on this machine; yields the URI of an empty bucket. One request at a time, as S3's conditions are atomic."""
-    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app))
+def serve_s3(application=None):
+    """S3 on this machine, for many clients side by side; yields the URI of an empty bucket."""
+    server = make_server("127.0.0.1", 0, application or atomic_s3(), threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     settings = {
@@ -129,9 +144,10 @@ def test_swap_replaces_only_what_was_expected(objects):
     assert not objects.swap("a/b", b"new", b"newer")
 
 
-def test_a_race_to_create_has_one_winner(objects):
+def test_a_race_to_create_has_one_winner(uri, objects):
+    clients = [open_objects.__wrapped__(uri) for _ in range(8)]
     for turn in range(5):
-        won = at_once(lambda i, turn=turn: objects.create(f"race/{turn}", b"%d" % i))
+        won = at_once(lambda i, turn=turn: clients[i].create(f"race/{turn}", b"%d" % i))
         assert sum(won) == 1
         assert objects.read(f"race/{turn}") == b"%d" % won.index(True)
 
@@ -143,12 +159,31 @@ def test_a_race_to_create_files_has_one_winner_to_the_last_moment(tmp_path, monk
         assert sum(at_once(lambda i, turn=turn: objects.create(f"race/{turn}", b"%d" % i))) == 1
 
 
-def test_a_race_to_swap_has_one_winner(objects):
+def test_a_race_to_swap_has_one_winner(uri, objects):
+    clients = [open_objects.__wrapped__(uri) for _ in range(8)]
     for turn in range(5):
         objects.write(f"race/{turn}", b"old")
-        won = at_once(lambda i, turn=turn: objects.swap(f"race/{turn}", b"old", b"%d" % i))
+        won = at_once(lambda i, turn=turn: clients[i].swap(f"race/{turn}", b"old", b"%d" % i))
         assert sum(won) == 1
         assert objects.read(f"race/{turn}") == b"%d" % won.index(True)
+
+
+def test_a_race_on_s3_has_one_winner_though_all_requests_are_under_way():
+    """None is answered before the server holds all of them, which one that takes them in turn would never do."""
+    barrier, answer = threading.Barrier(8), atomic_s3()
+
+    def gathering(environ, start_response):
+        if {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & environ.keys():
+            barrier.wait(30)
+        return answer(environ, start_response)
+
+    with serve_s3(gathering) as uri:
+        clients = [open_objects.__wrapped__(uri) for _ in range(8)]
+        for turn in range(5):
+            assert sum(at_once(lambda i, turn=turn: clients[i].create(f"race/{turn}", b"old"))) == 1
+            won = at_once(lambda i, turn=turn: clients[i].swap(f"race/{turn}", b"old", b"%d" % i))
+            assert sum(won) == 1
+            assert clients[0].read(f"race/{turn}") == b"%d" % won.index(True)
 
 
 def test_a_reader_sees_the_old_object_or_the_new_one(objects):
