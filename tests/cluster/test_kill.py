@@ -222,11 +222,14 @@ def test_an_interrupted_command_ends_what_it_started(project: Project) -> None:
         (project.root / "stderr").unlink()
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(5))
-def test_driver_killed_at_random_moments(project: Project, undisturbed: tuple[dict[str, str], Any], seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(3, 1), *(pytest.param(seed, 3, marks=pytest.mark.soak) for seed in range(5))]
+)
+def test_driver_killed_at_random_moments(
+    project: Project, undisturbed: tuple[dict[str, str], Any], seed: int, kills: int
+) -> None:
     moments = random.Random(seed)
-    for _ in range(3):
+    for _ in range(kills):
         driver = project.start()
         end = time.monotonic() + moments.uniform(5, 60)
         project.until(lambda end=end, driver=driver: time.monotonic() > end or driver.poll() is not None, driver)

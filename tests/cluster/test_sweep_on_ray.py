@@ -285,11 +285,6 @@ def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
     return project.finish()
 
 
-def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult) -> None:
-    check(project, killed_then_finished(project, seed=1), undisturbed)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(5))
-def test_driver_killed_at_random_moments(project: Project, undisturbed: SweepResult, seed: int) -> None:
-    check(project, killed_then_finished(project, seed=10 + seed), undisturbed)
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(10, 15))])
+def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult, seed: int) -> None:
+    check(project, killed_then_finished(project, seed), undisturbed)
