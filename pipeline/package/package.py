@@ -81,14 +81,7 @@ def sizes(frozen: FrozenTensors, packed_bytes: int, teacher_bytes: int, unquanti
     code_bits = sum(codes.numel() * frozen.bits[name] for name, codes in coded.items())
     rest = sum(tensor.numel() for tensor in frozen.rest.values())
     rest += sum(frozen.codes[name].numel() for name in frozen.codes.keys() - coded.keys())
-    paper_bytes = code_bits // 8 + 4 * rest
-    return Size(
-        teacher_bytes=teacher_bytes,
-        packed_bytes=packed_bytes,
-        ratio=teacher_bytes / packed_bytes,
-        paper_bytes=paper_bytes,
-        paper_ratio=teacher_bytes / paper_bytes,
-    )
+    return Size.of(teacher_bytes, packed_bytes, code_bits // 8 + 4 * rest)
 
 
 def read_package(folder: Path) -> tuple[FrozenTensors, PreTrainedConfig, dict[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from pipeline.config.quant import Quant
@@ -58,6 +58,12 @@ class Layout:
             tensors |= self.of_module(name, bits)
         return header_bytes(tensors) + _data_bytes(tensors)
 
+    def paper_bytes(self, widths: Mapping[str, int]) -> int:
+        """Count as the paper does: codes at nominal width, the rest fp32, without scales and header."""
+        code_bits = sum(math.prod(self.modules[name]) * bits for name, bits in widths.items())
+        rest = sum(math.prod(shape) for name, (_, shape) in self.rest.items() if not name.endswith(".weight_scale"))
+        return code_bits // 8 + 4 * rest
+
 
 def layout(shape: PreTrainedModel, family: Family, quant: Quant, encoding: Encoding = "dense") -> Layout:
     """Return the layout of a model on the meta device, which is changed."""
@@ -101,4 +107,4 @@ def header_bytes(tensors: Tensors) -> int:
 
 
 def _data_bytes(tensors: Tensors) -> int:
-    return sum(BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in tensors.values())
+    return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in tensors.values())

@@ -188,6 +188,17 @@ class Size(Closed):
     paper_bytes: int
     paper_ratio: float
 
+    @classmethod
+    def of(cls, teacher_bytes: int, packed_bytes: int, paper_bytes: int) -> Size:
+        """Return the bytes with their ratios."""
+        return cls(
+            teacher_bytes=teacher_bytes,
+            packed_bytes=packed_bytes,
+            ratio=teacher_bytes / packed_bytes,
+            paper_bytes=paper_bytes,
+            paper_ratio=teacher_bytes / paper_bytes,
+        )
+
 
 class Package(Record):
     """The packed model, as a folder of files."""

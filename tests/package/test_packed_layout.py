@@ -41,7 +41,8 @@ def written_bytes(config, family, quant, folder, encoding="dense"):
         model.final_logits_bias.fill_(0.5)  # all zero, it would be left out
     frozen = freeze_student(model, quant, family_named(family))
     facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NOTHING}
-    return write_package(folder, frozen, config, quant, encoding, family, facts)["size"]["packed_bytes"]
+    size = write_package(folder, frozen, config, quant, encoding, family, facts)["size"]
+    return size["packed_bytes"], size["paper_bytes"]
 
 
 CASES = {
@@ -64,7 +65,7 @@ def test_the_file_is_as_long_as_predicted_at_any_widths(source, quant, tmp_path)
         widths = {name: next(draw) for name in found.modules}
         overrides = {re.escape(name): bits for name, bits in widths.items()}
         written = written_bytes(config, family, Quant(**quant, gamma_init="one", overrides=overrides), tmp_path / label)
-        assert found.packed_bytes(widths) == written
+        assert (found.packed_bytes(widths), found.paper_bytes(widths)) == written
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,4 +76,5 @@ def test_so_it_is_where_the_ternary_are_five_a_byte(name, tmp_path):
     widths = {name: next(draw) for name in found.modules}
     overrides = {re.escape(name): bits for name, bits in widths.items()}
     quant = Quant(gamma_init="one", overrides=overrides)
-    assert found.packed_bytes(widths) == written_bytes(config, family, quant, tmp_path / "base3", "base3")
+    written = written_bytes(config, family, quant, tmp_path / "base3", "base3")
+    assert (found.packed_bytes(widths), found.paper_bytes(widths)) == written

@@ -11,6 +11,7 @@ import pytest
 import typer
 import yaml
 
+from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
@@ -120,6 +121,23 @@ def test_tables(begins, expected):
     lines = expected()
     assert len(lines) > 10
     assert table(BENCH, begins) == lines
+
+
+def test_sizes():
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(BENCH, "`bitmill bench sizes`")]
+    said = {}
+    for encoding, *cells in lines:
+        _, name, bits = encoding.split("`")
+        said[name, bits.removeprefix(", ") or "2-2-8"] = dict(zip(MODELS, cells, strict=True))
+    assert set(ENCODINGS) == {name for name, _ in said}
+    assert said == {
+        (name, bits): {
+            model: f"{size.packed_bytes / MIB:.1f} ({size.ratio:.1f}x)"
+            for model, source in MODELS.items()
+            for size in [packed_size(source, bits, name)]
+        }
+        for name, bits in said
+    }
 
 
 def test_presets_are_as_far_from_their_teachers_as_the_readmes_say():
