@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from jobs.bench.engines import ENGINES
-from jobs.display import print_table
+from jobs.display import Display, print_table
 from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.export import format_named
@@ -51,17 +51,21 @@ def compare(
 ) -> dict[str, Any]:
     """Measure and print; returns the document of `--json`. Without a model: GPT-2 small, random weights of 2 bits.
     Raises ConfigError for an encoder and a decoder, or a model with fewer positions than the tokens asked for."""
-    with console.status("preparing the model for each engine"):
-        folder, missing = prepare(model, quantizer, cache)
-    positions = int(read_config(folder / "package").max_position_embeddings)
-    if prompt + new > positions:
-        raise ConfigError(f"--prompt {prompt} and --tokens {new} are too long for the model's {positions} positions.")
-    names = [name for name in ENGINES if name not in missing]
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names:
-            with console.status(f"round {number + 1} of {rounds}: {name}"):
+    with Display(console) as display:
+        with display.stage("prepare"):
+            folder, missing = prepare(model, quantizer, cache)
+        positions = int(read_config(folder / "package").max_position_embeddings)
+        if prompt + new > positions:
+            raise ConfigError(
+                f"--prompt {prompt} and --tokens {new} are too long for the model's {positions} positions."
+            )
+        names = [name for name in ENGINES if name not in missing]
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        with display.stage("measure") as advance:
+            for done, name in enumerate(names * rounds):
+                display.noted("measure", f"round {done // len(names) + 1} of {rounds}: {name}")
                 measured[name].append(run_engine(name, folder, threads, prompt, new))
+                advance(done + 1, rounds * len(names))
     summary = {name: _summary(runs) for name, runs in measured.items()}
     _print(summary, missing, console, f"{model or 'GPT-2 small, random'}, threads: {threads}, batch: 1")
     document = {"model": str(model or "gpt2-small-random"), "threads": threads, "prompt_tokens": prompt}

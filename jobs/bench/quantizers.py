@@ -140,8 +140,8 @@ def with_generated_text(base: Config, teacher: Path, extent: Extent, console: Co
     inspect(pin(reading(SOME_TEXT)))
     documents = int(DOCUMENTS_A_ROW * extent.steps * extent.batch_size) + 400
     folder = Path(scratch_dir(base.resources)).expanduser()
-    with console.status(f"generating {documents} texts"):
-        text = generated_text(teacher, documents, base.task.block_length, 0, folder, lambda done, total: None)
+    with Display(console) as display, display.stage("generate") as advance:
+        text = generated_text(teacher, documents, base.task.block_length, 0, folder, advance)
     return reading(str(text))
 
 

@@ -32,6 +32,7 @@ def test_every_engine_is_measured_on_the_same_model(tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert document["missing"] == {}
+    assert "measure: round 1 of 1: int8" in found.stderr
     assert list(document["engines"]) == ["packed", "fp32", "int8", "llama.cpp"]
     for measures in document["engines"].values():
         assert set(measures) == set(inference.MEASURES)
