@@ -55,7 +55,9 @@ def show(planned: SweepPlan) -> str:
         from jobs.report.reader import Reader
 
         resources = planned.config.resources
-        files = rendered(Reader(storage_uri(resources), scratch_dir(resources)).content(planned.key))
+        files = rendered(
+            Reader(storage_uri(resources), scratch_dir(resources), resources.local_cache_gib).content(planned.key)
+        )
         runs.log_page(parent_of(planned), PAGE, files[".html"].decode())
         for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
             objects.write(f"report{suffix}", files[suffix])

@@ -23,7 +23,7 @@ def report(key: str, out: Path, resources: Resources, console: Console, timed: b
     """Write the page of a run or sweep, with .png and .csv beside it; returns the document of `--json`. `timed`
     measures the latency of its models first."""
     check_page(out, "--out")
-    reader = Reader(storage_uri(resources), scratch_dir(resources))
+    reader = Reader(storage_uri(resources), scratch_dir(resources), resources.local_cache_gib)
     content = reader.content(key)
     if timed:
         measure(reader.packages(content), console)

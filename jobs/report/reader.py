@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.flow.line import SHARED, STAGES
 from pipeline.metrics import gap_nats, measure_of
@@ -32,9 +33,10 @@ Steps = dict[str, FinishedStep[Any]]  # by stage
 class Reader:
     """Reads the records of one store."""
 
-    def __init__(self, storage_uri: str, scratch: str) -> None:
+    def __init__(self, storage_uri: str, scratch: str, local_cache_gib: float = Resources().local_cache_gib) -> None:
         self.storage_uri = storage_uri
         self.scratch = scratch
+        self.local_cache_gib = local_cache_gib
 
     def content(self, key: str) -> Content:
         """Return what a report on a sweep or a run shows. Raises ConfigError if the store has neither of this key."""
@@ -68,7 +70,7 @@ class Reader:
         return [*sweeps[-5:], *runs[-5:]]
 
     def _dir(self, stage: str, key: str) -> StepDir:
-        return StepDir(self.storage_uri, stage, key, self.scratch)
+        return StepDir(self.storage_uri, stage, key, self.scratch, local_cache_gib=self.local_cache_gib)
 
     def steps(self, keys: dict[str, str]) -> Steps:
         """Return finished steps by stage, from the keys of some of them; each record names its inputs."""

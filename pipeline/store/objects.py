@@ -21,6 +21,8 @@ TEMPORARY = ".tmp"
 class Objects(Protocol):
     """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached."""
 
+    remote: bool  # so that `local` makes copies
+
     def read(self, name: str) -> bytes:
         """Return an object's content. Raises FileNotFoundError."""
 
@@ -67,6 +69,8 @@ class Objects(Protocol):
 
 class Directory:
     """Objects as files below a directory, on this machine or a shared file system."""
+
+    remote = False
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -30,6 +30,8 @@ class S3Error(OSError):
 class Bucket:
     """Objects below a prefix of a bucket; endpoint and credentials as boto3 finds them."""
 
+    remote = True
+
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
         settings = BotoConfig(

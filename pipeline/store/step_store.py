@@ -41,7 +41,7 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 @dataclass(frozen=True)
 class StepDir:
     """The files of one step, small and picklable. `fence` is the token of the attempt that may write; None reads. Of a
-    store in S3, a node keeps copies of what it reads in `scratch`, `local_cache_gib` at most."""
+    store in S3, a node keeps copies of what it reads in `scratch`, about `local_cache_gib` of them."""
 
     storage_uri: str
     stage: str
@@ -58,6 +58,10 @@ class StepDir:
     @property
     def _prefix(self) -> str:
         return f"{self.stage}/{self.key}/"
+
+    @property
+    def _scratch(self) -> Path:
+        return Path(self.scratch).expanduser().resolve()
 
     @property
     def _objects(self) -> Objects:
@@ -141,28 +145,37 @@ class StepDir:
 
     def local(self, name: str, stored: StoredFile) -> Path:
         """Return a local file that matches its checksum. Raises DamagedError if it is missing or does not."""
-        scratch, object_name = Path(self.scratch).expanduser().resolve(), self._prefix + stored.place(name)
+        path = self._checked(name, stored)
+        self._make_room()
+        return path
+
+    def _checked(self, name: str, stored: StoredFile) -> Path:
+        objects, object_name = self._objects, self._prefix + stored.place(name)
         try:
-            path = self._objects.local(object_name, scratch)
-            if path.is_relative_to(scratch):
-                if not _matches(path, stored):  # the object itself may be sound
-                    path.unlink(missing_ok=True)
-                    path = self._objects.local(object_name, scratch)
-                copies_in(scratch).make_room(self.local_cache_gib)
-            if _matches(path, stored):
-                return path
+            path = objects.local(object_name, self._scratch)
+            if objects.remote and not _matches(path, stored):  # the object itself may be sound
+                path.unlink(missing_ok=True)
+                path = objects.local(object_name, self._scratch)
         except FileNotFoundError as error:
             raise DamagedError(f"The {self.stage} step {self.key} lacks its file {name} ({self.uri}).") from error
+        if _matches(path, stored):
+            return path
         raise DamagedError(
             f"The file {name} of the {self.stage} step {self.key} does not match its checksum: {path}. "
             f"Delete {self.uri}{RECORD} to run the step again."
         )
 
+    def _make_room(self) -> None:
+        if self._objects.remote:
+            copies_in(self._scratch).make_room(self.local_cache_gib)
+
     def folder(self, files: dict[str, StoredFile], prefix: str) -> Path:
         """Return a local folder of links to the files below `prefix`, each checked, and nothing else."""
         target = self.scratch_dir() / "folders" / self.stage / self.key / prefix
         target.mkdir(parents=True, exist_ok=True)
-        paths = {Path(name).name: self.local(name, files[name]) for name in files if name.startswith(prefix)}
+        for _ in range(2):  # while the last one was fetched, which may take long, the first may have gone
+            paths = {Path(name).name: self._checked(name, files[name]) for name in files if name.startswith(prefix)}
+        self._make_room()
         for name, path in paths.items():
             link = target / name
             if not link.is_symlink() or link.readlink() != path.resolve():
@@ -176,9 +189,8 @@ class StepDir:
 
     def scratch_dir(self) -> Path:
         """Return a folder for temporary files on this node."""
-        path = Path(self.scratch).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        return path.resolve()
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        return self._scratch
 
     def run_folder(self) -> tuple[str, Any]:
         """Return where Ray keeps this attempt's state: a path that all nodes share, and a pyarrow file system."""

@@ -85,7 +85,14 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     base = plan_run(config, once=once)
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
-    step_dir = StepDir(storage_uri(config.resources), SweepRecord.stage, key, scratch_dir(config.resources))
+    resources = config.resources
+    step_dir = StepDir(
+        storage_uri(resources),
+        SweepRecord.stage,
+        key,
+        scratch_dir(resources),
+        local_cache_gib=resources.local_cache_gib,
+    )
     trials = stored_trials(step_dir)
     if retry_failed:
         trials = {key: _again(trial) if _failed(trial) else trial for key, trial in trials.items()}

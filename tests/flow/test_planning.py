@@ -141,7 +141,9 @@ def test_plans_of_many_trials_look_once_at_what_they_share(
     for trials in (3, 9):
         space = {"quant.bits": ["4-4-8", "8-8-8", "2-8-8"], "distill.seed": [*range(trials // 3)]}
         asked.read.clear()
-        planned = plan_sweep(tiny_config(folder, sweep={"space": space}))
+        planned = plan_sweep(tiny_config(folder, resources={"local_cache_gib": 3}, sweep={"space": space}))
+        dirs = [planned.step_dir, *(step.dir for trial in planned.known for step in trial.plan.steps)]
+        assert {step_dir.local_cache_gib for step_dir in dirs} == {3}
         assert len({trial.key for trial in planned.known}) == trials
         shared = Counter(name.partition("/")[0] for name in asked.read if name.endswith("record.json"))
         assert shared == {

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import shutil
+import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.errors import ConfigError, DamagedError
+from pipeline.store import copies as copies_module
 from pipeline.store.copies import ABANDONED_S, IN_USE_S, Copies, copies_in
+from pipeline.store.objects import open_objects
 from pipeline.store.records import Evaluation, StoredFile
 from pipeline.store.step_store import StepDir
 from tests.store.test_step_store import KEY, file_of, serve_s3
 
 MIB = 2**20
 Usage = namedtuple("Usage", "total used free")
+EVICTOR = """
+import sys
+from pathlib import Path
+from pipeline.store.copies import Copies
+print(flush=True)
+while not Path(sys.argv[1], "stop").exists():
+    Copies(Path(sys.argv[1])).make_room(0)
+"""
 
 
 @pytest.fixture
@@ -69,6 +87,58 @@ def test_some_of_the_disk_stays_free(copies: Copies, monkeypatch: pytest.MonkeyP
     paths = [make(copies, name, 2 * IN_USE_S + n) for n, name in enumerate("abc")]
     copies.make_room(100)
     assert left(*paths) == [True, True, False]
+    paths = [make(copies, name, IN_USE_S / 2 + n) for n, name in zip((9, 8, -9), "abc", strict=True)]
+    copies.make_room(100)  # where the disk is short, what was used a while ago goes the sooner, and looks are frequent
+    assert left(*paths) == [False, True, True]
+
+
+def test_processes_that_make_room_take_no_copy_from_whoever_was_handed_it(copies: Copies, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EVICTOR, str(tmp_path)]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert all(other.stdout is not None and other.stdout.readline() for other in others)
+        for turn in range(100):
+            path = copies.get(str(turn % 30), lambda path: path.write_bytes(b"x"))
+            assert path.read_bytes() == b"x"
+            copies.make_room(0)
+            assert path.exists()
+            os.utime(path, (time.time() - 2 * IN_USE_S, path.stat().st_mtime))
+    finally:
+        (tmp_path / "stop").touch()
+        ended = [other.wait(60) for other in others]
+        for other in others:
+            other.communicate()
+    assert ended == [0, 0]
+
+
+def test_a_copy_that_is_handed_out_while_room_is_made_is_there(
+    copies: Copies, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make(copies, "a", 2 * IN_USE_S)
+    looked, handed, used = threading.Event(), threading.Event(), Copies._used
+
+    def slow(self: Copies) -> Iterator[tuple[float, int, Path]]:
+        yield from list(used(self))
+        looked.set()
+        handed.wait(0.3)  # the other may have to wait for us
+
+    monkeypatch.setattr(Copies, "_used", slow)
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(Copies(tmp_path).make_room, 0)
+        assert looked.wait(30)
+        assert copies.get("a", lambda path: path.write_bytes(b"again")) == old
+        handed.set()
+        making.result(30)
+    assert old.exists()
+
+
+def test_a_scratch_folder_without_locks_is_refused(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(file: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(ConfigError, match=r"no locks \(Function not implemented\). Set resources.local_cache_dir"):
+        make(copies, "a")
 
 
 def test_what_killed_downloads_left_goes_and_what_is_being_fetched_stays(copies: Copies, tmp_path: Path) -> None:
@@ -88,7 +158,7 @@ def test_a_download_that_fails_leaves_nothing(copies: Copies, tmp_path: Path) ->
 
     with pytest.raises(OSError, match="away"):
         copies.get("a", fail)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"]
     assert make(copies, "a").stat().st_size == MIB
 
 
@@ -129,3 +199,49 @@ def test_a_step_reads_through_copies_within_its_budget(tmp_path: Path) -> None:
         assert (step.folder({"b": stored["b"]}, "") / "b").read_bytes() == b"b" * MIB  # whoever asks, is given it
         assert step.local("a", stored["a"]).read_bytes() == b"a" * MIB
         assert copies_in((tmp_path / "scratch").resolve()) is copies_in((tmp_path / "scratch").resolve())
+
+
+def test_a_store_that_lies_below_the_scratch_folder_is_read_as_it_is(tmp_path: Path) -> None:
+    """And is no copy, even where its place is called so."""
+    for root in (tmp_path / "store", tmp_path / "copies"):
+        with StepDir(str(root), Evaluation.stage, KEY, str(tmp_path)).hold(False, print) as step:
+            stored = step.write("a", b"sound")
+            path = step.local("a", stored)
+            assert (path.read_bytes(), path.is_relative_to(root)) == (b"sound", True)
+            path.write_bytes(b"other")
+            with pytest.raises(DamagedError, match="does not match its checksum"):
+                step.local("a", stored)
+            assert path.read_bytes() == b"other"
+
+
+def test_a_folder_is_whole_though_it_takes_long_to_fetch_and_exceeds_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = time.time()
+
+        def time(self) -> float:
+            return self.now
+
+        def time_ns(self) -> int:
+            return int(self.now * 10**9)
+
+    clock = Clock()
+    monkeypatch.setattr(copies_module, "time", clock)
+    with serve_s3() as bucket:
+        step = StepDir(f"{bucket}/{uuid.uuid4()}", Evaluation.stage, KEY, str(tmp_path / "scratch"), None, 1 / 1024)
+        with step.hold(False, print) as held:
+            files = {name: held.upload(name, file_of(tmp_path, name.encode() * MIB)) for name in "abc"}
+        client: Any = open_objects(step.storage_uri)
+        download = client.client.download_file
+
+        def slow(*arguments: Any) -> None:
+            download(*arguments)
+            clock.now += 2 * IN_USE_S
+
+        monkeypatch.setattr(client.client, "download_file", slow)
+        folder = step.folder(files, "")
+        assert {path.name: path.read_bytes()[:1] for path in folder.iterdir()} == {"a": b"a", "b": b"b", "c": b"c"}
+        other = Copies(tmp_path / "scratch")
+        other.make_room(1 / 1024)  # to another process too, all were used just now
+        assert all(path.exists() for path in folder.iterdir())
