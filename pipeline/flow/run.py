@@ -102,10 +102,13 @@ class _Runner:
     def _run_step(self, step: PlannedStep, repair: bool = False) -> tuple[Record, str]:
         if self.engine is None:
             raise ValueError(f"the step {step.name} is to run, and there is no engine")
+        kind = step.stage.record  # a version is done only when the registry holds it, whatever an old record says
+        may_be_done = not repair and kind is not ModelVersion
+        if may_be_done and (record := step.dir.record(kind)) is not None:  # since the plan was made: no lease is needed
+            return record, "reused"
         with step.dir.hold(self.wait, lambda owner: self.listener.waiting(step.name, owner)) as held:
-            before: Record | None = held.record(step.stage.record)
-            # A version is done only when the registry holds it, whatever an old record says.
-            if before is not None and not repair and not isinstance(before, ModelVersion):
+            before: Record | None = held.record(kind)
+            if before is not None and may_be_done:
                 return before, "reused"  # another process finished it while we waited
             begun = time.perf_counter()
             record = step.stage.run(

@@ -22,7 +22,7 @@ from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.pieces import Pieces
-from pipeline.store.records import Shard, Teacher, TeacherCache, Tokens
+from pipeline.store.records import ROWS, Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
     drawn_shards,
@@ -128,7 +128,7 @@ def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
 def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
     """Raise ConfigError if the states would not fit into what the store has left."""
     free = step_dir.free_bytes()
-    present = sum(step_dir.sizes("rows/").values())
+    present = sum(step_dir.sizes(ROWS).values())
     if needed - present > free:
         raise ConfigError(
             f"The cache of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB, and {step_dir.storage_uri} has "

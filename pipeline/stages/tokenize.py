@@ -19,7 +19,7 @@ from pipeline.sources.splits import ALL, Sketch, SplitPart, point, shared_docume
 from pipeline.sources.text import documents
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, upload_folder
 from pipeline.store.pieces import Pieces
-from pipeline.store.records import SPLITS, Overlap, Shard, Split, SplitName, StoredFile, Tokens
+from pipeline.store.records import ROWS, SPLITS, Overlap, Shard, Split, SplitName, StoredFile, Tokens
 from pipeline.store.shards import is_sound, rows_per_shard, store_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
@@ -247,7 +247,7 @@ class TokenizePart:
             rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
             shard = store_shard(
                 self.dir,
-                f"rows/{part.split}-{part.index:05d}-{number:05d}.parquet",
+                f"{ROWS}{part.split}-{part.index:05d}-{number:05d}.parquet",
                 len(rows),
                 self.task.tokens(valid),
                 partial(write_tokens, ids=rows, lengths=valid),

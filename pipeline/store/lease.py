@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import BusyError, FencedOffError
 from pipeline.store.objects import Objects
-from pipeline.store.records import place_of
+from pipeline.store.records import attempt_of
 
 LEASE = "lease.json"
 HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
@@ -103,6 +103,10 @@ class LeaseFile:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def attempts(self) -> list[int]:
+        """Return, in order, the tokens of the attempts that stored something."""
+        return sorted(filter(None, map(attempt_of, self.objects.folders(self.folder))))
+
     def check(self, fence: int | None) -> int:
         """Return the token of an attempt. Raises FencedOffError unless it still holds the lease."""
         lease = self.read()
@@ -130,17 +134,18 @@ class LeaseFile:
             yield lease.fence
             hidden = ()
         finally:
-            stop.set()
-            beat.join()
-            with contextlib.suppress(*hidden):  # that the store is away must not replace the error that is under way
-                self._release(lease)
+            try:
+                with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
+                    self.objects.delete_unfinished(self.folder, lambda place: 0 < attempt_of(place) <= lease.fence)
+            finally:  # the heart beats until here, for that may take long
+                stop.set()
+                beat.join()
+                with contextlib.suppress(*hidden):  # that the store is away must not replace an error under way
+                    self._release(lease)
 
     def _release(self, lease: Lease) -> None:
         current = self.read()
         if current is not None and current.fence == lease.fence:
-            with contextlib.suppress(OSError):  # not every role may list uploads; tidiness must not fail a step
-                for fence in range(1, lease.fence + 1):
-                    self.objects.delete_unfinished(self.folder + place_of("", fence))
             self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence).to_json())
 
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
@@ -151,7 +156,8 @@ class LeaseFile:
             current = self.read()
             if mine is not None and current == mine:  # our write arrived, and only its answer was lost
                 return mine
-            mine = Lease(Owner.this_process(), 1 if current is None else current.fence + 1)
+            newest = max(self.attempts(), default=0) if current is None else current.fence  # its file may be lost
+            mine = Lease(Owner.this_process(), newest + 1)
             if current is None:
                 if self.objects.create(self._name, mine.to_json()):
                     return mine

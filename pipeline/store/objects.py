@@ -54,8 +54,9 @@ class Objects(Protocol):
     def delete_below(self, prefix: str) -> None:
         """Delete every object whose name starts with `prefix`, which ends in a slash."""
 
-    def delete_unfinished(self, prefix: str) -> None:
-        """Delete what killed writers left below `prefix`, which ends in a slash."""
+    def delete_unfinished(self, prefix: str, given_up: Callable[[str], bool]) -> None:
+        """Delete what killed writers left below `prefix`, which ends in a slash, where `given_up` says so of the rest
+        of its name."""
 
     def free_bytes(self) -> int | None:
         """Return the space left, or None where there is no limit to ask for."""
@@ -137,11 +138,12 @@ class Directory:
     def delete_below(self, prefix: str) -> None:
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
-    def delete_unfinished(self, prefix: str) -> None:
-        for folder, _, names in os.walk(self._path(prefix)):
-            for name in names:
-                if name.endswith(TEMPORARY):
-                    Path(folder, name).unlink(missing_ok=True)
+    def delete_unfinished(self, prefix: str, given_up: Callable[[str], bool]) -> None:
+        root = self._path(prefix)
+        for folder, _, names in os.walk(root):
+            for path in (Path(folder, name) for name in names if name.endswith(TEMPORARY)):
+                if given_up(path.relative_to(root).as_posix()):
+                    path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         root = self.root.resolve()

@@ -13,6 +13,7 @@ SCHEMA_VERSION = 1
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 Point = dict[str, float]  # of a curve: "step" and values in nats, by name
+ROWS = "rows/"  # the folder of shards
 BothMetrics = dict[Literal["teacher", "student"], dict[str, float]]
 
 
@@ -42,6 +43,12 @@ class StoredFile(Checksum):
 def place_of(name: str, fence: int | None) -> str:
     """Return where an attempt keeps the file of a name, below the folder of its step."""
     return f"{fence}/{name}"
+
+
+def attempt_of(place: str) -> int:
+    """Return the token of the attempt that keeps what lies at a place, or is the folder; 0: it is no attempt's."""
+    first = place.partition("/")[0]
+    return int(first) if first.isdecimal() else 0
 
 
 class Shard(Closed):
@@ -95,6 +102,11 @@ class Record(Closed):
     provenance: dict[str, str]
     files: dict[str, StoredFile] = {}
 
+    @property
+    def stored(self) -> dict[str, StoredFile]:
+        """Return every file that belongs to the step, shards among them."""
+        return self.files
+
     def to_json(self) -> bytes:
         """Return the bytes that `read_record` parses."""
         return json.dumps({"stage": self.stage, **self.model_dump(mode="json")}, indent=1).encode()
@@ -110,6 +122,11 @@ class Tokens(Record):
     padding: int | None = None  # where the task needs a padding token
     splits: dict[SplitName, Split]
     compared: float = 1.0  # share of the documents by which those that splits share were counted
+
+    @property
+    def stored(self) -> dict[str, StoredFile]:
+        """Return the files of the tokenizer and of the rows."""
+        return self.files | {shard.name: shard.file for split in self.splits.values() for shard in split.shards}
 
     @property
     def overlap(self) -> Overlap:
@@ -158,6 +175,11 @@ class TeacherCache(Record):
     shards: tuple[Shard, ...] = ()
     bytes: int = 0
     kl_nats: float | None = None  # KL(teacher || teacher from cache), nats per token, on a probe
+
+    @property
+    def stored(self) -> dict[str, StoredFile]:
+        """Return the files of the states."""
+        return self.files | {shard.name: shard.file for shard in self.shards}
 
 
 class Sensitivity(Record):

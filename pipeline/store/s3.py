@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,11 @@ class Bucket:
         for name in self.sizes(prefix):
             self.delete(name)
 
-    def delete_unfinished(self, prefix: str) -> None:
+    def delete_unfinished(self, prefix: str, given_up: Callable[[str], bool]) -> None:
         with _explained():
             for upload in self._pages("list_multipart_uploads", "Uploads", prefix):
+                if not given_up(upload["Key"].removeprefix(self.prefix + prefix)):
+                    continue
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def free_bytes(self) -> int | None:

@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.store.copies import copies_in
 from pipeline.store.lease import LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
-from pipeline.store.records import Checksum, Record, StoredFile, place_of, read_record
+from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
 
 RECORD = "record.json"
 R = TypeVar("R", bound=Record)
@@ -85,7 +85,8 @@ class StepDir:
     def commit(self, record: R, instead_of: R | None = None) -> R:
         """Create the record, or put it where `instead_of` is; whoever loses a race adopts the winner's.
 
-        What the attempts so far kept for themselves goes, and files of theirs that the record names in another.
+        What the attempts so far kept for themselves goes, and files and shards of theirs that the record names in
+        another, or in none.
         """
         stored = self._stored_record()  # before the fence is checked: so it is replaced only if nobody did meanwhile
         self.check_fence()
@@ -99,15 +100,16 @@ class StepDir:
         self.check_fence()  # else whoever took over meanwhile may still be reading them
         for fence in self._attempts():
             self._objects.delete_below(self._prefix + place_of("attempt/", fence))
-            for name, file in winner.files.items():
-                if file.fence != fence:
-                    self._objects.delete(self._prefix + place_of(name, fence))
+        places = {name: file.place(name) for name, file in winner.stored.items()}
+        for place in self.sizes():
+            name = place.partition("/")[2]
+            if place != places.get(name) and (name in places or name.startswith(ROWS)):
+                self._objects.delete(self._prefix + place)
         return winner
 
-    def _attempts(self) -> range:
-        """Return the tokens of all attempts so far; to one that writes, those after it are nobody's."""
-        lease = self._lease.read() if self.fence is None else None
-        return range(1, 1 + (self.fence or (lease.fence if lease is not None else 0)))
+    def _attempts(self) -> list[int]:
+        """Return the tokens of the attempts that stored something; to one that writes, those after it are nobody's."""
+        return [token for token in self._lease.attempts() if self.fence is None or token <= self.fence]
 
     def place(self, name: str) -> str:
         """Return where this attempt keeps the file of a name, below the step's folder."""

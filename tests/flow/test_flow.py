@@ -15,12 +15,14 @@ import torch
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.flow.line import LINE, STAGES
 from pipeline.flow.plan import plan_run, reasons
+from pipeline.flow.run import run_plan
 from pipeline.models.student import load_frozen, save_frozen
 from pipeline.package.package import load
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Package, Student, TeacherCache
 from pipeline.store.step_store import checksum
 from pipeline.tracking import registry, runs
+from tests.conftest import Recorder
 from tests.pickles import pickles_below
 
 FROM_DISTILL = ["distill", "evaluate", "pack", "register"]
@@ -55,6 +57,13 @@ def test_all_seven_stages_are_done_in_order(finished):
         assert (record.stage, record.key, record.recipe) == (step.name, step.key, step.recipe)
         assert record.inputs == {stage: keys(finished.plan)[stage] for stage in step.inputs}
     assert finished.plan.run_key == finished.record("register").key
+
+
+def test_a_step_that_was_done_since_the_plan_was_made_is_taken_without_its_lease(tiny_config, tmp_path):
+    plan = plan_run(tiny_config(tmp_path), "tokenize")
+    for status in ("done", "reused"):
+        assert run_plan(plan, Recorder()).status == {"tokenize": status}
+    assert json.loads((Path(plan.last.dir.uri) / "lease.json").read_text())["fence"] == 1
 
 
 def test_a_run_leaves_no_pickle(finished, tmp_path):

@@ -97,9 +97,9 @@ def test_of_a_cache_to_be_made_the_store_is_asked_for_attempts_alone(
     plan = plan_run(tiny_config(tmp_path, resources=store, **fields))
     cache = f"cache/{plan.step(TeacherCache).key}/"
     assert plan.left[0].name == left
-    assert asked == Asked(read=[*record_names(plan), f"{cache}lease.json"])  # no attempt made any of it
+    assert asked == Asked(read=record_names(plan), looked_through=[cache])  # no attempt made any of it
     reasons(plan)
-    assert (asked.looked_through, asked.listed) == ([f"{left}/"], [])
+    assert (asked.looked_through, asked.listed) == ([cache, f"{left}/"], [])
 
 
 def test_deciding_the_mode_of_the_cache_asks_the_store_for_nothing(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -324,6 +325,62 @@ def test_the_heart_beats_while_the_step_is_held(step_dir, monkeypatch):
         assert (beaten.owner, beaten.fence) == (first.owner, first.fence)
         mine.write("a", b"x")
     assert lease_of(step_dir).owner is None
+
+
+def test_the_heart_beats_until_all_is_cleared_away(step_dir, monkeypatch):
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    objects, beaten = open_objects(step_dir.storage_uri), []
+
+    def slow(self, prefix, given_up):
+        before, end = lease_of(step_dir), time.monotonic() + 3
+        while lease_of(step_dir) == before and time.monotonic() < end:
+            time.sleep(0.005)
+        beaten.append(lease_of(step_dir) != before)
+        raise OSError("not every role may list uploads")
+
+    monkeypatch.setattr(type(objects), "delete_unfinished", slow)
+    with step_dir.hold(False, never):
+        pass
+    assert beaten == [True]
+    assert lease_of(step_dir).owner is None
+
+
+def test_where_the_lease_is_lost_no_token_is_given_again(step_dir):
+    for number in range(11):
+        with step_dir.hold(False, never) as attempt:
+            if number in (1, 10):
+                attempt.write("a", b"of attempt %d" % attempt.fence)
+    open_objects(step_dir.storage_uri).delete(NAME)
+    with step_dir.hold(False, never) as attempt:
+        assert attempt.fence == 12
+        assert content(attempt, "a") == b"of attempt 11"
+
+
+def test_what_the_store_is_asked_does_not_grow_with_the_attempts_before(step_dir, monkeypatch):
+    objects, asked = open_objects(step_dir.storage_uri), Counter()
+
+    def counting(name):
+        sound = getattr(type(objects), name)
+
+        def call(self, *arguments):
+            asked[name] += 1
+            return sound(self, *arguments)
+
+        monkeypatch.setattr(type(objects), name, call)
+
+    for name in ("read", "write", "create", "swap", "sizes", "folders", "delete", "delete_below", "delete_unfinished"):
+        counting(name)
+    counts = []
+    for fence in (1, 30):
+        set_lease(step_dir, None, fence)
+        asked.clear()
+        with step_dir.hold(False, never) as attempt:
+            stored = attempt.write("weights", b"w")
+            attempt.newest("weights")
+            attempt.commit(evaluation("d", weights=stored))
+        counts.append(dict(asked))
+        objects.delete_below(f"{Evaluation.stage}/{KEY}/")
+    assert counts[0] == counts[1]
 
 
 def test_a_holder_that_was_taken_over_leaves_the_new_lease_alone(step_dir, tmp_path, monkeypatch):

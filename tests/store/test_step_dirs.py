@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import Directory, open_objects
-from pipeline.store.records import Evaluation, StoredFile
+from pipeline.store.records import Evaluation, Shard, Split, StoredFile, TeacherCache, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir, checksum, records
 from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
 
@@ -93,11 +93,11 @@ def test_a_step_that_ends_disturbs_nobody_who_is_about_to_ask_for_its_lease(tmp_
 def test_whoever_was_taken_over_clears_nothing_away(tmp_path):
     step_dir = StepDir(str(tmp_path), Evaluation.stage, KEY, str(tmp_path / "scratch"))
     temporary = tmp_path / Evaluation.stage / KEY / "2" / f".weights.{uuid.uuid4().hex}.tmp"
-    temporary.parent.mkdir(parents=True)
     with step_dir.hold(False, print):
         mine = open_objects(str(tmp_path)).read(f"{Evaluation.stage}/{KEY}/lease.json")
         theirs = json.dumps(json.loads(mine) | {"fence": 2}).encode()
         open_objects(str(tmp_path)).write(f"{Evaluation.stage}/{KEY}/lease.json", theirs)
+        temporary.parent.mkdir()
         temporary.write_bytes(b"being written")
     assert temporary.exists()
 
@@ -145,12 +145,31 @@ def test_each_attempt_writes_for_itself_and_what_no_record_names_goes(uri, tmp_p
     assert [*attempt.sizes("w")] == ["1/weights", "2/weights", "3/weights"]
     assert [*held[1].sizes("w")] == ["1/weights", "2/weights"]
     rows = {"rows/1": "1/rows/1", "rows/2": "2/rows/2", "rows/3": "3/rows/3"}
+    held[2].write("parts/a.json", b"from which damaged shards are made again")
+    rows["parts/a.json"] = "3/parts/a.json"
     assert step.newest() == rows | {"weights": "3/weights", "attempt/state": "3/attempt/state"}
     with step.hold(False, print) as attempt:
         record = attempt.commit(evaluation("d", weights=stored))
-    assert step.newest() == rows | {"weights": "3/weights"}
+    assert step.newest() == {"weights": "3/weights", "parts/a.json": "3/parts/a.json"}
     assert [*step.sizes("w")] == ["3/weights"]
     assert FinishedStep(record, step).local("weights").read_bytes() == b"of attempt 3"
+
+
+def test_of_shards_those_stay_that_the_record_names_where_it_names_them(uri, tmp_path):
+    common = {"key": KEY, "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+    step, shards = StepDir(uri, TeacherCache.stage, KEY, str(tmp_path / "scratch")), []
+    for number in range(3):
+        with step.hold(False, print) as attempt:
+            for name in ("rows/a", "rows/b", f"rows/of-a-part-cut-otherwise-{number}"):
+                shards.append(Shard(name=name, rows=1, tokens=1, file=attempt.write(name, b"%d" % number)))
+    with step.hold(False, print) as attempt:
+        open_objects(uri).write(f"{TeacherCache.stage}/{KEY}/9/rows/b", b"of an attempt that took over")
+        record = TeacherCache(**common, mode="states", dtype="float32", hidden=1, shards=(shards[3], shards[1]))
+        attempt.commit(record)
+    assert [*step.sizes()] == ["1/rows/b", "2/rows/a", "9/rows/b"]
+    split = Split(shards=(shards[0],))
+    tokens = Tokens(**common, vocabulary=1, end_of_text=None, splits={"train": split}, files={"x": shards[1].file})
+    assert tokens.stored == {"rows/a": shards[0].file, "x": shards[1].file}
 
 
 def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):

@@ -283,24 +283,25 @@ def test_an_unfinished_upload_is_neither_listed_nor_read(s3, tmp_path):
 
 def test_what_killed_writers_left_is_deleted_where_it_was_asked_for_alone(tmp_path):
     objects = open_objects(str(tmp_path / "store"))
-    for name in ("a/b", "a/deep/b", "ab"):
+    for name in ("a/b", "a/deep/b", "a/kept/b", "ab"):
         objects.write(name, b"x")
         path = tmp_path / "store" / name
         path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp").write_bytes(b"half")
-    objects.delete_unfinished("a/")
-    objects.delete_unfinished("none/")
-    assert set(objects.sizes("")) == {"a/b", "a/deep/b", "ab"}
-    assert [path.name.split(".")[1] for path in (tmp_path / "store").rglob("*.tmp")] == ["ab"]
+    objects.delete_unfinished("a/", lambda name: not name.startswith("kept/"))
+    objects.delete_unfinished("none/", lambda name: True)
+    assert set(objects.sizes("")) == {"a/b", "a/deep/b", "a/kept/b", "ab"}
+    left = {path.parent.name: path.name.split(".")[1] for path in (tmp_path / "store").rglob("*.tmp")}
+    assert left == {"kept": "b", "store": "ab"}
 
 
 def test_unfinished_uploads_are_ended_where_it_was_asked_for_alone(s3):
     bucket = open_objects(f"{s3}/{uuid.uuid4()}")
     bucket.write("a/b", b"whole")
-    for name in ("a/b", "a/deep/b", "ab"):
+    for name in ("a/b", "a/deep/b", "a/kept/b", "ab"):
         bucket.client.create_multipart_upload(Bucket=bucket.bucket, Key=bucket.prefix + name)
-    bucket.delete_unfinished("a/")
+    bucket.delete_unfinished("a/", lambda name: not name.startswith("kept/"))
     left = bucket.client.list_multipart_uploads(Bucket=bucket.bucket, Prefix=bucket.prefix)["Uploads"]
-    assert [upload["Key"] for upload in left] == [bucket.prefix + "ab"]
+    assert [upload["Key"].removeprefix(bucket.prefix) for upload in left] == ["a/kept/b", "ab"]
     assert bucket.read("a/b") == b"whole"
 
 
