@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
-from pipeline.execution.progress_actor import LOOK_S, ProgressActor, delivered, send
+from pipeline.execution.progress_actor import LOOK_S, Lookout, ProgressActor, asked, delivered, send
 from pipeline.store.records import Advance
 from pipeline.store.step_store import StepDir
 
@@ -41,14 +41,24 @@ class Engine:
         self._started = False
 
     def shards(
-        self, make: Callable[[], Callable[[Item], str]], items: Sequence[Item], advance: Advance, gpus: float
+        self,
+        make: Callable[[], Callable[[Item], str]],
+        items: Sequence[Item],
+        advance: Advance,
+        gpus: float,
+        step_dir: StepDir | None = None,
     ) -> Iterator[str]:
         """Call `make()(item)` for every item on a pool of actors; yield what the calls return.
 
         An actor makes its work once; one that dies is replaced and its items are done again. Order is not kept.
+
+        Raises:
+            FencedOffError: the step that they are of was taken over.
         """
         results = map(make(), items) if self.resources.workers == 0 else self._on_actors(make, items, gpus)
+        lookout = Lookout(step_dir)
         for done, result in enumerate(results, start=1):
+            lookout.look()
             advance(done, len(items), "")
             yield result
 
@@ -124,9 +134,11 @@ class Engine:
         Raises:
             FencedOffError: the step was taken over; what runs is not waited for, and stores nothing more.
         """
+        lookout = Lookout(step_dir)
         if self.resources.workers == 0:
             given = []
             for done, piece in enumerate(work, start=1):
+                lookout.look()
                 given.append(piece())
                 advance(done, len(work), "")
             return given
@@ -145,8 +157,8 @@ class Engine:
                     index, piece = left.pop(0)
                     running[remote.remote(piece, self._threads())] = index
                 ready, _ = ray.wait(list(running), timeout=LOOK_S)
+                lookout.look()
                 if not ready:
-                    step_dir.notice_takeover()
                     continue
                 result, failure = ray.get(ready[0])
                 if failure:  # the others end by themselves: Ray 2.60 aborts if one is cancelled that just ends
@@ -275,31 +287,28 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 def _guarded(worker: Worker, actor: Any, device: Any) -> None:
     """Run a worker. An error of ours comes back however often it is tried, so Ray's next attempt ends at once."""
-    import ray
     from ray.util import get_current_placement_group
 
-    if ray.get(actor.failure.remote()) is not None:
+    if asked(actor.failure.remote()) is not None:
         return
     if (group := get_current_placement_group()) is not None:
         actor.runs_in.remote(group.id.hex())  # for whoever stops this from outside to remove it; Ray Train leaves it
     try:
         worker(device=device, report=partial(send, actor))
     except BitmillError as error:
-        ray.get(actor.fail.remote(error))
+        asked(actor.fail.remote(error))
         raise
 
 
 @contextlib.contextmanager
 def _told(actor: Any) -> Iterator[None]:
     """Raise what the actor was told, by a worker or by whoever ended them, in place of what Ray makes of it."""
-    import ray
-
     ray_error: Exception | None = None
     try:
         yield
     except Exception as error:
         ray_error = error
-    failure = ray.get(actor.failure.remote()) if actor is not None else None
+    failure = asked(actor.failure.remote()) if actor is not None else None
     if failure is not None:
         raise failure from ray_error
     if ray_error is not None:

@@ -16,12 +16,35 @@ from pipeline.store.records import Advance, Point
 from pipeline.store.step_store import StepDir
 
 POLL_S = 0.5
+REPLY_S = 30.0
 LOOK_S = 15.0  # between two looks at the lease
 
 
 def send(actor: Any, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None:
     """Send progress from a worker to the driver; losing a message loses nothing else."""
     actor.put.remote((done, total, note), list(points))
+
+
+def asked(reply: Any) -> Any:
+    """Return what an actor replies, or None if it does not: it may be on a node that died."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        return ray.get(reply, timeout=REPLY_S)
+    return None
+
+
+class Lookout:
+    """Looks at a step's lease now and then, on behalf of what goes on for long without a write."""
+
+    def __init__(self, step_dir: StepDir | None) -> None:
+        self._step_dir, self._looked = step_dir, time.monotonic()
+
+    def look(self) -> None:
+        """Raise FencedOffError if the step was taken over; looks every `LOOK_S` seconds, however often it is called."""
+        if self._step_dir is not None and time.monotonic() - self._looked >= LOOK_S:
+            self._looked = time.monotonic()
+            self._step_dir.notice_takeover()
 
 
 class ProgressActor:
@@ -80,22 +103,19 @@ def delivered(actor: Any, advance: Advance, groups: set[str], step_dir: StepDir 
     stop = threading.Event()
 
     def deliver() -> None:
-        last, looked = False, time.monotonic()
+        last, lookout = False, Lookout(step_dir)
         while not last:
             last = stop.wait(POLL_S)
-            with contextlib.suppress(ray.exceptions.RayError):
-                message, points, new_groups = ray.get(actor.take.remote(), timeout=30)
-                groups.update(new_groups)
-                if message is not None:
-                    done, total, note = message
-                    advance(done, total, note, points)
-                if step_dir is not None and time.monotonic() - looked >= LOOK_S:
-                    looked = time.monotonic()
-                    try:
-                        step_dir.notice_takeover()
-                    except FencedOffError as error:
-                        ray.get(actor.fail.remote(error))  # so that workers that Ray starts in their place end at once
-                        remove_groups(groups)
+            message, points, new_groups = asked(actor.take.remote()) or (None, [], set())
+            groups.update(new_groups)
+            if message is not None:
+                done, total, note = message
+                advance(done, total, note, points)
+            try:
+                lookout.look()
+            except FencedOffError as error:
+                asked(actor.fail.remote(error))  # so that workers that Ray starts in their place end at once
+                remove_groups(groups)
 
     thread = threading.Thread(target=deliver, daemon=True)
     thread.start()

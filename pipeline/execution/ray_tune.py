@@ -100,14 +100,15 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once:
     at_once = min(at_once or fitting, fitting)
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
-    watcher = _watcher(_InDriver(source))
+    in_driver = _InDriver(source)
+    watcher = _watcher(in_driver)
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
         tune_config=tune.TuneConfig(
             metric=LOSS,
             mode="min",
-            search_alg=_search(_InDriver(source)),
-            scheduler=_scheduler(_InDriver(source)),
+            search_alg=_search(in_driver),
+            scheduler=_scheduler(in_driver),
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=alone,  # imports take seconds
@@ -122,8 +123,13 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once:
     )
     try:
         tuner.fit()
+    except Exception:
+        if in_driver.failure is None:
+            raise
     finally:
         watcher.free_all()
+    if in_driver.failure is not None:
+        raise in_driver.failure
 
 
 def _fitting(resources: Resources) -> int:
@@ -171,15 +177,22 @@ def _outcome(result: dict[str, Any]) -> tuple[str, str]:
 
 
 class _InDriver:
-    """The source of trials, for what Tune pickles into its run folder, which must not go along."""
+    """The source of trials, for what Tune pickles into its run folder, which must not go along; and the error that it
+    raised, of which Tune makes a text."""
 
     def __init__(self, source: TrialSource | None) -> None:
         self._source = source
+        self.failure: BitmillError | None = None
 
-    def __call__(self) -> TrialSource:
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[TrialSource]:
         if self._source is None:
             raise RuntimeError("the source is in the driver alone")
-        return self._source
+        try:
+            yield self._source
+        except BitmillError as error:
+            self.failure = self.failure or error
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _InDriver, (None,)
@@ -192,7 +205,8 @@ def _search(source_of: _InDriver) -> Any:
         """Gives Tune what the source gives."""
 
         def suggest(self, trial_id: str) -> Any:
-            given = source_of().next()
+            with source_of() as source:
+                given = source.next()
             return Searcher.FINISHED if given is None else {"key": given[0], "trial": given[1]}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -213,7 +227,8 @@ def _scheduler(source_of: _InDriver) -> Any:
         """Stops the trials that the source does not want to go on."""
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            on = result.get(ENDED) or source_of().goes_on(trial.config["key"], result[STEP], result[LOSS])
+            with source_of() as source:
+                on = result.get(ENDED) or source.goes_on(trial.config["key"], result[STEP], result[LOSS])
             return str(TrialScheduler.CONTINUE if on else TrialScheduler.STOP)
 
     return Scheduler()
@@ -231,11 +246,13 @@ def _watcher(source_of: _InDriver) -> Any:
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **more: Any) -> None:
             self._groups.setdefault(trial.trial_id, set()).update(result.get(GROUPS, ()))
-            source_of().reported(trial.config["key"], result)
+            with source_of() as source:
+                source.reported(trial.config["key"], result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
-            source_of().ended(trial.config["key"], *_outcome(trial.last_result or {}))
+            with source_of() as source:
+                source.ended(trial.config["key"], *_outcome(trial.last_result or {}))
 
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
@@ -243,7 +260,8 @@ def _watcher(source_of: _InDriver) -> Any:
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **more: Any) -> None:
             self._free(trial.trial_id)
             why = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
-            source_of().ended(trial.config["key"], "lost", why)
+            with source_of() as source:
+                source.ended(trial.config["key"], "lost", why)
 
         def free_all(self) -> None:
             """Remove the placement groups of all trials."""

@@ -94,7 +94,7 @@ def run(step: Step) -> TeacherCache:
             f"({section.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
         )
     make = partial(CacheShard, step.job, dtype)
-    lines = step.engine.shards(make, split.shards, step.advance, gpus)
+    lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir)
     shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
     return TeacherCache(
         **step.identity(),

@@ -127,7 +127,7 @@ def run(step: Step) -> Tokens:
     record = step.dir.record(Tokens)  # there when a shard is repaired; the tokenizer is made once
     files = record.files if record is not None else step.engine.task(partial(_make_tokenizer, step.job, work), step.dir)
     collected = step.engine.task(partial(_collect, step.job, work), step.dir) if task.collects else {}
-    lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, gpus=0)
+    lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, 0, step.dir)
     splits, sketches = {split: Split() for split in SPLITS}, {split: Sketch() for split in SPLITS}
     for entry in sorted(map(json.loads, lines), key=lambda entry: (entry["split"], entry["index"])):
         split = splits[entry["split"]]

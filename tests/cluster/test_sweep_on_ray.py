@@ -25,9 +25,9 @@ from ray.util import placement_group_table
 
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
-from pipeline.errors import LostError
+from pipeline.errors import FencedOffError, LostError
 from pipeline.execution.engine import Engine
-from pipeline.execution.ray_tune import run_trials
+from pipeline.execution.ray_tune import LOSS, STEP, run_trials
 from pipeline.store.locations import tracking_uri
 from pipeline.store.step_store import StepDir
 from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
@@ -181,6 +181,23 @@ def test_no_error_of_a_trial_is_unpickled_from_the_store(two_cpus: Path, tmp_pat
     ((key, status, failure),) = source.ends
     assert (key, status) == ("key", "lost")
     assert "a disk went away" in failure
+
+
+class TakenOver(OneTrial):
+    """A source that finds, when its trial reports, that another process holds the sweep."""
+
+    def reported(self, key: str, result: dict[str, Any]) -> None:
+        raise FencedOffError("The sweep is no longer ours.")
+
+
+def test_a_sweep_that_was_taken_over_says_so(two_cpus: Path, tmp_path: Path) -> None:
+    def reporting(trial: Any, report: Any) -> None:
+        report({STEP: 1, LOSS: 1.0})
+
+    step_dir, engine = StepDir(str(tmp_path), "sweep", "f" * 32, str(tmp_path)), Engine(Resources(workers=1))
+    with pytest.raises(FencedOffError, match="no longer ours"):
+        run_trials(reporting, TakenOver(), engine, step_dir, None)
+    assert_all_cpus_are_freed()
 
 
 class Project:

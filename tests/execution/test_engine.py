@@ -19,10 +19,11 @@ from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, FencedOffError, LostError
 from pipeline.execution import engine as engine_module
 from pipeline.execution import progress_actor
-from pipeline.execution.engine import Engine
+from pipeline.execution.engine import Engine, _guarded, _told
 from pipeline.models import device
 from pipeline.store.lease import Lease, Owner
 from pipeline.store.objects import open_objects
+from pipeline.store.records import Checksum
 from pipeline.store.step_store import StepDir
 
 ELSEWHERE = "127.0.0.1:6379"
@@ -140,6 +141,48 @@ def test_tasks_of_a_step_that_was_taken_over_are_not_waited_for(
     with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
         Engine(Resources(workers=2)).tasks(work, taken_over, lambda *progress, points=(): None, 0)
     assert not (tmp_path / "ended").exists()
+
+
+def brief(folder: Path) -> None:
+    """A piece of much work."""
+    (folder / f"{os.getpid()}.begun").touch()
+    time.sleep(0.1)
+
+
+def of_items(folder: Path) -> Callable[[Checksum], str]:
+    """What an actor does with each of many items."""
+
+    def work(item: Checksum) -> str:
+        brief(folder)
+        return item.sha256
+
+    return work
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_much_brief_work_of_a_step_that_was_taken_over_is_given_up(
+    two_cpus: None, taken_over: StepDir, tmp_path: Path, workers: int
+) -> None:
+    items = [Checksum(bytes=number, sha256=str(number)) for number in range(40)]
+    engine, made = Engine(Resources(workers=workers)), []
+    with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
+        made += engine.shards(partial(of_items, tmp_path), items, lambda *progress, points=(): None, 0, taken_over)
+    with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
+        engine.tasks([partial(brief, tmp_path)] * 40, taken_over, lambda *progress, points=(): None, 0)
+
+
+def test_the_error_of_a_training_is_told_though_whoever_keeps_it_is_gone(two_cpus: None) -> None:
+    actor = ray.remote(num_cpus=0)(progress_actor.ProgressActor).remote()
+    ray.get(actor.take.remote())
+    ray.kill(actor)
+    with pytest.raises(ValueError, match="what the worker died of"), _told(actor):
+        raise ValueError("what the worker died of")
+
+    def worker(*, device: Any, report: Any) -> None:
+        raise ConfigError("of ours")
+
+    with pytest.raises(ConfigError, match="of ours"):
+        _guarded(worker, actor, device=None)
 
 
 @pytest.mark.parametrize("max_failures", [0, 3])
