@@ -33,7 +33,7 @@ class SplitPart(Part):
     """A part of the text, the split it goes to, and which of its documents: those whose hash, as a point of the unit
     interval, lies in low..high. `share` of them are compared with those of other splits."""
 
-    split: str
+    split: SplitName
     index: int
     low: float
     high: float

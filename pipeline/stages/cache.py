@@ -148,8 +148,7 @@ class CacheShard:
 
     def __call__(self, rows: Shard) -> str:
         name = states_name(rows.name)
-        known = self.made.get(name)
-        shard = Shard.model_validate(known) if known is not None else None
+        shard: Shard | None = self.made.get(name, Shard.model_validate)
         if shard is None or not is_sound(self.dir, shard):
             shard = self._compute(rows, name)
             self.made.put(name, shard.model_dump())

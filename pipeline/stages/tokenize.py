@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.base import Closed
 from pipeline.errors import ConfigError
 from pipeline.sources.fields import rows
 from pipeline.sources.files import SourceFile
@@ -129,14 +130,12 @@ def run(step: Step) -> Tokens:
     collected = step.engine.task(partial(_collect, step.job, work), step.dir) if task.collects else {}
     lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, 0, step.dir)
     splits, sketches = {split: Split() for split in SPLITS}, {split: Sketch() for split in SPLITS}
-    for entry in sorted(map(json.loads, lines), key=lambda entry: (entry["split"], entry["index"])):
-        split = splits[entry["split"]]
-        splits[entry["split"]] = Split(
-            shards=(*split.shards, *(Shard.model_validate(shard) for shard in entry["shards"])),
-            text_bytes=split.text_bytes + entry["text_bytes"],
-        )
-        sketches[entry["split"]].documents += entry["documents"]
-        sketches[entry["split"]].hashes += entry["hashes"]
+    for part in sorted(map(TokenizedPart.model_validate_json, lines), key=lambda part: (part.split, part.index)):
+        split, sketch = splits[part.split], sketches[part.split]
+        shards, text_bytes = (*split.shards, *part.shards), split.text_bytes + part.text_bytes
+        splits[part.split] = Split(shards=shards, text_bytes=text_bytes)
+        sketch.documents += part.documents
+        sketch.hashes += part.hashes
     for name, shared in shared_documents(sketches, step.recipe["data"]).items():
         counted = {"documents": sketches[name].documents, "shared": shared}
         split = splits[name] = splits[name].model_copy(update=counted)
@@ -217,6 +216,17 @@ def _collect(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
     return {split: job.dir.write(f"attempt/{split}.json", collected(split)) for split in SPLITS}
 
 
+class TokenizedPart(Closed):
+    """The shards of a part, how much text it had, and hashes of those of its documents that are compared."""
+
+    split: SplitName
+    index: int
+    shards: tuple[Shard, ...]
+    text_bytes: int
+    documents: int
+    hashes: list[int]
+
+
 class TokenizePart:
     """Tokenizes parts on one worker; a part whose shards are all there and sound is not done again. `collected` has a
     file a split where the task collects."""
@@ -228,13 +238,13 @@ class TokenizePart:
 
     def __call__(self, part: SplitPart) -> str:
         name = f"{part.split}-{part.index:05d}"
-        entry = self.made.get(name)
-        if entry is None or not all(is_sound(self.dir, Shard.model_validate(shard)) for shard in entry["shards"]):
-            entry = self._tokenize(part)
-            self.made.put(name, entry)
-        return json.dumps(entry)
+        made: TokenizedPart | None = self.made.get(name, TokenizedPart.model_validate)
+        if made is None or not all(is_sound(self.dir, shard) for shard in made.shards):
+            made = self._tokenize(part)
+            self.made.put(name, made.model_dump(mode="json"))
+        return made.model_dump_json()
 
-    def _tokenize(self, part: SplitPart) -> dict[str, Any]:
+    def _tokenize(self, part: SplitPart) -> TokenizedPart:
         sketch, unit = Sketch(part.share), self.recipe["data"]["unit"]
         read = _watched(documents_of(part, self.recipe), sketch, self.recipe)
         stored, collected = self.collected.get(part.split), None
@@ -245,13 +255,14 @@ class TokenizePart:
         shards = []
         for number, start in enumerate(range(0, len(ids), per_shard)):
             rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
-            shard = store_shard(
-                self.dir,
-                f"{ROWS}{part.split}-{part.index:05d}-{number:05d}.parquet",
-                len(rows),
-                self.task.tokens(valid),
-                partial(write_tokens, ids=rows, lengths=valid),
-            )
-            shards.append(shard.model_dump())
-        counted = {"text_bytes": text_bytes, "documents": sketch.documents, "hashes": sketch.hashes}
-        return {"split": part.split, "index": part.index, "shards": shards, **counted}
+            name = f"{ROWS}{part.split}-{part.index:05d}-{number:05d}.parquet"
+            write = partial(write_tokens, ids=rows, lengths=valid)
+            shards.append(store_shard(self.dir, name, len(rows), self.task.tokens(valid), write))
+        return TokenizedPart(
+            split=part.split,
+            index=part.index,
+            shards=tuple(shards),
+            text_bytes=text_bytes,
+            documents=sketch.documents,
+            hashes=sketch.hashes,
+        )

@@ -73,13 +73,23 @@ def plan_trial(base: Config, values: dict[str, Any], once: Once | None = None) -
 
 def stored_trials(step_dir: StepDir) -> dict[str, Trial]:
     """Return what is known of a sweep's trials, in the order in which they were started."""
-    trials = [Trial(**entry["trial"]) for entry in sorted(Pieces(step_dir, TRIALS).all(), key=itemgetter("index"))]
-    return {trial.key: trial for trial in trials}
+    return {trial.key: trial for _, trial in sorted(Pieces(step_dir, TRIALS).all(_entry), key=itemgetter(0))}
+
+
+def _entry(document: Any) -> tuple[int, Trial]:
+    return int(document["index"]), Trial(**document["trial"])
 
 
 def stored_sharing(step_dir: StepDir) -> dict[str, float]:
     """Return the worker-seconds that a sweep has spent on what its trials share."""
-    return dict(Pieces(step_dir, SHARED).get(SECONDS) or {})
+    return Pieces(step_dir, SHARED).get(SECONDS, lambda spent: {k: float(v) for k, v in spent.items()}) or {}
+
+
+def settle_stored(step_dir: StepDir) -> None:
+    """Write down what is known of a sweep's trials, for the attempt that takes it over: what a driver before it still
+    writes counts no more."""
+    for folder in (TRIALS, SHARED):
+        Pieces(step_dir, folder).settle()
 
 
 @dataclass

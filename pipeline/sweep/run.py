@@ -29,7 +29,15 @@ from pipeline.store.records import SweepRecord, TeacherCache, Trial
 from pipeline.store.step_store import StepDir
 from pipeline.sweep import bit_budget
 from pipeline.sweep.pareto import pareto_front
-from pipeline.sweep.queue import PlannedTrial, TrialQueue, plan_trial, run_trial, stored_sharing, stored_trials
+from pipeline.sweep.queue import (
+    PlannedTrial,
+    TrialQueue,
+    plan_trial,
+    run_trial,
+    settle_stored,
+    stored_sharing,
+    stored_trials,
+)
 from pipeline.sweep.trials import check_sweep, drawn, label, listed, trial_config
 from pipeline.tracking import registry, runs
 from pipeline.tracking.listener import Listener, tell
@@ -176,14 +184,15 @@ def run_sweep(planned: SweepPlan, listener: Listener, wait: bool = True) -> Swee
 
 def _queue(planned: SweepPlan, step_dir: StepDir, outbox: Outbox, listener: Listener) -> TrialQueue:
     """Queue the trials known, under the lease; one whose version the registry lost is to be registered again."""
+    settle_stored(step_dir)
     trials = stored_trials(step_dir)
     held = _registered(planned, tuple(trials.values()))
     advance = partial(tell, listener, TRIALS)
     queue = TrialQueue(planned.config, planned.sweep, planned.key, step_dir, planned.known, outbox, advance, trials)
     for trial, there in zip([*trials.values()], held, strict=True):
         if not there or (planned.retry_failed and _failed(trial)):
+            step_dir.delete(PAGE)  # first: else a driver that is killed in between leaves a page of what is no more
             queue.keep(_again(trial))
-            step_dir.delete(PAGE)
     return queue
 
 

@@ -45,6 +45,10 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def reshape(path):
+    path.write_bytes(b"{}")
+
+
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -119,13 +123,14 @@ def test_a_damaged_shard_is_remade_and_the_student_is_the_same(
     ]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, reshape])
 def test_a_piece_that_nobody_knows_of_any_more_is_made_again(
     sharded, undamaged, tiny_config, run_flow, tmp_path, damage
 ):
     config = copy_of(sharded, tiny_config, tmp_path)
     folder = tmp_path / "store" / "cache" / sharded.record("cache").key / "1"
     damage(sorted(folder.glob("parts/rows/*.json"))[0])
+    damage(next((tmp_path / "store" / "tokenize" / sharded.record("tokenize").key / "1").glob("parts/train-*.json")))
     truncate(sorted(folder.glob("rows/*.arrow"))[1])
     assert weights_of(run_flow(config, until="distill")) == undamaged
     assert sorted(fence for fence, _ in shards_of(config, "cache").values())[-3:] == [1, 2, 2]
