@@ -134,18 +134,20 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
     if until not in names:
         raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
     look = once or Once()
-    pinned = config.model_dump_json(include={"model", "data", "resources"})
+    pinned = config.model_dump_json(include={"model", "data", "task", "resources"})
     with _store_explained(config):
-        run = replace(look(("sources", pinned), partial(preflight.pin, config)), config=config)
+        run = look(("sources", pinned), partial(preflight.pin, config)).with_config(config)
         steps: dict[str, PlannedStep] = {}
         for stage in line_to(until):
-            steps[stage.name] = plan_step(stage, run, steps, once)
+            plan = partial(plan_step, stage, run, steps, once)
+            # That of the text, which may be of many files, is the same for all that pinned the same.
+            steps[stage.name] = look(("tokens", pinned), plan) if stage.record is Tokens else plan()
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
         if teacher is not None and not left:
             parameters = teacher.parameters
         else:
-            model = look(("model", pinned, config.task.model_dump_json()), partial(preflight.model_of, run))
+            model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
         tokens: Tokens | None = steps[Tokens.stage].record
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]

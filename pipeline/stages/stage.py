@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
@@ -44,6 +44,12 @@ class PinnedRun:
     model: ModelSource | None  # None: an architecture, to be trained from the beginning
     tokenizer: ModelSource | None  # None: learned from the training split
     family: Family
+
+    def with_config(self, config: Config) -> PinnedRun:
+        """Return the run with another configuration of the same model, text and task."""
+        run = replace(self, config=config)
+        vars(run)["tokens_recipe"] = self.tokens_recipe  # made once, for it names every file
+        return run
 
     @cached_property
     def tokens_recipe(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
 
 RECORD = "record.json"
+LOOKS = 4  # for each record that is wanted
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
 
@@ -248,13 +249,16 @@ class FinishedStep(Generic[R_co]):
 
 
 def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
-    """Return records of up to `limit` steps of one stage, for explaining what differs from what was run before."""
-    objects, read = open_objects(storage_uri), []
-    for key in objects.folders(f"{kind.stage}/")[-limit:]:
+    """Return records of up to `limit` steps of one stage, for explaining what differs from what was run before. Of
+    steps without one, which were stopped or still run, some are passed over."""
+    objects, read = open_objects(storage_uri), list[R]()
+    for key in objects.folders(f"{kind.stage}/")[: -LOOKS * limit - 1 : -1]:
+        if len(read) == limit:
+            break
         name = f"{kind.stage}/{key}/{RECORD}"
         with contextlib.suppress(RunError, FileNotFoundError):
             read.append(read_record(objects.read(name), kind, name))
-    return read
+    return read[::-1]
 
 
 def check_store(storage_uri: str) -> None:

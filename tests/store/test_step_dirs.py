@@ -193,6 +193,17 @@ def test_records_are_read_up_to_a_limit_and_no_file_of_a_step_is_listed(tmp_path
     assert len(names) == 53
 
 
+def test_steps_without_a_record_take_no_place_of_those_that_have_one(tmp_path):
+    objects = open_objects(str(tmp_path))
+    for number in range(5):
+        objects.write(f"{Evaluation.stage}/{number:032x}/record.json", evaluation(str(number)).to_json())
+    for number in range(5, 12):
+        objects.write(f"{Evaluation.stage}/{number:032x}/lease.json", b"")
+    assert [record.digest for record in records(str(tmp_path), Evaluation, limit=3)] == ["2", "3", "4"]
+    assert [record.digest for record in records(str(tmp_path), Evaluation, limit=2)] == ["4"]  # of eight looks
+    assert len(records(str(tmp_path), Evaluation)) == 5
+
+
 def test_a_step_dir_without_a_fence_reads_only(step_dir):
     step_dir.write("a", b"x")
     reader = pickle.loads(pickle.dumps(replace(step_dir, fence=None)))
