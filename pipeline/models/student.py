@@ -143,9 +143,10 @@ def load_frozen(path: Path) -> FrozenTensors:
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy a tensor into every parameter, a tied one once. Raises RunError if the names differ."""
+    """Copy a tensor into every parameter, a tied one once. Raises RunError if names or shapes differ."""
     named = dict(model.named_parameters())
-    if set(named) != set(tensors):
-        raise RunError(f"The stored weights do not fit the model: {sorted(set(named) ^ set(tensors))[:3]}")
+    expected, given = ({(name, tuple(t.shape)) for name, t in each.items()} for each in (named, tensors))
+    if expected != given:
+        raise RunError(f"The stored weights do not fit the model: {sorted(expected ^ given)[:3]}")
     for name, parameter in named.items():
         parameter.copy_(tensors[name])

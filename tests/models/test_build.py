@@ -299,9 +299,11 @@ def test_weights_of_another_model_are_refused():
     load_parameters(model, given)
     assert torch.equal(model.transformer.wte.weight, given["transformer.wte.weight"])
     assert torch.equal(model.lm_head.weight, given["transformer.wte.weight"])
+    narrow = given | {"transformer.wpe.weight": given["transformer.wpe.weight"][:1]}  # which would be spread out
     del given["transformer.wpe.weight"]
-    with pytest.raises(RunError, match=r"transformer\.wpe\.weight"):
-        load_parameters(model, given)
+    for others in (narrow, given):
+        with pytest.raises(RunError, match=r"transformer\.wpe\.weight"):
+            load_parameters(model, others)
 
 
 def test_the_reference_library_reads_what_was_built(tmp_path):
