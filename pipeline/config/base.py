@@ -14,11 +14,18 @@ def _checked_name(name: str) -> str:
     return name
 
 
+def _checked_version(model: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9_-]+|/[1-9][0-9]*)", model):
+        raise ValueError(f"{model!r} is no registered version; valid: name@alias or name/version, such as my-model/3")
+    return model
+
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, AfterValidator(_checked_name)]  # of what is joined to paths: never ".." or a path itself
+VersionName = Annotated[str, AfterValidator(_checked_version)]
 FloatType = Literal["float32", "float16", "bfloat16"]
 
 

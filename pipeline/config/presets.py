@@ -91,9 +91,11 @@ def _value(fields: dict[str, Any], section: str, knob: str, default: str) -> str
 
 
 def _without_effect_dropped(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return a preset's values for a section without those that its own optimizer or quantizer does not take."""
+    """Return a preset's values for a section without those that its own optimizer, quantizer or start does not
+    take."""
     other_optimizer = given.get("optimizer", "muon") != "muon"
     quantizer = given.get("quantizer", values.get("quantizer"))
     misfits = {knob for knob, takers in TAKES.items() if quantizer not in takers}
     misfits |= {knob for knob in values if knob.startswith("muon_") and other_optimizer}
+    misfits |= {"fade_in"} if given.get("start") is not None else set()
     return {knob: value for knob, value in values.items() if knob not in misfits}

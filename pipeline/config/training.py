@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Beta, Closed, FloatType, NotNegative, Positive, Rate
+from pipeline.config.base import Beta, Closed, FloatType, NotNegative, Positive, Rate, VersionName
 
 Schedule = Literal["linear", "cosine"]
 
@@ -62,8 +62,15 @@ class Finetune(Training):
 
 
 class Distill(Training):
-    """Quantization-aware distillation (Tao et al. 2022); defaults are the paper's."""
+    """Quantization-aware distillation (Tao et al. 2022); defaults are the paper's.
 
+    `start`: `name@alias` or `name/version`. The student starts from the latent weights and the scales that this version
+    of a model was trained to, not from the teacher's weights; `quant.gamma_init` then says nothing. Architecture,
+    vocabulary and quantization must be the same. The optimizer, the schedule and the memory bank begin afresh.
+    """
+
+    # Left out of recipes where it is null, and what it names enters keys by content.
+    start: Annotated[VersionName | None, Field(exclude_if=lambda start: start is None)] = None
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: quantized and scored as it is
     gamma_lr: Rate = 1e-3
     fade_in: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of steps until quantized
@@ -78,6 +85,15 @@ class Distill(Training):
     def compared_layer(self) -> int:
         """Return the layer whose states are contrasted; the last where none are."""
         return self.contrast_layer if self.contrast_weight > 0 else -1
+
+    @model_validator(mode="after")
+    def _start_is_quantized(self) -> Distill:
+        if self.start is not None and self.fade_in:
+            raise ValueError(
+                f"fade_in is {self.fade_in:g}, and start names weights that were trained to be quantized: taking that "
+                "away and fading it in again would undo what they learned; leave fade_in out, or start"
+            )
+        return self
 
     @model_validator(mode="after")
     def _another_row_to_contrast_with(self) -> Distill:

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import preflight
+from pipeline.flow import preflight, warm_start
 from pipeline.flow.line import LINE, line_to
 from pipeline.stages import register
 from pipeline.stages.cache import cache_bytes, decide_mode
-from pipeline.stages.stage import PinnedRun, Stage
+from pipeline.stages.stage import PinnedRun, Stage, Start
 from pipeline.store.keys import differences, step_key
 from pipeline.store.locations import scratch_dir, storage_uri
-from pipeline.store.records import ModelVersion, Overlap, Record, Teacher, TeacherCache, Tokens
+from pipeline.store.records import ModelVersion, Overlap, Record, Student, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import StepDir, records
 from pipeline.tracking import registry
 from pipeline.tracking.runs import Target
@@ -125,7 +125,8 @@ class Once:
 
 def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None = None) -> RunPlan:
     """Resolve a configuration into keyed steps, without starting Ray. Plans that are given the same `once` share their
-    looks at sources, models, the store and the registry.
+    looks at sources, models, the store and the registry. The plan's own configuration names by its version what a
+    student starts from, so that an alias which moves meanwhile changes nothing.
 
     Raises:
         ConfigError: anything that cannot work, said before any worker starts.
@@ -134,9 +135,12 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
     if until not in names:
         raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
     look = once or Once()
-    pinned = config.model_dump_json(include={"model", "data", "task", "resources"})
+    pinned, start = config.model_dump_json(include={"model", "data", "task", "resources"}), None
+    if config.distill.start is not None and names.index(until) >= names.index(Student.stage):
+        start = find_start(config, config.distill.start, look)
+        config = warm_start.named(config, start.version)
     with _store_explained(config):
-        run = look(("sources", pinned), partial(preflight.pin, config)).with_config(config)
+        run = look(("sources", pinned), partial(preflight.pin, config)).with_config(config, start)
         steps: dict[str, PlannedStep] = {}
         for stage in line_to(until):
             plan = partial(plan_step, stage, run, steps, once)
@@ -149,10 +153,22 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         else:
             model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
+            if start is not None and Student.stage in {step.name for step in left}:
+                described = ("start fits", start, pinned)
+                rows = steps[Tokens.stage]
+                student = look(described, partial(warm_start.check, run, start, model.config, rows.dir, rows.record))
+                warm_start.check_quantization(run, start, student)
         tokens: Tokens | None = steps[Tokens.stage].record
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
     return RunPlan(config, run, tuple(steps.values()), parameters, overlap)
+
+
+def find_start(config: Config, model: str, once: Once) -> Start:
+    """Return the version that `name@alias` or `name/version` means, looked up once. Raises as `warm_start.find`."""
+    where = config.resources.model_dump_json()
+    start = once(("start", where, model), partial(warm_start.find, config, model))
+    return once(("start", where, start.version), lambda: start)
 
 
 @contextlib.contextmanager

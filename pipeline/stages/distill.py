@@ -1,7 +1,9 @@
 """The student: the teacher's copy, quantized, trained to give the teacher's distributions and representations.
 
 When training ends the best weights are frozen, once: what is scored, packed and shipped are these tensors. The latent
-weights are kept beside them, so that a student can be trained on.
+weights are kept beside them, so that a student can be trained on: latent weights and the parameters of the quantizers
+(scales, or what they are computed from). The state of the optimizer and the memory bank are not; a student that starts
+from them has an optimizer, a schedule and a memory bank of its own, from step 0.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
+from pipeline.errors import DamagedError, RunError
 from pipeline.models.build import load_model, set_dropout
 from pipeline.models.family import family_named
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
-from pipeline.models.student import freeze_student, make_student, save_frozen
-from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always, training_job
+from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
+from pipeline.stages.stage import PinnedRun, Stage, Start, Step, StepJob, always, training_job
 from pipeline.store.keys import recipe_of
 from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Tokens
 from pipeline.training.checkpoints import finish, store_tensors, weights
@@ -33,8 +37,15 @@ from pipeline.training.trainer import TrainingJob, train
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
-    """Return how the student is quantized, stored and trained."""
-    return {"quant": recipe_of(run.config.quant), "distill": recipe_of(run.config.distill)}
+    """Return how the student is quantized, stored and trained, and the content of what it starts from."""
+    distill = {knob: value for knob, value in recipe_of(run.config.distill).items() if knob != "start"}
+    start = {} if run.start is None else {"start": run.start.sha256}
+    return {"quant": recipe_of(run.config.quant), "distill": distill, **start}
+
+
+def locations(run: PinnedRun) -> dict[str, Any]:
+    """Return where the weights lie that the student starts from."""
+    return {} if run.start is None else {"start": run.start}
 
 
 def run(step: Step) -> Student:
@@ -45,7 +56,7 @@ def run(step: Step) -> Student:
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
-STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, version=3, unit="steps")
+STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=3, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance) -> None:
@@ -53,7 +64,8 @@ def _train(job: StepJob, device: torch.device, report: Advance) -> None:
     quant, family = Quant.model_validate(job.recipe["quant"]), teacher.record.family
     recipe = Distill.model_validate(job.recipe["distill"])
     training = training_job(job, recipe, cache if cache.record.mode == "states" else None)
-    student, distillation = make(training, teacher.folder(), family, quant, device)
+    latent = latent_weights(job.locations["start"]) if "start" in job.locations else None
+    student, distillation = make(training, teacher.folder(), family, quant, device, latent)
     progress = train(student, training, distillation, device, report)
     if progress is None:  # another rank stores what there is
         return
@@ -67,10 +79,22 @@ def _train(job: StepJob, device: torch.device, report: Advance) -> None:
     finish(step_dir, progress, training.steps, files, digest=frozen.digest())
 
 
+def latent_weights(start: Start) -> Path:
+    """Return a local, checked copy of a version's latent weights. Raises RunError if they are gone or changed."""
+    record = start.student.record(Student)
+    stored = record.files[Student.WEIGHTS] if record is not None else None
+    if stored is None or stored.sha256 != start.sha256:
+        raise RunError(f"distill.start: the latent weights of {start.version} left {start.student.uri} meanwhile.")
+    try:
+        return start.student.local(Student.WEIGHTS, stored)
+    except DamagedError as error:  # which no step of this run can mend
+        raise RunError(f"distill.start: the latent weights of {start.version} cannot be used. {error}") from error
+
+
 def make(
-    job: TrainingJob, folder: Path, family: str, quant: Quant, device: torch.device
+    job: TrainingJob, folder: Path, family: str, quant: Quant, device: torch.device, latent: Path | None = None
 ) -> tuple[WithStates, Distillation]:
-    """Return the student, started from the teacher's weights, and what it is distilled from."""
+    """Return the student, started from the teacher's weights or from `latent`, and what it is distilled from."""
     recipe = job.recipe
     if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
@@ -78,6 +102,8 @@ def make(
     student = load_model(folder)
     set_dropout(student, 0.0)  # cached states have none
     make_student(student, quant.spec(), family_named(family))
+    if latent is not None:
+        load_parameters(student, load_file(latent))
 
     def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return layer_states(teacher, recipe.compared_layer, *inputs)

@@ -14,6 +14,8 @@ from pipeline.store.records import Evaluation, ModelVersion, Package, Student, T
 from pipeline.tracking import registry, runs
 from pipeline.tracking.query import VALIDATION
 
+LATENT_TAG = "bitmill.latent_sha256"  # of the weights that a student can be trained on from
+
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
     """Return the registered name, and what a student must pass."""
@@ -38,6 +40,7 @@ def locations(run: PinnedRun) -> dict[str, Any]:
         "gamma_lr": distill.gamma_lr,
         "contrast_weight": distill.contrast_weight,
         "seed": distill.seed,
+        **({"start": run.start.version} if run.start is not None else {}),
     }
     uri = tracking_uri(config.resources)
     database = runs.sqlite_file(uri)
@@ -79,7 +82,7 @@ def run(step: Step) -> ModelVersion:
     )
 
 
-STAGE = Stage(ModelVersion, always(Teacher, Student, Evaluation, Package), recipe, run, locations, version=2)
+STAGE = Stage(ModelVersion, always(Teacher, Student, Evaluation, Package), recipe, run, locations, version=3)
 
 
 def target_at(locations: dict[str, Any], key: str, name: str, parent: str | None) -> runs.Target:
@@ -137,11 +140,13 @@ def _figures(step: Step) -> dict[str, Any]:
 
 
 def _tags(step: Step) -> dict[str, str]:
-    package, params = step.input(Package), step.locations["params"]
+    package, student, params = step.input(Package), step.input(Student), step.locations["params"]
     lineage = {f"bitmill.{name}": earlier.record.key for name, earlier in step.inputs.items()}
     return {
         **lineage,
-        **{f"bitmill.{name}": params[name] for name in ("bits", "quantizer", "task")},
+        **{f"bitmill.{name}": params[name] for name in ("bits", "quantizer", "task", "start") if name in params},
         "bitmill.digest": package.record.digest,
         "bitmill.package_uri": package.folder_uri,
+        "bitmill.latent_uri": student.uri(Student.WEIGHTS),
+        LATENT_TAG: student.record.files[Student.WEIGHTS].sha256,
     }

@@ -36,6 +36,16 @@ LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
 
 
 @dataclass(frozen=True)
+class Start:
+    """A registered version whose latent weights a student starts from: what it is, and where its steps lie."""
+
+    version: str  # name/version
+    sha256: str  # of the latent weights
+    student: StepDir
+    package: StepDir
+
+
+@dataclass(frozen=True)
 class PinnedRun:
     """A configuration with every source pinned by content: all that keys are made of."""
 
@@ -44,10 +54,12 @@ class PinnedRun:
     model: ModelSource | None  # None: an architecture, to be trained from the beginning
     tokenizer: ModelSource | None  # None: learned from the training split
     family: Family
+    start: Start | None = None  # None: students start from the teacher's weights
 
-    def with_config(self, config: Config) -> PinnedRun:
-        """Return the run with another configuration of the same model, text and task."""
-        run = replace(self, config=config)
+    def with_config(self, config: Config, start: Start | None) -> PinnedRun:
+        """Return the run with another configuration of the same model, text and task, and what its student starts
+        from."""
+        run = replace(self, config=config, start=start)
         vars(run)["tokens_recipe"] = self.tokens_recipe  # made once, for it names every file
         return run
 

@@ -146,6 +146,11 @@ class StepDir:
         """Return, for each name that starts with `prefix`, the place where the newest attempt that has it keeps it."""
         return {place.partition("/")[2]: place for place in self.sizes(prefix)}
 
+    def holds(self, name: str, stored: StoredFile) -> bool:
+        """Tell whether a file is there, in its size; it is not read."""
+        object_name = self._prefix + stored.place(name)
+        return self._objects.sizes(object_name).get(object_name) == stored.bytes
+
     def local(self, name: str, stored: StoredFile) -> Path:
         """Return a local file that matches its checksum. Raises DamagedError if it is missing or does not."""
         path = self._checked(name, stored)
@@ -236,6 +241,10 @@ class FinishedStep(Generic[R_co]):
     def folder(self) -> Path:
         """Return a local folder with the files below the record's own FOLDER."""
         return self.dir.folder(self.record.files, self.record.FOLDER)
+
+    def uri(self, name: str) -> str:
+        """Return where a file that the record lists lies, for people and registries."""
+        return self.dir.uri + self.record.files[name].place(name)
 
     @property
     def folder_uri(self) -> str:

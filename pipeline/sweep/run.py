@@ -19,7 +19,7 @@ from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
-from pipeline.flow.plan import Once, RunPlan, plan_run, target_of
+from pipeline.flow.plan import Once, RunPlan, find_start, plan_run, target_of
 from pipeline.flow.run import run_plan
 from pipeline.stages.stage import provenance
 from pipeline.store import step_store
@@ -38,7 +38,7 @@ from pipeline.sweep.queue import (
     stored_sharing,
     stored_trials,
 )
-from pipeline.sweep.trials import check_sweep, drawn, label, listed, trial_config
+from pipeline.sweep.trials import check_sweep, drawn, label, listed, naming_versions, trial_config
 from pipeline.tracking import registry, runs
 from pipeline.tracking.listener import Listener, tell
 from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
@@ -91,6 +91,8 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
     config = config.model_copy(update={"resources": anchored(config.resources)})
     once = Once()
     base = plan_run(config, once=once)
+    sweep = naming_versions(sweep, lambda model: find_start(config, model, once).version)
+    config = base.config.model_copy(update={"sweep": sweep})
     recipe = {"sweep": {k: v for k, v in recipe_of(sweep).items() if k not in NOT_IN_KEY}}
     key = step_key(SweepRecord.stage, VERSION, recipe, {"register": base.run_key})
     resources = config.resources

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +17,7 @@ from pipeline.metrics import gap_nats, minimised, objectives
 from pipeline.store.keys import canonical_json
 
 FIXED = ("name", "preset", "resources", "sweep")  # of the project, or without influence on a result
+START = "distill.start"
 LONGEST = 24  # characters of a mapping on the line that says a trial's values
 DRAWS_A_SAMPLE = 20  # tries to draw what was not drawn before, where few values are offered
 
@@ -75,6 +77,19 @@ def unfilled(base: Config) -> dict[str, Any]:
         section = getattr(base, name)
         fields[name] = {k: v for k, v in fields[name].items() if k not in values or getattr(section, k) != values[k]}
     return fields
+
+
+def naming_versions(sweep: Sweep, version_of: Callable[[str], str]) -> Sweep:
+    """Return a sweep in whose space each value of `distill.start` names a version: an alias may move before all trials
+    have run, and trials are known by their values."""
+
+    def named(path: str, value: Any) -> Any:
+        if path == "distill" and isinstance(value, dict) and "start" in value:
+            return {**value, "start": named(START, value["start"])}
+        return version_of(value) if path == START and isinstance(value, str) else value
+
+    lists = {path: [named(path, v) for v in values] for path, values in sweep.space.items() if isinstance(values, list)}
+    return sweep.model_copy(update={"space": {**sweep.space, **lists}})
 
 
 def listed(sweep: Sweep) -> list[dict[str, Any]]:

@@ -113,15 +113,16 @@ def files(client: MlflowClient, model: str) -> Callable[[str, Path], Path]:
     return fetch
 
 
-def resolve(client: MlflowClient, model: str) -> RegisteredVersion:
-    """Return the version that `name@alias` or `name/version` means. Raises ConfigError if the registry has none."""
+def resolve(client: MlflowClient, model: str, knob: str | None = None) -> RegisteredVersion:
+    """Return the version that `name@alias` or `name/version` means; `knob` names it, or a command's MODEL, which may
+    be a directory. Raises ConfigError if the registry has none."""
     try:
         return _version_of(client, model)
     except MlflowException as error:
         known = ", ".join(m.name for m in client.search_registered_models(max_results=20)) or "none"
+        given = f"{knob} is {model!r}" if knob is not None else f"MODEL is {model!r}: no such directory"
         raise ConfigError(
-            f"MODEL is {model!r}: no such directory, and the registry does not have it "
-            f"({str(error).splitlines()[0]}). Registered models: {known}."
+            f"{given}, and the registry does not have it ({str(error).splitlines()[0]}). Registered models: {known}."
         ) from error
 
 

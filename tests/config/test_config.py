@@ -67,6 +67,12 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
     ("overrides", "message"),
     [
         (["quant.bits=3-2-8"], r"quant\.bits: .*3 bits are not offered for weights; valid: 2, 4, 8, 32"),
+        (["distill.start=tiny"], r"distill\.start: 'tiny' is no registered version; valid: name@alias or name/version"),
+        (["distill.start=../tiny/1"], r"'\.\./tiny/1' is no registered version"),
+        (
+            ["distill.start=tiny/1", "distill.fade_in=0.2"],
+            r"distill: fade_in is 0\.2, and start names .* leave fade_in",
+        ),
         (["quant.bits=2-16-8"], r"16 bits are not offered for embedding"),
         (["quant.bits=2-2-4"], r"4 bits are not offered for activations; valid: 8, 32"),
         (["quant.bits=ternary"], r"'ternary' is not of the form W-E-A"),

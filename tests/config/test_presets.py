@@ -17,6 +17,7 @@ from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import plan_run
 from pipeline.package.package import load
+from pipeline.sweep.trials import trial_config
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
@@ -84,6 +85,15 @@ def test_values_that_another_quantizer_does_not_take_are_left_out(quantizer: str
 def test_values_that_another_optimizer_does_not_take_are_left_out() -> None:
     found = config(preset="best", distill={"steps": 3, "optimizer": "adam"}).distill
     assert (found.optimizer, found.muon_lr, found.schedule) == ("adam", Distill(steps=3).muon_lr, "cosine")
+
+
+@every_preset
+def test_what_was_trained_to_be_quantized_is_not_faded_in(preset: Any) -> None:
+    on = config(preset=preset, distill={"steps": 3, "start": "tiny@champion"})
+    rest = {name: value for name, value in PRESETS[preset]["distill"].items() if name != "fade_in"}
+    assert on.distill == Distill(**{"steps": 3, "start": "tiny@champion", **rest})
+    assert set_otherwise(on.model_dump(), preset) == {}
+    assert trial_config(config(preset=preset), {"distill.start": "tiny@champion"}) == on
 
 
 @every_preset

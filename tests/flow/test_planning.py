@@ -6,20 +6,23 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow import preflight
+from pipeline.flow import preflight, warm_start
 from pipeline.flow.plan import Once, RunPlan, plan_run, reasons
 from pipeline.sources.files import SourceFile
 from pipeline.stages import tokenize
 from pipeline.stages.stage import PinnedRun
+from pipeline.store.locations import tracking_uri
 from pipeline.store.objects import Directory
-from pipeline.store.records import TeacherCache
+from pipeline.store.records import Student, TeacherCache
 from pipeline.sweep.run import plan_sweep
+from pipeline.tracking import registry
 from tests.conftest import Ran
 
 
@@ -162,6 +165,52 @@ def test_plans_of_many_trials_look_once_at_what_they_share(
     assert seen[0] == seen[1]
     assert seen[0].pop("model_dump") <= 4  # of the only file, whatever the number of trials
     assert seen[0] == {"pin_splits": 1, "skeleton": 1, "_text_recipe": 1, **({} if done else {"train_bpe": 1})}
+
+
+def test_plans_of_many_trials_ask_once_for_what_they_start_from_and_compare_once(
+    finished: Ran, tiny_config: Callable[..., Config], cloned: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked
+) -> None:
+    resources = {"tracking_uri": tracking_uri(finished.plan.config.resources)}
+    counted, resolve, compare = Counter[str](), registry.resolve, warm_start.read_config
+
+    def resolving(client: Any, model: str, knob: str) -> Any:
+        counted[model] += 1
+        return resolve(client, model, knob)
+
+    def comparing(folder: Path) -> Any:
+        counted["compared"] += 1
+        return compare(folder)
+
+    monkeypatch.setattr(registry, "resolve", resolving)
+    monkeypatch.setattr(warm_start, "read_config", comparing)
+    student = f"distill/{finished.plan.step(Student).key}/"
+    for trials in (3, 9):
+        for space in ({"distill.start": ["tiny@champion"]}, {"distill.start": ["tiny@champion", "tiny/1"]}):
+            sweep = {"space": {**space, "distill.seed": [*range(trials)]}}
+            asked.listed.clear()
+            planned = plan_sweep(tiny_config(cloned, sweep=sweep, resources=resources))
+            assert [trial.plan.config.distill.start for trial in planned.known] == ["tiny/1"] * trials
+            assert all(trial.values["distill.start"] == "tiny/1" for trial in planned.known)
+            assert [name for name in asked.listed if name.startswith(student)] == [f"{student}1/weights.safetensors"]
+            assert counted == {"tiny@champion": 1, "compared": 1}  # which tells the version's own name as well
+            counted.clear()
+
+
+def test_a_sweep_whose_alias_moved_is_another(
+    finished: Ran, tiny_config: Callable[..., Config], cloned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = {"tracking_uri": tracking_uri(finished.plan.config.resources)}
+    config = tiny_config(cloned, sweep={"space": {"distill.start": ["tiny@champion"]}}, resources=resources)
+    before, resolve = plan_sweep(config), registry.resolve
+
+    def resolving(client: Any, model: str, knob: str) -> Any:
+        return SimpleNamespace(**{**dict(resolve(client, model, knob)), "version": 2})
+
+    monkeypatch.setattr(registry, "resolve", resolving)
+    after = plan_sweep(config)
+    assert after.key != before.key
+    assert after.config.sweep is not None
+    assert after.config.sweep.space == {"distill.start": ["tiny/2"]}
 
 
 def test_what_a_look_raises_is_raised_again() -> None:

@@ -212,6 +212,16 @@ def test_a_step_dir_without_a_fence_reads_only(step_dir):
         reader.write("a", b"y")
 
 
+def test_a_file_is_there_in_its_size_and_under_its_own_name(step_dir):
+    stored = step_dir.write("weights", b"w")
+    assert step_dir.holds("weights", stored)
+    assert not step_dir.holds("weight", stored)
+    assert not step_dir.holds("weights", stored.model_copy(update={"bytes": 2}))
+    assert not step_dir.holds("weights", stored.model_copy(update={"fence": 7}))
+    step_dir.delete(stored.place("weights"))
+    assert not step_dir.holds("weights", stored)
+
+
 def test_a_stored_file_is_checked_before_it_is_read(step_dir, tmp_path):
     stored = step_dir.upload("weights", file_of(tmp_path, b"sound"))
     assert stored == StoredFile(**checksum(file_of(tmp_path, b"sound")).model_dump(), fence=1)

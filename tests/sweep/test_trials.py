@@ -11,7 +11,7 @@ from pipeline.config.run import Config
 from pipeline.config.sweep import Between, Sweep
 from pipeline.errors import ConfigError
 from pipeline.store.keys import step_key
-from pipeline.sweep.trials import check_sweep, drawn, label, listed, scores, trial_config
+from pipeline.sweep.trials import check_sweep, drawn, label, listed, naming_versions, scores, trial_config
 
 SPACE = {"quant.bits": ["2-2-8", "4-4-8"]}
 
@@ -36,6 +36,18 @@ def test_random_draws_are_a_function_of_seed_and_index():
     assert listed(sweep.model_copy(update={"seed": 1})) != first
     few = Sweep(space=SPACE, search="random", samples=9)
     assert sorted(values["quant.bits"] for values in listed(few)) == ["2-2-8", "4-4-8"]
+
+
+def test_what_trials_start_from_is_named_by_version():
+    space = {**SPACE, "distill.start": ["m@champion", None, "m/3"], "distill": [{"start": "m@new"}, {"seed": 1}]}
+    named = naming_versions(Sweep(space=space), {"m@champion": "m/3", "m/3": "m/3", "m@new": "m/9"}.__getitem__)
+    assert named.space == {
+        **SPACE,
+        "distill.start": ["m/3", None, "m/3"],
+        "distill": [{"start": "m/9"}, {"seed": 1}],
+    }
+    drawn_at_random = Sweep(space={"distill.lr": {"low": 1, "high": 2}}, search="random", samples=1)
+    assert naming_versions(drawn_at_random, str) == drawn_at_random
 
 
 def test_ranges_reach_both_ends():

@@ -138,6 +138,11 @@ OPTIONS: list[tuple[type[Finetune] | type[Distill], str, Any, Any]] = [
 ]
 
 
+def test_a_recipe_without_a_start_is_as_it_was_before_there_was_one() -> None:
+    assert "start" not in recipe_of(Distill(steps=3))
+    assert recipe_of(Distill(steps=3, start="tiny/1"))["start"] == "tiny/1"
+
+
 @pytest.mark.parametrize(("kind", "option", "default", "other"), OPTIONS)
 def test_an_option_changes_itself_alone_in_the_recipe_and_its_default_nothing(
     kind: Any, option: str, default: Any, other: Any
