@@ -11,7 +11,7 @@
        sources     where text and models come from, pinned by content
        package     the packed model on disk: written, checked, loaded, pulled; taught to transformers
        tracking    runs, versions and lookups: the only MLflow
-       execution   tasks, actors, training workers and trials: the only Ray
+       execution   tasks, actors, training workers, trials and jobs: the only Ray
     3  store       keys, records, leases and the files of steps; s3 is the only boto3
        models      families, one file each; models built, made into students, frozen
     2  config      the closed schema of a configuration, and the presets; imports no torch

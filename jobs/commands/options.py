@@ -59,11 +59,12 @@ STORE = [_option("tracking_uri", TrackingUri, None), _option("storage_uri", Stor
 COMMON = [_option("as_json", Json, False), _option("debug", Debug, False)]
 
 
-def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
+def command(app: typer.Typer, foreign_options: bool = False) -> Callable[[Callable[..., Any]], None]:
     """Return a decorator that makes a command of a function, which returns the document of --json.
 
     Its parameters are the options, but for three that are given: `console`, for people, `resources`, as --tracking-uri
-    and --storage-uri say, and `as_json`. Every command has --json and --debug.
+    and --storage-uri say, and `as_json`. Every command has --json and --debug. With `foreign_options`, options that it
+    does not have are among its arguments.
     """
 
     def register(work: Callable[..., Any]) -> None:
@@ -86,7 +87,7 @@ def command(app: typer.Typer) -> Callable[[Callable[..., Any]], None]:
         keywords = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options]
         run.__doc__ = work.__doc__
         run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]  # typer reads it
-        app.command(work.__name__)(run)
+        app.command(work.__name__, context_settings={"ignore_unknown_options": foreign_options})(run)
 
     return register
 

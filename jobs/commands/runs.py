@@ -1,16 +1,26 @@
-"""Commands that compute: compress, sweep, evaluate."""
+"""Commands that compute: compress, sweep, evaluate; and submit, which has a cluster run one."""
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from jobs.commands.options import AnyModel, ConfigFile, Overrides, Wait, command, environment
+from pipeline.credentials import redacted
 from pipeline.errors import ConfigError
 
 commands = typer.Typer()
+SUBMITTED = ("compress", "sweep")  # what a cluster may be asked to run
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer has click's own inside, or imports click
+
+
+def _chosen(overrides: list[str] | None, bits: str | None = None, preset: str | None = None) -> list[str]:
+    """Return as overrides all that options change of a configuration."""
+    named = {"quant.bits": bits, "preset": preset}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
 
 
 @command(commands)
@@ -37,9 +47,7 @@ def compress(
     from jobs.compress import compress as run
     from pipeline.config.load import load_config
 
-    named = {"quant.bits": bits, "preset": preset}
-    chosen = [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
-    loaded = load_config(config, chosen, environment())
+    loaded = load_config(config, _chosen(overrides, bits, preset), environment())
     return run(loaded, config, console, until=until, only_plan=plan, wait=wait, page=report)
 
 
@@ -87,3 +95,91 @@ def evaluate(
     if unit not in ("document", "line"):
         raise ConfigError(f"--unit is {unit!r}; valid: document, line")
     return run(model, data, block_length, unit, text_column, batch, resources, console)
+
+
+@command(commands, foreign_options=True)
+def submit(
+    console: Console,
+    name: Annotated[str, typer.Argument(metavar="COMMAND", help=f"What is to run there: {' or '.join(SUBMITTED)}.")],
+    config: ConfigFile,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTIONS OF COMMAND]", help="Such as --bits 4-4-8 --until pack; behind -- also --plan for the job."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="The dashboard, http://HEAD:8265."
+        ),
+    ] = None,
+    job_id: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            help="The job's name, which runs once, such as NAME-2026-11-27.  [default: command, name of the "
+            "configuration, day in UTC, digest of what is submitted]",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be sent, and under which id.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the job that has this id.")] = False,
+) -> Any:
+    """Have a Ray cluster run a command as a job: log on stderr, document on stdout, and the exit status are the job's.
+
+    An id runs once. The same command again, from a second terminal, a cron that retries or after Ctrl-C, attaches to
+    the job, whether it runs or has ended; the job itself needs nobody. A cut connection is made again, and the log goes
+    on where it was.
+
+    Sent are the configuration, with --set, --bits and --preset applied, and this code (`--plan` lists it); no data, no
+    store, no password. Paths are those of here: let the cluster share them, or use s3:// and hf://. Keys for S3 and
+    MLflow come from the cluster's own environment. The cluster's token: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH.
+
+    `bitmill submit compress my-model.yaml --address http://HEAD:8265 --id my-model-2026-11-27`
+    """
+    from jobs import submit as job
+    from pipeline.config.load import load_config
+
+    if name not in SUBMITTED:
+        raise ConfigError(f"COMMAND is {name!r}; what can be submitted: {', '.join(SUBMITTED)}")
+    given, passed_on = _parsed(name, config, options or [])
+    loaded = load_config(config, _chosen(**given), environment())
+    submission = job.prepare(name, loaded, passed_on, job_id, job.today())
+    if plan:
+        return job.print_plan(submission, loaded, console)
+    if address is None:
+        raise ConfigError("--address is missing: the URL of a Ray cluster's dashboard, such as http://HEAD:8265.")
+    if stop:
+        return job.stop(submission.id, address, console)
+    this = ["bitmill", "submit", name, config, "--address", address, "--id", submission.id]
+    to_attach = redacted(shlex.join([*this, *(["--", *options] if options else [])]))
+    to_stop = shlex.join([*this, "--stop"])
+    return job.submit(submission, loaded, address, console, to_attach=to_attach, to_stop=to_stop)
+
+
+def _parsed(name: str, config: str, options: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what a command's options change of the configuration, and the options that are left. Raises ConfigError
+    for those that it does not have, or that name a file of here."""
+    group = typer.main.get_command(commands)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    try:
+        values = command.make_context(name, [config, *options]).params
+    except UsageError as error:
+        raise ConfigError(f"{name}: {error.format_message()}") from None
+    if values.get("report"):
+        raise ConfigError(
+            f"--report {values['report']} would be written on the cluster; leave it out, and ask here when the job is "
+            "done: bitmill report KEY --out FILE.html"
+        )
+    given = {key: values[key] for key in ("overrides", "bits", "preset") if key in values}
+    passed_on = []
+    for option in command.params:
+        value = values[option.name]
+        if option.name in (*given, "config", "as_json", "debug") or value == option.default:
+            continue
+        if isinstance(value, bool):
+            passed_on.append((option.opts if value else option.secondary_opts)[0])
+        else:
+            passed_on.extend((option.opts[0], str(value)))
+    return given, passed_on
