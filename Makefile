@@ -2,10 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check soak install clean
+.PHONY: demo demo-retrain test check soak install clean
 demo: .venv/demo
 	$(BIN)/bitmill compress configs/quickstart.yaml --report bitmill-store/quickstart.html
 	@echo "Open bitmill-store/quickstart.html in a browser; the package lies in bitmill-store/pack/*/*/package"
+
+demo-retrain: .venv/demo
+	$(BIN)/python -m jobs.schedule.demo
 
 test: check
 	$(BIN)/python -m pytest tests -m "not soak" --verbose --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -32,4 +35,4 @@ install: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv bitmill-store
+	rm -rf .venv bitmill-store bitmill-demo

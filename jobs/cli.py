@@ -19,7 +19,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt ends t
 
 import typer
 
-from jobs.commands import bench, models, runs
+from jobs.commands import bench, models, runs, schedule
 
 app = typer.Typer(
     name="bitmill",
@@ -37,6 +37,7 @@ def bitmill() -> None:
 
 
 app.add_typer(runs.commands)
+app.add_typer(schedule.commands)
 app.add_typer(models.commands)
 app.add_typer(bench.bench, name="bench")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.metrics import METRICS, measure_of, printed
 from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Evaluation, ModelVersion, Overlap, Package, Student, Teacher, Tokens
 from pipeline.tasks import task_of
+from pipeline.tracking.listener import Listener
 from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
 from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import sqlite_file
@@ -59,19 +61,27 @@ def compress(
 
 
 def _run(planned: RunPlan, console: Console, wait: bool) -> Outcome:
-    """Run what is left; curves go to MLflow meanwhile, if the run ends there and there is something to train."""
+    """Run what is left, shown on the console."""
+    with watched(planned, console) as listener:
+        return run_plan(planned, listener, wait)
+
+
+@contextmanager
+def watched(planned: RunPlan, console: Console) -> Iterator[Listener]:
+    """Yield a listener that shows a run; curves go to MLflow meanwhile, if the run ends there and there is something to
+    train."""
     trained = any(step.stage.record in (Teacher, Student) for step in planned.left)
     if not trained or not planned.ends_with(ModelVersion):
         with Display(console) as display:
-            outcome = run_plan(planned, display, wait)
+            yield display
         if untold := send_waiting(planned.config.resources):
             console.print(untold)
-        return outcome
+        return
     target = target_of(planned, f"{planned.config.name} {planned.config.quant.bits}", None)
     outbox = Outbox(outbox_folder(planned.config.resources))
     try:
         with Display(console) as display, outbox, load_watched(outbox, target):
-            return run_plan(planned, MlflowListener(display, outbox, target), wait)
+            yield MlflowListener(display, outbox, target)
     finally:
         if outbox.unsent:
             console.print(outbox.told())

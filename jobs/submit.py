@@ -129,7 +129,7 @@ def submit(
     """
     for caution in cautions(config):
         console.print(caution, style="yellow")
-    cluster = Jobs(address, console.print)
+    cluster = Jobs(address, console.print, os.environ)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in submission.files.items():
             path = Path(folder, name)
@@ -188,7 +188,7 @@ def outcome(job_id: str, end: JobEnd, document: str) -> Any:
 
 def stop(job_id: str, address: str, console: Console) -> dict[str, Any]:
     """Have a job end and wait for it; return nothing if there is none."""
-    cluster = Jobs(address, console.print)
+    cluster = Jobs(address, console.print, os.environ)
     try:
         end = cluster.stop(job_id)
     except LookupError:

@@ -12,6 +12,7 @@ from rich.table import Column
 
 from jobs.compress import MIB, print_shared, store_options
 from jobs.display import Display, print_table, print_warnings
+from pipeline.config.laid_over import label
 from pipeline.config.run import Config
 from pipeline.metrics import gap_nats
 from pipeline.store.locations import scratch_dir, storage_uri
@@ -20,7 +21,6 @@ from pipeline.store.records import Tokens, Trial
 from pipeline.sweep.cost import Estimate, estimate
 from pipeline.sweep.queue import PlannedTrial
 from pipeline.sweep.run import PAGE, SweepPlan, SweepResult, parent_of, plan_sweep, run_sweep
-from pipeline.sweep.trials import label
 from pipeline.tracking import runs
 
 

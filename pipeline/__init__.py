@@ -2,8 +2,9 @@
 
     9  jobs        the command line: arguments, environment variables, what is printed; bench, report
     8  sweep       many runs that share what they can: trials, fronts, budgets of bytes
+       retrain     ticks of a schedule: challenger against champion, the gate, decisions and aliases
     7  flow        a configuration to keyed steps, checked before anything starts; the line of stages, run
-    6  stages      tokenize finetune cache distill evaluate pack register, and sensitivity beside the line
+    6  stages      tokenize finetune cache distill evaluate pack register; beside the line sensitivity, contest
        export      packages in other runtimes' formats, and the proof that they compute the same there
     5  training    the one training loop, and what a student learns from its teacher
        runtime     the packed model on ONNX Runtime, its weights packed in memory
@@ -19,6 +20,7 @@
        distill     losses, memory bank, negatives: alike
        errors, metrics    the ground: what can go wrong, and each metric once
        credentials        user and password, taken off a URI where it enters
+       bootstrap          intervals over documents
 
 `plugin` is a door: the public name of `package.hf_plugin`, which every model card prints.
 

@@ -76,7 +76,7 @@ def test_a_sweep_takes_every_objective_and_nothing_else():
 
 
 def test_what_is_scored_and_what_is_packed_is_known():
-    scores = Scores([2.0], [4], bytes=3, kl_nats=1.0, agreed=1, compared=2, sums={"accuracy": 1.0}, rows=2)
+    scores = Scores([2.0], [4], bytes=3, kl_nats=1.0, agreed=1, compared=2, of_rows={"accuracy": [1.0, 0.0]})
     assert scores.metrics().keys() <= METRICS.keys()
     assert {"packed_bytes", "ratio", "paper_ratio"} <= Size.model_fields.keys()
 

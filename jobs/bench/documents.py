@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
 from jobs.bench.rows import Key
+from pipeline.bootstrap import ratio_interval
 from pipeline.config.base import Closed
 
-RESAMPLES = 2000
 DIGITS = 4  # of a document's nats, in a file
 
 
@@ -63,24 +61,4 @@ def bootstrapped(left: Documents, right: Documents | None = None) -> tuple[float
     bootstrap over documents that draws both sides alike (Efron's percentiles); None: fewer than two documents, or the
     sides are equal."""
     others = left.teacher if right is None else right.student
-    differences: NDArray[np.float64] = np.subtract(left.student, others)
-    tokens = np.array(left.tokens, np.float64)
-    if len(tokens) < 2 or not differences.any():
-        return None
-
-    def ratio(nats: NDArray[np.float64], counts: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        drawn: NDArray[np.float64] = nats.sum(axis) / counts.sum(axis)
-        return drawn
-
-    drawn = stats.bootstrap(
-        (differences, tokens),
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=RESAMPLES // 20,  # all at once take 50 kB a document
-        method="percentile",
-        rng=0,
-    )
-    low, high = drawn.confidence_interval
-    return float(low), float(high)
+    return ratio_interval(np.subtract(left.student, others), left.tokens, 0.95)

@@ -206,7 +206,7 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
         "packed_bytes": outcome.finished(Package).record.size.packed_bytes,
         "token_cosine": cosines[student.record.best_step],
         "measured": ", ".join(evaluation.record.provenance.get(name, "") for name in ("date", "machine")),
-        "documents": evaluation.read_json("documents.json"),
+        "documents": evaluation.read_json(Evaluation.DOCUMENTS),
     }
 
 

@@ -1,4 +1,4 @@
-"""Commands that compute: compress, sweep, evaluate; and submit, which has a cluster run one."""
+"""Commands that compute: compress, sweep, retrain, evaluate; and submit, which has a cluster run one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.credentials import redacted
 from pipeline.errors import ConfigError
 
 commands = typer.Typer()
-SUBMITTED = ("compress", "sweep")  # what a cluster may be asked to run
+SUBMITTED = ("compress", "sweep", "retrain")  # what a cluster may be asked to run
 UsageError: Any = typer.BadParameter.__mro__[1]  # typer has click's own inside, or imports click
 
 
@@ -74,6 +74,27 @@ def sweep(
 
     loaded = load_config(config, overrides, environment())
     return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
+
+
+@command(commands)
+def retrain(
+    console: Console,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Decide again what was decided on this very data.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what a tick would run and why; starts nothing.")] = False,
+) -> dict[str, Any]:
+    """Run one tick of a schedule: is there new data, and is what it makes better than the champion?
+
+    Safe to run from any scheduler, as often as it likes. Without new data the answer is `unchanged`, in seconds. Else a
+    challenger is trained as `compress` would, meets the champion on test rows that neither was trained on, and the
+    rules of `retrain.gate` decide; every decision is kept, with its numbers. `busy`: another tick of this name is at
+    it. A tick that was interrupted, however hard, goes on where it was when the command is given again.
+    """
+    from jobs.schedule.retrain import retrain as run
+    from pipeline.config.load import load_config
+
+    return run(load_config(config, overrides, environment()), console, force=force, only_plan=plan)
 
 
 @command(commands)

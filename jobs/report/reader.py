@@ -9,15 +9,16 @@ from typing import Any
 
 from jobs.report import latency
 from jobs.report.values import Content, Cost, Curve, Module, Shown
+from pipeline.config.laid_over import label
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, DamagedError
 from pipeline.flow.line import SHARED, STAGES
+from pipeline.flow.lineage import Steps, steps_behind
 from pipeline.metrics import gap_nats, measure_of
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.records import Evaluation, ModelVersion, Package, Student, SweepRecord, Teacher, Tokens, Trial
 from pipeline.store.step_store import FinishedStep, StepDir, records
 from pipeline.sweep.queue import stored_trials
-from pipeline.sweep.trials import label
 
 ENDS = (ModelVersion, Package, Evaluation)  # what a run may end with to be reported
 OF_THE_TEACHER_ALONE = ("date", "machine", "seconds", "workers")
@@ -27,7 +28,6 @@ RECIPE_KNOBS = {
 }
 KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 MOST_POINTS = 400  # of a curve
-Steps = dict[str, FinishedStep[Any]]  # by stage
 
 
 class Reader:
@@ -74,18 +74,7 @@ class Reader:
 
     def steps(self, keys: dict[str, str]) -> Steps:
         """Return finished steps by stage, from the keys of some of them; each record names its inputs."""
-        finished: Steps = {}
-        waiting = list(keys.items())
-        while waiting:
-            stage, key = waiting.pop()
-            if stage not in STAGES or stage in finished:
-                continue
-            step_dir = self._dir(stage, key)
-            record = step_dir.record(STAGES[stage].record)
-            if record is not None:
-                finished[stage] = FinishedStep(record, step_dir)
-                waiting += record.inputs.items()
-        return finished
+        return steps_behind(self.storage_uri, self.scratch, keys)
 
     def _run(self, key: str, stage: str) -> Content:
         steps = self.steps({stage: key})

@@ -11,6 +11,7 @@ from pipeline.config.data import Data, Evaluate, Model, TaskSettings
 from pipeline.config.presets import PRESETS, PresetName, filled
 from pipeline.config.quant import Pack, Quant
 from pipeline.config.resources import Resources
+from pipeline.config.retrain import Retrain
 from pipeline.config.sweep import Sweep
 from pipeline.config.training import Cache, Distill, Finetune
 
@@ -45,6 +46,7 @@ class Config(Closed):
     register_: Register = Field(default=Register(), alias="register")
     resources: Resources = Resources()
     sweep: Sweep | None = None  # read by `bitmill sweep` alone; never part of a key
+    retrain: Retrain | None = None  # read by `bitmill retrain` alone; never part of a key
 
     @model_validator(mode="before")
     @classmethod

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,19 +36,20 @@ class JobEnd(NamedTuple):
 
 
 class Jobs:
-    """The Jobs API of the cluster whose dashboard is at `address`; `note` is told when the connection breaks.
+    """The Jobs API of the cluster whose dashboard is at `address`; `note` is told when the connection breaks, and
+    `variables` are those of the environment, which Ray reads too.
 
     Raises:
         ConfigError: the address is none, nobody answers there, or the token is missing or refused.
     """
 
-    def __init__(self, address: str, note: Callable[[str], None]) -> None:
+    def __init__(self, address: str, note: Callable[[str], None], variables: MutableMapping[str, str]) -> None:
         self.address, self._note = checked_address(address), note
-        token = read_token()
+        token = read_token(variables)
         self._sent = token is not None
         headers = {"Authorization": f"Bearer {token}"} if self._sent else {}
         try:
-            with _set_aside(ADDRESS_VARIABLES):  # which Ray would take in place of the address
+            with _set_aside(variables, ADDRESS_VARIABLES):  # which Ray would take in place of the address
                 self._client = _client()(self.address, headers=headers)
         except _broken() as error:
             raise ConfigError(
@@ -210,18 +210,19 @@ def checked_address(address: str) -> str:
     return url
 
 
-def read_token() -> str | None:
-    """Return the token that Ray would take, or None where there is none or RAY_AUTH_MODE is disabled.
+def read_token(variables: Mapping[str, str]) -> str | None:
+    """Return the token that Ray would take by these variables of the environment, or None where there is none or
+    RAY_AUTH_MODE is disabled.
 
     Raises:
         ConfigError: it is asked for and missing, cannot be read, or is none. The token is not in the message.
     """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    mode = variables.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled":
         return None
-    origin, token = "RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    origin, token = "RAY_AUTH_TOKEN", variables.get("RAY_AUTH_TOKEN", "").strip()
     if not token:
-        named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        named = variables.get("RAY_AUTH_TOKEN_PATH")
         path = Path(named or "~/.ray/auth_token").expanduser()
         origin = f"RAY_AUTH_TOKEN_PATH ({path})" if named else str(path)
         try:
@@ -276,10 +277,10 @@ def _refused() -> type[Exception]:
 
 
 @contextmanager
-def _set_aside(names: tuple[str, ...]) -> Iterator[None]:
+def _set_aside(variables: MutableMapping[str, str], names: tuple[str, ...]) -> Iterator[None]:
     """Have variables not be set while inside."""
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    kept = {name: variables.pop(name) for name in names if name in variables}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        variables.update(kept)

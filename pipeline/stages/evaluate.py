@@ -1,158 +1,65 @@
-"""Score the frozen student and the teacher on the test and validation splits by one protocol, shards side by side.
+"""Score the frozen student and the teacher on the test and validation splits by one protocol.
 
 `documents.json` holds the sums of next-token nats of each document of the test split, in its order: {"tokens": [...],
-"teacher": [...], "student": [...]}. A document of running text ends with end-of-text, and goes on from row to row and
-from shard to shard; the first token of a block is context only and counts nothing. Elsewhere a row is a document.
+"teacher": [...], "student": [...]}; where the task measures rows, `rows.json` has what it measured of each, by metric:
+{"teacher": {"accuracy": [...]}, "student": {...}}.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from pipeline.config.base import Closed
-from pipeline.config.data import Evaluate
 from pipeline.config.quant import Quant
-from pipeline.models.build import load_model, read_config
-from pipeline.models.device import device_for
+from pipeline.models.build import read_config
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
-from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
-from pipeline.store.pieces import Pieces
-from pipeline.store.records import Evaluation, Shard, SplitName, Student, Teacher, Tokens
-from pipeline.store.shards import Rows
-from pipeline.tasks.samples import samples
-from pipeline.tasks.scoring import Scores
-from pipeline.tasks.tokenizers import read_tokenizer
+from pipeline.stages.scorer import score_splits, scoring_recipe
+from pipeline.stages.stage import Stage, Step, StepJob, always
+from pipeline.store.records import Evaluation, SplitName, Student, Teacher, Tokens
 
-SPANS_A_WORKER = 4  # so that none waits long for another
-TENSOR_RANGE_ROWS = 16  # of a pass where a range spans the batch; being in the recipe, it is no setting of resources
-SAMPLES, DOCUMENTS = "samples.txt", "documents.json"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = "samples.txt"
 SCORED: tuple[SplitName, ...] = ("test", "validation")
-
-
-def recipe(run: PinnedRun) -> dict[str, Any]:
-    """Return how scores are taken. Only with one activation range a tensor does the batch show in them."""
-    batch = {"batch": TENSOR_RANGE_ROWS} if run.config.quant.activation_range == "tensor" else {}
-    return {"protocol": run.task.protocol, **run.task.scoring(run.config.evaluate), **batch}
-
-
-class Piece(Closed):
-    """The result of one shard of a split: the sums of `Scores`; with the first shard, what the student writes."""
-
-    student: dict[str, Any]
-    teacher: dict[str, Any]
-    samples: str = ""
-
-
-Part = tuple[SplitName, int, Shard]  # a shard of a split behind so many rows
-Span = tuple[Part, ...]
 
 
 def run(step: Step) -> Evaluation:
     """Score every shard of both splits, and let the student write a few rows of the validation split."""
     files, digest = step.input(Teacher).record.files, step.input(Student).record.digest
     scored_by = [digest, *(files[name].sha256 for name in sorted(files))]
-    origin = hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16]  # of which weights the scores are
-    parts = [part for split in SCORED for part in parts_of(split, step.input(Tokens).record.splits[split].shards)]
-    spans = spans_of(parts, SPANS_A_WORKER * max(1, step.resources.workers))
-    work = [partial(_evaluate, step.job, origin, span) for span in spans]
-    pieces = [
-        Piece.model_validate_json(line)
-        for lines in step.engine.tasks(work, step.dir, step.advance, step.resources.gpus_per_worker)
-        for line in lines
-    ]
-    ours, theirs = {split: Scores() for split in SCORED}, {split: Scores() for split in SCORED}
-    for (split, _, _), piece in zip(parts, pieces, strict=True):
-        ours[split] += Scores(**piece.student)
-        theirs[split] += Scores(**piece.teacher)
-    test, reference = ours["test"], theirs["test"]
+    scored = score_splits(step, hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16], student_of, SCORED)
+    test, reference = scored.student["test"], scored.teacher["test"]
     documents = {"tokens": test.tokens, "teacher": reference.nats, "student": test.nats}
+    kept = {
+        SAMPLES: step.dir.write(SAMPLES, scored.samples.encode()),
+        Evaluation.DOCUMENTS: step.dir.write(Evaluation.DOCUMENTS, json.dumps(documents).encode()),
+    }
+    if test.of_rows:
+        rows = {"teacher": reference.of_rows, "student": test.of_rows}
+        kept[Evaluation.ROWS] = step.dir.write(Evaluation.ROWS, json.dumps(rows).encode())
     return Evaluation(
         **step.identity(),
-        files={
-            SAMPLES: step.dir.write(SAMPLES, pieces[0].samples.encode()),
-            DOCUMENTS: step.dir.write(DOCUMENTS, json.dumps(documents).encode()),
-        },
+        files=kept,
         protocol=f"{step.task.shape}: {step.recipe['protocol']}",
         digest=digest,
         student=test.metrics(),
         teacher=reference.metrics(),
-        validation={"teacher": theirs["validation"].metrics(), "student": ours["validation"].metrics()},
+        validation={
+            "teacher": scored.teacher["validation"].metrics(),
+            "student": scored.student["validation"].metrics(),
+        },
     )
 
 
-STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), scoring_recipe, run, version=3, unit="parts")
 
 
-def parts_of(split: SplitName, shards: Sequence[Shard]) -> list[Part]:
-    """Return the shards of a split, each with the rows before it."""
-    before = accumulate((shard.rows for shard in shards), initial=0)
-    return [(split, rows, shard) for rows, shard in zip(before, shards, strict=False)]
-
-
-def spans_of(parts: Sequence[Part], most: int) -> list[Span]:
-    """Cut the parts into at most so many spans of about equal length."""
-    length = -(-len(parts) // most)
-    return [tuple(parts[start : start + length]) for start in range(0, len(parts), length)]
-
-
-def _evaluate(job: StepJob, origin: str, span: Span) -> list[str]:
-    """Return a `Piece` of each shard as JSON; those that an earlier attempt left, of the same weights, are not made
-    again."""
-    made, pieces = Pieces(job.dir, f"attempt/{origin}/"), []
-    scorer = None
-    for part in span:
-        _, _, shard = part
-        name = Path(shard.name).stem
-        piece = made.get(name)
-        if piece is None:
-            scorer = scorer or Scorer(job)
-            piece = scorer.score(*part).model_dump()
-            made.put(name, piece)
-        pieces.append(json.dumps(piece))
-    return pieces
-
-
-class Scorer:
-    """The frozen student and its teacher in one process, on a GPU if workers have one."""
-
-    def __init__(self, job: StepJob) -> None:
-        self.tokens, self.task = job.input(Tokens), job.task
-        self.evaluate = Evaluate.model_validate(job.recipe.get("evaluate", {}))
-        self.batch: int = job.recipe.get("batch", job.resources.inference_batch)  # rows of a pass
-        device = device_for(job.resources)
-        folder, student = job.input(Teacher).folder(), job.input(Student)
-        spec = Quant.model_validate(student.record.recipe["quant"]).spec()
-        family, frozen = family_named(student.record.family), load_frozen(student.local(Student.FROZEN))
-        self.student = restore_frozen(read_config(folder), spec, family, frozen).to(device)
-        self.teacher = load_model(folder).to(device).eval()
-        self.words = read_tokenizer(self.tokens.folder())
-        self.rows = {split: Rows(self.tokens.dir, self.tokens.record.splits[split].shards) for split in SCORED}
-        most = self.evaluate.generated_rows  # of each split, for which the model generates
-        self.generated = {split: None if most is None else rows.drawn(most) for split, rows in self.rows.items()}
-
-    def score(self, split: SplitName, before: int, shard: Shard) -> Piece:
-        """Score a shard of a split; `before` counts the split's rows before it."""
-        drawn = self.generated[split]
-        generated = None if drawn is None else {row - before for row in drawn}
-        rows = batches(Rows(self.tokens.dir, (shard,)), self.batch)
-        ours, theirs = self.task.score(rows, self.student, self.teacher, self.words, self.evaluate, generated)
-        wanted = (split, before) == (SCORED[0], 0)
-        text = samples(self.student, self.words, self.task, self.rows["validation"]) if wanted else ""
-        return Piece(student=asdict(ours), teacher=asdict(theirs), samples=text)
-
-
-def batches(rows: Rows, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all rows in order, ids and lengths."""
-    for start in range(0, rows.rows, batch):
-        ids, lengths, _ = rows.get(range(start, min(start + batch, rows.rows)))
-        yield ids, lengths
+def student_of(job: StepJob) -> PreTrainedModel:
+    """Return the frozen student of a job, as it ships."""
+    student = job.input(Student)
+    spec = Quant.model_validate(student.record.recipe["quant"]).spec()
+    family, frozen = family_named(student.record.family), load_frozen(student.local(Student.FROZEN))
+    return restore_frozen(read_config(job.input(Teacher).folder()), spec, family, frozen)

@@ -203,6 +203,7 @@ def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, Stored
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
     with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as folder:
         tokenizer.save_pretrained(folder)
+        read_tokenizer(Path(folder)).save_pretrained(folder)  # which is how it is written ever after: the same content
         return upload_folder(job.dir, Path(folder), Tokens.FOLDER)
 
 

@@ -72,16 +72,23 @@ class Watch:
     def __init__(self) -> None:
         self._seen: Lease | None = None
         self._since = 0.0
+        self._beats = False
 
     def dead(self, lease: Lease) -> bool:
         """Tell whether nobody holds the lease any more. An owner on this host is asked; one elsewhere is dead once its
         heart has not beaten for `DEAD_AFTER_S` seconds before our eyes."""
         now = time.monotonic()
         if lease != self._seen:
+            self._beats = self._seen is not None
             self._seen, self._since = lease, now
         if lease.owner is None or lease.owner.host == _this_host():
             return lease.owner is None or lease.owner.gone()
         return now - self._since >= DEAD_AFTER_S
+
+    def doubtful(self, lease: Lease) -> bool:
+        """Tell whether a lease that is not dead may yet be: its owner is elsewhere, and its heart has not beaten so
+        far."""
+        return not self._beats and lease.owner is not None and lease.owner.host != _this_host()
 
 
 @dataclass(frozen=True)
@@ -116,16 +123,17 @@ class LeaseFile:
         return fence
 
     @contextlib.contextmanager
-    def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[int]:
+    def hold(self, wait: bool, waiting: Callable[[Owner], None], sure: bool = False) -> Iterator[int]:
         """Hold the lease while inside; yield the fencing token.
 
         A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
         away what killed writers of this attempt and those before left half written in their folders.
 
         Raises:
-            BusyError: a process holds the lease, and `wait` is False: there is no time to see whether it lives.
+            BusyError: a process holds the lease, and `wait` is False: there is no time to see whether it lives; with
+                `sure` there is: a heart that beats, or a process on this host.
         """
-        lease = self._acquire(wait, waiting)
+        lease = self._acquire(wait, waiting, sure)
         stop = threading.Event()
         beat = threading.Thread(target=self._beat, args=(lease, stop), daemon=True)
         beat.start()
@@ -148,7 +156,7 @@ class LeaseFile:
         if current is not None and current.fence == lease.fence:
             self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence).to_json())
 
-    def _acquire(self, wait: bool, waiting: Callable[[Owner], None]) -> Lease:
+    def _acquire(self, wait: bool, waiting: Callable[[Owner], None], sure: bool) -> Lease:
         told: Owner | None = None
         mine: Lease | None = None
         watch = Watch()
@@ -164,13 +172,13 @@ class LeaseFile:
             elif watch.dead(current):
                 if self.objects.swap(self._name, current.to_json(), mine.to_json()):
                     return mine
-            elif not wait:
+            elif not wait and not (sure and watch.doubtful(current)):
                 raise BusyError(
                     f"The {self.title} is being run by {current.owner}. Try again later, or leave out --no-wait: who "
                     f"waits takes over once the process is gone or, on another machine, silent for {DEAD_AFTER_S:g} s."
                 )
             else:
-                if current.owner is not None and current.owner != told:
+                if wait and current.owner is not None and current.owner != told:
                     waiting(current.owner)
                     told = current.owner
                 time.sleep(POLL_S)

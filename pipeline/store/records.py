@@ -194,11 +194,26 @@ class Evaluation(Record):
     """Scores of the frozen student and the teacher on the test split, and on the validation split, which chooses."""
 
     stage: ClassVar[str] = "evaluate"
+    DOCUMENTS: ClassVar[str] = "documents.json"  # of the test split: sums of each
+    ROWS: ClassVar[str] = "rows.json"  # of the test split, where the task measures rows
     protocol: str
     digest: str
     teacher: dict[str, float]
     student: dict[str, float]
     validation: BothMetrics
+
+
+class Contest(Record):
+    """A champion scored on the test rows of a challenger: metrics of both, how many documents they met on, and how many
+    of these the champion's own test split lacks (None: not known)."""
+
+    stage: ClassVar[str] = "contest"
+    DOCUMENTS: ClassVar[str] = "documents.json"
+    ROWS: ClassVar[str] = "rows.json"
+    champion: dict[str, float]
+    challenger: dict[str, float]
+    documents: int
+    fresh: int | None
 
 
 class Size(Closed):

@@ -14,6 +14,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+from pipeline.config.laid_over import label, laid_over
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, NotRegisteredError
@@ -30,7 +31,7 @@ from pipeline.store.records import Advance, Evaluation, ModelVersion, Package, P
 from pipeline.store.step_store import StepDir
 from pipeline.sweep.halving import Halving
 from pipeline.sweep.sampler import sample_values
-from pipeline.sweep.trials import label, scores, trial_config
+from pipeline.sweep.trials import scores
 from pipeline.tracking import runs
 from pipeline.tracking.listener import SilentListener
 from pipeline.tracking.mlflow_listener import MlflowListener
@@ -64,7 +65,7 @@ class PlannedTrial:
 
 def plan_trial(base: Config, values: dict[str, Any], once: Once | None = None) -> PlannedTrial:
     """Plan the run of a trial. Raises ConfigError for a combination that cannot work, with its values."""
-    config = trial_config(base, values)
+    config = laid_over(base, values)
     try:
         return PlannedTrial(values, plan_run(config, once=once))
     except ConfigError as error:

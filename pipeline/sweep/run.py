@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pipeline.config.laid_over import label, laid_over
 from pipeline.config.run import Config
 from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, RunError
@@ -38,7 +39,7 @@ from pipeline.sweep.queue import (
     stored_sharing,
     stored_trials,
 )
-from pipeline.sweep.trials import check_sweep, drawn, label, listed, naming_versions, trial_config
+from pipeline.sweep.trials import check_sweep, drawn, listed, naming_versions
 from pipeline.tracking import registry, runs
 from pipeline.tracking.listener import Listener, tell
 from pipeline.tracking.mlflow_listener import MlflowListener, load_watched
@@ -117,7 +118,7 @@ def plan_sweep(config: Config, retry_failed: bool = False) -> SweepPlan:
 def _known(config: Config, sweep: Sweep, once: Once) -> tuple[PlannedTrial, ...]:
     """Return the trials that can be named before anything runs; two that come to the same are one."""
     if sweep.budget_mib is not None:  # what fits is known once sensitivities are measured
-        for combined in map(partial(trial_config, config), _combinations(sweep)):
+        for combined in map(partial(laid_over, config), _combinations(sweep)):
             bit_budget.check_budget(combined, bit_budget.layout_of(combined), sweep.budget_mib)
         return ()
     if sweep.search == "optuna":  # a few examples, so that a space that cannot work at all is found out
@@ -214,7 +215,7 @@ def _with_proposals(planned: SweepPlan, listener: Listener, wait: bool) -> Sweep
         return planned
     known, once = {}, Once()
     for values in _combinations(sweep):
-        config = trial_config(planned.config, values)
+        config = laid_over(planned.config, values)
         for bits in bit_budget.proposals(config, sweep.budget_mib, sweep.proposals, listener, wait):
             trial = plan_trial(planned.config, {**values, **bits}, once)
             known[trial.key] = trial

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,14 +32,14 @@ class Scores:
     kl_nats: float = 0.0
     agreed: int = 0
     compared: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # over rows, of what is a mean over rows, such as accuracy
-    rows: int = 0  # behind `sums`
+    of_rows: dict[str, list[float]] = field(default_factory=dict)  # what is a mean over rows, such as accuracy, of each
 
     def __add__(self, other: Scores) -> Scores:
-        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in {**self.sums, **other.sums}}
         counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
-        both = Scores(list(self.nats), list(self.tokens), self.goes_on, **counts, sums=sums)
+        both = Scores(list(self.nats), list(self.tokens), self.goes_on, **counts)
         both.append(other.nats, other.tokens, other.goes_on)
+        for scores in (self, other):
+            both.measure(scores.of_rows)
         return both
 
     def append(self, nats: list[float], tokens: list[int], goes_on: bool) -> None:
@@ -62,13 +63,12 @@ class Scores:
         if self.compared:
             metrics["kl_nats"] = self.kl_nats / self.compared
             metrics["top1_agreement"] = self.agreed / self.compared
-        return metrics | {name: total / self.rows for name, total in self.sums.items()}
+        return metrics | {name: fmean(values) for name, values in self.of_rows.items()}
 
-    def average(self, sums: dict[str, float], rows: int) -> None:
-        """Add what is a mean over rows, summed over some of them."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.rows += rows
+    def measure(self, of_rows: Mapping[str, Sequence[float]]) -> None:
+        """Add what was measured of rows that follow, by metric."""
+        for name, values in of_rows.items():
+            self.of_rows.setdefault(name, []).extend(values)
 
     def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor, documents: Documents) -> None:
         """Add next-token nats and bytes of each row's reference, and accuracy where a row has candidates."""
@@ -77,7 +77,7 @@ class Scores:
         self.append(documents.sums(nats.double()), documents.sums(first.supervised.long()), documents.goes_on)
         self.bytes += int(bytes_of[first.targets][first.supervised].sum())
         if batch.group > 1:
-            self.average({"accuracy": chosen(candidate_scores(logits, batch))}, len(first.ids))
+            self.measure({"accuracy": chosen(candidate_scores(logits, batch))})
 
     def compare(self, logits: Tensor, teacher: Tensor, batch: Batch) -> None:
         """Add KL(teacher || model) and agreement at the distilled positions of each row's reference."""
@@ -89,7 +89,7 @@ class Scores:
         self.compared += int(count)
 
 
-COUNTS = ("bytes", "kl_nats", "agreed", "compared", "rows")  # of `Scores`, which add up
+COUNTS = ("bytes", "kl_nats", "agreed", "compared")  # of `Scores`, which add up
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,10 @@ def score_tokens(
     return scores, teacher_scores
 
 
-def chosen(scores: Tensor) -> int:
-    """Count the rows of (rows, candidates) that have their first score above all others."""
-    return int((scores[:, :1] > scores[:, 1:]).all(1).sum())
+def chosen(scores: Tensor) -> list[float]:
+    """Return 1 for each row of (rows, candidates) that has its first score above all others, else 0."""
+    right: list[float] = (scores[:, :1] > scores[:, 1:]).all(1).double().tolist()
+    return right
 
 
 def logits_for(model: PreTrainedModel, batch: Batch) -> Tensor:

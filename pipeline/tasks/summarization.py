@@ -131,8 +131,7 @@ class Summarization(Task):
         theirs = reference or Scores()
         for writer, scores in ((model, ours), (teacher, theirs)):
             written, expected = self._write(batches, writer, tokenizer, evaluate.beams, generated)
-            means = rouge(written, expected)
-            scores.average({name: mean * len(written) for name, mean in means.items()}, len(written))
+            scores.measure(rouge(written, expected))
         return ours, theirs
 
     def _write(
@@ -160,14 +159,15 @@ class Summarization(Task):
         return written, expected
 
 
-def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Return the mean F-measure, 0-100, of each text against its one reference; words are stemmed (Porter)."""
+def rouge(written: Sequence[str], expected: Sequence[str]) -> dict[str, list[float]]:
+    """Return the F-measures, 0-100, of each text against its one reference; words are stemmed (Porter)."""
     if not written:
         return {}
     from torchmetrics.functional.text import rouge_score  # on use: its import takes seconds
 
-    measures = rouge_score(list(written), [[text] for text in expected], rouge_keys=ROUGES, use_stemmer=True)
-    return {name: 100 * float(measures[f"{name}_fmeasure"]) for name in ROUGES}
+    measure = partial(rouge_score, rouge_keys=ROUGES, use_stemmer=True)
+    measured = [measure(text, reference) for text, reference in zip(written, expected, strict=True)]
+    return {name: [100 * float(of_text[f"{name}_fmeasure"]) for of_text in measured] for name in ROUGES}
 
 
 def ended(ids: list[int], end: int, length: int) -> list[int]:

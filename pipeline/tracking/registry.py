@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,70 @@ from mlflow.entities import LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion as RegisteredVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import runs
 from pipeline.tracking.runs import KEY_TAG
 
 PAGE = 1000  # entities that one request asks for
-CHAMPION, FIRST = "champion", "1"
+CHAMPION, PREVIOUS, FIRST = "champion", "previous", "1"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 FORMATS_TAG, OWN_FORMAT = "bitmill.formats", "bitmill"  # every package is itself a format
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version as the registry tells of it: the key of its registration, the digest of its frozen tensors, where its
+    package lies, and the keys of the steps that made it, by stage."""
+
+    name: str
+    version: int
+    key: str
+    digest: str
+    package_uri: str
+    lineage: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """Return its name and version as a command takes them."""
+        return f"{self.name}/{self.version}"
+
+
+def described(version: RegisteredVersion) -> Registered:
+    """Return what a version's tags tell of it."""
+    tags = version.tags
+    return Registered(
+        name=version.name,
+        version=int(version.version),
+        key=tags.get(KEY_TAG, ""),
+        digest=tags.get("bitmill.digest", ""),
+        package_uri=tags.get("bitmill.package_uri", ""),
+        lineage={tag.removeprefix("bitmill."): key for tag, key in tags.items()},
+    )
+
+
+def registered_versions(client: MlflowClient) -> list[Registered]:
+    """Return all versions of ours that the registry holds."""
+    everything = pages(client.search_model_versions, "")
+    return [described(version) for version in everything if KEY_TAG in version.tags]
+
+
+def registered_version(uri: str, name: str, version: int | None) -> Registered | None:
+    """Return a version of a name, None: that which bears the alias champion; None if the registry has none. Raises
+    ConfigError if it cannot be reached, or the version is not there."""
+    database = runs.sqlite_file(uri)
+    if database is not None and not database.exists():
+        return None
+    client = runs.connect(uri)
+    try:
+        there = _version_of(client, f"{name}@{CHAMPION}" if version is None else f"{name}/{version}")
+    except MlflowException as error:
+        if version is None:
+            return None
+        raise ConfigError(
+            f"The champion of {name} is version {version}, which the registry at {uri!r} does not hold "
+            f"({str(error).splitlines()[0]}). Give its run again, or `bitmill rollback {name} --to VERSION`."
+        ) from error
+    return described(there)
 
 
 def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion | None:
@@ -65,7 +122,7 @@ def register_package(
     if version is None:
         version = _new_version(client, run, name, key, folder, {**tags, KEY_TAG: key}, metrics)
     if str(version.version) == FIRST and CHAMPION not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, CHAMPION, FIRST)  # until a person promotes another
+        client.set_registered_model_alias(name, CHAMPION, FIRST)  # until a tick of `bitmill retrain` promotes another
     return version, _model_id(version)
 
 
@@ -88,6 +145,34 @@ def _new_version(
     return client.create_model_version(
         name, source=f"models:/{model.model_id}", run_id=run.info.run_id, tags=tags, model_id=model.model_id
     )
+
+
+def put_aliases(client: MlflowClient, name: str, wanted: dict[str, int | None]) -> None:
+    """Put aliases of a name at versions, or nowhere, and read them back. Raises RunError if they are elsewhere then."""
+    for alias, version in wanted.items():
+        there = client.get_registered_model(name).aliases.get(alias)
+        if version is None and there is not None:
+            client.delete_registered_model_alias(name, alias)
+        elif version is not None and str(there) != str(version):
+            client.set_registered_model_alias(name, alias, str(version))
+    there = client.get_registered_model(name).aliases
+    for alias, version in wanted.items():
+        if str(there.get(alias)) != str(version):
+            raise RunError(
+                f"The alias {alias} of {name} is at {there.get(alias)} where {version} belongs: something else moves "
+                "it. Only `bitmill retrain` and `bitmill rollback` may."
+            )
+
+
+def tell(client: MlflowClient, name: str, version: int, tags: dict[str, str], texts: dict[str, str]) -> None:
+    """Tag a version, and add files to the run that made it, unless the tags are there."""
+    registered = client.get_model_version(name, str(version))
+    if all(registered.tags.get(tag) == value for tag, value in tags.items()):
+        return
+    for file, text in texts.items():
+        client.log_text(registered.run_id, text, file)
+    for tag, value in tags.items():  # last: where they are, all is
+        client.set_model_version_tag(name, str(version), tag, value)
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:

@@ -88,12 +88,12 @@ def test_a_job_runs_once_and_gives_what_the_command_would_give_here(config_file,
         assert said in first.stderr
     assert submit.MARK not in first.stderr
 
-    begun = Jobs(address, print)._client.get_job_info("tiny-1")
+    begun = Jobs(address, print, os.environ)._client.get_job_info("tiny-1")
     second = bitmill(*command, "--plan")
     assert (second.exit_code, second.stdout) == (0, first.stdout)
     assert "it is not run a second time" in second.stderr
     assert second.stderr.count("Running entrypoint") == 1
-    after = Jobs(address, print)._client.get_job_info("tiny-1")
+    after = Jobs(address, print, os.environ)._client.get_job_info("tiny-1")
     assert (after.start_time, after.end_time) == (begun.start_time, begun.end_time)
 
     other = bitmill(*command[:-1])
@@ -130,7 +130,7 @@ def test_a_wrong_or_missing_token_is_one_paragraph_without_it(config_file, addre
 
 
 def test_a_token_that_changes_while_a_job_is_followed(address, monkeypatch, tmp_path):
-    cluster = Jobs(address, print)
+    cluster = Jobs(address, print, os.environ)
     cluster._client._headers = {"Authorization": "Bearer wr0ng"}
     with pytest.raises(client.ConfigError, match="refuses the token") as caught:
         cluster.follow("any", print)
@@ -171,7 +171,7 @@ sys.exit(3)
             done[1].set()
             (tmp_path / "go-2").touch()
 
-    cluster = Jobs(proxy.address, note)
+    cluster = Jobs(proxy.address, note, os.environ)
     (tmp_path / "go-0").touch()
     assert cluster.hand_over("cut-1", shell(script), tmp_path, {}) is None
     assert cluster.follow("cut-1", write) == ("FAILED", 3, cluster._end("cut-1").message)
@@ -185,7 +185,7 @@ sys.exit(3)
 
 
 def test_a_line_that_stays_cut_is_given_up_in_time(proxy, tmp_path, monkeypatch):
-    cluster = Jobs(proxy.address, print)
+    cluster = Jobs(proxy.address, print, os.environ)
     proxy.cut()
     monkeypatch.setattr(client, "PATIENCE_S", 0.0)
     for ask in (lambda: cluster.stop("cut-2"), lambda: cluster.hand_over("cut-2", "true", tmp_path, {})):
@@ -194,7 +194,7 @@ def test_a_line_that_stays_cut_is_given_up_in_time(proxy, tmp_path, monkeypatch)
 
 
 def test_of_two_who_hand_over_the_same_id_one_begins_it(address, tmp_path):
-    clusters = [Jobs(address, print) for _ in range(4)]
+    clusters = [Jobs(address, print, os.environ) for _ in range(4)]
     barrier = threading.Barrier(len(clusters))
     given = {}
 
@@ -217,7 +217,7 @@ def test_of_two_who_hand_over_the_same_id_one_begins_it(address, tmp_path):
 def test_ctrl_c_leaves_the_job_and_says_how_to_come_back_and_how_to_stop_it(config_file, address, tmp_path):
     registry = "resources.tracking_uri=http://{}127.0.0.1:1"
     job = submit.prepare("compress", load_config(config_file, [registry.format("")]), ("--plan",), "long-1", "")
-    cluster = Jobs(address, print)
+    cluster = Jobs(address, print, os.environ)
     cluster.hand_over("long-1", "echo at work; exec sleep 1000", tmp_path, {"bitmill": job.digest})
     command = ["submit", "compress", str(config_file), "--address", address, "--id", "long-1"]
     with open(tmp_path / "said", "w+", encoding="utf-8") as said:

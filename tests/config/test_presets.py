@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.config.laid_over import laid_over
 from pipeline.config.load import load_config
 from pipeline.config.presets import PRESETS, filled, set_otherwise
 from pipeline.config.quant import Quant
@@ -17,7 +18,6 @@ from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import plan_run
 from pipeline.package.package import load
-from pipeline.sweep.trials import trial_config
 from tests.conftest import Ran
 
 MINIMAL: dict[str, Any] = {"name": "tiny", "model": {"source": "a/b"}, "data": {"source": "*.txt"}}
@@ -93,7 +93,7 @@ def test_what_was_trained_to_be_quantized_is_not_faded_in(preset: Any) -> None:
     rest = {name: value for name, value in PRESETS[preset]["distill"].items() if name != "fade_in"}
     assert on.distill == Distill(**{"steps": 3, "start": "tiny@champion", **rest})
     assert set_otherwise(on.model_dump(), preset) == {}
-    assert trial_config(config(preset=preset), {"distill.start": "tiny@champion"}) == on
+    assert laid_over(config(preset=preset), {"distill.start": "tiny@champion"}) == on
 
 
 @every_preset

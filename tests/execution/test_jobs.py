@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -82,31 +83,31 @@ def test_an_address_is_that_of_a_dashboard():
 
 
 def test_a_token_comes_from_where_ray_takes_it(monkeypatch, tmp_path):
-    assert read_token() is None
+    assert read_token(os.environ) is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("of-home\n")
-    assert read_token() == "of-home"
+    assert read_token(os.environ) == "of-home"
     (tmp_path / "token").write_text(" of-file\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert read_token() == "of-file"
+    assert read_token(os.environ) == "of-file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable\n")
-    assert read_token() == "of-variable"
+    assert read_token(os.environ) == "of-variable"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert read_token() is None
+    assert read_token(os.environ) is None
 
 
 def test_a_token_that_is_asked_for_and_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ConfigError, match=r"No token can be read from .*auth_token: No such file"):
-        read_token()
+        read_token(os.environ)
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"from RAY_AUTH_TOKEN_PATH .*: Is a directory"):
-        read_token()
+        read_token(os.environ)
     (tmp_path / "token").write_bytes("t\u00f6ken".encode())
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(ConfigError, match="it is not ASCII") as caught:
-        read_token()
+        read_token(os.environ)
     assert caught.value.__cause__ is None  # which would show it
 
 
@@ -114,7 +115,7 @@ def test_a_token_that_is_asked_for_and_missing(monkeypatch, tmp_path):
 def test_what_no_header_takes_is_no_token_and_is_not_shown(monkeypatch, token):
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN holds is no token") as caught:
-        read_token()
+        read_token(os.environ)
     assert token not in str(caught.value)
 
 
@@ -122,7 +123,7 @@ def test_the_token_is_in_a_header_and_the_address_is_the_one_given(heads, monkey
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t0ken")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     head = heads()
-    Jobs(head.address, print)
+    Jobs(head.address, print, os.environ)
     assert head.asked
     assert {(path, token) for _, path, token in head.asked} == {("/api/version", "Bearer t0ken")}
 
@@ -134,39 +135,42 @@ def test_what_is_no_head_is_said_at_once(heads, answer):
     head = heads()
     head.answers["/api/version"] = [answer]
     with pytest.raises(ConfigError, match=f"Ray's Jobs API does not answer at {head.address}: .*http://HEAD:8265"):
-        Jobs(head.address, print)
+        Jobs(head.address, print, os.environ)
 
 
 def test_a_head_that_is_away_for_a_while_is_asked_again(heads, tmp_path):
     notes = []
     head = heads(jobs=[(503, "away"), (502, "away"), (200, JOB)], submit=[(500, "not asked")])
-    assert Jobs(head.address, notes.append).hand_over("j", "true", tmp_path, {}) == {}
+    assert Jobs(head.address, notes.append, os.environ).hand_over("j", "true", tmp_path, {}) == {}
     assert [note.split()[0] for note in notes] == ["the", "connected"]
 
 
 @pytest.mark.parametrize("answer", [(504, "lost"), (500, "Job with submission_id j already exists")], ids=str)
 def test_an_answer_that_was_lost_or_another_command_that_was_quicker_is_no_second_job(heads, tmp_path, answer):
     head = heads(packages=[(200, "")], jobs=[(404, ""), (200, {**JOB, "metadata": {"by": "us"}})], submit=[answer])
-    assert Jobs(head.address, print).hand_over("j", "true", tmp_path, {"by": "us"}) == {"by": "us"}
+    assert Jobs(head.address, print, os.environ).hand_over("j", "true", tmp_path, {"by": "us"}) == {"by": "us"}
     assert [path for method, path, _ in head.asked if method == "POST"] == ["/api/jobs/"]
 
 
 def test_what_a_gateway_did_not_pass_on_is_sent_again(heads, tmp_path):
     accepted = (200, {"job_id": "j", "submission_id": "j"})
     head = heads(packages=[(200, "")], jobs=[(404, "")], submit=[(503, "away"), accepted])
-    assert Jobs(head.address, print).hand_over("j", "true", tmp_path, {}) is None
+    assert Jobs(head.address, print, os.environ).hand_over("j", "true", tmp_path, {}) is None
     assert [path for method, path, _ in head.asked if method == "POST"] == ["/api/jobs/"] * 2
 
 
 def test_a_job_that_the_cluster_refuses(heads, tmp_path):
     head = heads(packages=[(200, "")], jobs=[(404, "")], submit=[(500, "no agent to run it")])
     with pytest.raises(RunError, match=r"refuses the job j: .*no agent to run it"):
-        Jobs(head.address, print).hand_over("j", "true", tmp_path, {})
+        Jobs(head.address, print, os.environ).hand_over("j", "true", tmp_path, {})
 
 
 def test_a_job_that_the_cluster_does_not_know(heads):
     head = heads(jobs=[(404, "")])
-    for ask in (Jobs(head.address, print).stop, lambda job_id: Jobs(head.address, print).follow(job_id, print)):
+    for ask in (
+        Jobs(head.address, print, os.environ).stop,
+        lambda job_id: Jobs(head.address, print, os.environ).follow(job_id, print),
+    ):
         with pytest.raises(LookupError):
             ask("j")
 
@@ -175,7 +179,7 @@ def test_a_job_whose_log_is_gone_still_has_an_end(heads, monkeypatch):
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
     notes = []
     head = heads(jobs=[(500, "no stream"), (200, JOB), (500, "its node is gone")])
-    assert Jobs(head.address, notes.append).follow("j", print) == ("SUCCEEDED", 0, "")
+    assert Jobs(head.address, notes.append, os.environ).follow("j", print) == ("SUCCEEDED", 0, "")
     assert notes[-1].startswith("The end of the job's log cannot be read: ")
 
 
@@ -183,4 +187,4 @@ def test_a_head_that_answers_no_more(heads, monkeypatch):
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
     head = heads(jobs=[(503, "away")])
     with pytest.raises(LostError, match=r"has not answered for 0 s: .* The job j goes on without this command"):
-        Jobs(head.address, print).stop("j")
+        Jobs(head.address, print, os.environ).stop("j")

@@ -23,7 +23,8 @@ from pipeline.models.build import build, read_config
 from pipeline.models.family import family_for
 from pipeline.models.student import restore_frozen
 from pipeline.package.package import read_package
-from pipeline.stages.evaluate import SAMPLES, SPANS_A_WORKER, Scorer, spans_of
+from pipeline.stages.evaluate import SAMPLES, SCORED, student_of
+from pipeline.stages.scorer import SPANS_A_WORKER, Scorer, spans_of
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Evaluation, Tokens
 from pipeline.store.shards import Rows, read_tokens
@@ -113,7 +114,7 @@ def test_the_package_writes_what_the_scored_student_wrote(finished_task: Ran) ->
 def test_rows_that_are_generated_are_drawn_from_all_of_a_split(finished_task: Ran, tmp_path: Path) -> None:
     cut, planned = CutEvaluation(finished_task, tmp_path, rows=2), finished_task.plan.step(Evaluation)
     inputs = {name: cut.steps[name] for name in planned.inputs}
-    scorer = Scorer(StepJob(planned.recipe, inputs, planned.dir, cut.engine.resources, {}))
+    scorer = Scorer(StepJob(planned.recipe, inputs, planned.dir, cut.engine.resources, {}), student_of, SCORED)
     wanted = finished_task.plan.config.evaluate.generated_rows
     shards = inputs["tokenize"].record.splits["test"].shards
     drawn = None if wanted is None else Rows(inputs["tokenize"].dir, shards).drawn(wanted)

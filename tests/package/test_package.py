@@ -24,7 +24,7 @@ from pipeline.models.student import load_frozen, load_parameters, make_student
 from pipeline.package.package import read_package, write_package
 from pipeline.quant.frozen import freeze
 from pipeline.quant.packing import unpack
-from pipeline.stages.evaluate import batches
+from pipeline.stages.scorer import batches
 from pipeline.store.records import Student, Tokens
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import checksum

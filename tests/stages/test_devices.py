@@ -11,7 +11,8 @@ import torch
 from pipeline.config.resources import Resources
 from pipeline.models.device import device_for
 from pipeline.stages import cache, sensitivity
-from pipeline.stages.evaluate import Scorer
+from pipeline.stages.evaluate import SCORED, student_of
+from pipeline.stages.scorer import Scorer
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Evaluation, Shard
 from pipeline.store.shards import map_states, open_shard, to_tensor
@@ -68,7 +69,7 @@ def test_scores_are_taken_on_the_gpu_that_is_asked_for(finished: Ran, device: to
     for gpus in (1, 0):
         job = StepJob(planned.recipe, inputs, planned.dir, Resources(gpus_per_worker=gpus), {})
         with product_devices() as used:
-            given[gpus] = Scorer(job).score("test", 0, tokens.splits["test"].shards[0])
+            given[gpus] = Scorer(job, student_of, SCORED).score("test", 0, tokens.splits["test"].shards[0])
         assert used == {device.type if gpus else "cpu"}
     assert given[1].samples == given[0].samples
     for ours, theirs in ((given[1].student, given[0].student), (given[1].teacher, given[0].teacher)):

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import DOCUMENTS, SCORED, SPANS_A_WORKER, Scorer, parts_of, spans_of
+from pipeline.stages.evaluate import SCORED
+from pipeline.stages.scorer import SPANS_A_WORKER, Piece, Scorer, parts_of, spans_of
 from pipeline.stages.stage import Step
 from pipeline.store.records import Evaluation, Shard, Split, SplitName, StoredFile, Student, Tokens
 from pipeline.store.shards import Rows, open_shard, read_tokens, store_shard, write_tokens
@@ -45,14 +46,14 @@ def test_spans_hold_every_shard_in_order_behind_the_rows_before_it(sizes: list[i
 
 
 def test_scores_of_two_texts_are_those_of_both() -> None:
-    first = Scores([3.0], [2], bytes=5, kl_nats=0.5, agreed=1, compared=2, sums={"accuracy": 1.0}, rows=2)
-    second = Scores([1.0], [6], bytes=7, kl_nats=0.1, agreed=5, compared=6, sums={"accuracy": 2.0}, rows=2)
+    first = Scores([3.0], [2], bytes=5, kl_nats=0.5, agreed=1, compared=2, of_rows={"accuracy": [1.0, 0.0]})
+    second = Scores([1.0], [6], bytes=7, kl_nats=0.1, agreed=5, compared=6, of_rows={"accuracy": [1.0, 1.0]})
     both = (first + second).metrics()
     assert both["nats_per_token"] == 0.5
     assert both["kl_nats"] == pytest.approx(0.075)
     assert (both["top1_agreement"], both["accuracy"]) == (0.75, 0.75)
     assert (Scores() + first).metrics() == first.metrics()
-    assert first.sums == {"accuracy": 1.0}
+    assert first.of_rows == {"accuracy": [1.0, 0.0]}
     without = first + Scores([1.0], [1])  # no row of the second had anything to average
     assert without.metrics()["accuracy"] == 0.5
 
@@ -102,7 +103,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     whole = Scorer.score
 
-    def score(self: Scorer, split: SplitName, before: int, shard: Shard) -> evaluate.Piece:
+    def score(self: Scorer, split: SplitName, before: int, shard: Shard) -> Piece:
         found.append(shard.name)
         return whole(self, split, before, shard)
 
@@ -118,7 +119,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     scored.clear()
     sound = Scorer.score
 
-    def breaking(self: Scorer, split: SplitName, before: int, shard: Shard) -> evaluate.Piece:
+    def breaking(self: Scorer, split: SplitName, before: int, shard: Shard) -> Piece:
         if len(scored) == 3:
             raise RunError("lost")
         return sound(self, split, before, shard)
@@ -154,7 +155,7 @@ def test_validation_is_scored_as_the_test_split_is(finished: Ran, tmp_path: Path
 def test_documents_end_where_the_text_says_whatever_the_shards(finished: Ran, tmp_path: Path) -> None:
     whole, tokens = finished.outcome.finished(Evaluation), finished.outcome.finished(Tokens)
     ids, _, _ = Rows(tokens.dir, tokens.record.splits["test"].shards).get(range(tokens.record.splits["test"].rows))
-    documents, metrics = whole.read_json(DOCUMENTS), whole.record
+    documents, metrics = whole.read_json(Evaluation.DOCUMENTS), whole.record
     stream = ids.flatten().tolist()[: tokens.record.splits["test"].tokens]
     counts = [0]
     for place, token in enumerate(stream):
@@ -168,8 +169,8 @@ def test_documents_end_where_the_text_says_whatever_the_shards(finished: Ran, tm
         assert math.fsum(documents[model]) / sum(counts) == pytest.approx(mean, rel=1e-12)
         assert len(documents[model]) == len(counts)
     cut = CutEvaluation(finished, tmp_path, rows=3)
-    assert cut.run().files[DOCUMENTS].bytes > 0
-    again = json.loads((tmp_path / "store" / "evaluate" / metrics.key / "1" / DOCUMENTS).read_text())
+    assert cut.run().files[Evaluation.DOCUMENTS].bytes > 0
+    again = json.loads((tmp_path / "store" / "evaluate" / metrics.key / "1" / Evaluation.DOCUMENTS).read_text())
     assert again["tokens"] == counts
     assert again["student"] == pytest.approx(documents["student"], rel=1e-5)
 

@@ -14,10 +14,11 @@ from rich.console import Console
 
 import jobs.sweep
 from jobs.report.reader import Reader
+from pipeline.config.laid_over import laid_over
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError, FencedOffError, LostError, NotRegisteredError, RunError
 from pipeline.flow.plan import plan_run
-from pipeline.stages.evaluate import Scorer
+from pipeline.stages.scorer import Scorer
 from pipeline.store.lease import Lease, Owner
 from pipeline.store.locations import tracking_uri
 from pipeline.store.objects import open_objects
@@ -28,7 +29,6 @@ from pipeline.sweep.cost import estimate
 from pipeline.sweep.queue import TrialQueue, plan_trial, run_trial, worker_plan
 from pipeline.sweep.run import plan_sweep, run_sweep
 from pipeline.sweep.sampler import sample_values
-from pipeline.sweep.trials import trial_config
 from pipeline.tracking import runs
 from pipeline.tracking.lookup import matches
 from pipeline.tracking.query import Query
@@ -256,8 +256,8 @@ def contrary(monkeypatch):
 
     built = Scorer.__init__
 
-    def build(self, job):
-        built(self, job)
+    def build(self, job, *how):
+        built(self, job, *how)
         self.seed_of_student = job.input(Student).record.recipe["distill"]["seed"]
 
     monkeypatch.setattr(Scorer, "__init__", build)
@@ -310,7 +310,7 @@ GRANULARITIES = {"quant.granularity": ["per_tensor", "per_channel"]}
 
 def bytes_at(config, granularity, bits):
     """Of the weights file with every module at one width."""
-    shape = bit_budget.layout_of(trial_config(config, {"quant.granularity": granularity}))
+    shape = bit_budget.layout_of(laid_over(config, {"quant.granularity": granularity}))
     return shape.packed_bytes(dict.fromkeys(shape.modules, bits))
 
 

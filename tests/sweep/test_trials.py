@@ -7,11 +7,12 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from pipeline.config.laid_over import label, laid_over
 from pipeline.config.run import Config
 from pipeline.config.sweep import Between, Sweep
 from pipeline.errors import ConfigError
 from pipeline.store.keys import step_key
-from pipeline.sweep.trials import check_sweep, drawn, label, listed, naming_versions, scores, trial_config
+from pipeline.sweep.trials import check_sweep, drawn, listed, naming_versions, scores
 
 SPACE = {"quant.bits": ["2-2-8", "4-4-8"]}
 
@@ -94,15 +95,15 @@ def test_a_path_must_be_in_the_schema(tiny_config, tmp_path, space, message):
 
 def test_paths_below_free_mappings_and_whole_sections_are_taken(tiny_config, tmp_path):
     base = tiny_config(tmp_path)
-    wider = trial_config(base, {"model.source.n_embd": 64, "quant": {"bits": "4-4-8"}, "quant.overrides": {"h.0": 8}})
+    wider = laid_over(base, {"model.source.n_embd": 64, "quant": {"bits": "4-4-8"}, "quant.overrides": {"h.0": 8}})
     assert wider.model.source["n_embd"] == 64
     assert (wider.quant.bits, wider.quant.overrides, wider.quant.quantizer) == ("4-4-8", {"h.0": 8}, "quantgpt")
     check_sweep(tiny_config(tmp_path, sweep={"space": {"model.source.n_embd": [32], "quant": [{"bits": "4-4-8"}]}}))
 
 
 def test_an_impossible_combination_is_named(tiny_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"The trial quantizer=twn bits=4-4-8 is impossible.*ternary weights only"):
-        trial_config(tiny_config(tmp_path), {"quant.quantizer": "twn", "quant.bits": "4-4-8"})
+    with pytest.raises(ConfigError, match=r"quantizer=twn bits=4-4-8 is impossible.*ternary weights only"):
+        laid_over(tiny_config(tmp_path), {"quant.quantizer": "twn", "quant.bits": "4-4-8"})
 
 
 def test_a_metric_of_another_task_is_refused(tiny_config, tmp_path):
@@ -121,8 +122,8 @@ def test_without_the_section_or_without_ray_for_asha_it_is_said(tiny_config, tmp
 def test_a_trial_is_the_configuration_that_compress_would_get(tiny_config, tmp_path):
     base = tiny_config(tmp_path, sweep={"space": SPACE})
     plain = tiny_config(tmp_path, quant={"bits": "4-4-8"})
-    assert trial_config(base, {"quant.bits": "4-4-8"}) == plain
-    assert isinstance(trial_config(base, {}), Config)
+    assert laid_over(base, {"quant.bits": "4-4-8"}) == plain
+    assert isinstance(laid_over(base, {}), Config)
 
 
 def test_scores_are_minimised_whatever_is_better():

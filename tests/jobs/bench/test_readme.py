@@ -30,6 +30,7 @@ DOCUMENTS = {
         "jobs/bench/README.md",
         "pipeline/sweep/README.md",
         "pipeline/package/README.md",
+        "pipeline/retrain/README.md",
     )
 }
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]
@@ -188,7 +189,7 @@ def test_the_quickstart_has_the_tokens_and_bytes_that_the_readme_says():
     assert {row[0].removesuffix(" (ternary)"): row[-2:] for row in rows} == sizes
 
 
-@pytest.mark.parametrize("name", ["README.md", "pipeline/sweep/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "pipeline/sweep/README.md", "pipeline/retrain/README.md"])
 def test_configurations_are_valid(name):
     examples = re.findall(r"```yaml\n(.*?)```", DOCUMENTS[name], re.DOTALL)
     quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,73 @@
+"""`make demo-retrain`: a schedule in four ticks on conversations that come in slices, a rollback, and what is left of
+it.
+
+Every line that begins with $ is a command that a person or a scheduler would give.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from jobs.commands.options import open_console
+from pipeline.sources.packaged import packaged_texts
+
+CONFIG, TEXT = "configs/retrain-chitchat.yaml", Path("bitmill-demo/text")
+SLICE = 800  # conversations
+TICK = f"retrain {CONFIG} --json"
+STORE = "--storage-uri bitmill-demo/store"
+CONSOLE = open_console()
+
+
+def main() -> None:
+    """Run the demonstration in the current directory, below bitmill-demo."""
+    conversations = list(packaged_texts("chitchat"))
+    say("The first tick: a slice of text, and no champion yet.")
+    grow(conversations, 1)
+    expect("promoted", TICK)
+    say("More text came: a challenger by the same recipe meets the champion on rows that neither was trained on.")
+    grow(conversations, 3)
+    expect("promoted", TICK)
+    say("More text, and a recipe that somebody spoilt.")
+    grow(conversations, 4)
+    expect("rejected", f"{TICK} --set distill.lr=1e-7")
+    say("The same again: nothing is new.")
+    expect("unchanged", f"{TICK} --set distill.lr=1e-7")
+    say("Somebody wants the first one back.")
+    bitmill(f"rollback retrain-chitchat --reason 'the new one is too chatty' {STORE}")
+    bitmill(f"history retrain-chitchat {STORE}")
+
+
+def say(text: str) -> None:
+    """Print what comes next, for people."""
+    CONSOLE.print(f"\n{text}")
+
+
+def grow(conversations: list[str], slices: int) -> None:
+    """Write the first so many slices, each a file of rows."""
+    TEXT.mkdir(parents=True, exist_ok=True)
+    for number in range(slices):
+        part = conversations[number * SLICE : (number + 1) * SLICE]
+        lines = [json.dumps({"text": text}) + "\n" for text in part]
+        (TEXT / f"slice-{number}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def bitmill(arguments: str) -> str:
+    """Run a command as a person would, shown; return what it printed on stdout."""
+    CONSOLE.print(f"$ bitmill {arguments}", soft_wrap=True)
+    command = [sys.executable, "-m", "jobs.cli", *shlex.split(arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def expect(decision: str, arguments: str) -> None:
+    """Run a tick, and stop the demonstration if it decides otherwise: it would show what is not so."""
+    document = json.loads(bitmill(arguments))
+    if document["decision"] != decision:
+        sys.exit(f"The tick was to be {decision}, and was {document['decision']}: {document['reason']}")
+
+
+if __name__ == "__main__":
+    main()

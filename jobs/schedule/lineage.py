@@ -1,0 +1,102 @@
+"""`bitmill lineage`: what a version was made of and what else was, or which versions a file of text went into."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.tree import Tree
+
+from pipeline.config.resources import Resources
+from pipeline.flow.line import LINE
+from pipeline.flow.lineage import Lineage, data_of, lineage_of, made_of
+from pipeline.retrain.decisions import Decisions
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.files import pin_text
+from pipeline.store.locations import make_scratch_dir, scratch_dir, storage_uri, tracking_uri
+from pipeline.store.records import Tokens
+from pipeline.tracking import registry
+from pipeline.tracking.lookup import reach
+from pipeline.tracking.registry import Registered
+
+SHORT = 12  # digits of a key, for people
+
+
+def lineage(model: str, resources: Resources, console: Console) -> dict[str, Any]:
+    """Print a tree; returns the document of `--json`. Raises ConfigError for what is neither a version nor a text."""
+    client = reach(tracking_uri(resources))
+    store, scratch = storage_uri(resources), scratch_dir(resources)
+    everything = registry.registered_versions(client)
+    if os.path.isfile(model) or "://" in model:
+        return _of_text(model, everything, resources, console)
+    version = registry.described(registry.resolve(client, model))
+    ancestry = lineage_of(version, everything, store, scratch)
+    document = _document(ancestry, resources)
+    console.print(_tree(ancestry, document))
+    return document
+
+
+def _of_text(source: str, versions: Sequence[Registered], resources: Resources, console: Console) -> dict[str, Any]:
+    files = pin_text(source, "MODEL", ContentMemo(make_scratch_dir(resources)))
+    store, scratch, document = storage_uri(resources), scratch_dir(resources), dict[str, Any]()
+    for file in files:
+        went = made_of(file.content, versions, store, scratch)
+        named = {split: [v.title for v in of_split] for split, of_split in went.items()}
+        document[file.uri] = {"content": file.content, "versions": named}
+        tree = Tree(f"{file.uri} ({file.content[:SHORT]})")
+        for split, titles in named.items():
+            tree.add(f"source of {split}: {', '.join(titles)}")
+        if not named:
+            tree.add("no registered version was made of it, as far as this store knows")
+        console.print(tree)
+    return document
+
+
+def _document(ancestry: Lineage, resources: Resources) -> dict[str, Any]:
+    version = ancestry.version
+    decisions = [d for d in Decisions(version.name, resources).all() if version.version in (d.champion, d.challenger)]
+    return {
+        "name": version.name,
+        "version": version.version,
+        "digest": version.digest,
+        "package_uri": version.package_uri,
+        "data": data_of(ancestry.steps.get(Tokens.stage)),
+        "steps": {
+            stage.name: {
+                "key": step.record.key,
+                "inputs": step.record.inputs,
+                "recipe": step.record.recipe,
+                "provenance": step.record.provenance,
+                "uri": step.dir.uri,
+            }
+            for stage in LINE
+            if (step := ancestry.steps.get(stage.name)) is not None
+        },
+        "shared": {stage: [v.title for v in others] for stage, others in ancestry.shared.items()},
+        "decisions": [decision.model_dump(mode="json") for decision in decisions],
+    }
+
+
+def _tree(ancestry: Lineage, document: dict[str, Any]) -> Tree:
+    """Return the steps, the last one first, each below what was made of it; recipes are in the document alone."""
+    root = branch = Tree(f"{ancestry.version.title}, digest {ancestry.version.digest[:SHORT]}")
+    for decision in reversed(document["decisions"]):
+        root.add(f"{decision['at']} {decision['decision']}: {decision['reason']}")
+    for stage, step in reversed(document["steps"].items()):
+        ran = step["provenance"]
+        code = f"bitmill {ran.get('bitmill', '?')} at {ran.get('commit', '?')[:SHORT]}, torch {ran.get('torch', '?')}"
+        branch = branch.add(
+            f"{stage} {step['key'][:SHORT]}: {ran.get('date', '?')} on {ran.get('machine', '?')}, {code}"
+        )
+        if others := document["shared"].get(stage):
+            branch.add(f"shared with {', '.join(others)}")
+    for split, files in document["data"].items():
+        texts = branch.add(f"data of {split}: {len(files)} files")
+        for file in files:
+            texts.add(f"{file['content'][:SHORT]} ({file['format']})")
+    missing = [stage.name for stage in LINE if stage.name not in document["steps"]]
+    if missing:
+        root.add(f"not in this store any more: {', '.join(missing)}")
+    return root

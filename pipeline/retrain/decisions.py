@@ -1,0 +1,143 @@
+"""What was decided of a name: a journal in the store, which is the truth, and the aliases in MLflow, which show it.
+
+MLflow sets an alias without asking what it was. So an alias is never moved first: the decision is appended under a
+fencing token, and then the aliases are put where the journal says. Who does that looks at the journal again afterwards,
+so that one that was stopped in between, and overtaken, puts them right itself; and every command that moves aliases
+begins with it, so that what a killed one, or a server that was away, left undone is done by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import ValidationError
+
+from pipeline.config.base import Closed
+from pipeline.config.resources import Resources
+from pipeline.errors import RunError
+from pipeline.retrain.gate import Gain, Ruling
+from pipeline.store.journal import Journal
+from pipeline.store.lease import LeaseFile, Owner
+from pipeline.store.locations import storage_uri, tracking_uri
+from pipeline.store.objects import open_objects
+from pipeline.tracking import registry, runs
+from pipeline.tracking.registry import CHAMPION, PREVIOUS
+
+Outcome = Literal["promoted", "rejected", "rolled back", "adopted"]
+DECISION_FILE = "decision.json"
+
+
+class Decision(Closed):
+    """What a command decided of a name, and why. `champion` and `previous` are the versions that bear these aliases
+    from then on; `key` is that of the tick, of which one decision is made ("": of no tick)."""
+
+    decision: Outcome
+    reason: str
+    name: str
+    at: str  # UTC
+    key: str = ""
+    champion: int | None = None
+    previous: int | None = None
+    challenger: int | None = None  # the version that was registered, if one was
+    run_key: str = ""  # of the challenger
+    run_keys: tuple[str, ...] = ()  # of all that were to be trained
+    rulings: tuple[Ruling, ...] = ()
+    gains: dict[str, Gain] = {}
+    scores: dict[str, dict[str, float]] = {}  # of champion and challenger, on the test rows of both
+    packed_bytes: int | None = None  # of the challenger
+    worker_seconds: float = 0.0
+
+    def told(self) -> str:
+        """Return it as JSON, for people and commands."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+
+def now() -> str:
+    """Return the time of a decision."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Decisions:
+    """The decisions of one registered name in a store. To decide, enter `held`."""
+
+    def __init__(self, name: str, resources: Resources) -> None:
+        self.name, self.uri = name, tracking_uri(resources)
+        objects, folder = open_objects(storage_uri(resources)), f"retrain/{name}/"
+        self._journal = Journal(objects, folder, f"history of {name}")
+        self._lease = LeaseFile(objects, folder, f"retraining of {name}")
+
+    def all(self) -> Iterator[Decision]:
+        """Yield the decisions, the last one first. Raises RunError for an entry that a newer bitmill wrote."""
+        for entry in self._journal.entries():
+            try:
+                yield Decision.model_validate(entry)
+            except ValidationError as error:
+                raise RunError(
+                    f"A decision of {self.name} was written by another version of bitmill, and cannot be read: "
+                    f"{error.errors()[0]['loc']}. Upgrade bitmill."
+                ) from error
+
+    def last(self) -> Decision | None:
+        """Return the last decision: where the aliases are."""
+        return next(self.all(), None)
+
+    def of_tick(self, key: str) -> Decision | None:
+        """Return what a tick of this key decided before, unless its data came back under another champion."""
+        return next((decision for decision in self.all() if decision.key == key), None)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Deciding]:
+        """Hold the name's lease while inside; aliases are where the journal says before anything is decided.
+
+        Raises:
+            BusyError: another process holds it, and lives.
+        """
+        with self._lease.hold(False, _never_told, sure=True) as fence:
+            self._journal.claim(fence)
+            deciding = Deciding(self, fence)
+            deciding.put_aliases()
+            yield deciding
+
+
+class Deciding:
+    """The decisions of a name in the hands of whoever holds its lease."""
+
+    def __init__(self, decisions: Decisions, fence: int) -> None:
+        self.decisions, self.fence = decisions, fence
+
+    def check(self) -> None:
+        """Raise FencedOffError if another process took over."""
+        self.decisions._lease.check(self.fence)
+
+    def append(self, decision: Decision) -> None:
+        """Write a decision down, once and for all. Raises FencedOffError if another process took over."""
+        self.check()
+        self.decisions._journal.append(decision.model_dump(mode="json"), self.fence)
+
+    def put_aliases(self) -> None:
+        """Put the aliases where the last decision has them, read them back, and tell version and run of it. Raises
+        RunError if MLflow refuses or is away."""
+        shown: Decision | None = None
+        while (decision := self.decisions.last()) is not None and decision != shown:
+            show(self.decisions.uri, decision)
+            shown = decision
+
+
+def show(uri: str, decision: Decision) -> None:
+    """Show one decision in the registry: aliases, and the reason as a tag of the challenger and a file of its run."""
+    aliases = {CHAMPION: decision.champion, PREVIOUS: decision.previous}
+    advice = "The decision is kept in the store, and the next command on this name completes it."
+    with runs.refusal(f"MLflow at {uri} refused the aliases of {decision.name}", advice):
+        client = runs.client_of(uri)
+        registry.put_aliases(client, decision.name, aliases)
+        if decision.challenger is not None:
+            tags = {"bitmill.decision": decision.decision, "bitmill.decision_reason": decision.reason[:500]}
+            registry.tell(client, decision.name, decision.challenger, tags, {DECISION_FILE: decision.told()})
+
+
+def _never_told(owner: Owner) -> None:
+    """Say nothing: a tick does not wait."""

@@ -1,0 +1,322 @@
+"""One tick of a schedule: is there new data, and is what it makes better than the champion?
+
+    plan     the challenger's steps are keyed by what the data holds now; a tick whose key was decided is `unchanged`
+    train    the flow that `compress` runs, once for each recipe; the best on validation is the challenger
+    contest  the champion is scored on the challenger's test rows
+    gate     rules, each with its numbers
+    decide   one entry of the journal, then the aliases
+
+A document's split is drawn from its content, so that one that was ever evaluated never trains a challenger, and the
+test split grows with the data. A learned tokenizer is the champion's from then on, so that both read the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.config.data import TrainBpe
+from pipeline.config.laid_over import check_path, label, laid_over
+from pipeline.config.resources import Resources
+from pipeline.config.retrain import Retrain
+from pipeline.config.run import Config
+from pipeline.errors import BusyError, ConfigError, NotRegisteredError, RunError
+from pipeline.execution.engine import Engine
+from pipeline.flow.lineage import steps_behind
+from pipeline.flow.plan import Once, RunPlan, plan_beside, plan_run
+from pipeline.flow.run import Outcome, run_plan
+from pipeline.retrain import gate
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
+from pipeline.retrain.gate import Evidence
+from pipeline.stages import contest
+from pipeline.store.keys import differences, recipe_of, step_key
+from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
+from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Tokens
+from pipeline.store.step_store import FinishedStep
+from pipeline.tracking import registry
+from pipeline.tracking.listener import Listener
+from pipeline.tracking.registry import Registered
+
+VERSION = 1  # of what a tick decides by
+Proves = Callable[[Config, FinishedStep[Package], ModelVersion], Evidence]
+Tells = Callable[[RunPlan], AbstractContextManager[Listener]]  # the listener of one run
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A tick before it starts: the challengers by recipe, the champion that they meet (None: the first), and what a
+    tick of this key decided before."""
+
+    config: Config
+    retrain: Retrain
+    champion: Registered | None
+    challengers: tuple[tuple[str, RunPlan], ...]  # label of the recipe, plan
+    run_keys: tuple[str, ...]  # of the challengers; where they start from the champion, as if they did not
+    last: Decision | None  # of the name
+    decided: Decision | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the registered name."""
+        return self.config.register_.name or self.config.name
+
+    @property
+    def key(self) -> str:
+        """Return what names the tick: its challengers, whom they meet, and the gate."""
+        recipe = {
+            "name": self.name,
+            "gate": recipe_of(self.retrain.gate),
+            "champion": None if self.champion is None else self.champion.key,
+        }
+        inputs = {f"challenger {index}": key for index, key in enumerate(self.run_keys)}
+        return step_key("retrain", VERSION, recipe, inputs)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a tick: promoted, rejected, unchanged or busy; the last decision where there is one."""
+
+    outcome: str
+    reason: str
+    decision: Decision | None = None
+
+
+def plan_tick(config: Config) -> Tick:
+    """Resolve a configuration into a tick, without starting Ray.
+
+    Raises:
+        ConfigError: no section `retrain`, text whose splits are not a document's own, a champion that challengers
+            cannot meet, or what `plan_run` refuses.
+    """
+    retrain = config.retrain
+    if retrain is None:
+        raise ConfigError(
+            "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
+        )
+    name = config.register_.name or config.name
+    decisions = Decisions(name, config.resources)
+    last = decisions.last()
+    champion = registry.registered_version(
+        tracking_uri(config.resources), name, None if last is None else last.champion
+    )
+    once = Once()
+    plans = _challengers(config, once)
+    learned = champion is not None and champion.key in {plan.run_key for _, plan in plans}  # its tokenizer, from this
+    if champion is not None and not learned:
+        config = _with_its_tokenizer(config, champion)
+        plans = _challengers(config, once)
+    tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
+    for _, plan in plans:
+        _refuse_moving_splits(plan)
+        if champion is not None:
+            _refuse_strangers(plan, champion)
+    decided = decisions.of_tick(tick.key) or _crowned(tick, decisions)
+    if decided is None and champion is not None and retrain.warm_start:
+        start = config.distill.model_copy(update={"start": champion.title})
+        plans = _challengers(config.model_copy(update={"distill": start}), once)
+    return replace(tick, challengers=plans, decided=decided)
+
+
+def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
+    """Return the plan of each recipe, with a label."""
+    retrain = config.retrain or Retrain()
+    for path in {path for values in retrain.recipes for path in values}:
+        check_path(path, "retrain.recipes")
+    base = config.model_copy(update={"sweep": None})
+    laid = [(label(values), laid_over(base, values) if values else base) for values in retrain.recipes]
+    return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in laid)
+
+
+def _crowned(tick: Tick, decisions: Decisions) -> Decision | None:
+    """Return the decision that made the champion, where it is one of these challengers and the others were tried
+    then."""
+    if tick.champion is None:
+        return None
+    version, run_keys = tick.champion.version, set(tick.run_keys)
+    made = (d for d in decisions.all() if d.challenger == d.champion == version)
+    return next((decision for decision in made if run_keys.issubset(decision.run_keys)), None)
+
+
+def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
+    """Return the configuration with the champion's tokenizer where it would learn one of its own."""
+    if not isinstance(config.model.tokenizer, TrainBpe):
+        return config
+    tokens = champions_tokens(champion, config.resources)
+    if tokens is None:
+        raise ConfigError(
+            f"The tokens of the champion, {champion.name}/{champion.version}, are not in this store, and with them its "
+            "tokenizer. Set resources.storage_uri to the store of its run, or model.tokenizer to a directory."
+        )
+    model = config.model.model_copy(update={"tokenizer": str(tokens.folder())})
+    return config.model_copy(update={"model": model})
+
+
+def champions_tokens(champion: Registered, resources: Resources) -> FinishedStep[Tokens] | None:
+    """Return the rows that the champion was trained on, if they are in this store."""
+    return steps_behind(storage_uri(resources), scratch_dir(resources), champion.lineage).get(Tokens.stage)
+
+
+def _refuse_moving_splits(plan: RunPlan) -> None:
+    """Raise ConfigError for text whose splits depend on more than each document's content."""
+    data, text = plan.config.data, plan.pinned.text
+    drawn = [split for split in ("validation", "test") if split not in text]
+    file = next((file for file in text["train"] if file.format == "txt"), None)
+    if drawn and file is not None:
+        raise ConfigError(
+            f"data.source has {file.uri}, a text whose paragraphs belong together: which of them measure depends on "
+            f"all files there are, and changes when more come. For retraining give data.{' and data.'.join(drawn)}, or "
+            f"rows of which each is a document: .jsonl or .parquet (now data.source is {data.source!r})."
+        )
+
+
+def _refuse_strangers(plan: RunPlan, champion: Registered) -> None:
+    """Raise ConfigError if the champion read other rows, or drew its splits by another rule."""
+    theirs = champions_tokens(champion, plan.config.resources)
+    if theirs is None:
+        return
+    ours, recipe = plan.pinned.tokens_recipe, theirs.record.recipe
+    rules = {f"data.{knob}": knob for knob in ours["data"] if knob not in ("train", "validation", "test")}
+    changed = [
+        f"{path} is {ours['data'][knob]!r} and was {recipe['data'].get(knob)!r}"
+        for path, knob in rules.items()
+        if ours["data"][knob] != recipe["data"].get(knob)
+    ]
+    if ours["task"] != recipe["task"]:
+        changed += differences(recipe["task"], ours["task"], "task")
+    if changed:
+        raise ConfigError(
+            f"The champion, {champion.name}/{champion.version}, and a challenger would not meet on the same rows: "
+            f"{'; '.join(changed)}. Documents that one was trained on could test the other. Keep these values, or "
+            "register under another name (register.name)."
+        )
+
+
+def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -> Verdict:
+    """Run a tick; start Ray only if something trains. `told` gives a listener for each run, `proves` what the gate asks
+    of a challenger beside its scores. With `force` what was decided before is decided again.
+
+    Raises:
+        BitmillError: the tick failed; the same command goes on where it was.
+    """
+    tick = plan_tick(config)
+    try:
+        with Decisions(tick.name, config.resources).held() as deciding:
+            tick = plan_tick(config)  # aliases may have been put right, or moved meanwhile
+            if tick.decided is not None and not force:
+                return Verdict("unchanged", _unchanged(tick.decided), tick.decided)
+            decision = _decide(tick, deciding, told, proves)
+            deciding.append(decision)
+            deciding.put_aliases()
+            return Verdict(decision.decision, decision.reason, decision)
+    except BusyError as error:
+        return Verdict("busy", str(error).partition(". ")[0] + ".", tick.decided)
+
+
+def _unchanged(decided: Decision) -> str:
+    return f"nothing is new since {decided.at}, when the challenger was {decided.decision}: {decided.reason}"
+
+
+class _OverBudgetError(RunError):
+    """A tick used all worker-hours that it may."""
+
+
+def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision:
+    """Train the challengers, and decide on the best of them; nothing is written but their own steps."""
+    engine, spent = Engine(tick.config.resources), 0.0
+    ran: list[tuple[RunPlan, Outcome]] = []
+    try:
+        for recipe, plan in tick.challengers:
+            with told(plan) as listener:
+                capped = _Capped(listener, tick.config.resources, spent)
+                try:
+                    ran.append((plan, run_plan(plan, capped, True, engine)))
+                except (NotRegisteredError, _OverBudgetError) as error:
+                    reason = f"{recipe}: {error}"
+                    return _decision(tick, "rejected", None, reason=reason, worker_seconds=capped.spent_s)
+            spent = capped.spent_s
+            deciding.check()
+        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in ran]
+        plan, outcome = ran[gate.better_on_validation(tick.config.task.name, scores)]
+        if tick.champion is None or tick.champion.key == plan.run_key:
+            facts: dict[str, Any] = {"decision": "promoted", "reason": f"{tick.name} had no other champion"}
+        else:
+            facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
+        return _decision(
+            tick,
+            version=outcome.finished(ModelVersion).record.version,
+            run_key=plan.run_key,
+            packed_bytes=outcome.finished(Package).record.size.packed_bytes,
+            worker_seconds=spent,
+            **facts,
+        )
+    finally:
+        engine.close()
+
+
+def _contested(
+    tick: Tick, champion: Registered, plan: RunPlan, outcome: Outcome, engine: Engine, told: Tells, proves: Proves
+) -> dict[str, Any]:
+    """Let the challenger meet the champion; return what the decision says of it."""
+    tokens = champions_tokens(champion, tick.config.resources)
+    stage = contest.against(champion.digest, champion.package_uri, "" if tokens is None else tokens.record.key)
+    met = plan_beside(stage, plan.config, ModelVersion.stage)
+    with told(met) as listener:
+        contested = run_plan(met, listener, True, engine).finished(Contest)
+    package, evaluation = outcome.finished(Package), outcome.finished(Evaluation).record
+    rules, task = tick.retrain.gate, tick.config.task.name
+    gained = gate.gains(contested, task, rules.confidence)
+    evidence = proves(plan.config, package, outcome.finished(ModelVersion).record)
+    rulings = gate.judge(rules, task, gained, evaluation, package.record, evidence)
+    promoted = all(ruling.passed for ruling in rulings)
+    return {
+        "decision": "promoted" if promoted else "rejected",
+        "reason": gate.deciding(rulings).said,
+        "rulings": rulings,
+        "gains": gained,
+        "scores": {"champion": contested.record.champion, "challenger": contested.record.challenger},
+    }
+
+
+def _decision(tick: Tick, decision: str, version: int | None, **facts: Any) -> Decision:
+    """Return a decision on a challenger, registered as a version or not, and where it leaves the aliases."""
+    champion = None if tick.champion is None else tick.champion.version
+    previous = None if tick.last is None else tick.last.previous
+    if decision == "promoted" and version != champion:
+        champion, previous = version, champion
+    return Decision.model_validate(
+        {
+            "decision": decision,
+            "name": tick.name,
+            "at": now(),
+            "key": tick.key,
+            "run_keys": tick.run_keys,
+            "champion": champion,
+            "previous": previous,
+            "challenger": version,
+            **facts,
+        }
+    )
+
+
+class _Capped:
+    """Passes a run on to another listener; stops a tick that has used its worker-hours before a further stage."""
+
+    def __init__(self, listener: Listener, resources: Resources, spent_s: float) -> None:
+        self._listener, self._resources, self.spent_s = listener, resources, spent_s
+        self.advanced, self.measured, self.waiting = listener.advanced, listener.measured, listener.waiting
+
+    def started(self, stage: str) -> None:
+        most = self._resources.max_worker_hours
+        if most is not None and self.spent_s >= 3600 * most:
+            raise _OverBudgetError(
+                f"before {stage} the tick had used {self.spent_s / 3600:.3g} worker-hours of the {most:g} that "
+                "resources.max_worker_hours allows"
+            )
+        self._listener.started(stage)
+
+    def finished(self, stage: str, status: str, seconds: float) -> None:
+        if status == "done":
+            self.spent_s += seconds * max(1, self._resources.workers)
+        self._listener.finished(stage, status, seconds)

@@ -1,0 +1,88 @@
+"""A journal: entries that are appended one after the other and never changed, and a head that says which is the last.
+
+Whoever appends first claims the head with the fencing token of its lease. From then on an attempt with an older token
+cannot append, however long it was stopped: the head is swapped, and an entry that no head leads to does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipeline.errors import FencedOffError
+from pipeline.store.objects import Objects
+
+HEAD = "head.json"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last entry by its name, None where there is none; and the newest token that claimed the journal."""
+
+    fence: int = 0
+    last: str | None = None
+    count: int = 0
+
+    def to_json(self) -> bytes:
+        """Return the bytes of the file."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The journal of one folder of a store, which ends in a slash. `title` names it in messages."""
+
+    objects: Objects
+    folder: str
+    title: str
+
+    def head(self) -> Head:
+        """Return the head as it is now."""
+        try:
+            return Head(**json.loads(self.objects.read(self.folder + HEAD)))
+        except (FileNotFoundError, NotADirectoryError):
+            return Head()
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield the entries, the last one first."""
+        name = self.head().last
+        while name is not None:
+            entry = json.loads(self.objects.read(self.folder + name))
+            yield entry["entry"]
+            name = entry["before"]
+
+    def claim(self, fence: int) -> Head:
+        """Return the head, which from now on only this token or a newer one moves. Raises FencedOffError: a newer one
+        has it."""
+        while (head := self.head()).fence != fence:
+            if head.fence > fence:
+                raise self._fenced_off(head)
+            claimed = replace(head, fence=fence)
+            if self._swap(head, claimed):
+                return claimed
+        return head
+
+    def append(self, entry: dict[str, Any], fence: int) -> Head:
+        """Append an entry, atomically. Raises FencedOffError unless the journal is still this token's."""
+        head = self.head()
+        if head.fence != fence:
+            raise self._fenced_off(head)
+        data = json.dumps({"entry": entry, "before": head.last}).encode()
+        name = f"entries/{head.count + 1:06d}-{hashlib.sha256(data).hexdigest()[:12]}.json"
+        self.objects.write(self.folder + name, data)
+        longer = Head(fence, name, head.count + 1)
+        if not self._swap(head, longer):
+            raise self._fenced_off(self.head())
+        return longer
+
+    def _swap(self, head: Head, other: Head) -> bool:
+        """Put another head in the place of one; also where only the answer was lost."""
+        name = self.folder + HEAD
+        made = head == Head() and self.objects.create(name, other.to_json())
+        return made or self.objects.swap(name, head.to_json(), other.to_json()) or self.head() == other
+
+    def _fenced_off(self, head: Head) -> FencedOffError:
+        return FencedOffError(f"The {self.title} is no longer ours: its attempt {head.fence} took it over.")

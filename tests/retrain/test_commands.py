@@ -1,0 +1,113 @@
+"""The commands of a schedule as a person or cron gives them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from tests.retrain.schedule import BETTER, NAME, Schedule
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def bitmill(undecided: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`bitmill("retrain", ...)` on the schedule with a better challenger that nothing was decided of; CONFIG stands for
+    its configuration."""
+    monkeypatch.setenv("BITMILL_STORAGE_URI", str(undecided.folder / "store"))
+    config = tmp_path / "tiny.yaml"
+    told = tmp_path / "told.json"
+    command = f"{sys.executable} -c \"import sys; open('{told}', 'w').write(sys.stdin.read())\""
+    fields = undecided.config(BETTER, on_decision=command).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    config.write_text(yaml.safe_dump(fields))
+
+    def call(*words: str) -> Result:
+        return CliRunner().invoke(app, [str(config) if word == "CONFIG" else word for word in words])
+
+    return call
+
+
+def test_a_tick_tells_its_decision_and_is_unchanged_then(bitmill: Command, tmp_path: Path) -> None:
+    planned = bitmill("retrain", "CONFIG", "--plan", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert json.loads(planned.stdout)["champion"] == 1
+    assert "challenger, " in planned.stderr
+    done = bitmill("retrain", "CONFIG", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document.keys() == {"decision", "reason", "champion", "challenger", "details"}
+    assert (document["decision"], document["champion"], document["challenger"]) == ("promoted", 2, 2)
+    assert "min_gain" in done.stderr
+    assert "passed" in done.stderr
+    assert "tiny: champion version 2, previous version 1" in done.stderr
+    assert json.loads((tmp_path / "told.json").read_text()) == document["details"]
+    (tmp_path / "told.json").unlink()
+    again = bitmill("retrain", "CONFIG", "--json")
+    assert json.loads(again.stdout)["decision"] == "unchanged"
+    assert not (tmp_path / "told.json").exists()
+    assert "nothing to do: promoted" in bitmill("retrain", "CONFIG", "--plan").stderr
+
+
+def test_a_command_that_cannot_be_told_changes_nothing(bitmill: Command) -> None:
+    for command, said in (
+        ("no-such-command", "could not be run"),
+        ("sh -c 'exit 3'", "ended with status 3: it said nothing"),
+    ):
+        done = bitmill("retrain", "CONFIG", "--force", "--set", f"retrain.on_decision={command}")
+        assert done.exit_code == 0, done.stderr
+        assert said in done.stderr
+
+
+def test_a_rollback_and_the_history_of_a_name(bitmill: Command) -> None:
+    bitmill("retrain", "CONFIG")
+    back = bitmill("rollback", NAME, "--reason", "it rhymes", "--json")
+    assert back.exit_code == 0, back.stderr
+    assert json.loads(back.stdout)["champion"] == 1
+    shown = bitmill("history", NAME, "--json")
+    decisions = json.loads(shown.stdout)["decisions"]
+    assert [d["decision"] for d in decisions] == ["promoted", "promoted", "rolled back"]
+    assert "it rhymes" in shown.stderr
+    nothing = bitmill("history", "nobody")
+    assert nothing.exit_code == 2
+    assert "Nothing was decided on 'nobody'" in nothing.stderr
+
+
+def test_lineage_goes_both_ways(bitmill: Command, undecided: Schedule) -> None:
+    bitmill("retrain", "CONFIG")
+    shown = bitmill("lineage", f"{NAME}@champion", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    document: dict[str, Any] = json.loads(shown.stdout)
+    assert [*document["steps"]] == ["tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"]
+    assert len(document["data"]["train"]) == 2
+    assert document["shared"] == {}
+    assert document["decisions"][0]["decision"] == "promoted"
+    assert "data of train: 2 files" in shown.stderr
+    first = json.loads(bitmill("lineage", f"{NAME}/1", "--json").stdout)
+    assert first["data"]["train"][0] in document["data"]["train"]
+    text = undecided.folder / "text" / "0.jsonl"
+    went = json.loads(bitmill("lineage", str(text), "--json").stdout)
+    assert {*went[str(text)]["versions"]["train"]} == {f"{NAME}/1", f"{NAME}/2"}
+    later = undecided.folder / "text" / "1.jsonl"
+    assert json.loads(bitmill("lineage", str(later), "--json").stdout)[str(later)]["versions"] == {
+        "train": [f"{NAME}/2"]
+    }
+
+
+def test_versions_of_one_teacher_share_it(bitmill: Command) -> None:
+    bitmill("retrain", "CONFIG")
+    trial = bitmill("compress", "CONFIG", "--bits", "4-4-8", "--set", "distill.steps=2", "--json")
+    assert trial.exit_code == 0, trial.stderr
+    version = json.loads(trial.stdout)["model_version"]["version"]
+    sharing = json.loads(bitmill("lineage", f"{NAME}/{version}", "--json").stdout)["shared"]
+    assert sharing.keys() <= {"tokenize", "finetune", "cache"}
+    missing = bitmill("lineage", f"{NAME}/99")
+    assert missing.exit_code == 2

@@ -1,0 +1,177 @@
+"""Whatever happens between scores and aliases, after the next tick there is one champion, the right one, decided
+once."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import RunError
+from pipeline.retrain import decisions
+from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.rollback import rollback
+from pipeline.store.objects import Directory
+from pipeline.tracking import registry
+from tests.retrain.schedule import BETTER, NAME, Schedule
+
+KILLED = 9
+MOVED = {"champion": 2, "previous": 1}
+EFFECTS = [
+    *((Directory, name) for name in ("write", "create", "swap")),
+    *((MlflowClient, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")),
+    *((MlflowClient, name) for name in ("set_model_version_tag", "log_text")),
+]
+
+
+def in_a_process_of_its_own(work: Callable[[], None]) -> int:
+    """Start it in a copy of this process, which ends with it; return its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_before(effect: int, work: Callable[[], Any]) -> bool:
+    """Run work in a process that is gone just before this effect on store or registry from the decision on; tell
+    whether there were so many."""
+    seen = iter(range(10_000))
+
+    def counted(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(seen) == effect:
+                os._exit(KILLED)
+            return whole(*arguments, **named)
+
+        return call
+
+    def child() -> None:
+        append = Deciding.append
+
+        def deciding(self: Deciding, decision: decisions.Decision) -> None:
+            for kind, name in EFFECTS:
+                setattr(kind, name, counted(getattr(kind, name)))
+            append(self, decision)
+
+        Deciding.append = deciding  # type: ignore[method-assign]
+        work()
+
+    status = ended(in_a_process_of_its_own(child))
+    assert status in (0, KILLED)
+    return status == KILLED
+
+
+def test_killed_at_every_point_between_score_and_alias(undecided: Schedule, challenged: str) -> None:
+    effect, outcomes = 0, set()
+    while killed_before(effect, lambda: undecided.tick(BETTER)):
+        outcome = undecided.tick(BETTER).outcome
+        outcomes.add(outcome)
+        assert undecided.aliases == MOVED
+        assert [d.challenger for d in undecided.decisions] == [2, 1]
+        assert undecided.tick(BETTER).outcome == "unchanged"
+        undecided.put_back(challenged)
+        effect += 1
+    assert effect >= 6  # entry, head, two aliases, the file, two tags
+    assert outcomes == {"promoted", "unchanged"}  # before the head was swapped, and after
+
+
+def test_a_rollback_killed_at_every_point_is_done_or_not(undecided: Schedule, challenged: str) -> None:
+    resources = undecided.config().resources
+    undecided.tick(BETTER)
+    undecided.keep("promoted")
+    effect = 0
+    while killed_before(effect, lambda: rollback(NAME, None, "worse", resources)):
+        assert undecided.tick(BETTER).outcome == "unchanged"
+        back = len(undecided.decisions) == 3
+        assert undecided.aliases == ({"champion": 1, "previous": 2} if back else MOVED)
+        undecided.put_back("promoted")
+        effect += 1
+    assert effect >= 4
+
+
+def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = registry.put_aliases
+
+    def away(client: MlflowClient, name: str, wanted: dict[str, int | None]) -> None:
+        if wanted["champion"] == 2:
+            raise MlflowException("connection refused")
+        sound(client, name, wanted)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "put_aliases", away)
+        with pytest.raises(RunError, match="the next command on this name completes it"):
+            undecided.tick(BETTER)
+    assert undecided.aliases == {"champion": 1}
+    assert undecided.tick(BETTER).outcome == "unchanged"
+    assert undecided.aliases == MOVED
+    assert len(undecided.decisions) == 2
+
+
+def test_an_alias_that_somebody_moved_is_put_back(undecided: Schedule) -> None:
+    undecided.tick(BETTER)
+    client = MlflowClient(undecided.uri, undecided.uri)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    undecided.tick(BETTER)
+    assert undecided.aliases == MOVED
+
+
+def test_who_was_overtaken_before_the_aliases_puts_them_where_the_last_decision_has_them(undecided: Schedule) -> None:
+    undecided.tick(BETTER)
+    late = undecided.decisions[1]  # as if its process had been stopped since, just before it moved the alias
+    decisions.show(undecided.uri, late)
+    assert undecided.aliases == {"champion": 1}
+    Deciding(decisions.Decisions(NAME, undecided.config().resources), 1).put_aliases()  # which goes on like this
+    assert undecided.aliases == MOVED
+
+
+def raced(schedule: Schedule, offsets: tuple[float, float]) -> list[int]:
+    """Start two ticks with these delays; return how they ended."""
+
+    def tick(delay: float) -> None:
+        time.sleep(delay)
+        verdict = schedule.tick(BETTER)
+        os._exit({"promoted": 10, "unchanged": 11, "busy": 12}.get(verdict.outcome, 13))
+
+    pids = [in_a_process_of_its_own(lambda delay=delay: tick(delay)) for delay in offsets]  # type: ignore[misc]
+    return sorted(map(ended, pids))
+
+
+def races(count: int) -> Iterator[tuple[float, float]]:
+    draw = random.Random(count)
+    for _ in range(count):
+        yield 0.0, draw.uniform(0, 0.6)
+
+
+def check_races(schedule: Schedule, challenged: str, count: int) -> set[tuple[int, ...]]:
+    seen = set()
+    for offsets in races(count):
+        schedule.put_back(challenged)
+        ends = raced(schedule, offsets)
+        assert ends in ([10, 11], [10, 12]), f"offsets {offsets}: {ends}"
+        assert schedule.aliases == MOVED
+        assert [d.challenger for d in schedule.decisions] == [2, 1]
+        seen.add(tuple(ends))
+    return seen
+
+
+def test_of_two_ticks_one_promotes(undecided: Schedule, challenged: str) -> None:
+    check_races(undecided, challenged, 3)
+
+
+@pytest.mark.soak
+def test_of_two_ticks_one_promotes_fifty_times(undecided: Schedule, challenged: str) -> None:
+    assert (10, 12) in check_races(undecided, challenged, 50)

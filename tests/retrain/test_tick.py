@@ -1,0 +1,239 @@
+"""A tick trains on new data alone, and moves `champion` only for what is better; each decision is made once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mlflow.artifacts import load_text
+
+from pipeline.config.run import Config
+from pipeline.errors import ConfigError, FencedOffError
+from pipeline.flow.lineage import steps_behind
+from pipeline.retrain.decisions import Deciding, Decisions
+from pipeline.retrain.gate import Evidence
+from pipeline.retrain.rollback import rollback
+from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.records import Student, Tokens
+from pipeline.tracking import runs
+from pipeline.tracking.registry import registered_version
+from tests.retrain.schedule import BETTER, NAME, SPOILT, Schedule
+
+LINE = {"tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"}
+
+
+def test_the_first_tick_crowns(begun: tuple[Schedule, dict[str, Any]]) -> None:
+    _, first = begun
+    assert (first["verdict"].outcome, first["verdict"].decision.champion) == ("promoted", 1)
+    assert first["verdict"].reason == "tiny had no other champion"
+    assert first["trained"] == LINE
+    assert first["aliases"] == {"champion": 1}
+
+
+def test_without_new_data_nothing_runs_and_nothing_is_decided(schedule: Schedule) -> None:
+    verdict = schedule.tick()
+    assert verdict.outcome == "unchanged"
+    assert "nothing is new since" in verdict.reason
+    assert schedule.listeners == []
+    assert len(schedule.decisions) == 1
+
+
+def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Schedule) -> None:
+    schedule.grow(2)
+    better = schedule.tick(BETTER)
+    assert better.outcome == "promoted", better.reason
+    assert schedule.trained == LINE | {"contest"}
+    assert schedule.aliases == {"champion": 2, "previous": 1}
+    assert better.decision is not None
+    whole, fresh = better.decision.gains["whole"], better.decision.gains["fresh"]
+    assert whole.low is not None
+    assert 0.01 < whole.low < whole.mean
+    assert 0 < fresh.documents < whole.documents
+    assert schedule.tick(BETTER).outcome == "unchanged"
+
+    schedule.grow(3)
+    spoilt = schedule.tick({**BETTER, **SPOILT})
+    assert spoilt.outcome == "rejected"
+    assert "wanted more than 0.01" in spoilt.reason
+    assert schedule.aliases == {"champion": 2, "previous": 1}
+    assert schedule.tick({**BETTER, **SPOILT}).outcome == "unchanged"
+
+    back = rollback(NAME, None, "it speaks worse", schedule.config().resources)
+    assert (back.champion, back.previous, back.reason) == (1, 2, "it speaks worse")
+    assert schedule.aliases == {"champion": 1, "previous": 2}
+    again = rollback(NAME, 3, "try", schedule.config().resources)
+    assert (again.champion, again.previous) == (3, 1)
+    assert [d.decision for d in schedule.decisions] == [
+        "rolled back",
+        "rolled back",
+        "rejected",
+        "promoted",
+        "promoted",
+    ]
+    with pytest.raises(ConfigError, match="is the champion already"):
+        rollback(NAME, 3, "again", schedule.config().resources)
+    with pytest.raises(ConfigError, match="tiny/9"):
+        rollback(NAME, 9, "none", schedule.config().resources)
+    with pytest.raises(ConfigError, match="'nobody' has no champion"):
+        rollback("nobody", None, "none", schedule.config().resources)
+
+
+def test_a_version_says_what_was_decided_of_it(schedule: Schedule) -> None:
+
+    schedule.grow(2)
+    verdict = schedule.tick(SPOILT)
+    client = runs.client_of(schedule.uri)
+    version = client.get_model_version(NAME, "2")
+    assert version.tags["bitmill.decision"] == "rejected" == verdict.outcome
+    assert version.tags["bitmill.decision_reason"] == verdict.reason
+    run = client.get_run(version.run_id)
+    assert verdict.decision is not None
+    assert load_text(f"{run.info.artifact_uri}/decision.json") == verdict.decision.told()
+    assert version.aliases == []
+
+
+def test_the_tokenizer_stays_the_champions(schedule: Schedule) -> None:
+    first = plan_tick(schedule.config()).challengers[0][1].step(Tokens)
+    schedule.grow(3)
+    planned = plan_tick(schedule.config()).challengers[0][1].step(Tokens)
+    assert planned.record is None
+    assert planned.key != first.key
+    schedule.tick(SPOILT)
+    now = plan_tick(schedule.config()).challengers[0][1].step(Tokens).record
+    assert now is not None
+    assert first.record is not None
+    names = [name for name in first.record.files if name.startswith("tokenizer/")]
+    assert names
+    assert [now.files[name].sha256 for name in names] == [first.record.files[name].sha256 for name in names]
+
+
+def test_of_several_recipes_validation_chooses_the_challenger(schedule: Schedule) -> None:
+    schedule.grow(2)
+    verdict = schedule.tick(recipes=[SPOILT, BETTER])
+    assert verdict.outcome == "promoted"
+    assert verdict.decision is not None
+    assert verdict.decision.challenger == 3  # the second of the two
+    assert len(verdict.decision.run_keys) == 2
+
+
+def test_each_rule_can_decide(schedule: Schedule) -> None:
+    rules: list[tuple[dict[str, Any], Evidence, str, str]] = [
+        ({"max_size_mib": 0.001}, Evidence(), "max_size_mib", "at most 0.001"),
+        ({"max_perplexity_ratio": 1.0001}, Evidence(), "max_perplexity_ratio", "of its teacher on validation"),
+        ({"max_latency_ms": 2}, Evidence(latency_ms=2.5), "max_latency_ms", "2.5 ms a token; at most 2"),
+        ({"max_latency_ms": 2}, Evidence(), "max_latency_ms", "no latency"),
+        ({"exports": ["onnx"]}, Evidence(exports={"onnx": "it differs"}), "exports: onnx", "it differs"),
+        ({"exports": ["gguf"]}, Evidence(), "exports: gguf", "it was not exported"),
+    ]
+    schedule.grow(2)
+    for number, (gate, schedule.evidence, rule, said) in enumerate(rules):
+        verdict = schedule.tick(BETTER, force=True, gate={"min_gain": 0.0, **gate})
+        assert verdict.outcome == "rejected"
+        assert said in verdict.reason
+        assert verdict.decision is not None
+        passed = {ruling.rule: ruling.passed for ruling in verdict.decision.rulings}
+        assert passed == {"min_gain": True, rule: False}
+        assert schedule.trained == (LINE | {"contest"} if number == 0 else set())  # the same challenger
+    schedule.evidence = Evidence(latency_ms=2.0, exports={"onnx": ""})
+    assert schedule.tick(BETTER, gate={"max_latency_ms": 2, "exports": ["onnx"]}).outcome == "promoted"
+
+
+def test_a_tick_over_its_worker_hours_ends_as_rejected(schedule: Schedule) -> None:
+    schedule.grow(2)
+    config = schedule.config(BETTER)
+    capped = config.model_copy(update={"resources": config.resources.model_copy(update={"max_worker_hours": 1e-6})})
+
+    verdict = run_tick(capped, schedule.told, lambda *asked: Evidence())
+    assert verdict.outcome == "rejected"
+    assert "before finetune the tick had used" in verdict.reason
+    assert verdict.decision is not None
+    assert verdict.decision.challenger is None
+    assert schedule.aliases == {"champion": 1}
+
+
+def test_a_student_that_registration_refuses_is_rejected(schedule: Schedule) -> None:
+    schedule.grow(2)
+    config = schedule.config(SPOILT).model_dump(mode="json", by_alias=True)
+    config["register"]["gate"]["max_perplexity_ratio"] = 1.0001
+
+    verdict = run_tick(Config.model_validate(config), schedule.told, lambda *asked: Evidence())
+    assert verdict.outcome == "rejected"
+    assert "register.gate.max_perplexity_ratio" in verdict.reason
+
+
+def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
+    with Decisions(NAME, schedule.config().resources).held():
+        verdict = schedule.tick()
+        assert verdict.outcome == "busy"
+        assert verdict.reason.startswith("The retraining of tiny is being run by process ")
+        assert schedule.listeners == []
+
+
+def test_a_tick_that_lost_its_lease_moves_nothing(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule.grow(2)
+    check, resources = Deciding.check, schedule.config().resources
+
+    def overtaken(self: Deciding) -> None:
+        monkeypatch.setattr(Deciding, "check", check)
+        self.decisions._journal.claim(self.fence + 1)  # as whoever takes the lease over does first
+        check(self)
+
+    monkeypatch.setattr(Deciding, "check", overtaken)
+    with pytest.raises(FencedOffError, match="no longer ours"):
+        schedule.tick(BETTER)
+    assert schedule.aliases == {"champion": 1}
+    assert [d.decision for d in Decisions(NAME, resources).all()] == ["promoted"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"holdout": 0.2}}, "data.holdout is 0.2 and was 0.1"),
+        ({"task": {"block_length": 16}}, "task.block_length: 32 -> 16"),
+    ],
+)
+def test_splits_drawn_by_another_rule_are_refused(schedule: Schedule, change: dict[str, Any], said: str) -> None:
+    schedule.grow(2)
+    fields = schedule.config().model_dump(mode="json", by_alias=True)
+    for section, values in change.items():
+        fields[section] |= values
+
+    with pytest.raises(ConfigError, match="would not meet on the same rows") as refused:
+        plan_tick(Config.model_validate(fields))
+    assert said in str(refused.value)
+
+
+def test_running_text_is_refused_where_its_splits_would_move(schedule: Schedule, corpus: Any) -> None:
+    fields = schedule.config().model_dump(mode="json", by_alias=True)
+    fields["name"], fields["data"]["source"] = "other", str(corpus)
+
+    with pytest.raises(ConfigError, match="changes when more come"):
+        plan_tick(Config.model_validate(fields))
+
+
+def test_a_configuration_without_the_section_is_refused(schedule: Schedule) -> None:
+    with pytest.raises(ConfigError, match="has no section retrain"):
+        plan_tick(schedule.config().model_copy(update={"retrain": None}))
+
+
+def test_a_recipe_of_no_path_is_refused(schedule: Schedule) -> None:
+    with pytest.raises(ConfigError, match=r"retrain.recipes: 'distil.lr' is no path"):
+        plan_tick(schedule.config({"distil.lr": 1}))
+
+
+def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedule: Schedule) -> None:
+    schedule.grow(2)
+    gate = {"min_gain": 0.0}
+    warm = schedule.tick(BETTER, gate=gate, warm_start=True)
+    assert warm.outcome == "promoted"
+
+    version = registered_version(schedule.uri, NAME, 2)
+    assert version is not None
+    resources = schedule.config().resources
+    student = steps_behind(resources.storage_uri, str(resources.local_cache_dir), version.lineage)[Student.stage].record
+    assert "start" in str(student.recipe)
+    assert schedule.tick(BETTER, gate=gate, warm_start=True).outcome == "unchanged"
+    assert schedule.tick(BETTER, gate=gate).outcome == "unchanged"  # it is the same data and recipe
+    schedule.grow(3)
+    assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "rejected"
+    assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "unchanged"
