@@ -112,6 +112,10 @@ class Project:
         names = (path.stem for path in self.store.glob(f"{stage}/*/*/attempt/checkpoint-*.json"))
         return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
+    def checkpoints(self) -> set[Path]:
+        """The checkpoints that are there."""
+        return set(self.store.glob("*/*/*/attempt/checkpoint-*.json"))
+
     def reap(self) -> None:
         """End what killed drivers left behind, by recorded pid."""
         for pid, created in self.started.items():
@@ -155,6 +159,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterato
     document = project.finish(project.start())
     yield project.digests(), document
     project.reap()
+
+
+def ended(driver: subprocess.Popen[str]) -> bool:
+    return driver.poll() is not None
 
 
 def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
@@ -228,14 +236,18 @@ def test_an_interrupted_command_ends_what_it_started(project: Project) -> None:
 def test_driver_killed_at_random_moments(
     project: Project, undisturbed: tuple[dict[str, str], Any], seed: int, kills: int
 ) -> None:
-    moments = random.Random(seed)
+    """Each some time after it made a checkpoint that those before it did not."""
+    moments, killed = random.Random(seed), 0
     for _ in range(kills):
-        driver = project.start()
-        end = time.monotonic() + moments.uniform(5, 60)
-        project.until(lambda end=end, driver=driver: time.monotonic() > end or driver.poll() is not None, driver)
-        if driver.poll() is None:
+        before, driver = project.checkpoints(), project.start()
+        project.until(lambda before=before, driver=driver: project.checkpoints() - before or ended(driver), driver)
+        end = time.monotonic() + moments.uniform(0, 10 if kills == 1 else 30)
+        project.until(lambda end=end, driver=driver: time.monotonic() > end or ended(driver), driver)
+        if not ended(driver):
             kill(driver)
+            killed += 1
         driver.wait()
+    assert killed >= 1
     document = project.finish(project.start())
     assert project.digests() == undisturbed[0]
     assert document["metrics"] == undisturbed[1]["metrics"]
