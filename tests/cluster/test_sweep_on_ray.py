@@ -239,8 +239,9 @@ class Project:
                 if process.create_time() == created:
                     process.kill()
 
-    def trials(self) -> list[Path]:
-        return list(self.root.glob("store/sweep/*/*/trials/*.json"))
+    def trials(self) -> set[str]:
+        """The trials that are written down, by whichever attempt."""
+        return {path.name for path in self.root.glob("store/sweep/*/*/trials/*.json")}
 
 
 @pytest.fixture
