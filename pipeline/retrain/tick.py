@@ -114,7 +114,7 @@ def plan_tick(config: Config) -> Tick:
             _refuse_strangers(plan, champion)
     decided = decisions.of_tick(tick.key) or _crowned(tick, decisions)
     if decided is None and champion is not None and retrain.warm_start:
-        start = config.distill.model_copy(update={"start": champion.title})
+        start = config.distill.model_copy(update={"start": champion.title, "fade_in": 0.0})  # it is quantized already
         plans = _challengers(config.model_copy(update={"distill": start}), once)
     return replace(tick, challengers=plans, decided=decided)
 

@@ -29,6 +29,7 @@ DOCUMENTS = {
         "CONTRIBUTING.md",
         "jobs/bench/README.md",
         "pipeline/sweep/README.md",
+        "pipeline/export/README.md",
         "pipeline/package/README.md",
         "pipeline/retrain/README.md",
     )
