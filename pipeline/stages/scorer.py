@@ -6,7 +6,6 @@ of a block is context only and counts nothing. Elsewhere a row is a document.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,12 +99,12 @@ def _score(job: StepJob, origin: str, opens: Opens, splits: Sequence[SplitName],
     for part in span:
         _, _, shard = part
         name = Path(shard.name).stem
-        piece = made.get(name)
+        piece = made.get(name, Piece.model_validate)
         if piece is None:
             scorer = scorer or Scorer(job, opens, splits)
-            piece = scorer.score(*part).model_dump()
-            made.put(name, piece)
-        pieces.append(json.dumps(piece))
+            piece = scorer.score(*part)
+            made.put(name, piece.model_dump())
+        pieces.append(piece.model_dump_json())
     return pieces
 
 
