@@ -183,7 +183,7 @@ def test_a_text_may_be_the_probe_and_a_short_one_is_refused(trained, corpus, tmp
 
 def test_verdicts_of_a_registered_model_are_kept_with_it(tiny_config, trained, run_flow, tmp_path, monkeypatch):
     """Formats that passed are a tag of the version and its logged model; one that fails later leaves the list."""
-    root = trained("gpt2").parents[3]
+    root = trained("gpt2").parents[4]
     shutil.copytree(root / "store", tmp_path / "store")
     resources = Resources(storage_uri=str(tmp_path / "store"))
     client = runs.connect(tracking_uri(resources))
