@@ -1,4 +1,4 @@
-"""Commands on what a schedule decided: rollback, history, lineage."""
+"""Commands on what a schedule decided and made: rollback, history, lineage, gc."""
 
 from __future__ import annotations
 
@@ -57,3 +57,23 @@ def lineage(
     from jobs.schedule.lineage import lineage as run
 
     return run(model, resources, console)
+
+
+@command(commands)
+def gc(
+    console: Console,
+    resources: Any,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would go and why; deletes nothing.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions of each name that keep all that made them.")] = 3,
+    grace: Annotated[float, typer.Option(min=0, metavar="HOURS", help="What was written within so many stays.")] = 24,
+) -> dict[str, Any]:
+    """Delete what no registered version, running command or grace period needs: rows, caches, checkpoints and latent
+    weights of older versions, trials and challengers given up, unfinished steps, temporary files of this machine.
+
+    Never packages, scores and registrations of what was registered, nor decisions. Champion, previous and every version
+    with an alias keep all that made them, as the newest do. What is gone, a command that needs it makes again. If the
+    registry cannot be reached, nothing is deleted. Safe beside running commands.
+    """
+    from jobs.schedule.gc import collect
+
+    return collect(resources, keep, grace, plan, console)

@@ -10,12 +10,19 @@ import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline.credentials import taking_none
 from pipeline.errors import ConfigError, RunError
 
 TEMPORARY = ".tmp"
+
+
+class Stat(NamedTuple):
+    """The bytes of an object, and when it was written last, in seconds of the store's own clock."""
+
+    bytes: int
+    written: float
 
 
 class Objects(Protocol):
@@ -43,6 +50,9 @@ class Objects(Protocol):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return the bytes of every object whose name starts with `prefix`."""
+
+    def stats(self, prefix: str) -> dict[str, Stat]:
+        """Return bytes and time of every object whose name starts with `prefix`."""
 
     def folders(self, prefix: str) -> list[str]:
         """Return the names of what lies directly below `prefix`, which ends in a slash, and has objects below itself;
@@ -115,15 +125,19 @@ class Directory:
         return path
 
     def sizes(self, prefix: str) -> dict[str, int]:
+        return {name: stat.bytes for name, stat in self.stats(prefix).items()}
+
+    def stats(self, prefix: str) -> dict[str, Stat]:
         folder = self._path(prefix.rpartition("/")[0])
-        sizes = {}
+        stats = {}
         for parent, _, files in os.walk(folder):  # unlike rglob, at ease with folders that vanish meanwhile
             for path in (Path(parent, file) for file in files if not file.startswith(".")):
                 name = path.relative_to(self.root.resolve()).as_posix()
                 if name.startswith(prefix):
                     with contextlib.suppress(FileNotFoundError):
-                        sizes[name] = path.stat().st_size
-        return dict(sorted(sizes.items()))
+                        status = path.stat()
+                        stats[name] = Stat(status.st_size, status.st_mtime)
+        return dict(sorted(stats.items()))
 
     def folders(self, prefix: str) -> list[str]:
         try:

@@ -18,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pipeline.credentials import redacted
 from pipeline.errors import ConfigError, RunError
 from pipeline.store.copies import copies_in
+from pipeline.store.objects import Stat
 
 CONFLICT_RETRIES = 6
 READ_TRIES = 3
@@ -103,6 +104,12 @@ class Bucket:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         return self._listed("Size", prefix)
+
+    def stats(self, prefix: str) -> dict[str, Stat]:
+        listed = self._pages("list_objects_v2", "Contents", prefix)
+        return {
+            item["Key"][len(self.prefix) :]: Stat(item["Size"], item["LastModified"].timestamp()) for item in listed
+        }
 
     def versions(self, prefix: str) -> dict[str, str]:
         """Return the ETag of every object whose name starts with `prefix`."""

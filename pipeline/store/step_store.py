@@ -18,9 +18,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,12 +30,13 @@ from typing import Any, Generic, TypeVar
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.store.copies import copies_in
-from pipeline.store.lease import LeaseFile, Owner
+from pipeline.store.lease import LEASE, LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
 
 RECORD = "record.json"
 LOOKS = 4  # for each record that is wanted
+PLAN = "attempt/plan.json"
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
 
@@ -179,7 +181,7 @@ class StepDir:
 
     def folder(self, files: dict[str, StoredFile], prefix: str) -> Path:
         """Return a local folder of links to the files below `prefix`, each checked, and nothing else."""
-        target = self.scratch_dir() / "folders" / self.stage / self.key / prefix
+        target = self._links / prefix
         target.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # while the last one was fetched, which may take long, the first may have gone
             paths = {Path(name).name: self._checked(name, files[name]) for name in files if name.startswith(prefix)}
@@ -194,6 +196,10 @@ class StepDir:
             if other.name not in paths and not other.name.startswith("."):
                 other.unlink(missing_ok=True)
         return target
+
+    @property
+    def _links(self) -> Path:
+        return self.scratch_dir() / "folders" / self.stage / self.key
 
     def scratch_dir(self) -> Path:
         """Return a folder for temporary files on this node."""
@@ -221,10 +227,38 @@ class StepDir:
                 self.check_fence()
 
     @contextlib.contextmanager
-    def hold(self, wait: bool, waiting: Callable[[Owner], None]) -> Iterator[StepDir]:
+    def hold(self, wait: bool, waiting: Callable[[Owner], None], sure: bool = False) -> Iterator[StepDir]:
         """Hold the step's lease as `LeaseFile.hold` does; yield the directory with its fencing token."""
-        with self._lease.hold(wait, waiting) as fence:
+        with self._lease.hold(wait, waiting, sure) as fence:
             yield replace(self, fence=fence)
+
+    def announce(self, steps: Iterable[StepDir]) -> None:
+        """Say which steps the command that runs this one needs, so that none is cleared away meanwhile."""
+        self.write(PLAN, json.dumps([(step.stage, step.key) for step in steps]).encode())
+
+    def needed(self) -> list[tuple[str, str]] | None:
+        """Return stage and key of the steps that were announced by who runs this one; None if nobody does, or who did
+        was a process of this host that is gone."""
+        lease = self._lease.read()
+        if lease is None or lease.owner is None or lease.owner.gone():
+            return None
+        try:
+            return [(stage, key) for stage, key in json.loads(self.read(place_of(PLAN, lease.fence)))]
+        except FileNotFoundError:
+            return []
+
+    def clear(self) -> None:
+        """Delete the record, then what names files, then the files: so that whoever dies in between leaves a step that
+        is to be run. The lease stays, so that tokens go on counting."""
+        self.delete(RECORD)
+        places = [name.removeprefix(self._prefix) for name in self._objects.sizes(self._prefix)]
+        for place in sorted(places, key=lambda place: not place.endswith(".json")):
+            if place != LEASE:
+                self.delete(place)
+        for fence in self._attempts():  # folders that are empty now, and what is hidden in them
+            self.check_fence()
+            self._objects.delete_below(self._prefix + place_of("", fence))
+        shutil.rmtree(self._links, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -255,6 +289,43 @@ class FinishedStep(Generic[R_co]):
     def read_json(self, name: str) -> Any:
         """Return the content of a JSON file, or None if the record lists none of that name."""
         return json.loads(self.local(name).read_text(encoding="utf-8")) if name in self.record.files else None
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """What there is of a step beside its lease: bytes, whether there is a record, and when it was last written to; when
+    its lease was. Times are in seconds of the store's own clock."""
+
+    bytes: int = 0
+    done: bool = False
+    written: float = -math.inf
+    leased: float = -math.inf
+
+
+def stored_steps(storage_uri: str, stage: str) -> dict[str, StoredStep]:
+    """Return what there is of each step of a stage, by key."""
+    steps: dict[str, StoredStep] = {}
+    for name, stat in open_objects(storage_uri).stats(f"{stage}/").items():
+        key, _, place = name.removeprefix(f"{stage}/").partition("/")
+        step = steps.get(key, StoredStep())
+        if place == LEASE:
+            steps[key] = replace(step, leased=stat.written)
+        elif place:
+            written = max(step.written, stat.written)
+            steps[key] = replace(
+                step, bytes=step.bytes + stat.bytes, done=step.done or place == RECORD, written=written
+            )
+    return steps
+
+
+def now_of(storage_uri: str) -> float:
+    """Return the time by the store's own clock, in seconds. Raises OSError if nothing can be written there."""
+    objects, name = open_objects(storage_uri), f"probe-{uuid.uuid4().hex}"
+    objects.write(name, b"")
+    try:
+        return objects.stats(name)[name].written
+    finally:
+        objects.delete(name)
 
 
 def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:

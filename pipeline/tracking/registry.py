@@ -224,6 +224,12 @@ def _model_id(version: RegisteredVersion) -> str:
     return str(version.source).removeprefix("models:/")
 
 
+def aliased(client: MlflowClient) -> dict[str, set[int | None]]:
+    """Return the versions that bear an alias, by name."""
+    models = pages(client.search_registered_models)
+    return {model.name: {int(version) for version in model.aliases.values()} for model in models}
+
+
 def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, verdict: dict[str, Any]) -> None:
     """Keep an export's verdict beside the run that made the model, and the formats that passed as a tag of the version
     and its logged model: comma-separated, sorted, `bitmill` among them. Raises RunError if the server refuses."""

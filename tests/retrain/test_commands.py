@@ -14,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from pipeline.retrain.decisions import Decision, Decisions, now
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 Command = Callable[..., Result]
@@ -111,3 +112,25 @@ def test_versions_of_one_teacher_share_it(bitmill: Command) -> None:
     assert sharing.keys() <= {"tokenize", "finetune", "cache"}
     missing = bitmill("lineage", f"{NAME}/99")
     assert missing.exit_code == 2
+
+
+def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule) -> None:
+    bitmill("retrain", "CONFIG")
+    with Decisions(NAME, undecided.config().resources).held() as deciding:  # which nothing shows of version 1
+        deciding.append(Decision(decision="rolled back", reason="", name=NAME, at=now(), champion=2))
+        deciding.put_aliases()
+    assert json.loads(bitmill("gc", "--json").stdout)["garbage"] == []  # all is young
+    planned = bitmill("gc", "--plan", "--keep", "1", "--grace", "0", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    document = json.loads(planned.stdout)
+    assert not document["deleted"]
+    assert document["stages"].keys() == {"tokenize", "finetune", "cache", "distill"}
+    assert document["bytes"] == sum(item["bytes"] for item in document["garbage"]) > 0
+    assert "only versions before the newest 1 of their name" in planned.stderr
+    assert "would go" in planned.stderr
+    done = bitmill("gc", "--keep", "1", "--grace", "0", "--json")
+    assert json.loads(done.stdout) == {**document, "deleted": True}
+    assert "4 steps and temporary files went" in done.stderr
+    assert json.loads(bitmill("gc", "--keep", "1", "--grace", "0", "--json").stdout)["garbage"] == []
+    lineage = bitmill("lineage", f"{NAME}/1")
+    assert "not in this store any more: tokenize, finetune, cache, distill" in lineage.stderr

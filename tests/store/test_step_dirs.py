@@ -14,9 +14,10 @@ import pytest
 
 from pipeline.errors import DamagedError, FencedOffError
 from pipeline.store import objects as objects_module
+from pipeline.store.lease import Lease, Owner
 from pipeline.store.objects import Directory, open_objects
 from pipeline.store.records import Evaluation, Shard, Split, StoredFile, TeacherCache, Tokens
-from pipeline.store.step_store import FinishedStep, StepDir, checksum, records
+from pipeline.store.step_store import FinishedStep, StepDir, StoredStep, checksum, now_of, records, stored_steps
 from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
 
 
@@ -170,6 +171,49 @@ def test_of_shards_those_stay_that_the_record_names_where_it_names_them(uri, tmp
     split = Split(shards=(shards[0],))
     tokens = Tokens(**common, vocabulary=1, end_of_text=None, splits={"train": split}, files={"x": shards[1].file})
     assert tokens.stored == {"rows/a": shards[0].file, "x": shards[1].file}
+
+
+def test_a_step_is_cleared_but_for_its_lease_the_record_first(uri, step_dir, monkeypatch):
+    record = step_dir.commit(evaluation("d", weights=step_dir.write("weights", b"four")))
+    step_dir.write("parts/weights.json", b"{}")
+    open_objects(uri).write(f"{Evaluation.stage}/{KEY}/report.html", b"<p>")
+    there = stored_steps(uri, Evaluation.stage)[KEY]
+    assert (there.done, there.bytes) == (True, len(record.to_json()) + 4 + 2 + 3)
+    assert max(there.written, there.leased) <= now_of(uri)
+    order = []
+    delete = StepDir.delete
+    monkeypatch.setattr(StepDir, "delete", lambda self, place: order.append(place) or delete(self, place))
+    step_dir.clear()
+    assert order[:2] == ["record.json", "1/parts/weights.json"]
+    assert {*order[2:]} == {"1/weights", "report.html"}
+    left = stored_steps(uri, Evaluation.stage)[KEY]
+    assert left == StoredStep(leased=there.leased)
+    with pytest.raises(DamagedError, match="lacks its file weights"):
+        FinishedStep(record, step_dir).local("weights")
+    assert [*open_objects(uri).sizes("")] == [f"{Evaluation.stage}/{KEY}/lease.json"]
+
+
+def test_who_lost_a_step_clears_nothing_of_it(step_dir):
+    step_dir.commit(evaluation("d"))
+    step_dir._lease.objects.write(f"{Evaluation.stage}/{KEY}/lease.json", Lease(None, 2).to_json())
+    with pytest.raises(FencedOffError):
+        step_dir.clear()
+    assert step_dir.record(Evaluation) is not None
+
+
+def test_what_a_command_announced_is_told_while_it_holds_the_step(uri, tmp_path):
+    step = StepDir(uri, Evaluation.stage, KEY, str(tmp_path / "scratch"))
+    assert step.needed() is None
+    with step.hold(False, print) as held:
+        assert step.needed() == []
+        held.announce([replace(step, stage="cache"), held])
+        assert step.needed() == [("cache", KEY), (Evaluation.stage, KEY)]
+        held.commit(evaluation("d"))
+        assert step.needed() == []
+    assert step.needed() is None
+    gone = Lease(replace(Owner.this_process(), pid=2**22 + 1), 5)
+    open_objects(uri).write(f"{Evaluation.stage}/{KEY}/lease.json", gone.to_json())
+    assert step.needed() is None
 
 
 def test_records_of_a_stage_skip_the_damaged_ones(uri, step_dir):

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import Directory, open_objects
 from pipeline.store.records import Evaluation
-from pipeline.store.step_store import check_store
+from pipeline.store.step_store import check_store, now_of
 
 KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]
@@ -204,6 +204,16 @@ def test_sizes_lists_by_prefix(objects):
     assert objects.sizes("a") == {"a/1": 3, "a/22": 4, "a/deep/333": 10, "ab/1": 4}
     assert objects.sizes("none/") == {}
     assert set(objects.sizes("")) == {"a/1", "a/22", "a/deep/333", "ab/1", "b"}
+
+
+def test_stats_are_bytes_and_times_of_the_store_itself(uri, objects):
+    objects.write("a/1", b"four")
+    before = now_of(uri)
+    objects.write("a/2", b"")
+    stats = objects.stats("a/")
+    assert {name: stat.bytes for name, stat in stats.items()} == {"a/1": 4, "a/2": 0}
+    assert stats["a/1"].written <= before <= stats["a/2"].written
+    assert [*objects.sizes("")] == ["a/1", "a/2"]  # the probe is gone
 
 
 def test_folders_are_what_lies_directly_below_and_holds_objects(objects):

@@ -1,0 +1,195 @@
+"""Garbage collection: the steps of a store that nothing needs any more, and how they go.
+
+    never     decisions, sweeps' records; packages, scores and registrations of all that was registered from the store
+    kept      all that made the newest versions of each name, and each that bears an alias, or that the last decision
+              names as champion or previous
+    not yet   what was written within the grace period or is run by a live process, what it is made of, and what the
+              command that runs it will need
+    goes      the rest: trials and challengers given up, unfinished steps; rows, teachers, caches and latent weights of
+              versions that are older
+
+A step goes whole, in the hands of its own lease, after all of that was looked up again. The command that needs it makes
+it again; `bitmill lineage` says that it is not in this store any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.resources import Resources
+from pipeline.errors import BusyError, ConfigError, FencedOffError
+from pipeline.flow.line import STAGES
+from pipeline.retrain.decisions import Decisions
+from pipeline.store import scratch
+from pipeline.store.lease import DEAD_AFTER_S, Owner
+from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
+from pipeline.store.pieces import Pieces
+from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Record, Sensitivity, SweepRecord
+from pipeline.store.step_store import StepDir, StoredStep, now_of, stored_steps
+from pipeline.tracking import registry
+from pipeline.tracking.lookup import reach
+from pipeline.tracking.registry import Registered
+
+Name = tuple[str, str]  # stage and key of a step
+KINDS: dict[str, type[Record]] = {  # what is made before what it is made of
+    SweepRecord.stage: SweepRecord,
+    Contest.stage: Contest,
+    **{name: STAGES[name].record for name in reversed(STAGES)},
+}
+SMALL = (Evaluation.stage, Package.stage, ModelVersion.stage)
+BESIDE = (Contest.stage, Sensitivity.stage)  # of use as long as something that they were made of is there
+TRIALS = "trials/"  # of a sweep
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What may go: a step by stage and key, or a path of the stage `scratch`."""
+
+    stage: str
+    place: str
+    bytes: int
+    why: str
+
+
+class Collector:
+    """Finds and deletes the garbage of a store. The newest `keep` versions of each name keep all that made them, and
+    what was written in the last `grace_s` seconds stays. Raises ConfigError: registry or store cannot be reached."""
+
+    def __init__(self, resources: Resources, keep: int, grace_s: float) -> None:
+        self.resources, self.keep, self.grace_s = resources, keep, grace_s
+        self._root, self._scratch = storage_uri(resources), Path(scratch_dir(resources)).expanduser()
+        reach(tracking_uri(resources))  # before anything is made where no store is
+        try:
+            self._now = now_of(self._root)  # what is written from here on is younger still
+        except OSError as error:
+            raise ConfigError(
+                f"The store {self._root!r} cannot be written to: {error}. Set --storage-uri to a directory, or to "
+                "s3://bucket/prefix with credentials that allow it."
+            ) from error
+        self._inputs: dict[Name, dict[str, str]] = {}  # those of a key never change
+
+    def find(self) -> list[Garbage]:
+        """Return all that may go; deletes nothing.
+
+        Raises:
+            ConfigError: the registry cannot be reached, or is not that of this store.
+            RunError: a record that says what is needed is damaged, or was written by a newer bitmill.
+        """
+        why = "left by commands, and nobody uses it"
+        left = scratch.unused(self._scratch, self.grace_s)
+        return [*self._unneeded(), *(Garbage(SCRATCH, str(path), size, why) for path, size in sorted(left.items()))]
+
+    def delete(self, garbage: Garbage) -> bool:
+        """Delete it unless it is held or needed by now; tell whether it went. Raises as `find` does."""
+        if garbage.stage == SCRATCH:
+            path = Path(garbage.place)
+            unused = path in scratch.unused(self._scratch, self.grace_s)
+            if unused:
+                scratch.remove(path)
+            return unused
+        name = garbage.stage, garbage.place
+        try:
+            with self._dir(name).hold(False, _never_told, sure=True) as held:
+                unneeded = name in [(step.stage, step.place) for step in self._unneeded(ours=name)]
+                if unneeded:
+                    held.clear()
+                return unneeded
+        except (BusyError, FencedOffError):
+            return False
+
+    def _dir(self, name: Name) -> StepDir:
+        return StepDir(self._root, *name, str(self._scratch))
+
+    def _unneeded(self, ours: Name | None = None) -> Iterator[Garbage]:
+        """Yield the steps that nothing needs. `ours` is one whose lease we hold ourselves."""
+        stored = {(stage, key): step for stage in KINDS for key, step in stored_steps(self._root, stage).items()}
+        versions = self._versions(stored)
+        kept = self._made_of([*self._roots_of(self._newest(versions)), *self._alive(stored, ours)])
+        kept |= {name for name in self._registrations(versions, stored) if name[0] in SMALL}
+        kept |= {name for name in stored if name[0] in BESIDE and not kept.isdisjoint(self._inputs_of(name).items())}
+        older = self._made_of(self._roots_of(versions))
+        for name, step in stored.items():
+            if name in kept or name[0] == SweepRecord.stage or not step.bytes:
+                continue
+            why = "no registered version was made of it" if step.done else "unfinished, and nobody runs it"
+            if name in older:
+                why = f"only versions before the newest {self.keep} of their name were made of it"
+            yield Garbage(*name, step.bytes, why)
+
+    def _versions(self, stored: Mapping[Name, StoredStep]) -> list[Registered]:
+        """Return all versions there are. Raises ConfigError unless the registry is that of the store."""
+        uri = tracking_uri(self.resources)
+        versions = registry.registered_versions(reach(uri))
+        keys = {key for (stage, key), step in stored.items() if stage == ModelVersion.stage and step.done}
+        if keys and keys.isdisjoint(version.key for version in versions):
+            raise ConfigError(
+                f"The registry at {uri!r} holds none of the {len(keys)} versions that were registered from the store "
+                f"{self._root}, so it cannot say what is needed; nothing was deleted. Set --tracking-uri to theirs."
+            )
+        return versions
+
+    def _newest(self, versions: Sequence[Registered]) -> list[Registered]:
+        """Return the newest versions of each name, and those that it shows or decided to show."""
+        aliased, newest = registry.aliased(reach(tracking_uri(self.resources))), []
+        for name in {version.name for version in versions}:
+            last = Decisions(name, self.resources).last()
+            shown = aliased.get(name, set()) | (set() if last is None else {last.champion, last.previous})
+            of_name = sorted((v for v in versions if v.name == name), key=lambda version: -version.version)
+            newest += [v for age, v in enumerate(of_name) if age < self.keep or v.version in shown]
+        return newest
+
+    def _roots_of(self, versions: Iterable[Registered]) -> Iterator[Name]:
+        """Yield the steps that a registry names for versions; records tell of those before."""
+        for version in versions:
+            yield ModelVersion.stage, version.key
+            yield from ((stage, key) for stage, key in version.lineage.items() if stage in KINDS)
+
+    def _registrations(self, versions: Sequence[Registered], stored: Mapping[Name, StoredStep]) -> Iterator[Name]:
+        """Yield the registrations that registry or store know, and what was registered."""
+        yield from self._roots_of(versions)
+        for name in stored:
+            if name[0] == ModelVersion.stage:
+                yield name
+                yield from self._inputs_of(name).items()
+
+    def _alive(self, stored: Mapping[Name, StoredStep], ours: Name | None) -> Iterator[Name]:
+        """Yield what is young, what a process runs that may live, and what that will need."""
+        for name, step in stored.items():
+            if self._now - step.written < self.grace_s:
+                yield name
+            if name == ours or self._now - step.leased > max(self.grace_s, DEAD_AFTER_S):  # hearts beat more often
+                continue
+            needed = self._dir(name).needed()
+            if needed is not None:
+                yield name
+                yield from needed
+                if name[0] == SweepRecord.stage:
+                    for kept in Pieces(self._dir(name), TRIALS).all():
+                        yield from kept["trial"]["step_keys"].items()
+
+    def _made_of(self, names: Iterable[Name]) -> set[Name]:
+        """Return the steps, and all that they were made of."""
+        reached: set[Name] = set()
+        waiting = [*names]
+        while waiting:
+            name = waiting.pop()
+            if name not in reached:
+                reached.add(name)
+                waiting += self._inputs_of(name).items()
+        return reached
+
+    def _inputs_of(self, name: Name) -> dict[str, str]:
+        """Return the keys of what a step was made of, by stage; none of one that is not done."""
+        if name not in self._inputs:
+            record = self._dir(name).record(KINDS[name[0]]) if name[0] in KINDS else None
+            if record is None:
+                return {}
+            self._inputs[name] = record.inputs
+        return self._inputs[name]
+
+
+def _never_told(owner: Owner) -> None:
+    """A collection does not wait."""
