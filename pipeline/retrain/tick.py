@@ -226,20 +226,26 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
     """Train the challengers, and decide on the best of them; nothing is written but their own steps."""
     engine, spent = Engine(tick.config.resources), 0.0
     ran: list[tuple[RunPlan, Outcome]] = []
+    refused: list[str] = []
     try:
         for recipe, plan in tick.challengers:
             with told(plan) as listener:
                 capped = _Capped(listener, tick.config.resources, spent)
                 try:
                     ran.append((plan, run_plan(plan, capped, True, engine)))
-                except (NotRegisteredError, _OverBudgetError) as error:
-                    reason = f"{recipe}: {error}"
-                    return _decision(tick, "rejected", None, reason=reason, worker_seconds=capped.spent_s)
+                except NotRegisteredError as error:
+                    refused.append(f"{recipe}: {error}")
+                except _OverBudgetError as error:
+                    return _decision(tick, "rejected", None, reason=str(error), worker_seconds=capped.spent_s)
             spent = capped.spent_s
             deciding.check()
-        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in ran]
-        plan, outcome = ran[gate.better_on_validation(tick.config.task.name, scores)]
-        if tick.champion is None or tick.champion.key == plan.run_key:
+        if not ran:
+            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=spent)
+        champions = None if tick.champion is None else tick.champion.key
+        challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
+        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers or ran]
+        plan, outcome = (challengers or ran)[gate.better_on_validation(tick.config.task.name, scores)]
+        if tick.champion is None or not challengers:
             facts: dict[str, Any] = {"decision": "promoted", "reason": f"{tick.name} had no other champion"}
         else:
             facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)

@@ -42,6 +42,9 @@ def address(head, monkeypatch, tmp_path):
     """The head's address, in an empty folder, with its token in the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "300")
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):  # which Ray itself sets in a process that used it
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     return head[0]
 

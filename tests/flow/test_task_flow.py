@@ -121,7 +121,8 @@ def test_rows_that_are_generated_are_drawn_from_all_of_a_split(finished_task: Ra
     assert drawn != [0, 1, 2]
     assert scorer.generated["test"] == drawn
     if drawn is not None:
-        counted = [scorer.score("test", 2 * number, shard).student["rows"] for number, shard in enumerate(shards)]
+        scored = [scorer.score("test", 2 * number, shard).student["of_rows"] for number, shard in enumerate(shards)]
+        counted = [len(of_rows.get("rougeL", [])) for of_rows in scored]
         assert counted == [len({2 * number, 2 * number + 1}.intersection(drawn)) for number in range(len(shards))]
 
 

@@ -18,6 +18,7 @@ SAID = "interrupted; what was committed is kept, and the same command goes on fr
 
 
 def export_interrupted(by, package, out, pipe):
+    signal.signal(by, signal.default_int_handler if by == signal.SIGINT else signal.SIG_DFL)  # as at a terminal
     dequantized.write = lambda package, draft: os.kill(os.getpid(), by)
     shown = CliRunner().invoke(app, ["export", str(package), "--format", "transformers", "--out", str(out)])
     pipe.send((shown.exit_code, shown.stderr))

@@ -145,7 +145,7 @@ def test_a_tick_over_its_worker_hours_ends_as_rejected(schedule: Schedule) -> No
 
     verdict = run_tick(capped, schedule.told, lambda *asked: Evidence())
     assert verdict.outcome == "rejected"
-    assert "before finetune the tick had used" in verdict.reason
+    assert verdict.reason.startswith("before finetune the tick had used")
     assert verdict.decision is not None
     assert verdict.decision.challenger is None
     assert schedule.aliases == {"champion": 1}
@@ -159,6 +159,23 @@ def test_a_student_that_registration_refuses_is_rejected(schedule: Schedule) -> 
     verdict = run_tick(Config.model_validate(config), schedule.told, lambda *asked: Evidence())
     assert verdict.outcome == "rejected"
     assert "register.gate.max_perplexity_ratio" in verdict.reason
+
+
+def test_a_recipe_that_registration_refuses_leaves_the_others(schedule: Schedule) -> None:
+    schedule.grow(2)
+    refused = {**SPOILT, "register.gate.max_perplexity_ratio": 1.0001}
+    verdict = schedule.tick(recipes=[refused, BETTER])
+    assert verdict.outcome == "promoted"
+    assert verdict.decision is not None
+    assert verdict.decision.challenger == 2
+
+
+def test_a_recipe_more_meets_the_champion_of_the_same_data(schedule: Schedule) -> None:
+    verdict = schedule.tick(recipes=[{}, SPOILT])
+    assert verdict.outcome == "rejected"
+    assert verdict.decision is not None
+    assert (verdict.decision.champion, verdict.decision.challenger) == (1, 2)
+    assert schedule.tick(recipes=[{}, SPOILT]).outcome == "unchanged"
 
 
 def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
