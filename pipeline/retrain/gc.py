@@ -192,4 +192,4 @@ class Collector:
 
 
 def _never_told(owner: Owner) -> None:
-    """A collection does not wait."""
+    """Say nothing: a collection does not wait."""
