@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,11 +37,16 @@ def rollback(
 
 
 @command(commands)
-def history(console: Console, resources: Any, name: ModelName) -> dict[str, Any]:
-    """Show every decision on a name: who became champion when, and why."""
+def history(
+    console: Console,
+    resources: Any,
+    name: ModelName,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw measure and bytes over time.")] = None,
+) -> dict[str, Any]:
+    """Show every decision on a name: who became champion when, and why. The report of a run shows them too."""
     from jobs.schedule.history import history as run
 
-    return run(name, resources, console)
+    return run(name, out, resources, console)
 
 
 @command(commands)

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from jobs.bench.paper import FULL, TABLE_1, TABLE_3, Cell
 from jobs.report.values import Content, Costing, Mark, Shown
 from pipeline.metrics import larger_is_better
+from pipeline.retrain.decisions import Decision
 
 INK, FRONT, MUTED, TEACHER, PAPER = "#1f2937", "#2563eb", "#94a3b8", "#b45309", "#7c3aed"
 COLOURS = ("#2563eb", "#059669", "#d97706", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
@@ -142,6 +143,47 @@ def losses(content: Content) -> dict[str, Any]:
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="loss, nats a token")
     return _json(figure, 420)
+
+
+def history(decisions: Sequence[Decision]) -> dict[str, Any] | None:
+    """Draw the measure of champion and challenger on the challenger's test rows, and its bytes, over the decisions, if
+    more than one has them."""
+    drawn = [decision for decision in decisions if decision.scores]
+    if len(drawn) < 2:
+        return None
+    measure = drawn[-1].measure
+    figure = go.Figure()
+    days = [decision.at for decision in drawn]
+    for outcome, colour in (("promoted", FRONT), ("rejected", MUTED)):
+        chosen = [decision for decision in drawn if decision.decision == outcome]
+        figure.add_scatter(
+            x=[decision.at for decision in chosen],
+            y=[decision.scores["challenger"].get(measure) for decision in chosen],
+            mode="markers",
+            marker={"color": colour, "size": 11},
+            name=f"challenger, {outcome}",
+            text=[f"<b>version {d.challenger}</b>, {d.decision}<br>{safe(d.reason)}" for d in chosen],
+            hovertemplate=f"%{{text}}<br>{measure} %{{y:.4g}}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=days,
+        y=[decision.scores.get("champion", decision.scores["challenger"]).get(measure) for decision in drawn],
+        mode="lines+markers",
+        line={"color": TEACHER, "width": 2, "shape": "hv"},
+        name="the champion that it met",
+        hovertemplate=f"{measure} %{{y:.4g}}<extra></extra>",
+    )
+    sizes = [decision.packed_bytes for decision in drawn]
+    figure.add_scatter(
+        x=days, y=sizes, mode="lines+markers", line={"color": PAPER, "width": 1}, name="bytes", yaxis="y2"
+    )
+    figure.update_yaxes(title=f"{measure} on test")
+    figure.update_layout(
+        yaxis={"domain": [0.42, 1]},
+        yaxis2={"domain": [0, 0.3], "title": "bytes", "rangemode": "tozero", "anchor": "x"},
+        xaxis={"anchor": "y2"},
+    )
+    return _json(figure, 480)
 
 
 def bits_of_modules(model: Shown) -> dict[str, Any]:

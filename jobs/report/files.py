@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, axis, paper_marks, power
+from jobs.report.figures import FRONT, MUTED, PAPER, TEACHER, axis, paper_marks, power, size
 from jobs.report.values import Content, worker_hours
+from pipeline.retrain.decisions import Decision
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run
 
@@ -38,6 +41,36 @@ def picture(content: Content) -> bytes:
     axes.set_title(content.title.replace("$", r"\$"))
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def history_picture(name: str, decisions: Sequence[Decision]) -> bytes:
+    """Draw what was decided on a name as a PNG: the measure of challenger and champion on test, and bytes, over
+    time."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    drawn = [decision for decision in decisions if decision.scores]
+    days = [datetime.fromisoformat(decision.at) for decision in drawn]
+    measure = drawn[-1].measure if drawn else ""
+    theirs = [decision.scores.get("champion", decision.scores["challenger"])[measure] for decision in drawn]
+    above.plot(days, theirs, "o-", color=TEACHER, drawstyle="steps-post", label="the champion that it met")
+    for outcome, colour in (("promoted", FRONT), ("rejected", MUTED)):
+        chosen = [(day, d) for day, d in zip(days, drawn, strict=True) if d.decision == outcome]
+        scores = [decision.scores["challenger"][measure] for _, decision in chosen]
+        above.scatter([day for day, _ in chosen], scores, color=colour, zorder=3, label=f"challenger, {outcome}")
+    below.plot(days, [decision.packed_bytes for decision in drawn], "o-", color=PAPER)
+    below.set_ylim(bottom=0)
+    below.yaxis.set_major_formatter(lambda count, _: size(int(count)))
+    above.set(ylabel=f"{measure} on test")
+    above.set_title(name.replace("$", r"\$"))
+    above.legend(fontsize=8)
+    figure.autofmt_xdate()
+    for axes in (above, below):
+        axes.grid(visible=True, linewidth=0.3)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()

@@ -41,6 +41,7 @@ const figures = JSON.parse(document.getElementById("figures").textContent);
 loadPlotly().then(async () => {
   await draw("trade-off", figures.trade_off);
   if (document.getElementById("speed")) await draw("speed", figures.speed);
+  if (document.getElementById("history")) await draw("history", figures.history);
   if (document.getElementById("losses")) await draw("losses", figures.losses);
   const which = document.getElementById("which");
   if (document.getElementById("modules")) await draw("modules", figures.modules[0]);

@@ -30,6 +30,7 @@ def page(content: Content) -> str:
         "trade_off": figures.trade_off(content),
         "speed": figures.speed(content),
         "losses": figures.losses(content),
+        "history": figures.history(content.decisions),
         "modules": [figures.bits_of_modules(model) for model in with_modules(content)],
     }
     return template.render(

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.report.latency import Latency
 from pipeline.metrics import minimised
+from pipeline.retrain.decisions import Decision
 from pipeline.sweep.pareto import pareto_front
 
 
@@ -107,6 +108,7 @@ class Content:
     shared_costs: tuple[Cost, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
     chosen: frozenset[str] | None = None  # keys of the front by objectives other than these two
+    decisions: tuple[Decision, ...] = ()  # on the name that a run was registered under, the first one first
 
     @property
     def best(self) -> list[Shown]:

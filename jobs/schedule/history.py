@@ -1,7 +1,8 @@
-"""`bitmill history`: every decision on a registered name."""
+"""`bitmill history`: every decision on a registered name, as a table and a picture."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,20 +10,49 @@ from rich.console import Console
 from jobs.display import print_table
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.retrain.decisions import Decisions
+from pipeline.metrics import printed
+from pipeline.retrain.decisions import Decision, Decisions
 
-HEADER = ("when", "decision", "champion", "challenger", "reason")
+HEADER = ("when", "decision", "champion", "challenger", "measured on test", "bytes", "reason")
 
 
-def history(name: str, resources: Resources, console: Console) -> dict[str, Any]:
-    """Print the decisions, the first one first; returns the document of `--json`. Raises ConfigError if there are
-    none."""
-    decisions = [*Decisions(name, resources).all()][::-1]
+def history(name: str, out: Path | None, resources: Resources, console: Console) -> dict[str, Any]:
+    """Print the decisions, the first one first, and draw them to `out`, a PNG; returns the document of `--json`. Raises
+    ConfigError if there are none, or the picture cannot be written."""
+    if out is not None and out.suffix != ".png":
+        raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .png")
+    decisions = [*Decisions.of(name, resources).all()][::-1]
     if not decisions:
         raise ConfigError(
             f"Nothing was decided on {name!r} in this store yet. `bitmill retrain CONFIG` decides; --storage-uri names "
             "the store."
         )
-    rows = [(d.at, d.decision, str(d.champion or ""), str(d.challenger or ""), d.reason) for d in decisions]
-    print_table(console, HEADER, rows, title=name)
-    return {"name": name, "decisions": [decision.model_dump(mode="json") for decision in decisions]}
+    print_table(console, HEADER, map(cells, decisions), title=name)
+    document: dict[str, Any] = {"name": name, "decisions": [decision.model_dump(mode="json") for decision in decisions]}
+    if out is None:
+        return document
+    from jobs.report.files import history_picture  # matplotlib, for those who draw
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(history_picture(name, decisions))
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written to: {error}") from error
+    console.print(f"  {out}", soft_wrap=True)
+    return {**document, "picture": str(out)}
+
+
+def cells(decision: Decision) -> tuple[str, ...]:
+    """Return the cells of `HEADER`: of the measure the champion's, then the challenger's."""
+    scores = [
+        decision.scores[side].get(decision.measure) for side in ("champion", "challenger") if side in decision.scores
+    ]
+    return (
+        decision.at,
+        decision.decision,
+        str(decision.champion or ""),
+        str(decision.challenger or ""),
+        f"{decision.measure} {' -> '.join(printed(decision.measure, score) for score in scores)}" if scores else "",
+        printed("packed_bytes", decision.packed_bytes),
+        decision.reason,
+    )

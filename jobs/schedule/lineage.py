@@ -56,7 +56,9 @@ def _of_text(source: str, versions: Sequence[Registered], resources: Resources, 
 
 def _document(ancestry: Lineage, resources: Resources) -> dict[str, Any]:
     version = ancestry.version
-    decisions = [d for d in Decisions(version.name, resources).all() if version.version in (d.champion, d.challenger)]
+    decisions = [
+        d for d in Decisions.of(version.name, resources).all() if version.version in (d.champion, d.challenger)
+    ]
     return {
         "name": version.name,
         "version": version.version,

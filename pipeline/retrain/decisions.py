@@ -47,7 +47,10 @@ class Decision(Closed):
     run_keys: tuple[str, ...] = ()  # of all that were to be trained
     rulings: tuple[Ruling, ...] = ()
     gains: dict[str, Gain] = {}
-    scores: dict[str, dict[str, float]] = {}  # of champion and challenger, on the test rows of both
+    measure: str = ""  # what the task is measured by
+    scores: dict[
+        str, dict[str, float]
+    ] = {}  # of challenger and, if it met one, champion, on the challenger's test rows
     packed_bytes: int | None = None  # of the challenger
     worker_seconds: float = 0.0
 
@@ -64,11 +67,16 @@ def now() -> str:
 class Decisions:
     """The decisions of one registered name in a store. To decide, enter `held`."""
 
-    def __init__(self, name: str, resources: Resources) -> None:
-        self.name, self.uri = name, tracking_uri(resources)
-        objects, folder = open_objects(storage_uri(resources)), f"retrain/{name}/"
+    def __init__(self, name: str, store: str, tracking: str) -> None:
+        self.name, self.uri = name, tracking
+        objects, folder = open_objects(store), f"retrain/{name}/"
         self._journal = Journal(objects, folder, f"history of {name}")
         self._lease = LeaseFile(objects, folder, f"retraining of {name}")
+
+    @classmethod
+    def of(cls, name: str, resources: Resources) -> Decisions:
+        """Return the decisions of a name in the store and registry of these resources."""
+        return cls(name, storage_uri(resources), tracking_uri(resources))
 
     def all(self) -> Iterator[Decision]:
         """Yield the decisions, the last one first. Raises RunError for an entry that a newer bitmill wrote."""

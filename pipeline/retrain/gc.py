@@ -135,7 +135,7 @@ class Collector:
         """Return the newest versions of each name, and those that it shows or decided to show."""
         aliased, newest = registry.aliased(reach(tracking_uri(self.resources))), []
         for name in {version.name for version in versions}:
-            last = Decisions(name, self.resources).last()
+            last = Decisions.of(name, self.resources).last()
             shown = aliased.get(name, set()) | (set() if last is None else {last.champion, last.previous})
             of_name = sorted((v for v in versions if v.name == name), key=lambda version: -version.version)
             newest += [v for age, v in enumerate(of_name) if age < self.keep or v.version in shown]

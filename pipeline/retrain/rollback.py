@@ -18,7 +18,7 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         BusyError: a tick of this name is under way.
     """
     uri = tracking_uri(resources)
-    with Decisions(name, resources).held() as deciding:
+    with Decisions.of(name, resources).held() as deciding:
         last = deciding.decisions.last()
         champion = registry.registered_version(uri, name, None if last is None else last.champion)
         if champion is None:

@@ -27,6 +27,7 @@ from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import steps_behind
 from pipeline.flow.plan import Once, RunPlan, plan_beside, plan_run
 from pipeline.flow.run import Outcome, run_plan
+from pipeline.metrics import measure_of
 from pipeline.retrain import gate
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
@@ -96,7 +97,7 @@ def plan_tick(config: Config) -> Tick:
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
     name = config.register_.name or config.name
-    decisions = Decisions(name, config.resources)
+    decisions = Decisions.of(name, config.resources)
     last = decisions.last()
     champion = registry.registered_version(
         tracking_uri(config.resources), name, None if last is None else last.champion
@@ -202,7 +203,7 @@ def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -
     """
     tick = plan_tick(config)
     try:
-        with Decisions(tick.name, config.resources).held() as deciding:
+        with Decisions.of(tick.name, config.resources).held() as deciding:
             tick = plan_tick(config)  # aliases may have been put right, or moved meanwhile
             if tick.decided is not None and not force:
                 return Verdict("unchanged", _unchanged(tick.decided), tick.decided)
@@ -246,7 +247,9 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
         scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers or ran]
         plan, outcome = (challengers or ran)[gate.better_on_validation(tick.config.task.name, scores)]
         if tick.champion is None or not challengers:
-            facts: dict[str, Any] = {"decision": "promoted", "reason": f"{tick.name} had no other champion"}
+            alone = {"challenger": outcome.finished(Evaluation).record.student}
+            facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
+            facts["decision"] = "promoted"
         else:
             facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
         return _decision(
@@ -298,6 +301,7 @@ def _decision(tick: Tick, decision: str, version: int | None, **facts: Any) -> D
             "at": now(),
             "key": tick.key,
             "run_keys": tick.run_keys,
+            "measure": measure_of(tick.config.task.name),
             "champion": champion,
             "previous": previous,
             "challenger": version,

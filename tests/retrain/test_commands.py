@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def test_a_command_that_cannot_be_told_changes_nothing(bitmill: Command) -> None
         assert said in done.stderr
 
 
-def test_a_rollback_and_the_history_of_a_name(bitmill: Command) -> None:
+def test_a_rollback_and_the_history_of_a_name(bitmill: Command, tmp_path: Path) -> None:
     bitmill("retrain", "CONFIG")
     back = bitmill("rollback", NAME, "--reason", "it rhymes", "--json")
     assert back.exit_code == 0, back.stderr
@@ -77,6 +78,12 @@ def test_a_rollback_and_the_history_of_a_name(bitmill: Command) -> None:
     decisions = json.loads(shown.stdout)["decisions"]
     assert [d["decision"] for d in decisions] == ["promoted", "promoted", "rolled back"]
     assert "it rhymes" in shown.stderr
+    assert "perplexity " in shown.stderr
+    drawn = tmp_path / "trend.png"
+    assert bitmill("history", NAME, "--out", str(drawn)).exit_code == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    refused = bitmill("history", NAME, "--out", str(tmp_path / "trend.gif"))
+    assert (refused.exit_code, "ends in .png" in refused.stderr) == (2, True)
     nothing = bitmill("history", "nobody")
     assert nothing.exit_code == 2
     assert "Nothing was decided on 'nobody'" in nothing.stderr
@@ -134,3 +141,14 @@ def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule)
     assert json.loads(bitmill("gc", "--keep", "1", "--grace", "0", "--json").stdout)["garbage"] == []
     lineage = bitmill("lineage", f"{NAME}/1")
     assert "not in this store any more: tokenize, finetune, cache, distill" in lineage.stderr
+
+
+def test_the_report_of_a_run_shows_what_was_decided(bitmill: Command, undecided: Schedule, tmp_path: Path) -> None:
+    bitmill("retrain", "CONFIG")
+    key = undecided.decisions[0].run_key
+    page = tmp_path / "run.html"
+    shown = bitmill("report", key, "--out", str(page))
+    assert shown.exit_code == 0, shown.stderr
+    text = page.read_text(encoding="utf-8")
+    assert 'id="history"' in text
+    assert undecided.decisions[0].reason.split(";")[0] in html.unescape(text)

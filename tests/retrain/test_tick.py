@@ -199,7 +199,7 @@ def test_a_tick_that_lost_its_lease_moves_nothing(schedule: Schedule, monkeypatc
     with pytest.raises(FencedOffError, match="no longer ours"):
         schedule.tick(BETTER)
     assert schedule.aliases == {"champion": 1}
-    assert [d.decision for d in Decisions(NAME, resources).all()] == ["promoted"]
+    assert [d.decision for d in Decisions.of(NAME, resources).all()] == ["promoted"]
 
 
 @pytest.mark.parametrize(

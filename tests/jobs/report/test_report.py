@@ -25,6 +25,7 @@ from jobs.report.files import table
 from jobs.report.page import columns, page, row
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
+from pipeline.retrain.decisions import Decision
 from pipeline.store.pieces import Pieces
 from pipeline.store.records import Student, SweepRecord, Trial, read_record
 from pipeline.store.step_store import StepDir
@@ -81,6 +82,12 @@ def trade_off():
         shared_costs=(Cost("tokenize", 10.0), Cost("finetune", 90.0, 2)),
         provenance={"torch": "2.13.0"},
     )
+
+
+def decided(day, outcome, version, perplexity, reason="better by 0.02"):
+    scores = {"challenger": {"perplexity": perplexity}, **({"champion": {"perplexity": 30.0}} if version > 1 else {})}
+    given = {"decision": outcome, "reason": reason, "challenger": version, "champion": 1, "measure": "perplexity"}
+    return Decision(name="chat", at=f"2026-11-{day:02}T03:00:00+00:00", scores=scores, packed_bytes=100_000, **given)
 
 
 def in_browser(path: Path, folder: Path, width: int = 1200, script: str = "") -> str:
@@ -189,14 +196,16 @@ def test_hostile_names_stay_text(trade_off):
 
 @browser
 def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
-    write(trade_off, tmp_path / "report.html")
+    decisions = (decided(1, "promoted", 1, 30.0), decided(2, "rejected", 2, 31.0), decided(3, "rolled back", 2, 29.0))
+    write(replace(trade_off, decisions=decisions), tmp_path / "report.html")
     press = (
         "const press = (n) => document.querySelectorAll('#models th button')[n].click();"
         "press([...document.querySelectorAll('#models th')].findIndex((h) => h.innerText.startsWith('perplexity')));"
     )
     dom = in_browser(tmp_path / "report.html", tmp_path, script=press)
     assert 'data-drawn="yes"' in dom
-    assert dom.count('class="main-svg"') >= 6
+    assert dom.count('class="main-svg"') >= 9
+    assert "challenger, rejected" in dom
     body = dom[dom.index("<tbody>") : dom.index("</tbody>")]
     assert re.findall(r">model (\d)<", body) == ["1", "2", "4", "3", "5"]  # what has no perplexity comes last
     assert 'aria-sort="ascending"' in dom
@@ -205,7 +214,8 @@ def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
 @browser
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_hostile_names_do_nothing(trade_off, tmp_path):
     shown = (model("1", 10, 1.0, label=HOSTILE, recipe={HOSTILE: HOSTILE}), *trade_off.shown)
-    write(replace(trade_off, title=HOSTILE, shown=shown), tmp_path / "report.html")
+    decisions = (decided(1, "promoted", 1, 30.0), decided(2, "rejected", 2, 31.0, HOSTILE))
+    write(replace(trade_off, title=HOSTILE, shown=shown, decisions=decisions), tmp_path / "report.html")
     measure = (
         "new MutationObserver(() => { document.body.dataset.widths = "
         "`${document.documentElement.scrollWidth}<=${window.innerWidth}`; })"
