@@ -96,6 +96,8 @@ def sent_fields(config: Config) -> dict[str, Any]:
     for knob in ("source", "tokenizer"):
         if isinstance(model[knob], str) and Path(model[knob]).expanduser().is_dir():
             model[knob] = os.path.abspath(Path(model[knob]).expanduser())
+    if fields["retrain"] is not None:
+        fields["retrain"]["on_decision"] = None  # a command of this machine, which may have a secret in it
     del places["ray_address"]
     places["storage_uri"] = storage_uri(config.resources.model_copy(update={"namespace": None}))
     registry = tracking_uri(config.resources)

@@ -84,7 +84,7 @@ def verdict_document(verdict: Verdict) -> dict[str, Any]:
     return {
         "decision": verdict.outcome,
         "reason": verdict.reason,
-        "champion": None if decision is None else decision.champion,
+        "champion": verdict.champion,
         "challenger": None if decision is None else decision.challenger,
         "details": None if decision is None else decision.model_dump(mode="json"),
     }
@@ -98,15 +98,15 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         rows = [(ruling.rule, style[ruling.passed], ruling.said) for ruling in decision.rulings]
         print_table(console, ("rule", "", "what was measured"), rows)
     console.print(f"{verdict.outcome}: {verdict.reason}", soft_wrap=True)
-    if decision is not None:
-        console.print(standing(decision))
+    console.print(standing(verdict))
 
 
-def standing(decision: Decision) -> str:
-    """Return where a decision leaves the aliases, for people."""
-    champion = "none" if decision.champion is None else f"version {decision.champion}"
-    previous = "none" if decision.previous is None else f"version {decision.previous}"
-    return f"{decision.name}: champion {champion}, previous {previous}"
+def standing(decided: Verdict | Decision) -> str:
+    """Return where the aliases are, for people."""
+    champion, previous = (
+        "none" if version is None else f"version {version}" for version in (decided.champion, decided.previous)
+    )
+    return f"champion {champion}, previous {previous}"
 
 
 def prove(config: Config, package: FinishedStep[Package], version: ModelVersion, console: Console) -> Evidence:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.config.base import Closed, NotNegative, Positive, Rate
+from pipeline.config.base import Closed, NotNegative, Rate
 
 ExportFormat = Literal["transformers", "onnx", "gguf", "compressed-tensors"]
 
@@ -37,7 +37,6 @@ class Retrain(Closed):
     recipes: tuple[dict[str, Any], ...] = ({},)  # values laid over the configuration, by path, such as distill.lr: 1e-3
     gate: PromotionGate = PromotionGate()
     warm_start: bool = False  # students start from the champion's latent weights
-    keep: Positive = 3  # newest versions whose caches and latent weights `bitmill gc` leaves
     on_decision: str | None = None  # a command, given the decision as JSON on its stdin
 
     @field_validator("recipes")

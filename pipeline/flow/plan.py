@@ -237,7 +237,7 @@ def target_of(plan: RunPlan, name: str, parent: str | None) -> Target:
     return register.target_at(plan.step(ModelVersion).locations, plan.run_key, name, parent)
 
 
-def plan_beside(stage: Stage[Any], config: Config, until: str = TeacherCache.stage) -> RunPlan:
-    """Return the line as far as a stage, and after it one that stands beside the line."""
-    line = plan_run(config, until)
+def plan_beside(stage: Stage[Any], config: Config) -> RunPlan:
+    """Return the line as far as the cache, and after it a stage that stands beside the line."""
+    line = plan_run(config, TeacherCache.stage)
     return replace(line, steps=(*line.steps, plan_step(stage, line.pinned, {step.name: step for step in line.steps})))

@@ -110,7 +110,10 @@ class _Runner:
             before: Record | None = held.record(kind)
             if before is not None and may_be_done:
                 return before, "reused"  # another process finished it while we waited
-            held.announce(planned.dir for planned in self.plan.steps)
+            start = self.plan.pinned.start
+            held.announce(
+                [planned.dir for planned in self.plan.steps] + ([start.student, start.package] if start else [])
+            )
             begun = time.perf_counter()
             record = step.stage.run(
                 Step(

@@ -27,7 +27,7 @@ from pipeline.store.objects import open_objects
 from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PREVIOUS
 
-Outcome = Literal["promoted", "rejected", "rolled back", "adopted"]
+Outcome = Literal["promoted", "rejected", "rolled back"]
 DECISION_FILE = "decision.json"
 
 
@@ -92,10 +92,6 @@ class Decisions:
     def last(self) -> Decision | None:
         """Return the last decision: where the aliases are."""
         return next(self.all(), None)
-
-    def of_tick(self, key: str) -> Decision | None:
-        """Return what a tick of this key decided before, unless its data came back under another champion."""
-        return next((decision for decision in self.all() if decision.key == key), None)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Deciding]:

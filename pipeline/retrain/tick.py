@@ -12,7 +12,7 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, NotRegisteredError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import steps_behind
-from pipeline.flow.plan import Once, RunPlan, plan_beside, plan_run
+from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
 from pipeline.retrain import gate
@@ -77,15 +77,18 @@ class Tick:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a tick: promoted, rejected, unchanged or busy; the last decision where there is one."""
+    """What became of a tick: promoted, rejected, unchanged or busy; where the aliases are; and the decision that was
+    made, now or, of `unchanged`, before."""
 
     outcome: str
     reason: str
+    champion: int | None
+    previous: int | None
     decision: Decision | None = None
 
 
-def plan_tick(config: Config) -> Tick:
-    """Resolve a configuration into a tick, without starting Ray.
+def plan_tick(config: Config, force: bool = False) -> Tick:
+    """Resolve a configuration into a tick, without starting Ray; with `force`, as if nothing had been decided.
 
     Raises:
         ConfigError: no section `retrain`, text whose splits are not a document's own, a champion that challengers
@@ -97,15 +100,14 @@ def plan_tick(config: Config) -> Tick:
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
     name = config.register_.name or config.name
-    decisions = Decisions.of(name, config.resources)
-    last = decisions.last()
-    champion = registry.registered_version(
-        tracking_uri(config.resources), name, None if last is None else last.champion
-    )
-    once = Once()
+    made = [*Decisions.of(name, config.resources).all()]  # the last one first
+    last = made[0] if made else None
+    crowned = None if last is None else last.champion
+    champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
     plans = _challengers(config, once)
-    learned = champion is not None and champion.key in {plan.run_key for _, plan in plans}  # its tokenizer, from this
-    if champion is not None and not learned:
+    if champion is not None and champion.key in {plan.run_key for _, plan in plans}:  # its tokenizer is learned of this
+        champion = champion if crowned is not None else None  # of a tick that was killed then, or of `compress`
+    elif champion is not None:
         config = _with_its_tokenizer(config, champion)
         plans = _challengers(config, once)
     tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
@@ -113,7 +115,7 @@ def plan_tick(config: Config) -> Tick:
         _refuse_moving_splits(plan)
         if champion is not None:
             _refuse_strangers(plan, champion)
-    decided = decisions.of_tick(tick.key) or _crowned(tick, decisions)
+    decided = None if force else _decided(tick, made)
     if decided is None and champion is not None and retrain.warm_start:
         start = config.distill.model_copy(update={"start": champion.title, "fade_in": 0.0})  # it is quantized already
         plans = _challengers(config.model_copy(update={"distill": start}), once)
@@ -130,14 +132,18 @@ def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
     return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in laid)
 
 
-def _crowned(tick: Tick, decisions: Decisions) -> Decision | None:
-    """Return the decision that made the champion, where it is one of these challengers and the others were tried
-    then."""
-    if tick.champion is None:
-        return None
-    version, run_keys = tick.champion.version, set(tick.run_keys)
-    made = (d for d in decisions.all() if d.challenger == d.champion == version)
-    return next((decision for decision in made if run_keys.issubset(decision.run_keys)), None)
+def _decided(tick: Tick, made: Sequence[Decision]) -> Decision | None:
+    """Return what was decided on these challengers before: by a tick of this key, by that which made one of them the
+    champion, or, since a rollback, against any champion."""
+    run_keys, key = set(tick.run_keys), tick.key
+    version = None if tick.champion is None else tick.champion.version
+    rolled_back = tick.last is not None and tick.last.decision == "rolled back"
+
+    def decides(decision: Decision) -> bool:
+        crowned = decision.challenger == decision.champion == version is not None
+        return decision.key == key or (run_keys.issubset(decision.run_keys) and (crowned or rolled_back))
+
+    return next(filter(decides, made), None)
 
 
 def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
@@ -201,21 +207,30 @@ def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
-    tick = plan_tick(config)
+    tick = plan_tick(config, force)
+    decisions = Decisions.of(tick.name, config.resources)
     try:
-        with Decisions.of(tick.name, config.resources).held() as deciding:
-            tick = plan_tick(config)  # aliases may have been put right, or moved meanwhile
-            if tick.decided is not None and not force:
-                return Verdict("unchanged", _unchanged(tick.decided), tick.decided)
-            decision = _decide(tick, deciding, told, proves)
+        with decisions.held() as deciding:
+            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
+            decision = tick.decided or _decide(tick, deciding, told, proves)
+            if decision is None or decision == tick.decided:
+                return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
             deciding.append(decision)
             deciding.put_aliases()
-            return Verdict(decision.decision, decision.reason, decision)
+            return _verdict(decision.decision, decision.reason, decision, decision)
     except BusyError as error:
-        return Verdict("busy", str(error).partition(". ")[0] + ".", tick.decided)
+        return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
 
 
-def _unchanged(decided: Decision) -> str:
+def _verdict(outcome: str, reason: str, decision: Decision | None, last: Decision | None) -> Verdict:
+    """Return what became of a tick; `last` is the name's last decision, where the aliases are."""
+    champion, previous = (None, None) if last is None else (last.champion, last.previous)
+    return Verdict(outcome, reason, champion, previous, decision)
+
+
+def _unchanged(decided: Decision | None) -> str:
+    if decided is None:
+        return "the only challenger is the champion itself"
     return f"nothing is new since {decided.at}, when the challenger was {decided.decision}: {decided.reason}"
 
 
@@ -223,8 +238,9 @@ class _OverBudgetError(RunError):
     """A tick used all worker-hours that it may."""
 
 
-def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision:
-    """Train the challengers, and decide on the best of them; nothing is written but their own steps."""
+def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
+    """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
+    alone was to be trained."""
     engine, spent = Engine(tick.config.resources), 0.0
     ran: list[tuple[RunPlan, Outcome]] = []
     refused: list[str] = []
@@ -244,9 +260,11 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
             return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=spent)
         champions = None if tick.champion is None else tick.champion.key
         challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
-        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers or ran]
-        plan, outcome = (challengers or ran)[gate.better_on_validation(tick.config.task.name, scores)]
-        if tick.champion is None or not challengers:
+        if not challengers:
+            return None
+        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
+        plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
+        if tick.champion is None:
             alone = {"challenger": outcome.finished(Evaluation).record.student}
             facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
             facts["decision"] = "promoted"
@@ -270,7 +288,9 @@ def _contested(
     """Let the challenger meet the champion; return what the decision says of it."""
     tokens = champions_tokens(champion, tick.config.resources)
     stage = contest.against(champion.digest, champion.package_uri, "" if tokens is None else tokens.record.key)
-    met = plan_beside(stage, plan.config, ModelVersion.stage)
+    beside = plan_step(stage, plan.pinned, {step.name: step for step in plan.steps})
+    # The very steps that were run: text may have come meanwhile, which is for the next tick.
+    met = replace(plan, steps=(*(step for step in plan.steps if step.name in beside.inputs), beside))
     with told(met) as listener:
         contested = run_plan(met, listener, True, engine).finished(Contest)
     package, evaluation = outcome.finished(Package), outcome.finished(Evaluation).record
@@ -290,7 +310,10 @@ def _contested(
 
 def _decision(tick: Tick, decision: str, version: int | None, **facts: Any) -> Decision:
     """Return a decision on a challenger, registered as a version or not, and where it leaves the aliases."""
-    champion = None if tick.champion is None else tick.champion.version
+    standing = tick.champion
+    if standing is None and decision != "promoted":  # another recipe may have been registered, the first of the name
+        standing = registry.registered_version(tracking_uri(tick.config.resources), tick.name, None)
+    champion = None if standing is None else standing.version
     previous = None if tick.last is None else tick.last.previous
     if decision == "promoted" and version != champion:
         champion, previous = version, champion

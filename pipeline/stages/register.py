@@ -49,7 +49,7 @@ def locations(run: PinnedRun) -> dict[str, Any]:
         "artifacts": (database.parent / "mlflow-artifacts").as_uri() if database else None,
         "experiment": config.name,
         "params": params,
-        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"resources", "sweep"}),
+        "recipe": config.model_dump(mode="json", by_alias=True, exclude={"resources", "sweep", "retrain"}),
     }
 
 

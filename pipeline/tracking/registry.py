@@ -71,10 +71,10 @@ def registered_version(uri: str, name: str, version: int | None) -> Registered |
     try:
         there = _version_of(client, f"{name}@{CHAMPION}" if version is None else f"{name}/{version}")
     except MlflowException as error:
-        if version is None:
+        if version is None and error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):
             return None
         raise ConfigError(
-            f"The champion of {name} is version {version}, which the registry at {uri!r} does not hold "
+            f"The champion of {name} is version {version or '?'}, which the registry at {uri!r} does not hold "
             f"({str(error).splitlines()[0]}). Give its run again, or `bitmill rollback {name} --to VERSION`."
         ) from error
     return described(there)
@@ -149,6 +149,8 @@ def _new_version(
 
 def put_aliases(client: MlflowClient, name: str, wanted: dict[str, int | None]) -> None:
     """Put aliases of a name at versions, or nowhere, and read them back. Raises RunError if they are elsewhere then."""
+    if not any(wanted.values()) and not client.search_registered_models(f"name = '{name}'"):
+        return  # nothing was registered yet
     for alias, version in wanted.items():
         there = client.get_registered_model(name).aliases.get(alias)
         if version is None and there is not None:

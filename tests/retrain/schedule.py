@@ -63,7 +63,7 @@ class Schedule:
     @property
     def decisions(self) -> list[Decision]:
         """All decisions, the last one first."""
-        return [*Decisions(NAME, self.config().resources).all()]
+        return [*Decisions.of(NAME, self.config().resources).all()]
 
     @property
     def aliases(self) -> dict[str, int]:

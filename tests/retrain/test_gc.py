@@ -44,7 +44,7 @@ def aged(undecided: Schedule) -> Schedule:
 
 def decide(schedule: Schedule, champion: int, previous: int | None) -> None:
     fields = {"name": NAME, "at": now(), "champion": champion, "previous": previous}
-    with Decisions(NAME, schedule.config().resources).held() as deciding:
+    with Decisions.of(NAME, schedule.config().resources).held() as deciding:
         deciding.append(Decision(decision="rolled back", reason="a test", **fields))
         deciding.put_aliases()
 
@@ -109,7 +109,7 @@ def test_newest_shown_and_decided_versions_keep_what_made_them(aged: Schedule) -
     assert collector(aged).find() == []
     client.delete_registered_model_alias(NAME, "mine")
     assert collector(aged).find()
-    with Decisions(NAME, aged.config().resources).held() as deciding:  # MLflow is yet to be told
+    with Decisions.of(NAME, aged.config().resources).held() as deciding:  # MLflow is yet to be told
         deciding.append(Decision(decision="rolled back", reason="", name=NAME, at=now(), champion=1, previous=2))
     assert collector(aged).find() == []
 

@@ -134,7 +134,7 @@ def test_who_was_overtaken_before_the_aliases_puts_them_where_the_last_decision_
     late = undecided.decisions[1]  # as if its process had been stopped since, just before it moved the alias
     decisions.show(undecided.uri, late)
     assert undecided.aliases == {"champion": 1}
-    Deciding(decisions.Decisions(NAME, undecided.config().resources), 1).put_aliases()  # which goes on like this
+    Deciding(decisions.Decisions.of(NAME, undecided.config().resources), 1).put_aliases()  # which goes on like this
     assert undecided.aliases == MOVED
 
 

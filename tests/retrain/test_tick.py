@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.records import Student, Tokens
 from pipeline.tracking import runs
 from pipeline.tracking.registry import registered_version
+from tests.conftest import Recorder
 from tests.retrain.schedule import BETTER, NAME, SPOILT, Schedule
 
 LINE = {"tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"}
@@ -61,6 +64,8 @@ def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Sc
     back = rollback(NAME, None, "it speaks worse", schedule.config().resources)
     assert (back.champion, back.previous, back.reason) == (1, 2, "it speaks worse")
     assert schedule.aliases == {"champion": 1, "previous": 2}
+    stands = schedule.tick({**BETTER, **SPOILT})  # decided on before, if against another champion
+    assert (stands.outcome, stands.champion, stands.previous) == ("unchanged", 1, 2)
     again = rollback(NAME, 3, "try", schedule.config().resources)
     assert (again.champion, again.previous) == (3, 1)
     assert [d.decision for d in schedule.decisions] == [
@@ -70,6 +75,9 @@ def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Sc
         "promoted",
         "promoted",
     ]
+    kept = schedule.tick({**BETTER, **SPOILT})
+    assert (kept.outcome, kept.champion, kept.previous) == ("unchanged", 3, 1)
+    assert schedule.aliases == {"champion": 3, "previous": 1}
     with pytest.raises(ConfigError, match="is the champion already"):
         rollback(NAME, 3, "again", schedule.config().resources)
     with pytest.raises(ConfigError, match="tiny/9"):
@@ -179,7 +187,7 @@ def test_a_recipe_more_meets_the_champion_of_the_same_data(schedule: Schedule) -
 
 
 def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
-    with Decisions(NAME, schedule.config().resources).held():
+    with Decisions.of(NAME, schedule.config().resources).held():
         verdict = schedule.tick()
         assert verdict.outcome == "busy"
         assert verdict.reason.startswith("The retraining of tiny is being run by process ")
@@ -254,3 +262,37 @@ def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedul
     schedule.grow(3)
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "rejected"
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "unchanged"
+
+
+def test_text_that_comes_while_a_tick_trains_is_for_the_next_one(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule.grow(2)
+
+    class Growing(Recorder):
+        def finished(self, stage: str, status: str, seconds: float) -> None:
+            super().finished(stage, status, seconds)
+            if stage == "distill":
+                schedule.grow(3)
+
+    monkeypatch.setattr("tests.retrain.schedule.Recorder", Growing)
+    verdict = schedule.tick(BETTER)
+    assert verdict.decision is not None
+    assert verdict.decision.challenger == verdict.champion == 2
+    client = runs.client_of(schedule.uri)
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == 2
+    assert plan_tick(schedule.config(BETTER)).decided is None
+
+
+def test_a_first_tick_that_is_rejected_leaves_the_name_free(
+    tiny_config: Callable[..., Config], schedule: Schedule, tmp_path: Path
+) -> None:
+    first = Schedule(tmp_path, tiny_config, schedule.documents)
+    first.grow(1)
+    refused = {**SPOILT, "register.gate.max_perplexity_ratio": 1.0001}
+    verdict = first.tick(refused)
+    assert (verdict.outcome, verdict.champion) == ("rejected", None)
+    assert first.tick(refused).outcome == "unchanged"
+    half = first.tick(recipes=[{"distill.seed": 1}, refused], gate={"min_gain": 0.5})
+    assert (half.outcome, half.champion) == ("promoted", 1)
+    assert first.aliases == {"champion": 1}
