@@ -111,7 +111,7 @@ def code_files() -> dict[str, bytes]:
     """Return the content of the product's own files by their paths, as they are imported here."""
     files = {}
     for package in (pipeline, jobs):
-        folder = Path(package.__file__).parent  # type: ignore[arg-type]  # neither is a namespace
+        folder = Path(package.__path__[0])
         for path in sorted(folder.rglob("*")):
             if path.suffix in CODE and path.is_file():
                 files[str(path.relative_to(folder.parent))] = path.read_bytes()

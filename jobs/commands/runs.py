@@ -182,8 +182,7 @@ def submit(
 def _parsed(name: str, config: str, options: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return what a command's options change of the configuration, and the options that are left. Raises ConfigError
     for those that it does not have, or that name a file of here."""
-    group = typer.main.get_command(commands)
-    command = group.commands[name]  # type: ignore[attr-defined]
+    command = typer.main.get_group(commands).commands[name]
     try:
         values = command.make_context(name, [config, *options]).params
     except UsageError as error:
@@ -193,7 +192,7 @@ def _parsed(name: str, config: str, options: list[str]) -> tuple[dict[str, Any],
             f"--report {values['report']} would be written on the cluster; leave it out, and ask here when the job is "
             "done: bitmill report KEY --out FILE.html"
         )
-    given = {key: values[key] for key in ("overrides", "bits", "preset") if key in values}
+    given: dict[str, Any] = {key: values[key] for key in ("overrides", "bits", "preset") if key in values}
     passed_on = []
     for option in command.params:
         value = values[option.name]

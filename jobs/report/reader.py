@@ -75,7 +75,7 @@ class Reader:
 
     def steps(self, keys: dict[str, str]) -> Steps:
         """Return finished steps by stage, from the keys of some of them; each record names its inputs."""
-        return steps_behind(self.storage_uri, self.scratch, keys)
+        return steps_behind(self._dir, keys)
 
     def _run(self, key: str, stage: str) -> Content:
         steps = self.steps({stage: key})

@@ -11,11 +11,11 @@ from rich.tree import Tree
 
 from pipeline.config.resources import Resources
 from pipeline.flow.line import LINE
-from pipeline.flow.lineage import Lineage, data_of, lineage_of, made_of
+from pipeline.flow.lineage import Lineage, data_of, lineage_of, made_of, step_dirs_of
 from pipeline.retrain.decisions import Decisions
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_text
-from pipeline.store.locations import make_scratch_dir, scratch_dir, storage_uri, tracking_uri
+from pipeline.store.locations import make_scratch_dir, tracking_uri
 from pipeline.store.records import Tokens
 from pipeline.tracking import registry
 from pipeline.tracking.lookup import reach
@@ -27,12 +27,11 @@ SHORT = 12  # digits of a key, for people
 def lineage(model: str, resources: Resources, console: Console) -> dict[str, Any]:
     """Print a tree; returns the document of `--json`. Raises ConfigError for what is neither a version nor a text."""
     client = reach(tracking_uri(resources))
-    store, scratch = storage_uri(resources), scratch_dir(resources)
     everything = registry.registered_versions(client)
     if os.path.isfile(model) or "://" in model:
         return _of_text(model, everything, resources, console)
     version = registry.described(registry.resolve(client, model))
-    ancestry = lineage_of(version, everything, store, scratch)
+    ancestry = lineage_of(version, everything, step_dirs_of(resources))
     document = _document(ancestry, resources)
     console.print(_tree(ancestry, document))
     return document
@@ -40,9 +39,9 @@ def lineage(model: str, resources: Resources, console: Console) -> dict[str, Any
 
 def _of_text(source: str, versions: Sequence[Registered], resources: Resources, console: Console) -> dict[str, Any]:
     files = pin_text(source, "MODEL", ContentMemo(make_scratch_dir(resources)))
-    store, scratch, document = storage_uri(resources), scratch_dir(resources), dict[str, Any]()
+    document = dict[str, Any]()
     for file in files:
-        went = made_of(file.content, versions, store, scratch)
+        went = made_of(file.content, versions, step_dirs_of(resources))
         named = {split: [v.title for v in of_split] for split, of_split in went.items()}
         document[file.uri] = {"content": file.content, "versions": named}
         tree = Tree(f"{file.uri} ({file.content[:SHORT]})")

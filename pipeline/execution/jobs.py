@@ -273,7 +273,8 @@ def _broken() -> tuple[type[Exception], ...]:
 def _refused() -> type[Exception]:
     from ray.exceptions import AuthenticationError
 
-    return AuthenticationError  # type: ignore[no-any-return]
+    refused: type[Exception] = AuthenticationError
+    return refused
 
 
 @contextmanager

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.resources import Resources
 from pipeline.flow.line import STAGES
+from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.records import ModelVersion, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tracking.registry import Registered
 
 Steps = dict[str, FinishedStep[Any]]  # by stage
+StepDirs = Callable[[str, str], StepDir]  # of a step, by stage and key
 
 
-def steps_behind(storage_uri: str, scratch: str, keys: Mapping[str, str]) -> Steps:
+def step_dirs_of(resources: Resources) -> StepDirs:
+    """Return what finds the directory of a step in the store of these resources, by stage and key."""
+    root, scratch, cached = storage_uri(resources), scratch_dir(resources), resources.local_cache_gib
+    return lambda stage, key: StepDir(root, stage, key, scratch, local_cache_gib=cached)
+
+
+def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str]) -> Steps:
     """Return the steps of these keys, by stage, and all that they were made of; those that the store does not have any
     more are left out, and what only they name with them."""
     behind: Steps = {}
@@ -23,10 +32,10 @@ def steps_behind(storage_uri: str, scratch: str, keys: Mapping[str, str]) -> Ste
         stage, key = waiting.pop()
         if stage not in STAGES or stage in behind:
             continue
-        place = StepDir(storage_uri, stage, key, scratch)
-        record = place.record(STAGES[stage].record)
+        step_dir = step_dir_of(stage, key)
+        record = step_dir.record(STAGES[stage].record)
         if record is not None:
-            behind[stage] = FinishedStep(record, place)
+            behind[stage] = FinishedStep(record, step_dir)
             waiting += record.inputs.items()
     return behind
 
@@ -40,24 +49,24 @@ class Lineage:
     shared: dict[str, list[Registered]]
 
 
-def lineage_of(version: Registered, others: Sequence[Registered], storage_uri: str, scratch: str) -> Lineage:
+def lineage_of(version: Registered, others: Sequence[Registered], step_dir_of: StepDirs) -> Lineage:
     """Return the lineage of a version among all that there are."""
-    steps = steps_behind(storage_uri, scratch, {ModelVersion.stage: version.key, **version.lineage})
+    steps = steps_behind(step_dir_of, {ModelVersion.stage: version.key, **version.lineage})
     shared: dict[str, list[Registered]] = {}
     for other in others:
         if (other.name, other.version) == (version.name, version.version):
             continue
-        for stage, step in steps_behind(storage_uri, scratch, other.lineage).items():
+        for stage, step in steps_behind(step_dir_of, other.lineage).items():
             if stage in steps and steps[stage].record.key == step.record.key:
                 shared.setdefault(stage, []).append(other)
     return Lineage(version, steps, shared)
 
 
-def made_of(content: str, others: Sequence[Registered], storage_uri: str, scratch: str) -> dict[str, list[Registered]]:
+def made_of(content: str, others: Sequence[Registered], step_dir_of: StepDirs) -> dict[str, list[Registered]]:
     """Return the versions that a file of text went into, by the split that has it as its source."""
     went: dict[str, list[Registered]] = {}
     for version in others:
-        tokens = steps_behind(storage_uri, scratch, version.lineage).get(Tokens.stage)
+        tokens = steps_behind(step_dir_of, version.lineage).get(Tokens.stage)
         for split, files in data_of(tokens).items():
             if content in [file["content"] for file in files]:
                 went.setdefault(split, []).append(version)

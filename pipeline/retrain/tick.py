@@ -24,7 +24,7 @@ from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, NotRegisteredError, RunError
 from pipeline.execution.engine import Engine
-from pipeline.flow.lineage import steps_behind
+from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
@@ -33,7 +33,7 @@ from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
-from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
+from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tracking import registry
@@ -162,7 +162,7 @@ def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
 
 def champions_tokens(champion: Registered, resources: Resources) -> FinishedStep[Tokens] | None:
     """Return the rows that the champion was trained on, if they are in this store."""
-    return steps_behind(storage_uri(resources), scratch_dir(resources), champion.lineage).get(Tokens.stage)
+    return steps_behind(step_dirs_of(resources), champion.lineage).get(Tokens.stage)
 
 
 def _refuse_moving_splits(plan: RunPlan) -> None:

@@ -11,7 +11,7 @@ from mlflow.artifacts import load_text
 
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FencedOffError
-from pipeline.flow.lineage import steps_behind
+from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.retrain.decisions import Deciding, Decisions
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
@@ -255,7 +255,7 @@ def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedul
     version = registered_version(schedule.uri, NAME, 2)
     assert version is not None
     resources = schedule.config().resources
-    student = steps_behind(resources.storage_uri, str(resources.local_cache_dir), version.lineage)[Student.stage].record
+    student = steps_behind(step_dirs_of(resources), version.lineage)[Student.stage].record
     assert "start" in str(student.recipe)
     assert schedule.tick(BETTER, gate=gate, warm_start=True).outcome == "unchanged"
     assert schedule.tick(BETTER, gate=gate).outcome == "unchanged"  # it is the same data and recipe
