@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from pipeline.config.laid_over import laid_over
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, DamagedError, RunError
-from pipeline.flow.lineage import Steps, steps_behind
+from pipeline.flow.lineage import Steps, step_dirs_of, steps_behind
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.retrain.decisions import Decision, Decisions, now
@@ -66,7 +66,7 @@ def steps_of(schedule: Schedule, version: int) -> Steps:
     known = registry.registered_version(schedule.uri, NAME, version)
     assert known is not None
     lineage = {"register": known.key, **known.lineage}
-    return steps_behind(resources.storage_uri, str(resources.local_cache_dir), lineage)
+    return steps_behind(step_dirs_of(resources), lineage)
 
 
 def done(steps: Steps) -> set[str]:
