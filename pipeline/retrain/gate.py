@@ -27,11 +27,12 @@ LANGUAGE = "perplexity"  # whose gain is of its logarithm: nats a token
 
 class Gain(Closed):
     """By how much the challenger is better, over some documents; `low` is what other documents would have given at
-    least, at the gate's confidence (None: fewer than two, or no difference)."""
+    least, at the gate's confidence (None: fewer than two, or no difference). `left_out` had trained one of the two."""
 
     mean: float
     low: float | None
     documents: int
+    left_out: int = 0
 
 
 class Ruling(Closed):
@@ -55,7 +56,7 @@ class Evidence:
 def gains(contest: FinishedStep[Contest], task: str, confidence: float) -> dict[str, Gain]:
     """Return the gain over all documents and, where they are known, over those that are new to the test split."""
     documents = contest.read_json(Contest.DOCUMENTS)
-    measure = measure_of(task)
+    measure, fresh = measure_of(task), documents["fresh"]
     if measure == LANGUAGE:
         better = np.subtract(documents["champion"], documents["challenger"])
         weights: NDArray[np.float64] = np.asarray(documents["tokens"], np.float64)
@@ -64,9 +65,10 @@ def gains(contest: FinishedStep[Contest], task: str, confidence: float) -> dict[
         better = np.subtract(rows["challenger"][measure], rows["champion"][measure])
         better = better if larger_is_better(measure) else -better
         weights = np.ones(len(better))
-    gained = {"whole": _gain(better, weights, confidence)}
-    fresh = documents["fresh"]
-    if fresh is not None and len(fresh) == len(better) and any(fresh):  # rows that are generated for may be fewer
+        fresh = None if fresh is None else [fresh[place] for place in rows["documents"]]
+    whole = _gain(better, weights, confidence)
+    gained = {"whole": whole.model_copy(update={"left_out": documents["left_out"]})}
+    if fresh is not None and any(fresh):
         chosen = np.asarray(fresh, bool)
         gained["fresh"] = _gain(better[chosen], weights[chosen], confidence)
     return gained
@@ -118,6 +120,8 @@ def _better(gate: PromotionGate, measure: str, gained: Mapping[str, Gain]) -> Ru
     if fresh is not None:
         said += f"; by {fresh.mean:+.4f} on the {fresh.documents:,} new ones"
         numbers |= {"fresh_mean": fresh.mean, "fresh_documents": fresh.documents}
+    if whole.left_out:
+        said += f"; {whole.left_out:,} that trained one of the two were left out"
     passed = whole.low is not None and whole.low > gate.min_gain
     return Ruling(rule="min_gain", passed=passed, said=f"{said}; wanted more than {gate.min_gain:g}", numbers=numbers)
 

@@ -34,8 +34,9 @@ from pipeline.retrain.gate import Evidence
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import tracking_uri
-from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Tokens
+from pipeline.store.records import SPLITS, Contest, Evaluation, ModelVersion, Package, Tokens
 from pipeline.store.step_store import FinishedStep
+from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.tracking import registry
 from pipeline.tracking.listener import Listener
 from pipeline.tracking.registry import Registered
@@ -113,9 +114,10 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
     for _, plan in plans:
         _refuse_moving_splits(plan)
-        if champion is not None:
-            _refuse_strangers(plan, champion)
     decided = None if force else _decided(tick, made)
+    if decided is None and champion is not None:
+        for _, plan in plans:
+            _refuse_strangers(plan, champion)
     if decided is None and champion is not None and retrain.warm_start:
         start = config.distill.model_copy(update={"start": champion.title, "fade_in": 0.0})  # it is quantized already
         plans = _challengers(config.model_copy(update={"distill": start}), once)
@@ -179,25 +181,61 @@ def _refuse_moving_splits(plan: RunPlan) -> None:
 
 
 def _refuse_strangers(plan: RunPlan, champion: Registered) -> None:
-    """Raise ConfigError if the champion read other rows, or drew its splits by another rule."""
-    theirs = champions_tokens(champion, plan.config.resources)
-    if theirs is None:
-        return
-    ours, recipe = plan.pinned.tokens_recipe, theirs.record.recipe
-    rules = {f"data.{knob}": knob for knob in ours["data"] if knob not in ("train", "validation", "test")}
+    """Raise ConfigError if the champion read other rows, drew its splits by another rule, was trained on a file that
+    is to measure, or was measured by one that is to train; or if that cannot be told."""
+    tokens = _rows_of(champion, plan.config)
+    ours, theirs = plan.pinned.tokens_recipe, tokens.record.recipe
     changed = [
-        f"{path} is {ours['data'][knob]!r} and was {recipe['data'].get(knob)!r}"
-        for path, knob in rules.items()
-        if ours["data"][knob] != recipe["data"].get(knob)
+        f"data.{knob} is {value!r} and was {theirs['data'].get(knob)!r}"
+        for knob, value in ours["data"].items()
+        if knob not in SPLITS and value != theirs["data"].get(knob)
     ]
-    if ours["task"] != recipe["task"]:
-        changed += differences(recipe["task"], ours["task"], "task")
+    drawn = {True: "left out", False: "given"}
+    for split in SPLITS[1:]:
+        now, before = ours["data"][split] is None, theirs["data"][split] is None
+        if now != before:
+            changed.append(f"data.{split} is {drawn[now]} and was {drawn[before]}")
+    changed += differences(theirs["task"], ours["task"], "task")
+    if not changed and not _same_words(plan, tokens):
+        changed = [f"model.tokenizer is {plan.config.model.tokenizer!r}, with another vocabulary"]
     if changed:
         raise ConfigError(
-            f"The champion, {champion.name}/{champion.version}, and a challenger would not meet on the same rows: "
-            f"{'; '.join(changed)}. Documents that one was trained on could test the other. Keep these values, or "
+            f"The champion, {champion.title}, and a challenger would not meet on the same rows: {'; '.join(changed)}. "
+            "Documents that one was trained on could test the other. Keep these values, or register under another name "
+            "(register.name)."
+        )
+    contents = {split: {file["content"] for file in theirs["data"][split] or ()} for split in SPLITS}
+    for split, file in ((split, file) for split, files in plan.pinned.text.items() for file in files):
+        others = SPLITS[1:] if split == "train" else SPLITS[:1]
+        if other := next((other for other in others if file.content in contents[other]), None):
+            knob = "source" if split == "train" else split
+            raise ConfigError(
+                f"data.{knob} has {file.uri}, which is among the {other} files of the champion, {champion.title}: what "
+                f"a model was trained on cannot measure it, and what measured one trains no other. Leave it out of "
+                f"data.{knob}, or register under another name (register.name)."
+            )
+
+
+def _rows_of(champion: Registered, config: Config) -> FinishedStep[Tokens]:
+    """Return the rows of the champion. Raises ConfigError: they are gone, so that nobody can say what trained it."""
+    tokens = champions_tokens(champion, config.resources)
+    if tokens is None or (config.data.test is not None and not contest.has_rows(tokens, "train")):
+        raise ConfigError(
+            f"The rows that trained the champion, {champion.title}, are not, or no longer, in this store, so that "
+            "nobody can say whether they would test a challenger. Set resources.storage_uri to the store of its run, "
+            f"make a version champion whose rows are kept (`bitmill rollback {champion.name} --to VERSION`), or "
             "register under another name (register.name)."
         )
+    return tokens
+
+
+def _same_words(plan: RunPlan, tokens: FinishedStep[Tokens]) -> bool:
+    """Tell whether a challenger reads its text with the vocabulary of the champion's rows."""
+    ours, theirs = plan.pinned.tokenizer, tokens.record.recipe["tokenizer"]
+    if ours is None or plan.pinned.tokens_recipe["tokenizer"] == theirs:
+        return True
+    own = read_tokenizer(ours.folder, ours.gguf_file)
+    return bool(own.get_vocab() == read_tokenizer(tokens.folder()).get_vocab())
 
 
 def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -> Verdict:
@@ -286,8 +324,7 @@ def _contested(
     tick: Tick, champion: Registered, plan: RunPlan, outcome: Outcome, engine: Engine, told: Tells, proves: Proves
 ) -> dict[str, Any]:
     """Let the challenger meet the champion; return what the decision says of it."""
-    tokens = champions_tokens(champion, tick.config.resources)
-    stage = contest.against(champion.digest, champion.package_uri, "" if tokens is None else tokens.record.key)
+    stage = contest.against(champion.digest, champion.package_uri, _rows_of(champion, plan.config).record.key)
     beside = plan_step(stage, plan.pinned, {step.name: step for step in plan.steps})
     # The very steps that were run: text may have come meanwhile, which is for the next tick.
     met = replace(plan, steps=(*(step for step in plan.steps if step.name in beside.inputs), beside))

@@ -1,9 +1,13 @@
 """Score the champion, a packed model, on the very test rows that a challenger was scored on, beside the challenger's
 teacher; it stands beside the line.
 
-`documents.json` has each document of the test split in its order: {"tokens": [...], "champion": [...], "challenger":
-[...], "fresh": [...]}, nats of both and whether the champion's own test split lacks it (null: its rows are not in this
-store any more). Where the task measures rows, `rows.json` has {"champion": {"accuracy": [...]}, "challenger": {...}}.
+They meet on the documents of the test split that neither was trained on. A split that is drawn has no others, by the
+hash that draws it; of one that is given, documents of either's training rows are left out.
+
+`documents.json` has each of them in its order: {"tokens": [...], "champion": [...], "challenger": [...], "fresh":
+[...], "left_out": number}, nats of both and whether the champion's own test split lacks it (null: its rows are not in
+this store any more). Where the task measures rows, `rows.json` has {"documents": [...], "champion": {"accuracy":
+[...]}, "challenger": {...}}: the places in `documents.json` of the rows that were measured, and what was.
 """
 
 from __future__ import annotations
@@ -12,20 +16,23 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.data import Evaluate
 from pipeline.errors import ConfigError, RunError
 from pipeline.package.manifest import read_manifest
 from pipeline.package.package import load
 from pipeline.package.pull import from_store, pull
 from pipeline.stages.scorer import score_splits, scoring_recipe
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
-from pipeline.store.records import Contest, Evaluation, Teacher, Tokens
-from pipeline.store.shards import open_shard, read_tokens
+from pipeline.store.records import ROWS, Contest, Evaluation, SplitName, Teacher, Tokens
+from pipeline.store.shards import Rows, open_shard, read_tokens
 from pipeline.store.step_store import FinishedStep
+from pipeline.tasks.task import Task
 from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 
 def against(digest: str, package_uri: str, tokens_key: str) -> Stage[Contest]:
     """Return the stage for one champion: the digest of its frozen tensors, where its package lies, and the key of the
-    tokens that it was trained and scored on ("": not known)."""
+    tokens that it was trained and scored on."""
 
     def recipe(run: PinnedRun) -> dict[str, Any]:
         return {**scoring_recipe(run), "champion": digest, "champions_tokens": tokens_key}
@@ -45,31 +52,43 @@ def against(digest: str, package_uri: str, tokens_key: str) -> Stage[Contest]:
         recipe,
         run,
         locations=lambda run: {"package_uri": package_uri},
+        version=2,
         unit="parts",
     )
 
 
 def run(step: Step) -> Contest:
-    """Score the champion, and find out which documents are fresh."""
+    """Score the champion, and find out on which documents the two may meet, and which of these are fresh."""
     digest, evaluation = step.recipe["champion"], step.input(Evaluation)
     scored = score_splits(step, digest[:16], champion_of, ("test",)).student["test"]
-    fresh = step.engine.task(partial(_fresh, step.job), step.dir)
     theirs = evaluation.read_json(Evaluation.DOCUMENTS)
     if theirs["tokens"] != scored.tokens:
         raise RunError("Champion and challenger were not scored on the same documents; nothing was decided.")
-    documents = {"tokens": scored.tokens, "champion": scored.nats, "challenger": theirs["student"], "fresh": fresh}
+    known = step.engine.task(partial(known_to, step.job), step.dir)
+    pairs = zip(known.trained, scored.tokens, strict=True)
+    new = [index for index, (trained, _) in enumerate(pairs) if not trained]
+    place = {index: number for number, index in enumerate(new)}  # in documents.json
+    measured = [index in place for index in known.measured] if scored.of_rows else [True]
+    if not new or not any(measured):
+        raise RunError(
+            f"All {len(scored.tokens):,} documents of data.test trained the champion or the challenger, so that the "
+            "two cannot meet. Give data.test documents that data.source never had."
+        )
+    documents = {
+        "tokens": [scored.tokens[index] for index in new],
+        "champion": [scored.nats[index] for index in new],
+        "challenger": [theirs["student"][index] for index in new],
+        "fresh": None if known.fresh is None else [known.fresh[index] for index in new],
+        "left_out": len(scored.tokens) - len(new),
+    }
     kept = {Contest.DOCUMENTS: step.dir.write(Contest.DOCUMENTS, json.dumps(documents).encode())}
     if scored.of_rows:
-        rows = {"champion": scored.of_rows, "challenger": evaluation.read_json(Evaluation.ROWS)["student"]}
+        sides = {"champion": scored.of_rows, "challenger": evaluation.read_json(Evaluation.ROWS)["student"]}
+        rows: dict[str, Any] = {"documents": [place[index] for index in compress(known.measured, measured)]}
+        for side, of_rows in sides.items():
+            rows[side] = {name: [*compress(values, measured)] for name, values in of_rows.items()}
         kept[Contest.ROWS] = step.dir.write(Contest.ROWS, json.dumps(rows).encode())
-    return Contest(
-        **step.identity(),
-        files=kept,
-        champion=scored.metrics(),
-        challenger=evaluation.record.student,
-        fresh=None if fresh is None else sum(fresh),
-        documents=len(scored.tokens),
-    )
+    return Contest(**step.identity(), files=kept, champion=scored.metrics(), challenger=evaluation.record.student)
 
 
 def champion_of(job: StepJob) -> PreTrainedModel:
@@ -86,25 +105,53 @@ def champion_of(job: StepJob) -> PreTrainedModel:
         return load(folder)
 
 
-def _fresh(job: StepJob) -> list[bool] | None:
-    """Tell of each document of the test split whether the champion's lacks it; None: its rows are not there."""
-    tokens, key = job.input(Tokens), job.recipe["champions_tokens"]
-    place = replace(job.dir, stage=Tokens.stage, key=key, fence=None)
-    record = place.record(Tokens) if key else None
+@dataclass(frozen=True)
+class Known:
+    """Of each document of the test split, whether champion or challenger was trained on it and, unless the champion's
+    rows are gone, whether its own test split lacks it; and the places of those that are measured as rows."""
+
+    trained: list[bool]
+    fresh: list[bool] | None
+    measured: list[int]
+
+
+def known_to(job: StepJob) -> Known:
+    """Return what is known of the documents of the test split. Raises RunError: the record of the champion's rows is
+    gone, so that nobody can tell."""
+    tokens = job.input(Tokens)
+    place = replace(job.dir, stage=Tokens.stage, key=job.recipe["champions_tokens"], fence=None)
+    record = place.record(Tokens)
     if record is None:
-        return None
-    known = set(document_digests(job, FinishedStep(record, place)))
-    return [digest not in known for digest in document_digests(job, tokens)]
+        raise RunError(f"Nobody can say which documents trained the champion: its rows at {place.uri} are gone.")
+    champions, trained, fresh = FinishedStep(record, place), set[bytes](), None
+    digests = [*document_digests(job.task, tokens, "test")]
+    if tokens.record.recipe["data"]["test"] is not None:
+        trained = {*document_digests(job.task, tokens, "train"), *document_digests(job.task, champions, "train")}
+    if has_rows(champions, "test"):
+        before = set(document_digests(job.task, champions, "test"))
+        fresh = [digest not in before for digest in digests]
+    most = Evaluate.model_validate(job.recipe.get("evaluate", {})).generated_rows
+    measured = [*range(len(digests))]
+    if most is not None:
+        measured = Rows(tokens.dir, tokens.record.splits["test"].shards).drawn(most)
+    return Known([digest in trained for digest in digests], fresh, measured)
 
 
-def document_digests(job: StepJob, tokens: FinishedStep[Tokens]) -> Iterator[bytes]:
-    """Yield a hash of the token ids of each document of the test split, in the order in which scores have them."""
-    end = job.task.document_end(read_tokenizer(tokens.folder()))
+def has_rows(tokens: FinishedStep[Tokens], split: SplitName) -> bool:
+    """Tell whether the rows of a split are in the store; they are not read."""
+    sizes = tokens.dir.sizes(ROWS)
+    shards = tokens.record.splits[split].shards
+    return all(sizes.get(shard.file.place(shard.name)) == shard.file.bytes for shard in shards)
+
+
+def document_digests(task: Task, tokens: FinishedStep[Tokens], split: SplitName) -> Iterator[bytes]:
+    """Yield a hash of the token ids of each document of a split, in the order in which scores have them."""
+    end = task.document_end(read_tokenizer(tokens.folder()))
     document, begun = hashlib.sha256(), False
-    for shard in tokens.record.splits["test"].shards:
+    for shard in tokens.record.splits[split].shards:
         for row, length in zip(*read_tokens(open_shard(tokens.dir, shard)), strict=True):
             if end is None:
-                yield hashlib.sha256(row.tobytes()).digest()
+                yield hashlib.sha256(task.known_by(row, length).tobytes()).digest()
                 continue
             start = 0
             for place in (row[:length] == end).nonzero()[0].tolist():

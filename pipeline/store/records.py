@@ -204,16 +204,13 @@ class Evaluation(Record):
 
 
 class Contest(Record):
-    """A champion scored on the test rows of a challenger: metrics of both, how many documents they met on, and how many
-    of these the champion's own test split lacks (None: not known)."""
+    """A champion scored on the test rows of a challenger, and the metrics of both over all of these."""
 
     stage: ClassVar[str] = "contest"
     DOCUMENTS: ClassVar[str] = "documents.json"
     ROWS: ClassVar[str] = "rows.json"
     champion: dict[str, float]
     challenger: dict[str, float]
-    documents: int
-    fresh: int | None
 
 
 class Size(Closed):

@@ -143,6 +143,12 @@ class NextUtterance(Task):
     def tokens(self, lengths: NDArray[np.int32]) -> int:
         return int(lengths[:, : lengths.shape[1] // 2].sum())
 
+    def known_by(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the true reply and before it what any candidates leave of its context, to which a split's others are
+        drawn."""
+        width, (end, start) = self.settings.block_length, lengths[:: len(lengths) // 2].tolist()
+        return row[max(0, start - (width - width // 2)) : end]
+
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
         group, width = lengths.shape[1] // 2, self.settings.block_length
         length, start = lengths[:, :group].reshape(-1), lengths[:, group:].reshape(-1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config.data import Evaluate, TaskSettings
@@ -103,6 +104,10 @@ class Summarization(Task):
     def model_settings(self, end_of_text: int | None, padding: int | None) -> dict[str, Any]:
         start = end_of_text if self.start is None else self.start
         return {"pad_token_id": padding, "decoder_start_token_id": start, "forced_eos_token_id": end_of_text}
+
+    def known_by(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the source, whatever its summary."""
+        return row[: int(lengths[0])]
 
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
         width = self.settings.source_length

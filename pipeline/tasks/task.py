@@ -153,6 +153,11 @@ class Task(ABC):
         """Return the token that ends a document in running rows; None: a row, of candidates the true one, is one."""
         return None
 
+    def known_by(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the tokens by which a row that is a document, of these lengths, is the same in any split and at any
+        time."""
+        return row[: int(lengths)]
+
     def passes(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Iterable[Batch]:
         """Return the batches that a model scores at once, from rows of ids and lengths."""
         return starmap(self.batch, rows)

@@ -23,6 +23,7 @@ from pipeline.models.build import build, read_config
 from pipeline.models.family import family_for
 from pipeline.models.student import restore_frozen
 from pipeline.package.package import read_package
+from pipeline.stages.contest import document_digests
 from pipeline.stages.evaluate import SAMPLES, SCORED, student_of
 from pipeline.stages.scorer import SPANS_A_WORKER, Scorer, spans_of
 from pipeline.stages.stage import StepJob
@@ -100,6 +101,12 @@ def test_a_run_ends_in_a_registered_model_with_the_metrics_of_its_task(finished_
     states = finished_task.record("cache")
     rows = finished_task.record("tokenize").splits["train"].rows
     assert states.bytes >= rows * task_of(finished_task.record("tokenize").recipe).states * 32 * 2
+
+
+def test_rows_are_told_apart_as_they_are_scored(finished_task: Ran) -> None:
+    tokens, scored = finished_task.outcome.finished(Tokens), finished_task.outcome.finished(Evaluation)
+    digests = [*document_digests(task_of(tokens.record.recipe), tokens, "test")]
+    assert len(digests) == len(scored.read_json(Evaluation.DOCUMENTS)["tokens"])
 
 
 def test_the_package_writes_what_the_scored_student_wrote(finished_task: Ran) -> None:

@@ -57,5 +57,5 @@ def schedule(begun: tuple[Schedule, dict[str, object]]) -> Iterator[Schedule]:
     """The schedule as the first tick left it."""
     schedule, _ = begun
     yield schedule
-    schedule.evidence = Evidence()
+    schedule.evidence, schedule.splits = Evidence(), {}
     schedule.put_back("begun")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,24 @@ class Schedule:
     documents: list[str]
     listeners: list[Recorder] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
+    splits: dict[str, str] = field(default_factory=dict)  # that are given, by the name of their setting
+    sections: dict[str, Any] = field(default_factory=dict)  # of the configuration, beside those of the tests
 
     def grow(self, slices: int, size: int = 130) -> None:
         """Have the first so many slices of the text."""
-        (self.folder / "text").mkdir(exist_ok=True)
         for number in range(slices):
-            lines = [json.dumps({"text": text}) for text in self.documents[number * size : (number + 1) * size]]
-            (self.folder / "text" / f"{number}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            self.write(f"text/{number}.jsonl", self.documents[number * size : (number + 1) * size])
+
+    def write(self, name: str, documents: Sequence[str]) -> str:
+        """Write a file of documents; return its path."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        return str(path)
 
     def config(self, recipe: dict[str, Any] | None = None, **retrain: Any) -> Config:
-        data = {"source": str(self.folder / "text" / "*.jsonl"), "holdout": 0.1}
-        return self.make(self.folder, data=data, retrain={"recipes": [recipe or {}], **retrain})
+        data = {"source": str(self.folder / "text" / "*.jsonl"), "holdout": 0.1, **self.splits}
+        return self.make(self.folder, data=data, retrain={"recipes": [recipe or {}], **retrain}, **self.sections)
 
     @contextlib.contextmanager
     def told(self, plan: RunPlan) -> Iterator[Listener]:

@@ -19,7 +19,7 @@ class Met:
     """A contest that was had, as the gate reads it."""
 
     def __init__(self, documents: dict[str, Any], rows: dict[str, Any] | None = None) -> None:
-        self.files = {Contest.DOCUMENTS: documents, Contest.ROWS: rows}
+        self.files = {Contest.DOCUMENTS: {"left_out": 0, **documents}, Contest.ROWS: rows}
 
     def read_json(self, name: str) -> Any:
         return json.loads(json.dumps(self.files[name]))
@@ -44,10 +44,18 @@ def test_gains_are_nats_a_token_over_all_documents_and_over_fresh_ones() -> None
 @pytest.mark.parametrize(("task", "measure"), [("next_utterance", "accuracy"), ("summarization", "rougeL")])
 def test_other_tasks_are_compared_in_their_own_measure(task: str, measure: str) -> None:
     documents = {"tokens": [9, 9, 9, 9], "champion": [1.0] * 4, "challenger": [5.0] * 4, "fresh": [True] + [False] * 3}
-    rows = {"champion": {measure: [0.0, 1.0, 0.0, 1.0]}, "challenger": {measure: [1.0, 1.0, 0.0, 1.0]}}
-    found = gained(Met(documents, rows), task)
+    scores = {"champion": {measure: [0.0, 1.0, 0.0, 1.0]}, "challenger": {measure: [1.0, 1.0, 0.0, 1.0]}}
+    found = gained(Met(documents, {"documents": [0, 1, 2, 3], **scores}), task)
     assert found["whole"].mean == 0.25
     assert found["fresh"].mean == 1.0
+
+
+def test_rows_that_were_measured_alone_tell_of_fresh_ones() -> None:
+    documents = {"tokens": [9] * 4, "champion": [1.0] * 4, "challenger": [5.0] * 4, "fresh": [True, False, True, True]}
+    rows = {"documents": [1, 3], "champion": {"rougeL": [10.0, 20.0]}, "challenger": {"rougeL": [12.0, 28.0]}}
+    found = gained(Met(documents, rows), "summarization")
+    assert (found["whole"].mean, found["whole"].documents) == (5.0, 2)
+    assert (found["fresh"].mean, found["fresh"].documents) == (8.0, 1)
 
 
 def test_the_bound_is_above_the_truth_as_rarely_as_declared() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 from mlflow.artifacts import load_text
 
 from pipeline.config.run import Config
-from pipeline.errors import ConfigError, FencedOffError
+from pipeline.errors import ConfigError, FencedOffError, RunError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.retrain.decisions import Deciding, Decisions
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.records import Student, Tokens
+from pipeline.tasks.tokenizers import END_OF_TEXT, train_bpe
 from pipeline.tracking import runs
 from pipeline.tracking.registry import registered_version
 from tests.conftest import Recorder
@@ -226,6 +228,96 @@ def test_splits_drawn_by_another_rule_are_refused(schedule: Schedule, change: di
     with pytest.raises(ConfigError, match="would not meet on the same rows") as refused:
         plan_tick(Config.model_validate(fields))
     assert said in str(refused.value)
+
+
+def test_splits_that_are_given_where_they_were_drawn_are_refused(schedule: Schedule) -> None:
+    schedule.grow(2)
+    schedule.splits["test"] = schedule.write("test.jsonl", schedule.documents[300:340])
+    with pytest.raises(ConfigError, match=r"on the same rows: data.test is given and was left out"):
+        plan_tick(schedule.config())
+
+
+def test_another_vocabulary_is_refused(schedule: Schedule, tmp_path: Path) -> None:
+    schedule.grow(2)
+    train_bpe(schedule.documents[:50], 280, (END_OF_TEXT,)).save_pretrained(tmp_path)
+    fields = schedule.config().model_dump(mode="json", by_alias=True)
+    fields["model"]["tokenizer"] = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.tokenizer is .*, with another vocabulary"):
+        plan_tick(Config.model_validate(fields))
+
+
+def test_a_champion_whose_rows_are_gone_is_not_challenged(schedule: Schedule, tmp_path: Path) -> None:
+    train_bpe(schedule.documents[:50], 300, (END_OF_TEXT,)).save_pretrained(tmp_path)
+    shutil.rmtree(schedule.folder / "store" / Tokens.stage)
+    schedule.grow(2)
+    fields = schedule.config().model_dump(mode="json", by_alias=True)
+    fields["model"]["tokenizer"] = str(tmp_path)
+    with pytest.raises(ConfigError, match="The rows that trained the champion, tiny/1, are not, or no longer, in this"):
+        plan_tick(Config.model_validate(fields))
+
+
+@pytest.fixture(scope="module")
+def with_splits(
+    tiny_config: Callable[..., Config], begun: tuple[Schedule, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Schedule:
+    """A schedule of given splits after its first tick."""
+    schedule = Schedule(tmp_path_factory.mktemp("splits"), tiny_config, begun[0].documents)
+    schedule.grow(1)
+    schedule.splits["validation"] = schedule.write("validation.jsonl", schedule.documents[300:320])
+    schedule.splits["test"] = schedule.write("test.jsonl", schedule.documents[320:340])
+    assert schedule.tick(SPOILT).outcome == "promoted"
+    schedule.keep("begun")
+    return schedule
+
+
+@pytest.fixture
+def splits(with_splits: Schedule) -> Iterator[Schedule]:
+    given = dict(with_splits.splits)
+    yield with_splits
+    with_splits.splits = given
+    with_splits.put_back("begun")
+
+
+def test_documents_that_trained_either_do_not_measure(splits: Schedule) -> None:
+    ours, theirs, new = splits.documents[130:133], splits.documents[:4], splits.documents[320:350]
+    splits.write("text/0.jsonl", [*splits.documents[4:130]])  # without what the champion alone was trained on
+    splits.write("text/1.jsonl", splits.documents[130:150])
+    splits.splits["test"] = splits.write("test-2.jsonl", [*theirs, *ours, *new])
+    verdict = splits.tick({"distill.steps": 1})
+    assert verdict.decision is not None
+    whole, fresh = verdict.decision.gains["whole"], verdict.decision.gains["fresh"]
+    assert (whole.left_out, whole.documents, fresh.documents) == (7, 30, 10)
+    assert "; 7 that trained one of the two were left out" in verdict.decision.rulings[0].said
+
+
+def test_a_test_of_nothing_but_what_trained_the_champion_decides_nothing(splits: Schedule) -> None:
+    splits.write("text/0.jsonl", splits.documents[130:200])
+    splits.splits["test"] = splits.write("test-2.jsonl", splits.documents[:20])
+    with pytest.raises(RunError, match=r"All 20 documents of data\.test trained the champion or the challenger"):
+        splits.tick({"finetune.steps": 1, "distill.steps": 1})
+    assert len(splits.decisions) == 1
+
+
+@pytest.mark.parametrize(
+    ("split", "taken", "said"),
+    [
+        ("test", "text/0.jsonl", "data.test has .* is among the train files of the champion, tiny/1"),
+        ("validation", "text/0.jsonl", "data.validation has .* is among the train files"),
+        ("train", "test.jsonl", "data.source has .* is among the test files"),
+        ("train", "validation.jsonl", "data.source has .* is among the validation files"),
+    ],
+)
+def test_a_file_that_crosses_splits_is_refused(splits: Schedule, split: str, taken: str, said: str) -> None:
+    content = (splits.folder / taken).read_bytes()
+    splits.write("text/0.jsonl", splits.documents[130:200])
+    for given in ("test", "validation"):
+        splits.splits[given] = splits.write(
+            f"{given}-2.jsonl", splits.documents[340 : 380 : 2 if given == "test" else 3]
+        )
+    moved = "text/9.jsonl" if split == "train" else f"{split}-2.jsonl"
+    (splits.folder / moved).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        plan_tick(splits.config())
 
 
 def test_running_text_is_refused_where_its_splits_would_move(schedule: Schedule, corpus: Any) -> None:
