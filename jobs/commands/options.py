@@ -39,6 +39,7 @@ StorageUri = Annotated[
     str, typer.Option(envvar="BITMILL_STORAGE_URI", help="The store of the runs; the default registry lies beside it.")
 ]
 TrackingUri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="The MLflow server or registry.")]
+Namespace = Annotated[str | None, typer.Option(help="The folder of the store, as resources.namespace.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -55,16 +56,20 @@ def _option(name: str, annotation: Any, default: Any) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-STORE = [_option("tracking_uri", TrackingUri, None), _option("storage_uri", StorageUri, "./bitmill-store")]
+STORE = [
+    _option("tracking_uri", TrackingUri, None),
+    _option("storage_uri", StorageUri, "./bitmill-store"),
+    _option("namespace", Namespace, None),
+]
 COMMON = [_option("as_json", Json, False), _option("debug", Debug, False)]
 
 
 def command(app: typer.Typer, foreign_options: bool = False) -> Callable[[Callable[..., Any]], None]:
     """Return a decorator that makes a command of a function, which returns the document of --json.
 
-    Its parameters are the options, but for three that are given: `console`, for people, `resources`, as --tracking-uri
-    and --storage-uri say, and `as_json`. Every command has --json and --debug. With `foreign_options`, options that it
-    does not have are among its arguments.
+    Its parameters are the options, but for three that are given: `console`, for people, `resources`, as --tracking-uri,
+    --storage-uri and --namespace say, and `as_json`. Every command has --json and --debug. With `foreign_options`,
+    options that it does not have are among its arguments.
     """
 
     def register(work: Callable[..., Any]) -> None:

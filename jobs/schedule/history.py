@@ -24,8 +24,8 @@ def history(name: str, out: Path | None, resources: Resources, console: Console)
     decisions = [*Decisions.of(name, resources).all()][::-1]
     if not decisions:
         raise ConfigError(
-            f"Nothing was decided on {name!r} in this store yet. `bitmill retrain CONFIG` decides; --storage-uri names "
-            "the store."
+            f"Nothing was decided on {name!r} in this store yet. `bitmill retrain CONFIG` decides; --storage-uri and "
+            "--namespace name the store."
         )
     print_table(console, HEADER, map(cells, decisions), title=name)
     document: dict[str, Any] = {"name": name, "decisions": [decision.model_dump(mode="json") for decision in decisions]}

@@ -35,13 +35,10 @@ def retrain(config: Config, console: Console, *, force: bool, only_plan: bool) -
         document = plan_document(tick)
         print_plan(tick, document, console)
         return document
-    verdict = run_tick(config, partial(watched, console=console), partial(prove, console=console), force)
-    document = verdict_document(verdict)
+    listens, proves = partial(watched, console=console), partial(prove, console=console)
+    verdict = run_tick(config, listens, proves, force, partial(tell, config, console=console))
     print_verdict(verdict, console)
-    command = None if config.retrain is None else config.retrain.on_decision
-    if command is not None and verdict.outcome in ("promoted", "rejected"):
-        tell(command, verdict, console)
-    return document
+    return verdict_document(verdict)
 
 
 def plan_document(tick: Tick) -> dict[str, Any]:
@@ -133,16 +130,20 @@ def _export_flaw(version: ModelVersion, name: str, config: Config, console: Cons
     return ""
 
 
-def tell(command: str, verdict: Verdict, console: Console) -> None:
-    """Give the decision to the user's command as JSON; that it fails is said, and changes nothing."""
-    given = "" if verdict.decision is None else verdict.decision.told()
+def tell(config: Config, decision: Decision, console: Console) -> bool:
+    """Give a decision to the user's command as JSON, and tell whether it arrived, or nobody wants it. That it did not
+    is said, and changes nothing: the next tick tries again."""
+    command = None if config.retrain is None else config.retrain.on_decision
+    if command is None:
+        return True
     try:
         done = subprocess.run(
-            shlex.split(command), input=given, text=True, capture_output=True, timeout=TELL_S, check=False
+            shlex.split(command), input=decision.told(), text=True, capture_output=True, timeout=TELL_S, check=False
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         console.print(f"retrain.on_decision {command!r} could not be run: {error}", style="yellow")
-        return
+        return False
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
         console.print(f"retrain.on_decision {command!r} ended with status {done.returncode}: {last[0]}", style="yellow")
+    return not done.returncode

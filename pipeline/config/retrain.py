@@ -44,4 +44,11 @@ class Retrain(Closed):
     def _some(cls, recipes: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         if not recipes:
             raise ValueError("recipes is empty, so there is nothing to train; leave it out for the configuration's own")
+        for values in recipes:
+            section = values.get("register")
+            if name := values.get("register.name") or (section.get("name") if isinstance(section, dict) else None):
+                raise ValueError(
+                    f"recipes sets register.name to {name!r}, and one name has one champion, which all recipes meet: "
+                    "leave it out, or set register.name of the whole configuration"
+                )
         return recipes

@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 from pipeline.retrain.gate import Gain, Ruling
 from pipeline.store.journal import Journal
 from pipeline.store.lease import LeaseFile, Owner
 from pipeline.store.locations import storage_uri, tracking_uri
 from pipeline.store.objects import open_objects
 from pipeline.tracking import registry, runs
-from pipeline.tracking.registry import CHAMPION, PREVIOUS
+from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
 Outcome = Literal["promoted", "rejected", "rolled back"]
 DECISION_FILE = "decision.json"
+Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
 
 
 class Decision(Closed):
@@ -43,6 +44,7 @@ class Decision(Closed):
     champion: int | None = None
     previous: int | None = None
     challenger: int | None = None  # the version that was registered, if one was
+    others: tuple[int, ...] = ()  # versions of the other recipes, which validation found worse
     run_key: str = ""  # of the challenger
     run_keys: tuple[str, ...] = ()  # of all that were to be trained
     rulings: tuple[Ruling, ...] = ()
@@ -68,7 +70,7 @@ class Decisions:
     """The decisions of one registered name in a store. To decide, enter `held`."""
 
     def __init__(self, name: str, store: str, tracking: str) -> None:
-        self.name, self.uri = name, tracking
+        self.name, self.store, self.uri = name, store, tracking
         objects, folder = open_objects(store), f"retrain/{name}/"
         self._journal = Journal(objects, folder, f"history of {name}")
         self._lease = LeaseFile(objects, folder, f"retraining of {name}")
@@ -80,18 +82,31 @@ class Decisions:
 
     def all(self) -> Iterator[Decision]:
         """Yield the decisions, the last one first. Raises RunError for an entry that a newer bitmill wrote."""
-        for entry in self._journal.entries():
-            try:
-                yield Decision.model_validate(entry)
-            except ValidationError as error:
-                raise RunError(
-                    f"A decision of {self.name} was written by another version of bitmill, and cannot be read: "
-                    f"{error.errors()[0]['loc']}. Upgrade bitmill."
-                ) from error
+        return map(self._read, self._journal.entries())
+
+    def _read(self, entry: dict[str, Any]) -> Decision:
+        try:
+            return Decision.model_validate(entry)
+        except ValidationError as error:
+            raise RunError(
+                f"A decision of {self.name} was written by another version of bitmill, and cannot be read: "
+                f"{error.errors()[0]['loc']}. Upgrade bitmill."
+            ) from error
 
     def last(self) -> Decision | None:
         """Return the last decision: where the aliases are."""
         return next(self.all(), None)
+
+    def refuse_another_place(self) -> None:
+        """Raise ConfigError if the journal of another store decides on this name of the registry."""
+        place = registry.place_of(self.uri, self.name)
+        if place not in (None, self.store):
+            raise ConfigError(
+                f"On {self.name}, in the registry at {self.uri!r}, the store {place} decides, whose journal moves its "
+                f"aliases; this is the store {self.store}. Set resources.storage_uri and resources.namespace "
+                "(--storage-uri, --namespace) to that one, or register under another name (register.name). If it is "
+                f"the same store, which was moved, delete the tag {PLACE_TAG} of the registered model in MLflow."
+            )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Deciding]:
@@ -99,7 +114,9 @@ class Decisions:
 
         Raises:
             BusyError: another process holds it, and lives.
+            ConfigError: another store decides on this name.
         """
+        self.refuse_another_place()
         with self._lease.hold(False, _never_told, sure=True) as fence:
             self._journal.claim(fence)
             deciding = Deciding(self, fence)
@@ -127,20 +144,40 @@ class Deciding:
         RunError if MLflow refuses or is away."""
         shown: Decision | None = None
         while (decision := self.decisions.last()) is not None and decision != shown:
-            show(self.decisions.uri, decision)
+            try:
+                show(self.decisions.uri, self.decisions.store, decision)
+            except RunError:  # whoever overtook us moved them meanwhile
+                if self.decisions.last() == decision:
+                    raise
             shown = decision
 
+    def tell(self, tells: Notifies) -> None:
+        """Tell of the decisions that were not told of, the first one first, as far as it arrives."""
+        for number, entry in self.decisions._journal.untold():
+            if not tells(self.decisions._read(entry)):
+                return
+            self.decisions._journal.tell(number, self.fence)
 
-def show(uri: str, decision: Decision) -> None:
-    """Show one decision in the registry: aliases, and the reason as a tag of the challenger and a file of its run."""
+
+def show(uri: str, place: str, decision: Decision) -> None:
+    """Show one decision of a place in the registry: aliases, and the reasons as tags of the versions, and a file of the
+    challenger's run."""
     aliases = {CHAMPION: decision.champion, PREVIOUS: decision.previous}
     advice = "The decision is kept in the store, and the next command on this name completes it."
     with runs.refusal(f"MLflow at {uri} refused the aliases of {decision.name}", advice):
         client = runs.client_of(uri)
+        registry.put_place(client, decision.name, place)
         registry.put_aliases(client, decision.name, aliases)
         if decision.challenger is not None:
-            tags = {"bitmill.decision": decision.decision, "bitmill.decision_reason": decision.reason[:500]}
+            tags = _tags(decision.decision, decision.reason)
             registry.tell(client, decision.name, decision.challenger, tags, {DECISION_FILE: decision.told()})
+        for version in decision.others:
+            tags = _tags("rejected", f"version {decision.challenger}, of another recipe, is better on validation")
+            registry.tell(client, decision.name, version, tags, {})
+
+
+def _tags(decision: str, reason: str) -> dict[str, str]:
+    return {"bitmill.decision": decision, "bitmill.decision_reason": reason[:500]}
 
 
 def _never_told(owner: Owner) -> None:

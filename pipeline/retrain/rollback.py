@@ -5,8 +5,7 @@ from __future__ import annotations
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.retrain.decisions import Decision, Decisions, now
-from pipeline.store.locations import tracking_uri
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry
 
 
 def rollback(name: str, to: int | None, reason: str, resources: Resources) -> Decision:
@@ -14,32 +13,50 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
     challenger that was not decided on before.
 
     Raises:
-        ConfigError: the name has no champion or no previous one, the version is not there, or is the champion.
+        ConfigError: the name has no champion or no previous one, the version is not there, or is the champion, or
+            another store decides on the name.
         BusyError: a tick of this name is under way.
     """
-    uri = tracking_uri(resources)
-    with Decisions.of(name, resources).held() as deciding:
-        last = deciding.decisions.last()
-        champion = registry.registered_version(uri, name, None if last is None else last.champion)
-        if champion is None:
-            raise ConfigError(f"{name!r} has no champion in the registry at {uri!r}; see `bitmill lookup`.")
-        previous = None if last is None else last.previous
-        target = previous if to is None else to
-        if target is None:
-            raise ConfigError(
-                f"{name} has no previous champion; name a version: `bitmill rollback {name} --to VERSION`."
-            )
-        if target == champion.version:
-            raise ConfigError(f"--to is {target}, and {name}/{target} is the champion already.")
-        registry.resolve(runs.connect(uri), f"{name}/{target}")
+    decisions = Decisions.of(name, resources)
+    _sides(decisions, to)  # before anything is written where there may be no such name
+    with decisions.held() as deciding:
+        target, champion = _sides(decisions, to)
+        there = champion is not None and registry.holds(decisions.uri, name, champion)
         decision = Decision(
             decision="rolled back",
             reason=reason,
             name=name,
             at=now(),
             champion=target,
-            previous=champion.version,
+            previous=champion if there else None,
         )
         deciding.append(decision)
         deciding.put_aliases()
         return decision
+
+
+def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
+    """Return the version that is to be champion, and the one that is, which may have been deleted. Raises ConfigError
+    as `rollback` does."""
+    name, uri, last = decisions.name, decisions.uri, decisions.last()
+    decisions.refuse_another_place()
+    if last is None:
+        bearer = registry.registered_version(uri, name, None)
+        champion, previous = None if bearer is None else bearer.version, None
+    else:
+        champion, previous = last.champion, last.previous
+    target = previous if to is None else to
+    if target is None:
+        lacks = "no champion" if champion is None else "no previous champion"
+        raise ConfigError(
+            f"{name!r} has {lacks} in the registry at {uri!r}; name a version: `bitmill rollback {name} --to VERSION`. "
+            "`bitmill lookup` lists what is registered."
+        )
+    if not registry.holds(uri, name, target):
+        raise ConfigError(
+            f"{name}/{target} is not in the registry at {uri!r}, so that it cannot become champion; name another: "
+            f"`bitmill rollback {name} --to VERSION`. `bitmill lookup` lists what is registered."
+        )
+    if target == champion:
+        raise ConfigError(f"--to is {target}, and {name}/{target} is the champion already.")
+    return target, champion

@@ -13,7 +13,7 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
 from pipeline.retrain import gate
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
 from pipeline.retrain.gate import Evidence
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
@@ -101,7 +101,9 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
     name = config.register_.name or config.name
-    made = [*Decisions.of(name, config.resources).all()]  # the last one first
+    decisions = Decisions.of(name, config.resources)
+    decisions.refuse_another_place()
+    made = [*decisions.all()]  # the last one first
     last = made[0] if made else None
     crowned = None if last is None else last.champion
     champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
@@ -238,26 +240,32 @@ def _same_words(plan: RunPlan, tokens: FinishedStep[Tokens]) -> bool:
     return bool(own.get_vocab() == read_tokenizer(tokens.folder()).get_vocab())
 
 
-def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -> Verdict:
+def run_tick(
+    config: Config, told: Tells, proves: Proves, force: bool = False, notifies: Notifies = lambda decision: True
+) -> Verdict:
     """Run a tick; start Ray only if something trains. `told` gives a listener for each run, `proves` what the gate asks
-    of a challenger beside its scores. With `force` what was decided before is decided again.
+    of a challenger beside its scores; `notifies` is given each decision on the name that it was not given before. With
+    `force` what was decided before is decided again.
 
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
     tick = plan_tick(config, force)
     decisions = Decisions.of(tick.name, config.resources)
-    try:
-        with decisions.held() as deciding:
-            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
-            decision = tick.decided or _decide(tick, deciding, told, proves)
-            if decision is None or decision == tick.decided:
-                return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-            deciding.append(decision)
-            deciding.put_aliases()
-            return _verdict(decision.decision, decision.reason, decision, decision)
-    except BusyError as error:
-        return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
+    with ExitStack() as stack:
+        try:
+            deciding = stack.enter_context(decisions.held())
+        except BusyError as error:
+            return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
+        deciding.tell(notifies)
+        tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
+        decision = tick.decided or _decide(tick, deciding, told, proves)
+        if decision is None or decision == tick.decided:
+            return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
+        deciding.append(decision)
+        deciding.put_aliases()
+        deciding.tell(notifies)
+        return _verdict(decision.decision, decision.reason, decision, decision)
 
 
 def _verdict(outcome: str, reason: str, decision: Decision | None, last: Decision | None) -> Verdict:
@@ -311,6 +319,7 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
         return _decision(
             tick,
             version=outcome.finished(ModelVersion).record.version,
+            others=[o.finished(ModelVersion).record.version for p, o in challengers if p.run_key != plan.run_key],
             run_key=plan.run_key,
             packed_bytes=outcome.finished(Package).record.size.packed_bytes,
             worker_seconds=spent,

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from pipeline.errors import FencedOffError
@@ -20,11 +21,13 @@ HEAD = "head.json"
 
 @dataclass(frozen=True)
 class Head:
-    """The last entry by its name, None where there is none; and the newest token that claimed the journal."""
+    """The last entry by its name, None where there is none; the newest token that claimed the journal; and how many
+    entries there are, and of how many the world was told."""
 
     fence: int = 0
     last: str | None = None
     count: int = 0
+    told: int = 0
 
     def to_json(self) -> bytes:
         """Return the bytes of the file."""
@@ -54,6 +57,18 @@ class Journal:
             yield entry["entry"]
             name = entry["before"]
 
+    def untold(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return the entries that the world was not told of, the first one first, each with its number from 1."""
+        head = self.head()
+        newest = islice(self.entries(), head.count - head.told)
+        return [(head.count - age, entry) for age, entry in enumerate(newest)][::-1]
+
+    def tell(self, number: int, fence: int) -> None:
+        """Write down that the world was told of all entries up to a number. Raises FencedOffError as `append` does."""
+        head = self._own_head(fence)
+        if not self._swap(head, replace(head, told=number)):
+            raise self._fenced_off(self.head())
+
     def claim(self, fence: int) -> Head:
         """Return the head, which from now on only this token or a newer one moves. Raises FencedOffError: a newer one
         has it."""
@@ -67,16 +82,20 @@ class Journal:
 
     def append(self, entry: dict[str, Any], fence: int) -> Head:
         """Append an entry, atomically. Raises FencedOffError unless the journal is still this token's."""
-        head = self.head()
-        if head.fence != fence:
-            raise self._fenced_off(head)
+        head = self._own_head(fence)
         data = json.dumps({"entry": entry, "before": head.last}).encode()
         name = f"entries/{head.count + 1:06d}-{hashlib.sha256(data).hexdigest()[:12]}.json"
         self.objects.write(self.folder + name, data)
-        longer = Head(fence, name, head.count + 1)
+        longer = replace(head, last=name, count=head.count + 1)
         if not self._swap(head, longer):
             raise self._fenced_off(self.head())
         return longer
+
+    def _own_head(self, fence: int) -> Head:
+        head = self.head()
+        if head.fence != fence:
+            raise self._fenced_off(head)
+        return head
 
     def _swap(self, head: Head, other: Head) -> bool:
         """Put another head in the place of one; also where only the answer was lost."""

@@ -21,6 +21,7 @@ from pipeline.tracking.runs import KEY_TAG
 PAGE = 1000  # entities that one request asks for
 CHAMPION, PREVIOUS, FIRST = "champion", "previous", "1"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
+PLACE_TAG = "bitmill.journal"  # of a registered model: the store whose journal decides on it
 FORMATS_TAG, OWN_FORMAT = "bitmill.formats", "bitmill"  # every package is itself a format
 
 
@@ -74,10 +75,37 @@ def registered_version(uri: str, name: str, version: int | None) -> Registered |
         if version is None and error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):
             return None
         raise ConfigError(
-            f"The champion of {name} is version {version or '?'}, which the registry at {uri!r} does not hold "
-            f"({str(error).splitlines()[0]}). Give its run again, or `bitmill rollback {name} --to VERSION`."
+            f"{name} has no champion: by its last decision it is version {version or '?'}, which the registry at "
+            f"{uri!r} does not hold ({str(error).splitlines()[0]}). Make another one champion: `bitmill rollback "
+            f"{name} --to VERSION`. (`bitmill compress` registers a run again whose version was deleted.)"
         ) from error
     return described(there)
+
+
+def holds(uri: str, name: str, version: int) -> bool:
+    """Tell whether the registry at `uri` has a version. Raises ConfigError if it cannot be reached."""
+    database = runs.sqlite_file(uri)
+    return (database is None or database.exists()) and _there(runs.connect(uri), name, version)
+
+
+def _there(client: MlflowClient, name: str, version: int) -> bool:
+    try:
+        client.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+        return False
+    return True
+
+
+def place_of(uri: str, name: str) -> str | None:
+    """Return the store whose journal decides on a name; None: none has so far. Raises ConfigError: the registry cannot
+    be reached."""
+    database = runs.sqlite_file(uri)
+    if database is not None and not database.exists():
+        return None
+    models = runs.connect(uri).search_registered_models(f"name = '{name}'")
+    return models[0].tags.get(PLACE_TAG) if models else None
 
 
 def find_version(client: MlflowClient, name: str, key: str) -> RegisteredVersion | None:
@@ -148,9 +176,14 @@ def _new_version(
 
 
 def put_aliases(client: MlflowClient, name: str, wanted: dict[str, int | None]) -> None:
-    """Put aliases of a name at versions, or nowhere, and read them back. Raises RunError if they are elsewhere then."""
-    if not any(wanted.values()) and not client.search_registered_models(f"name = '{name}'"):
-        return  # nothing was registered yet
+    """Put aliases of a name at versions, or nowhere (so those of a version that was deleted), and read them back.
+    Raises RunError if they are elsewhere then."""
+    if not client.search_registered_models(f"name = '{name}'"):
+        return  # nothing was registered yet, or all was deleted
+    wanted = {
+        alias: version if version is not None and _there(client, name, version) else None
+        for alias, version in wanted.items()
+    }
     for alias, version in wanted.items():
         there = client.get_registered_model(name).aliases.get(alias)
         if version is None and there is not None:
@@ -167,7 +200,9 @@ def put_aliases(client: MlflowClient, name: str, wanted: dict[str, int | None]) 
 
 
 def tell(client: MlflowClient, name: str, version: int, tags: dict[str, str], texts: dict[str, str]) -> None:
-    """Tag a version, and add files to the run that made it, unless the tags are there."""
+    """Tag a version, and add files to the run that made it, unless the tags are there, or the version is not."""
+    if not _there(client, name, version):
+        return
     registered = client.get_model_version(name, str(version))
     if all(registered.tags.get(tag) == value for tag, value in tags.items()):
         return
@@ -175,6 +210,13 @@ def tell(client: MlflowClient, name: str, version: int, tags: dict[str, str], te
         client.log_text(registered.run_id, text, file)
     for tag, value in tags.items():  # last: where they are, all is
         client.set_model_version_tag(name, str(version), tag, value)
+
+
+def put_place(client: MlflowClient, name: str, place: str) -> None:
+    """Write down which store decides on a name, if there is such a name and none does."""
+    for model in client.search_registered_models(f"name = '{name}'"):
+        if PLACE_TAG not in model.tags:
+            client.set_registered_model_tag(name, PLACE_TAG, place)
 
 
 def aliases_of(client: MlflowClient, name: str, version: str) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ def undecided(schedule: Schedule, challenged: str) -> Schedule:
 def schedule(begun: tuple[Schedule, dict[str, object]]) -> Iterator[Schedule]:
     """The schedule as the first tick left it."""
     schedule, _ = begun
+    schedule.heard.clear()
     yield schedule
-    schedule.evidence, schedule.splits = Evidence(), {}
+    schedule.evidence, schedule.splits, schedule.deaf = Evidence(), {}, False
     schedule.put_back("begun")

@@ -34,6 +34,8 @@ class Schedule:
     documents: list[str]
     listeners: list[Recorder] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
+    heard: list[Decision] = field(default_factory=list)  # by whoever is notified of decisions
+    deaf: bool = False  # so that nothing arrives there
     splits: dict[str, str] = field(default_factory=dict)  # that are given, by the name of their setting
     sections: dict[str, Any] = field(default_factory=dict)  # of the configuration, beside those of the tests
 
@@ -61,7 +63,12 @@ class Schedule:
     def tick(self, recipe: dict[str, Any] | None = None, force: bool = False, **retrain: Any) -> Verdict:
         """Run one tick; `trained` then says which stages ran."""
         self.listeners.clear()
-        return run_tick(self.config(recipe, **retrain), self.told, lambda *asked: self.evidence, force)
+        return run_tick(self.config(recipe, **retrain), self.told, lambda *asked: self.evidence, force, self.notified)
+
+    def notified(self, decision: Decision) -> bool:
+        if not self.deaf:
+            self.heard.append(decision)
+        return not self.deaf
 
     @property
     def trained(self) -> set[str]:

@@ -73,6 +73,29 @@ def test_a_command_that_cannot_be_told_changes_nothing(bitmill: Command, told: s
     assert "unchanged: the only challenger is the champion itself" in again.stderr
 
 
+def test_what_did_not_arrive_is_told_again_and_so_is_a_rollback(bitmill: Command, tmp_path: Path) -> None:
+    failing = ("--set", "retrain.on_decision=sh -c 'exit 3'")
+    for _ in range(2):
+        assert "ended with status 3" in bitmill("retrain", "CONFIG", *failing).stderr
+    assert bitmill("rollback", NAME, "--reason", "it rhymes").exit_code == 0
+    assert not (tmp_path / "told.json").exists()
+    bitmill("retrain", "CONFIG")
+    assert json.loads((tmp_path / "told.json").read_text())["reason"] == "it rhymes"  # after that which was promoted
+    assert "ended with status 3" not in bitmill("retrain", "CONFIG", *failing).stderr
+
+
+def test_a_namespace_is_a_store_of_its_own(bitmill: Command) -> None:
+    elsewhere = ("--namespace", "other")
+    assert bitmill("history", NAME).exit_code == 0
+    nothing = bitmill("history", NAME, *elsewhere)
+    assert (nothing.exit_code, "Nothing was decided" in nothing.stderr) == (2, True)
+    refused = bitmill("rollback", NAME, "--to", "2", "--reason", "mine", *elsewhere)
+    assert (refused.exit_code, "/store decides, whose journal" in refused.stderr) == (2, True)
+    assert json.loads(bitmill("gc", "--plan", "--json", *elsewhere).stdout)["garbage"] == []
+    wrong = bitmill("lineage", f"{NAME}/1", "--namespace", "a/b")
+    assert (wrong.exit_code, "namespace" in wrong.stderr) == (2, True)
+
+
 def test_a_rollback_and_the_history_of_a_name(bitmill: Command, tmp_path: Path) -> None:
     bitmill("retrain", "CONFIG")
     back = bitmill("rollback", NAME, "--reason", "it rhymes", "--json")
@@ -114,13 +137,14 @@ def test_lineage_goes_both_ways(bitmill: Command, undecided: Schedule) -> None:
     }
 
 
-def test_versions_of_one_teacher_share_it(bitmill: Command) -> None:
-    bitmill("retrain", "CONFIG")
-    trial = bitmill("compress", "CONFIG", "--bits", "4-4-8", "--set", "distill.steps=2", "--json")
+def test_versions_of_one_teacher_share_it(bitmill: Command, undecided: Schedule) -> None:
+    same = f"data.source={undecided.folder / 'text' / '0.jsonl'}"  # what the first version was made of
+    trial = bitmill("compress", "CONFIG", "--bits", "4-4-8", "--set", "distill.steps=2", "--set", same, "--json")
     assert trial.exit_code == 0, trial.stderr
     version = json.loads(trial.stdout)["model_version"]["version"]
-    sharing = json.loads(bitmill("lineage", f"{NAME}/{version}", "--json").stdout)["shared"]
-    assert sharing.keys() <= {"tokenize", "finetune", "cache"}
+    shown = bitmill("lineage", f"{NAME}/{version}", "--json")
+    assert json.loads(shown.stdout)["shared"] == {stage: [f"{NAME}/1"] for stage in ("tokenize", "finetune", "cache")}
+    assert f"shared with {NAME}/1" in shown.stderr
     missing = bitmill("lineage", f"{NAME}/99")
     assert missing.exit_code == 2
 

@@ -13,10 +13,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import RunError
+from pipeline.errors import ConfigError, RunError
 from pipeline.retrain import decisions
 from pipeline.retrain.decisions import Deciding
 from pipeline.retrain.rollback import rollback
+from pipeline.retrain.tick import plan_tick
 from pipeline.store.objects import Directory
 from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, NAME, Schedule
@@ -121,6 +122,99 @@ def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, mon
     assert len(undecided.decisions) == 2
 
 
+def test_a_decision_that_was_not_told_is_told_by_the_next_tick(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Deciding, "tell", killed_once_decided)
+        with pytest.raises(InterruptedError):
+            undecided.tick(BETTER)
+    assert undecided.heard == []
+    undecided.deaf = True
+    undecided.tick(BETTER)
+    undecided.deaf = False
+    rollback(NAME, None, "worse", undecided.config().resources)
+    for _ in range(2):
+        assert undecided.tick(BETTER).outcome == "unchanged"
+        assert [(d.decision, d.champion) for d in undecided.heard] == [("promoted", 2), ("rolled back", 1)]
+
+
+def killed_once_decided(self: Deciding, tells: Any) -> None:
+    last = self.decisions.last()
+    if last is not None and last.champion == 2:
+        raise InterruptedError
+
+
+def test_who_is_overtaken_while_it_moves_aliases_is_content(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undecided.tick(BETTER)
+    resources = undecided.config().resources
+    sound, late = registry.put_aliases, Deciding(decisions.Decisions.of(NAME, resources), 1)
+
+    def overtaken(client: MlflowClient, name: str, wanted: dict[str, int | None]) -> None:
+        monkeypatch.setattr(registry, "put_aliases", sound)
+        rollback(NAME, None, "worse", resources)
+        raise RunError("The alias champion of tiny is at 1 where 2 belongs")
+
+    monkeypatch.setattr(registry, "put_aliases", overtaken)
+    late.put_aliases()
+    assert undecided.aliases == {"champion": 1, "previous": 2}
+
+
+def delete(schedule: Schedule, version: int) -> None:
+    """As a hand in MLflow's own pages does."""
+    MlflowClient(schedule.uri, schedule.uri).delete_model_version(NAME, str(version))
+
+
+def test_a_champion_that_was_deleted_is_replaced_by_a_rollback(undecided: Schedule) -> None:
+    undecided.tick(BETTER)
+    delete(undecided, 2)
+    with pytest.raises(
+        ConfigError, match=r"tiny has no champion: by its last decision it is version 2, which .* not hold"
+    ):
+        undecided.tick(BETTER)
+    with pytest.raises(ConfigError, match="tiny/2 is not in the registry"):
+        rollback(NAME, 2, "", undecided.config().resources)
+    back = rollback(NAME, 1, "deleted", undecided.config().resources)
+    assert (back.champion, back.previous) == (1, None)
+    assert undecided.aliases == {"champion": 1}
+    assert undecided.tick(BETTER).champion == 1
+
+
+def test_a_previous_champion_that_was_deleted_has_no_alias(undecided: Schedule) -> None:
+    undecided.tick(BETTER)
+    delete(undecided, 1)
+    verdict = undecided.tick(BETTER)
+    assert (verdict.outcome, verdict.champion) == ("unchanged", 2)
+    assert undecided.aliases == {"champion": 2}
+    with pytest.raises(ConfigError, match="tiny/1 is not in the registry"):
+        rollback(NAME, None, "", undecided.config().resources)
+
+
+def test_another_store_decides_nothing_on_the_same_name(undecided: Schedule) -> None:
+    config = undecided.config(BETTER)
+    elsewhere = config.resources.model_copy(update={"namespace": "other"})
+    said = r"the store .*/store decides, .* this is the store .*/store/other"
+    with pytest.raises(ConfigError, match=said):
+        plan_tick(config.model_copy(update={"resources": elsewhere}))
+    with pytest.raises(ConfigError, match=said):
+        rollback(NAME, 2, "", elsewhere)
+    assert not (undecided.folder / "store" / "other").exists()
+
+
+def test_a_rollback_of_nothing_leaves_nothing(undecided: Schedule) -> None:
+    resources = undecided.config().resources
+    for to in (None, 1):
+        with pytest.raises(ConfigError, match="nobody"):
+            rollback("nobody", to, "", resources)
+    assert not (undecided.folder / "store" / "retrain" / "nobody").exists()
+    nowhere = resources.model_copy(update={"storage_uri": str(undecided.folder / "nowhere")})
+    with pytest.raises(ConfigError, match="'nobody' has no champion"):
+        rollback("nobody", None, "", nowhere)
+    assert not (undecided.folder / "nowhere").exists()
+
+
 def test_an_alias_that_somebody_moved_is_put_back(undecided: Schedule) -> None:
     undecided.tick(BETTER)
     client = MlflowClient(undecided.uri, undecided.uri)
@@ -132,7 +226,7 @@ def test_an_alias_that_somebody_moved_is_put_back(undecided: Schedule) -> None:
 def test_who_was_overtaken_before_the_aliases_puts_them_where_the_last_decision_has_them(undecided: Schedule) -> None:
     undecided.tick(BETTER)
     late = undecided.decisions[1]  # as if its process had been stopped since, just before it moved the alias
-    decisions.show(undecided.uri, late)
+    decisions.show(undecided.uri, str(undecided.folder / "store"), late)
     assert undecided.aliases == {"champion": 1}
     Deciding(decisions.Decisions.of(NAME, undecided.config().resources), 1).put_aliases()  # which goes on like this
     assert undecided.aliases == MOVED

@@ -11,7 +11,7 @@ import pytest
 from mlflow.artifacts import load_text
 
 from pipeline.config.run import Config
-from pipeline.errors import ConfigError, FencedOffError, RunError
+from pipeline.errors import BusyError, ConfigError, FencedOffError, RunError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.retrain.decisions import Deciding, Decisions
 from pipeline.retrain.gate import Evidence
@@ -82,7 +82,7 @@ def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Sc
     assert schedule.aliases == {"champion": 3, "previous": 1}
     with pytest.raises(ConfigError, match="is the champion already"):
         rollback(NAME, 3, "again", schedule.config().resources)
-    with pytest.raises(ConfigError, match="tiny/9"):
+    with pytest.raises(ConfigError, match="tiny/9 is not in the registry"):
         rollback(NAME, 9, "none", schedule.config().resources)
     with pytest.raises(ConfigError, match="'nobody' has no champion"):
         rollback("nobody", None, "none", schedule.config().resources)
@@ -124,6 +124,9 @@ def test_of_several_recipes_validation_chooses_the_challenger(schedule: Schedule
     assert verdict.decision is not None
     assert verdict.decision.challenger == 3  # the second of the two
     assert len(verdict.decision.run_keys) == 2
+    other = runs.client_of(schedule.uri).get_model_version(NAME, "2")
+    assert other.tags["bitmill.decision"] == "rejected"
+    assert other.tags["bitmill.decision_reason"] == "version 3, of another recipe, is better on validation"
 
 
 def test_each_rule_can_decide(schedule: Schedule) -> None:
@@ -194,6 +197,16 @@ def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
         assert verdict.outcome == "busy"
         assert verdict.reason.startswith("The retraining of tiny is being run by process ")
         assert schedule.listeners == []
+
+
+def test_a_step_that_another_command_runs_is_no_busy_tick(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*given: Any) -> Any:
+        raise BusyError("The distill step 1f0c is being run by process 7.")
+
+    monkeypatch.setattr("pipeline.retrain.tick.run_plan", busy)
+    schedule.grow(2)
+    with pytest.raises(BusyError, match="The distill step"):
+        schedule.tick(BETTER)
 
 
 def test_a_tick_that_lost_its_lease_moves_nothing(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +349,13 @@ def test_a_configuration_without_the_section_is_refused(schedule: Schedule) -> N
 def test_a_recipe_of_no_path_is_refused(schedule: Schedule) -> None:
     with pytest.raises(ConfigError, match=r"retrain.recipes: 'distil.lr' is no path"):
         plan_tick(schedule.config({"distil.lr": 1}))
+
+
+@pytest.mark.parametrize("recipe", [{"register.name": "mine"}, {"register": {"name": "mine"}}])
+def test_a_recipe_for_another_name_is_refused(schedule: Schedule, recipe: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"recipes sets register\.name to 'mine', and one name has one champion"):
+        schedule.config(recipe)
+    schedule.config({"register": {"gate": {"max_perplexity_ratio": 2}}})
 
 
 def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedule: Schedule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,19 @@ import pytest
 from pipeline.errors import FencedOffError
 from pipeline.store.journal import Head, Journal
 from pipeline.store.objects import open_objects
+from tests.store.test_step_store import serve_s3
 
 
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(open_objects(str(tmp_path)), "retrain/chat/", "history of chat")
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with serve_s3() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["directory", "s3"])
+def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
+    place = str(tmp_path) if request.param == "directory" else request.getfixturevalue("bucket")
+    return Journal(open_objects(place), f"retrain/{tmp_path.name}/", "history of chat")
 
 
 def test_entries_are_read_from_the_last_one_back(journal: Journal) -> None:
@@ -26,6 +35,23 @@ def test_entries_are_read_from_the_last_one_back(journal: Journal) -> None:
     assert journal.claim(4).count == 3
     journal.append({"number": 3}, 4)
     assert [entry["number"] for entry in journal.entries()] == [3, 2, 1, 0]
+
+
+def test_what_was_told_is_not_told_again(journal: Journal) -> None:
+    journal.claim(1)
+    for number in range(3):
+        journal.append({"number": number}, 1)
+    assert journal.untold() == [(1, {"number": 0}), (2, {"number": 1}), (3, {"number": 2})]
+    journal.tell(2, 1)
+    assert journal.untold() == [(3, {"number": 2})]
+    journal.claim(2)
+    with pytest.raises(FencedOffError):
+        journal.tell(3, 1)
+    journal.append({"number": 3}, 2)
+    assert [number for number, _ in journal.untold()] == [3, 4]
+    journal.tell(4, 2)
+    assert journal.untold() == []
+    assert journal.head().count == 4
 
 
 def test_an_older_token_appends_nothing_once_a_newer_one_claimed(journal: Journal) -> None:
