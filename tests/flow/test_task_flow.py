@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,30 @@ from transformers import PreTrainedTokenizerFast
 
 import pipeline
 from jobs.evaluate import evaluate
+from pipeline.config.laid_over import laid_over
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow.plan import plan_run
+from pipeline.flow.plan import plan_run, plan_step
+from pipeline.flow.run import run_plan
+from pipeline.metrics import measure_of
 from pipeline.models.build import build, read_config
 from pipeline.models.family import family_for
 from pipeline.models.student import restore_frozen
 from pipeline.package.package import read_package
+from pipeline.retrain.gate import gains
+from pipeline.stages import contest
 from pipeline.stages.contest import document_digests
 from pipeline.stages.evaluate import SAMPLES, SCORED, student_of
 from pipeline.stages.scorer import SPANS_A_WORKER, Scorer, spans_of
 from pipeline.stages.stage import StepJob
-from pipeline.store.records import Evaluation, Tokens
+from pipeline.store.records import Contest, Evaluation, Package, Tokens
 from pipeline.store.shards import Rows, read_tokens
 from pipeline.tasks import task_of
 from pipeline.tasks.samples import PROMPTS, samples
 from pipeline.tasks.summarization import summaries
 from pipeline.tasks.tokenizers import read_tokenizer
-from tests.conftest import ARCHITECTURES, Ran
+from tests.conftest import ARCHITECTURES, Ran, Recorder
 from tests.stages.test_evaluate import CutEvaluation
 
 TRAINING = {"steps": 6, "batch_size": 4, "lr": 2e-3, "eval_every": 3}
@@ -107,6 +113,28 @@ def test_rows_are_told_apart_as_they_are_scored(finished_task: Ran) -> None:
     tokens, scored = finished_task.outcome.finished(Tokens), finished_task.outcome.finished(Evaluation)
     digests = [*document_digests(task_of(tokens.record.recipe), tokens, "test")]
     assert len(digests) == len(scored.read_json(Evaluation.DOCUMENTS)["tokens"])
+
+
+def test_a_champion_meets_a_challenger_in_the_measure_of_the_task(finished_task: Ran) -> None:
+    config, run = finished_task.plan.config, finished_task.plan
+    other = run_plan(plan_run(laid_over(config, {"quant.bits": "8-8-8"}), "pack"), Recorder())
+    champion, measure = other.finished(Package), measure_of(config.task.name)
+    stage = contest.against(champion.record.digest, champion.folder_uri, run.step(Tokens).key)
+    beside = plan_step(stage, run.pinned, {step.name: step for step in run.steps})
+    planned = [
+        replace(step, record=finished_task.record(step.name)) for step in run.steps if step.name in beside.inputs
+    ]
+    contested = run_plan(replace(run, steps=(*planned, beside)), Recorder()).finished(Contest)
+    ours, theirs = finished_task.outcome.finished(Evaluation), other.finished(Evaluation)
+    documents, rows = contested.read_json(Contest.DOCUMENTS), contested.read_json(Contest.ROWS)
+    for side, evaluation in (("challenger", ours), ("champion", theirs)):  # scored as each was by itself
+        assert documents[side] == pytest.approx(evaluation.read_json(Evaluation.DOCUMENTS)["student"])
+        assert rows[side] == evaluation.read_json(Evaluation.ROWS)["student"]
+    assert documents["champion"] != pytest.approx(documents["challenger"])
+    gained = gains(contested, config.task.name, 0.95)
+    assert gained["whole"].mean == pytest.approx(ours.record.student[measure] - theirs.record.student[measure])
+    assert gained["whole"].documents == len(rows["documents"]) == len(rows["champion"][measure])
+    assert gained.keys() == {"whole"}  # nothing is new to a champion of the same rows
 
 
 def test_the_package_writes_what_the_scored_student_wrote(finished_task: Ran) -> None:
