@@ -72,7 +72,12 @@ def registered_version(uri: str, name: str, version: int | None) -> Registered |
     try:
         there = _version_of(client, f"{name}@{CHAMPION}" if version is None else f"{name}/{version}")
     except MlflowException as error:
-        if version is None and error.error_code in (MISSING, "INVALID_PARAMETER_VALUE"):
+        if error.error_code not in (MISSING, "INVALID_PARAMETER_VALUE"):
+            raise ConfigError(
+                f"The registry at {uri!r} does not say which version of {name} is champion: "
+                f"{str(error).splitlines()[0]}. Give the command again when it does."
+            ) from error
+        if version is None:
             return None
         raise ConfigError(
             f"{name} has no champion: by its last decision it is version {version or '?'}, which the registry at "

@@ -182,6 +182,17 @@ def test_a_champion_that_was_deleted_is_replaced_by_a_rollback(undecided: Schedu
     assert undecided.tick(BETTER).champion == 1
 
 
+def test_a_registry_that_fails_is_no_registry_without_a_champion(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*asked: Any) -> Any:
+        raise MlflowException("out of connections")
+
+    monkeypatch.setattr(MlflowClient, "get_model_version", fails)
+    with pytest.raises(ConfigError, match="does not say which version of tiny is champion: out of connections"):
+        plan_tick(undecided.config(BETTER))
+
+
 def test_a_previous_champion_that_was_deleted_has_no_alias(undecided: Schedule) -> None:
     undecided.tick(BETTER)
     delete(undecided, 1)
