@@ -16,12 +16,18 @@ class TrainBpe(Closed):
     train_bpe: Annotated[int, Field(ge=257, le=1_000_000)]
 
 
+class TokenizerOf(Closed):
+    """The tokenizer of a step `tokenize` of the store, by the step's key: what one run learned, for others."""
+
+    of_step: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
 class Model(Closed):
     """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
     architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given."""
 
     source: str | dict[str, Any]
-    tokenizer: str | TrainBpe | None = None
+    tokenizer: str | TrainBpe | TokenizerOf | None = None
     family: str = "auto"
 
     @model_validator(mode="after")
@@ -32,7 +38,7 @@ class Model(Closed):
             if self.tokenizer is None:
                 raise ValueError(
                     "model.source is an architecture and brings no tokenizer; set model.tokenizer to a directory, "
-                    "a hub id or {train_bpe: 4096}"
+                    "a hub id, {train_bpe: 4096} or {of_step: KEY}"
                 )
         elif isinstance(self.tokenizer, TrainBpe):
             raise ValueError(
