@@ -144,7 +144,10 @@ def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule)
     assert "4 steps and temporary files went" in done.stderr
     assert json.loads(bitmill("gc", "--keep", "1", "--grace", "0", "--json").stdout)["garbage"] == []
     lineage = bitmill("lineage", f"{NAME}/1")
-    assert "not in this store any more: tokenize, finetune, cache, distill" in lineage.stderr
+    assert [line.partition("; ")[2] for line in lineage.stderr.splitlines() if "its files are gone" in line] == [
+        "its files are gone"
+    ] * 4
+    assert "data of train: 1 files" in lineage.stderr
 
 
 def test_the_report_of_a_run_shows_what_was_decided(bitmill: Command, undecided: Schedule, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.artifacts import load_text
+from rich.console import Console
 
+from jobs.schedule.lineage import lineage
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FencedOffError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
@@ -262,6 +265,19 @@ def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedul
     schedule.grow(3)
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "rejected"
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "unchanged"
+
+    console = Console(file=io.StringIO(), width=200)
+    first, third = (lineage(f"{NAME}/{number}", resources, console) for number in (1, 3))
+    assert (third["ancestors"], third["descendants"]) == (["tiny/2", "tiny/1"], [])
+    assert (first["ancestors"], {*first["descendants"]}) == ([], {"tiny/2", "tiny/3"})
+    text = str(schedule.folder / "text" / "2.jsonl")
+    (of_text,) = lineage(text, resources, console).values()
+    assert (of_text["versions"], of_text["trained_on_from_these"]) == ({"train": ["tiny/3"]}, [])
+    (of_text,) = lineage(text.replace("2.jsonl", "0.jsonl"), resources, console).values()
+    assert {*of_text["trained_on_from_these"]} == {"tiny/2", "tiny/3"}
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trained on from tiny/2, which was from tiny/1" in told
+    assert "trained on from this: tiny/" in told
 
 
 def test_text_that_comes_while_a_tick_trains_is_for_the_next_one(
