@@ -43,7 +43,10 @@ def history(
     name: ModelName,
     out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw measure and bytes over time.")] = None,
 ) -> dict[str, Any]:
-    """Show every decision on a name: who became champion when, and why. The report of a run shows them too."""
+    """Show every decision on a name: who became champion when, and why. The report of a run shows them too.
+
+    A tick that was `unchanged` or `busy` decided nothing, and is not among them.
+    """
     from jobs.schedule.history import history as run
 
     return run(name, out, resources, console)

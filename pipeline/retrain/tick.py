@@ -12,7 +12,7 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.config.laid_over import check_path, label, laid_over
 from pipeline.config.resources import Resources
 from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
-from pipeline.errors import BusyError, ConfigError, NotRegisteredError, RunError
+from pipeline.errors import BusyError, ConfigError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
@@ -31,6 +31,7 @@ from pipeline.metrics import measure_of
 from pipeline.retrain import gate
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
+from pipeline.retrain.hours import WorkerHours
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import tracking_uri
@@ -61,7 +62,7 @@ class Tick:
     @property
     def name(self) -> str:
         """Return the registered name."""
-        return self.config.register_.name or self.config.name
+        return name_of(self.config)
 
     @property
     def key(self) -> str:
@@ -87,8 +88,14 @@ class Verdict:
     decision: Decision | None = None
 
 
-def plan_tick(config: Config, force: bool = False) -> Tick:
+def name_of(config: Config) -> str:
+    """Return the name that a configuration registers under."""
+    return config.register_.name or config.name
+
+
+def plan_tick(config: Config, force: bool = False, decisions: Decisions | None = None) -> Tick:
     """Resolve a configuration into a tick, without starting Ray; with `force`, as if nothing had been decided.
+    `decisions` are those of its name, of which no more are read than it takes.
 
     Raises:
         ConfigError: no section `retrain`, text whose splits are not a document's own, a champion that challengers
@@ -99,9 +106,9 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
         raise ConfigError(
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
-    name = config.register_.name or config.name
-    made = [*Decisions.of(name, config.resources).all()]  # the last one first
-    last = made[0] if made else None
+    name = name_of(config)
+    decisions = decisions or Decisions.of(name, config.resources)
+    made, last = decisions.all(), decisions.last()  # the last one first
     crowned = None if last is None else last.champion
     champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
     plans = _challengers(config, once)
@@ -132,14 +139,19 @@ def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
     return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in laid)
 
 
-def _decided(tick: Tick, made: Sequence[Decision]) -> Decision | None:
+def _decided(tick: Tick, made: Iterable[Decision]) -> Decision | None:
     """Return what was decided on these challengers before: by a tick of this key, by that which made one of them the
-    champion, or, since a rollback, against any champion."""
+    champion, or, since a rollback, against any champion. One that worker-hours ended stands as long as no more are
+    allowed."""
     run_keys, key = set(tick.run_keys), tick.key
     version = None if tick.champion is None else tick.champion.version
+    most = tick.config.resources.max_worker_hours
     rolled_back = tick.last is not None and tick.last.decision == "rolled back"
 
     def decides(decision: Decision) -> bool:
+        capped = decision.max_worker_hours
+        if capped is not None and (most is None or most > capped):
+            return False
         crowned = decision.challenger == decision.champion == version is not None
         return decision.key == key or (run_keys.issubset(decision.run_keys) and (crowned or rolled_back))
 
@@ -208,11 +220,11 @@ def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
-    tick = plan_tick(config, force)
-    decisions = Decisions.of(tick.name, config.resources)
+    decisions = Decisions.of(name_of(config), config.resources)
+    plan_tick(config, force, decisions)  # what cannot work is said before anything is held
     try:
         with decisions.held() as deciding:
-            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
+            tick = plan_tick(config, force, decisions)  # aliases may have been put right, or moved meanwhile
             decision = tick.decided or _decide(tick, deciding, told, proves)
             if decision is None or decision == tick.decided:
                 return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
@@ -235,52 +247,64 @@ def _unchanged(decided: Decision | None) -> str:
     return f"nothing is new since {decided.at}, when the challenger was {decided.decision}: {decided.reason}"
 
 
-class _OverBudgetError(RunError):
-    """A tick used all worker-hours that it may."""
-
-
 def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
     alone was to be trained."""
-    engine, spent = Engine(tick.config.resources), 0.0
-    ran: list[tuple[RunPlan, Outcome]] = []
-    refused: list[str] = []
-    try:
-        for recipe, plan in tick.challengers:
-            with told(plan) as listener:
-                capped = _Capped(listener, tick.config.resources, spent)
-                try:
-                    ran.append((plan, run_plan(plan, capped, True, engine)))
-                except NotRegisteredError as error:
-                    refused.append(f"{recipe}: {error}")
-                except _OverBudgetError as error:
-                    return _decision(tick, "rejected", None, reason=str(error), worker_seconds=capped.spent_s)
-            spent = capped.spent_s
-            deciding.check()
-        if not ran:
-            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=spent)
-        champions = None if tick.champion is None else tick.champion.key
-        challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
-        if not challengers:
-            return None
-        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
-        plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
-        if tick.champion is None:
-            alone = {"challenger": outcome.finished(Evaluation).record.student}
-            facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
-            facts["decision"] = "promoted"
-        else:
-            facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
-        return _decision(
-            tick,
-            version=outcome.finished(ModelVersion).record.version,
-            run_key=plan.run_key,
-            packed_bytes=outcome.finished(Package).record.size.packed_bytes,
-            worker_seconds=spent,
-            **facts,
-        )
-    finally:
-        engine.close()
+    engine, version = Engine(tick.config.resources), None
+    with WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources) as hours:
+
+        def watched(plan: RunPlan) -> AbstractContextManager[Listener]:
+            return hours.watched(told(plan))
+
+        def proven(*given: Any) -> Evidence:
+            with hours.counted("the measurements of the gate"):
+                return proves(*given)
+
+        try:
+            ran, refused = _trained(tick, deciding, watched, engine)
+            if not ran:
+                return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=hours.spent_s)
+            champions = None if tick.champion is None else tick.champion.key
+            challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
+            if not challengers:
+                return None
+            scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
+            plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
+            version = outcome.finished(ModelVersion).record.version
+            if tick.champion is None:
+                alone = {"challenger": outcome.finished(Evaluation).record.student}
+                facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
+                facts["decision"] = "promoted"
+            else:
+                facts = _contested(tick, tick.champion, plan, outcome, engine, watched, proven)
+            return _decision(
+                tick,
+                version=version,
+                run_key=plan.run_key,
+                packed_bytes=outcome.finished(Package).record.size.packed_bytes,
+                worker_seconds=hours.spent_s,
+                **facts,
+            )
+        except OverBudgetError as error:
+            facts = {"worker_seconds": hours.spent_s, "max_worker_hours": hours.cap}
+            return _decision(tick, "rejected", version, reason=str(error), **facts)
+        finally:
+            engine.close()
+
+
+def _trained(
+    tick: Tick, deciding: Deciding, told: Tells, engine: Engine
+) -> tuple[list[tuple[RunPlan, Outcome]], list[str]]:
+    """Train the challengers; return those that were registered, and of the others why they were not."""
+    ran, refused = list[tuple[RunPlan, Outcome]](), list[str]()
+    for recipe, plan in tick.challengers:
+        with told(plan) as listener:
+            try:
+                ran.append((plan, run_plan(plan, listener, True, engine)))
+            except NotRegisteredError as error:
+                refused.append(f"{recipe}: {error}")
+        deciding.check()
+    return ran, refused
 
 
 def _contested(
@@ -332,25 +356,3 @@ def _decision(tick: Tick, decision: str, version: int | None, **facts: Any) -> D
             **facts,
         }
     )
-
-
-class _Capped:
-    """Passes a run on to another listener; stops a tick that has used its worker-hours before a further stage."""
-
-    def __init__(self, listener: Listener, resources: Resources, spent_s: float) -> None:
-        self._listener, self._resources, self.spent_s = listener, resources, spent_s
-        self.advanced, self.measured, self.waiting = listener.advanced, listener.measured, listener.waiting
-
-    def started(self, stage: str) -> None:
-        most = self._resources.max_worker_hours
-        if most is not None and self.spent_s >= 3600 * most:
-            raise _OverBudgetError(
-                f"before {stage} the tick had used {self.spent_s / 3600:.3g} worker-hours of the {most:g} that "
-                "resources.max_worker_hours allows"
-            )
-        self._listener.started(stage)
-
-    def finished(self, stage: str, status: str, seconds: float) -> None:
-        if status == "done":
-            self.spent_s += seconds * max(1, self._resources.workers)
-        self._listener.finished(stage, status, seconds)

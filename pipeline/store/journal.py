@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import FencedOffError
@@ -38,6 +38,7 @@ class Journal:
     objects: Objects
     folder: str
     title: str
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # entries, by name
 
     def head(self) -> Head:
         """Return the head as it is now."""
@@ -47,12 +48,13 @@ class Journal:
             return Head()
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield the entries, the last one first."""
+        """Yield the entries, the last one first; each is read once, when it is asked for."""
         name = self.head().last
         while name is not None:
-            entry = json.loads(self.objects.read(self.folder + name))
-            yield entry["entry"]
-            name = entry["before"]
+            if name not in self._read:
+                self._read[name] = json.loads(self.objects.read(self.folder + name))
+            yield self._read[name]["entry"]
+            name = self._read[name]["before"]
 
     def claim(self, fence: int) -> Head:
         """Return the head, which from now on only this token or a newer one moves. Raises FencedOffError: a newer one

@@ -15,10 +15,11 @@ from jobs.schedule.lineage import lineage
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FencedOffError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
-from pipeline.retrain.decisions import Deciding, Decisions
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.objects import Directory
 from pipeline.store.records import Student, Tokens
 from pipeline.tracking import runs
 from pipeline.tracking.registry import registered_version
@@ -149,19 +150,6 @@ def test_each_rule_can_decide(schedule: Schedule) -> None:
     assert schedule.tick(BETTER, gate={"max_latency_ms": 2, "exports": ["onnx"]}).outcome == "promoted"
 
 
-def test_a_tick_over_its_worker_hours_ends_as_rejected(schedule: Schedule) -> None:
-    schedule.grow(2)
-    config = schedule.config(BETTER)
-    capped = config.model_copy(update={"resources": config.resources.model_copy(update={"max_worker_hours": 1e-6})})
-
-    verdict = run_tick(capped, schedule.told, lambda *asked: Evidence())
-    assert verdict.outcome == "rejected"
-    assert verdict.reason.startswith("before finetune the tick had used")
-    assert verdict.decision is not None
-    assert verdict.decision.challenger is None
-    assert schedule.aliases == {"champion": 1}
-
-
 def test_a_student_that_registration_refuses_is_rejected(schedule: Schedule) -> None:
     schedule.grow(2)
     config = schedule.config(SPOILT).model_dump(mode="json", by_alias=True)
@@ -195,6 +183,29 @@ def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
         assert verdict.outcome == "busy"
         assert verdict.reason.startswith("The retraining of tiny is being run by process ")
         assert schedule.listeners == []
+
+
+def test_a_tick_reads_no_more_decisions_than_it_takes_and_each_once(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    read = Directory.read
+
+    def counted(self: Directory, name: str) -> bytes:
+        seen.extend([name] if "/entries/" in name else [])
+        return read(self, name)
+
+    monkeypatch.setattr(Directory, "read", counted)
+    for _ in range(2):
+        assert schedule.tick().outcome == "unchanged"
+        assert len(seen) == 1  # the last one decided on it
+        seen.clear()
+    with Decisions.of(NAME, schedule.config().resources).held() as deciding:
+        for _ in range(3):
+            deciding.append(Decision(decision="rejected", reason="a test", name=NAME, at=now(), champion=1))
+    seen.clear()
+    assert schedule.tick().outcome == "unchanged"
+    assert len(seen) == len(set(seen)) == 4
 
 
 def test_a_tick_that_lost_its_lease_moves_nothing(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
