@@ -34,8 +34,8 @@ class WorkerHours:
         self._workers = max(1, resources.workers)
         self._objects, folder = open_objects(storage_uri(resources)), f"retrain/{name}/hours/{key}/"
         self._object = f"{folder}{fence}.json"
-        kept = (json.loads(self._objects.read(name)) for name in self._objects.sizes(folder) if name != self._object)
-        self._earlier_s = sum(float(attempt["worker_seconds"]) for attempt in kept)
+        others = [other for other in self._objects.sizes(folder) if other != self._object]
+        self._earlier_s = sum(float(json.loads(self._objects.read(other))["worker_seconds"]) for other in others)
         self._ours_s, self._kept_at = 0.0, monotonic()
         self._since: float | None = None  # None: the clock stands
 
