@@ -16,18 +16,13 @@ class TrainBpe(Closed):
     train_bpe: Annotated[int, Field(ge=257, le=1_000_000)]
 
 
-class TokenizerOf(Closed):
-    """The tokenizer of a step `tokenize` of the store, by the step's key: what one run learned, for others."""
-
-    of_step: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-
-
 class Model(Closed):
     """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
-    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given."""
+    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given: a directory, a
+    hub id, one to be learned, or `step://KEY`, what the step `tokenize` of that key, in the store, read or learned."""
 
     source: str | dict[str, Any]
-    tokenizer: str | TrainBpe | TokenizerOf | None = None
+    tokenizer: str | TrainBpe | None = None
     family: str = "auto"
 
     @model_validator(mode="after")
@@ -38,7 +33,7 @@ class Model(Closed):
             if self.tokenizer is None:
                 raise ValueError(
                     "model.source is an architecture and brings no tokenizer; set model.tokenizer to a directory, "
-                    "a hub id, {train_bpe: 4096} or {of_step: KEY}"
+                    "a hub id or {train_bpe: 4096}"
                 )
         elif isinstance(self.tokenizer, TrainBpe):
             raise ValueError(

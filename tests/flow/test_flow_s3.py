@@ -50,7 +50,7 @@ def test_what_a_run_learned_is_read_by_workers_with_caches_of_their_own(tmp_path
     monkeypatch.setenv("HOME", str(tmp_path / "driver"))
     with serve_s3() as bucket:
         first = run_flow(config({"train_bpe": 300}, 0.05), "tokenize").outcome.steps["tokenize"]
-        plan = plan_run(config({"of_step": first.record.key}, 0.1), "tokenize")
+        plan = plan_run(config(f"step://{first.record.key}", 0.1), "tokenize")
         assert plan.left
         shutil.rmtree(tmp_path / "driver")
         monkeypatch.setenv("HOME", str(tmp_path / "worker"))
@@ -58,5 +58,8 @@ def test_what_a_run_learned_is_read_by_workers_with_caches_of_their_own(tmp_path
         assert learned(second) == learned(first)
         assert second.record.recipe["tokenizer"].keys() == {"content"}
         assert {path.name for path in tmp_path.iterdir()} == {"worker"}
-        with pytest.raises(ConfigError, match=r"of_step: 0+\}, and the store has no such step at s3://"):
-            plan_run(config({"of_step": "0" * 32}, 0.1), "tokenize")
+        for key in ("0" * 32, f"../{first.record.key}"):
+            with pytest.raises(
+                ConfigError, match=f"'step://{key}', and the store s3://.* has no step tokenize of that"
+            ):
+                plan_run(config(f"step://{key}", 0.1), "tokenize")

@@ -144,7 +144,7 @@ def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule)
     assert "4 steps and temporary files went" in done.stderr
     assert json.loads(bitmill("gc", "--keep", "1", "--grace", "0", "--json").stdout)["garbage"] == []
     gone = bitmill("report", undecided.decisions[-1].run_key, "--out", "nowhere.html")
-    assert (gone.exit_code, "its package and scores are kept" in gone.stderr) == (2, True)
+    assert (gone.exit_code, "keeps its package and scores alone" in gone.stderr) == (2, True)
     lineage = bitmill("lineage", f"{NAME}/1")
     assert [line.partition("; ")[2] for line in lineage.stderr.splitlines() if "its files are gone" in line] == [
         "its files are gone"
