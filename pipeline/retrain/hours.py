@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
-from types import TracebackType
 
 from pipeline.config.resources import Resources
 from pipeline.errors import OverBudgetError
+from pipeline.flow.plan import RunPlan
 from pipeline.store.lease import Owner
 from pipeline.store.locations import storage_uri
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Point
 from pipeline.tracking.listener import Listener
 
+Tells = Callable[[RunPlan], contextlib.AbstractContextManager[Listener]]  # the listener of one run
 KEEP_S = 15.0  # at most, between two times that an attempt writes down what it used: so much is lost if it is killed
 
 
 class WorkerHours:
-    """A clock that runs while a tick works, times the workers that work is given to. What was counted is kept on
-    exit."""
+    """A clock that runs while a tick works, times the workers that work is given to."""
 
     def __init__(self, name: str, key: str, fence: int, resources: Resources) -> None:
         self.cap = resources.max_worker_hours
@@ -38,14 +38,6 @@ class WorkerHours:
         self._earlier_s = sum(float(json.loads(self._objects.read(other))["worker_seconds"]) for other in others)
         self._ours_s, self._kept_at = 0.0, monotonic()
         self._since: float | None = None  # None: the clock stands
-
-    def __enter__(self) -> WorkerHours:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def spent_s(self) -> float:
@@ -87,14 +79,18 @@ class WorkerHours:
         finally:
             self.stop()
 
-    @contextlib.contextmanager
-    def watched(self, told: contextlib.AbstractContextManager[Listener]) -> Iterator[Listener]:
-        """Yield a listener to a run that passes everything on, and counts the stages that run."""
-        with told as listener:
-            try:
-                yield _Counting(listener, self)
-            finally:
-                self.stop()
+    def watched(self, told: Tells) -> Tells:
+        """Return what gives the listener of a run that passes everything on to another, and counts the stages."""
+
+        @contextlib.contextmanager
+        def watching(plan: RunPlan) -> Iterator[Listener]:
+            with told(plan) as listener:
+                try:
+                    yield _Counting(listener, self)
+                finally:
+                    self.stop()
+
+        return watching
 
 
 class _Counting:

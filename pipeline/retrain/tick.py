@@ -13,7 +13,6 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +30,7 @@ from pipeline.metrics import measure_of
 from pipeline.retrain import gate
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
-from pipeline.retrain.hours import WorkerHours
+from pipeline.retrain.hours import Tells, WorkerHours
 from pipeline.sources.models import STEP
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
@@ -39,12 +38,10 @@ from pipeline.store.locations import tracking_uri
 from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tracking import registry
-from pipeline.tracking.listener import Listener
 from pipeline.tracking.registry import Registered
 
 VERSION = 1  # of what a tick decides by
 Proves = Callable[[Config, FinishedStep[Package], ModelVersion], Evidence]
-Tells = Callable[[RunPlan], AbstractContextManager[Listener]]  # the listener of one run
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Tick:
     @property
     def name(self) -> str:
         """Return the registered name."""
-        return name_of(self.config)
+        return self.config.register_.name or self.config.name
 
     @property
     def key(self) -> str:
@@ -89,14 +86,8 @@ class Verdict:
     decision: Decision | None = None
 
 
-def name_of(config: Config) -> str:
-    """Return the name that a configuration registers under."""
-    return config.register_.name or config.name
-
-
-def plan_tick(config: Config, force: bool = False, decisions: Decisions | None = None) -> Tick:
+def plan_tick(config: Config, force: bool = False) -> Tick:
     """Resolve a configuration into a tick, without starting Ray; with `force`, as if nothing had been decided.
-    `decisions` are those of its name, of which no more are read than it takes.
 
     Raises:
         ConfigError: no section `retrain`, text whose splits are not a document's own, a champion that challengers
@@ -107,9 +98,9 @@ def plan_tick(config: Config, force: bool = False, decisions: Decisions | None =
         raise ConfigError(
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
-    name = name_of(config)
-    decisions = decisions or Decisions.of(name, config.resources)
-    made, last = decisions.all(), decisions.last()  # the last one first
+    name = config.register_.name or config.name
+    decisions = Decisions.of(name, config.resources)
+    made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
     crowned = None if last is None else last.champion
     champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
     plans = _challengers(config, once)
@@ -221,11 +212,11 @@ def run_tick(config: Config, told: Tells, proves: Proves, force: bool = False) -
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
-    decisions = Decisions.of(name_of(config), config.resources)
-    plan_tick(config, force, decisions)  # what cannot work is said before anything is held
+    tick = plan_tick(config, force)
+    decisions = Decisions.of(tick.name, config.resources)
     try:
         with decisions.held() as deciding:
-            tick = plan_tick(config, force, decisions)  # aliases may have been put right, or moved meanwhile
+            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
             decision = tick.decided or _decide(tick, deciding, told, proves)
             if decision is None or decision == tick.decided:
                 return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
@@ -251,61 +242,47 @@ def _unchanged(decided: Decision | None) -> str:
 def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
     alone was to be trained."""
+    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources)
+    told, proves = hours.watched(told), hours.counted("the measurements of the gate")(proves)
     engine, version = Engine(tick.config.resources), None
-    with WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources) as hours:
-
-        def watched(plan: RunPlan) -> AbstractContextManager[Listener]:
-            return hours.watched(told(plan))
-
-        def proven(*given: Any) -> Evidence:
-            with hours.counted("the measurements of the gate"):
-                return proves(*given)
-
-        try:
-            ran, refused = _trained(tick, deciding, watched, engine)
-            if not ran:
-                return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=hours.spent_s)
-            champions = None if tick.champion is None else tick.champion.key
-            challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
-            if not challengers:
-                return None
-            scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
-            plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
-            version = outcome.finished(ModelVersion).record.version
-            if tick.champion is None:
-                alone = {"challenger": outcome.finished(Evaluation).record.student}
-                facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
-                facts["decision"] = "promoted"
-            else:
-                facts = _contested(tick, tick.champion, plan, outcome, engine, watched, proven)
-            return _decision(
-                tick,
-                version=version,
-                run_key=plan.run_key,
-                packed_bytes=outcome.finished(Package).record.size.packed_bytes,
-                worker_seconds=hours.spent_s,
-                **facts,
-            )
-        except OverBudgetError as error:
-            facts = {"worker_seconds": hours.spent_s, "max_worker_hours": hours.cap}
-            return _decision(tick, "rejected", version, reason=str(error), **facts)
-        finally:
-            engine.close()
-
-
-def _trained(
-    tick: Tick, deciding: Deciding, told: Tells, engine: Engine
-) -> tuple[list[tuple[RunPlan, Outcome]], list[str]]:
-    """Train the challengers; return those that were registered, and of the others why they were not."""
-    ran, refused = list[tuple[RunPlan, Outcome]](), list[str]()
-    for recipe, plan in tick.challengers:
-        with told(plan) as listener:
-            try:
-                ran.append((plan, run_plan(plan, listener, True, engine)))
-            except NotRegisteredError as error:
-                refused.append(f"{recipe}: {error}")
-        deciding.check()
-    return ran, refused
+    ran: list[tuple[RunPlan, Outcome]] = []
+    refused: list[str] = []
+    try:
+        for recipe, plan in tick.challengers:
+            with told(plan) as listener:
+                try:
+                    ran.append((plan, run_plan(plan, listener, True, engine)))
+                except NotRegisteredError as error:
+                    refused.append(f"{recipe}: {error}")
+            deciding.check()
+        if not ran:
+            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=hours.spent_s)
+        champions = None if tick.champion is None else tick.champion.key
+        challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
+        if not challengers:
+            return None
+        scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
+        plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
+        version = outcome.finished(ModelVersion).record.version
+        if tick.champion is None:
+            alone = {"challenger": outcome.finished(Evaluation).record.student}
+            facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
+            facts["decision"] = "promoted"
+        else:
+            facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
+        return _decision(
+            tick,
+            version=version,
+            run_key=plan.run_key,
+            packed_bytes=outcome.finished(Package).record.size.packed_bytes,
+            worker_seconds=hours.spent_s,
+            **facts,
+        )
+    except OverBudgetError as error:
+        facts = {"worker_seconds": hours.spent_s, "max_worker_hours": hours.cap}
+        return _decision(tick, "rejected", version, reason=str(error), **facts)
+    finally:
+        engine.close()
 
 
 def _contested(

@@ -76,9 +76,9 @@ def _tokenizer_of(key: str, resources: Resources) -> ModelSource:
     record = step_dir.record(Tokens) if re.fullmatch(f"[0-9a-f]{{{KEY_DIGITS}}}", key) else None
     if record is None:
         raise ConfigError(
-            f"model.tokenizer is {STEP + key!r}, and the store {step_dir.storage_uri} has no step {Tokens.stage} of that"
-            " key, or no longer. Set resources.storage_uri to the store that it was made in, or model.tokenizer to a "
-            "directory."
+            f"model.tokenizer is {STEP + key!r}, and the store {step_dir.storage_uri} has no step {Tokens.stage} of "
+            "that key, or no longer. Set resources.storage_uri to the store that it was made in, or model.tokenizer to "
+            "a directory."
         )
     step = FinishedStep(record, step_dir)
     files = {Path(name).name: stored.sha256 for name, stored in record.files.items()}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import FencedOffError
@@ -38,7 +39,6 @@ class Journal:
     objects: Objects
     folder: str
     title: str
-    _read: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # entries, by name
 
     def head(self) -> Head:
         """Return the head as it is now."""
@@ -48,13 +48,12 @@ class Journal:
             return Head()
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield the entries, the last one first; each is read once, when it is asked for."""
+        """Yield the entries, the last one first."""
         name = self.head().last
         while name is not None:
-            if name not in self._read:
-                self._read[name] = json.loads(self.objects.read(self.folder + name))
-            yield self._read[name]["entry"]
-            name = self._read[name]["before"]
+            entry = _entry(self.objects.read, self.folder + name)
+            yield entry["entry"]
+            name = entry["before"]
 
     def claim(self, fence: int) -> Head:
         """Return the head, which from now on only this token or a newer one moves. Raises FencedOffError: a newer one
@@ -88,3 +87,10 @@ class Journal:
 
     def _fenced_off(self, head: Head) -> FencedOffError:
         return FencedOffError(f"The {self.title} is no longer ours: its attempt {head.fence} took it over.")
+
+
+@lru_cache(maxsize=4096)
+def _entry(read: Callable[[str], bytes], name: str) -> dict[str, Any]:
+    """Return an entry with the name of the one before; neither ever changes."""
+    entry: dict[str, Any] = json.loads(read(name))
+    return entry

@@ -19,6 +19,7 @@ from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.journal import _entry
 from pipeline.store.objects import Directory
 from pipeline.store.records import Student, Tokens
 from pipeline.tracking import runs
@@ -185,29 +186,6 @@ def test_a_second_tick_meanwhile_is_busy(schedule: Schedule) -> None:
         assert schedule.listeners == []
 
 
-def test_a_tick_reads_no_more_decisions_than_it_takes_and_each_once(
-    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    read = Directory.read
-
-    def counted(self: Directory, name: str) -> bytes:
-        seen.extend([name] if "/entries/" in name else [])
-        return read(self, name)
-
-    monkeypatch.setattr(Directory, "read", counted)
-    for _ in range(2):
-        assert schedule.tick().outcome == "unchanged"
-        assert len(seen) == 1  # the last one decided on it
-        seen.clear()
-    with Decisions.of(NAME, schedule.config().resources).held() as deciding:
-        for _ in range(3):
-            deciding.append(Decision(decision="rejected", reason="a test", name=NAME, at=now(), champion=1))
-    seen.clear()
-    assert schedule.tick().outcome == "unchanged"
-    assert len(seen) == len(set(seen)) == 4
-
-
 def test_a_tick_that_lost_its_lease_moves_nothing(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule.grow(2)
     check, resources = Deciding.check, schedule.config().resources
@@ -323,3 +301,26 @@ def test_a_first_tick_that_is_rejected_leaves_the_name_free(
     half = first.tick(recipes=[{"distill.seed": 1}, refused], gate={"min_gain": 0.5})
     assert (half.outcome, half.champion) == ("promoted", 1)
     assert first.aliases == {"champion": 1}
+
+
+def test_a_tick_reads_no_more_decisions_than_it_takes_and_each_once(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    read = Directory.read
+
+    def counted(self: Directory, name: str) -> bytes:
+        seen.extend([name] if "/entries/" in name else [])
+        return read(self, name)
+
+    monkeypatch.setattr(Directory, "read", counted)
+    _entry.cache_clear()  # as in a process of its own
+    assert schedule.tick().outcome == "unchanged"
+    assert len(seen) == 1  # the last one decided on it
+    with Decisions.of(NAME, schedule.config().resources).held() as deciding:
+        for _ in range(3):
+            deciding.append(Decision(decision="rejected", reason="a test", name=NAME, at=now(), champion=1))
+    seen.clear()
+    _entry.cache_clear()
+    assert schedule.tick().outcome == "unchanged"
+    assert len(seen) == len(set(seen)) == 4
