@@ -31,16 +31,22 @@ from pipeline.tracking.runs import sqlite_file
 
 CONFIG_FILE = "config.yaml"
 LIMIT_BYTES = 8 * 2**20  # of what is sent: code and a configuration are about 1 MiB
+ANOTHER_ID = "give --id another name"
+REPEATED = ("retrain",)  # commands that do something else the next time
 CODE = {".py", ".html", ".js"}  # what an installed package holds; figures and tables of benchmarks stay here
+TEXTS = ("data.source", "data.validation", "data.test")
+MODELS = ("model.source", "model.tokenizer")  # where they are directories
 KIB = 2**10
 
 
 class Submission(NamedTuple):
-    """What is to be sent: the job's id, its arguments behind `bitmill`, and the content of its files by their paths."""
+    """What is to be sent: the job's id, its arguments behind `bitmill`, and the content of its files by their paths.
+    `repeats`: once the job of this id has ended, the same is run again, under the id with a number."""
 
     id: str
     arguments: tuple[str, ...]
     files: dict[str, bytes]
+    repeats: bool = False
 
     @property
     def entrypoint(self) -> str:
@@ -54,7 +60,8 @@ class Submission(NamedTuple):
 
 
 def prepare(command: str, config: Config, options: Sequence[str], job_id: str | None, day: str) -> Submission:
-    """Return what `bitmill COMMAND CONFIG OPTIONS` takes on a cluster; without an id, one of the day and the content.
+    """Return what `bitmill COMMAND CONFIG OPTIONS` takes on a cluster; without an id, one of the day and the content,
+    which a tick, that is to be run again, repeats.
 
     Raises:
         ConfigError: the id is none, the files are too many bytes, or a URI holds a password.
@@ -76,28 +83,28 @@ def prepare(command: str, config: Config, options: Sequence[str], job_id: str | 
             f"KiB is the limit: configuration and code alone belong there. The largest: {listed}. Take them out of "
             f"{Path(pipeline.__file__).parents[1]}."
         )
+    repeats = job_id is None and command in REPEATED
     job_id = job_id or f"{command}-{config.name}-{day}-{_digest(arguments, content)[:8]}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", job_id):
         raise ConfigError(
             f"--id is {job_id!r}; valid: up to 128 letters, digits, '.', '_' and '-', the first a letter or digit, "
             "such as NAME-2026-11-27"
         )
-    return Submission(job_id, arguments, files)
+    return Submission(job_id, arguments, files, repeats)
 
 
 def sent_fields(config: Config) -> dict[str, Any]:
     """Return the fields of a configuration that means on the cluster what it means here: paths are absolute, the store
     and the registry are those of here, and Ray is the cluster's own. No user or password is in it."""
     fields = config.model_dump(mode="json", by_alias=True)
-    data, model, places = fields["data"], fields["model"], fields["resources"]
-    for knob, source in data.items():
-        if knob in ("source", "validation", "test") and source is not None and "://" not in source:
-            data[knob] = os.path.abspath(source)
-    for knob in ("source", "tokenizer"):
-        if isinstance(model[knob], str) and Path(model[knob]).expanduser().is_dir():
-            model[knob] = os.path.abspath(Path(model[knob]).expanduser())
-    if fields["retrain"] is not None:
-        fields["retrain"]["on_decision"] = None  # a command of this machine, which may have a secret in it
+    places = fields["resources"]
+    fields |= {section: _of_here(section, fields[section]) for section in ("data", "model")}
+    if (retrain := fields["retrain"]) is not None:
+        retrain["on_decision"] = None  # a command of this machine, which may have a secret in it
+        retrain["recipes"] = [{path: _of_here(path, v) for path, v in recipe.items()} for recipe in retrain["recipes"]]
+    if (sweep := fields["sweep"]) is not None:
+        for path, values in sweep["space"].items():
+            sweep["space"][path] = [_of_here(path, v) for v in values] if isinstance(values, list) else values
     del places["ray_address"]
     places["storage_uri"] = storage_uri(config.resources.model_copy(update={"namespace": None}))
     registry = tracking_uri(config.resources)
@@ -105,6 +112,20 @@ def sent_fields(config: Config) -> dict[str, Any]:
     if (scratch := places["local_cache_dir"]) is not None and not scratch.startswith("~"):  # each machine's own
         places["local_cache_dir"] = os.path.abspath(scratch)
     return fields
+
+
+def _of_here(path: str, value: Any) -> Any:
+    """Return the value of a section or of a setting, by its dotted path, with paths of files as the commands resolve
+    them, from the working directory; absolute."""
+    if isinstance(value, dict) and "." not in path:
+        return {knob: _of_here(f"{path}.{knob}", each) for knob, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    if path in TEXTS and "://" not in value:
+        return os.path.abspath(value)
+    if path in MODELS and Path(value).expanduser().is_dir():
+        return os.path.abspath(Path(value).expanduser())
+    return value
 
 
 def code_files() -> dict[str, bytes]:
@@ -119,11 +140,12 @@ def code_files() -> dict[str, bytes]:
 
 
 def submit(
-    submission: Submission, config: Config, address: str, console: Console, *, to_attach: str, to_stop: str
+    submission: Submission, config: Config, address: str, console: Console, commands_of: Callable[[str], Sequence[str]]
 ) -> Any:
     """Run a submission, or attach to the job that has its id; return the document of the job's `--json`.
 
-    An interrupt leaves the job to itself, and says the commands by which to attach to it and to stop it.
+    An interrupt leaves the job to itself, and says the commands by which to attach to it and to stop it, which
+    `commands_of` returns for the job's id.
 
     Raises:
         ConfigError: the job ended with exit status 2, or another one has its id.
@@ -132,40 +154,44 @@ def submit(
     for caution in cautions(config):
         console.print(caution, style="yellow")
     cluster = Jobs(address, console.print, os.environ)
+    job_id = cluster.next_id(submission.id) if submission.repeats else submission.id
+    again = "give the command again" if submission.repeats else ANOTHER_ID
     with tempfile.TemporaryDirectory() as folder:
         for name, content in submission.files.items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         metadata = {"bitmill": submission.digest}
-        before = cluster.hand_over(submission.id, submission.entrypoint, Path(folder), metadata)
+        before = cluster.hand_over(job_id, submission.entrypoint, Path(folder), metadata)
     if before is None:
-        console.print(f"job {submission.id}: handed over to {cluster.address}")
+        console.print(f"job {job_id}: handed over to {cluster.address}")
     elif before == metadata:
         console.print(
-            f"job {submission.id}: {cluster.address} has it already, and it is not run a second time. This is its log; "
-            "to run the same again once it has ended, give --id another name."
+            f"job {job_id}: {cluster.address} has it already, and it is not run a second time. This is its log; "
+            f"to run the same again once it has ended, {again}."
         )
     else:
         raise ConfigError(
-            f"The cluster at {cluster.address} has a job {submission.id} already, of another command or configuration; "
+            f"The cluster at {cluster.address} has a job {job_id} already, of another command or configuration; "
             "nothing was run. Give --id a name that is not taken, or what that job was given."
         )
     log = Log(lambda line: console.out(line, end="", highlight=False))
     try:
-        end = cluster.follow(submission.id, log.take)
+        end = cluster.follow(job_id, log.take)
     except KeyboardInterrupt:
+        to_attach, to_stop = commands_of(job_id)
         console.print(
-            f"\ndetached: the job {submission.id} goes on.\nFollow it again: {to_attach}\nStop it: {to_stop}",
+            f"\ndetached: the job {job_id} goes on.\nFollow it again: {to_attach}\nStop it: {to_stop}",
             soft_wrap=True,
         )
         raise
     log.close()
-    return outcome(submission.id, end, log.document)
+    return outcome(job_id, end, log.document, again)
 
 
-def outcome(job_id: str, end: JobEnd, document: str) -> Any:
-    """Return the document of a job that ended as a command that found something or nothing. Raises as `submit`."""
+def outcome(job_id: str, end: JobEnd, document: str, again: str) -> Any:
+    """Return the document of a job that ended as a command that found something or nothing; `again` says how to run the
+    same once more. Raises as `submit`."""
     if end.exit_status in (0, Exit.NOTHING) and end.status != "STOPPED":
         try:
             return json.loads(document)
@@ -174,23 +200,24 @@ def outcome(job_id: str, end: JobEnd, document: str) -> Any:
                 return None
             raise RunError(
                 f"The job {job_id} succeeded, and its document is not in what could be read of its log. What it made "
-                "is kept, and says so again under another --id."
+                f"is kept; to have it said again, {again}."
             ) from None
     if end.status == "STOPPED":
-        raise RunError(f"The job {job_id} was stopped; what was committed is kept. To go on, give --id another name.")
+        raise RunError(f"The job {job_id} was stopped; what was committed is kept. To go on, {again}.")
     if end.exit_status == Exit.USAGE:
         raise ConfigError(f"The job {job_id} ended with exit status 2: its log, above, says what to change.")
     if end.exit_status is None:  # it never ran, or its node is gone
         raise RunError(f"The job {job_id} failed: {last_line(end.message)} What was committed is kept.")
     raise RunError(
         f"The job {job_id} failed with exit status {end.exit_status}: its log, above, says why. What was committed is "
-        "kept; to go on, give --id another name."
+        f"kept; to go on, {again}."
     )
 
 
-def stop(job_id: str, address: str, console: Console) -> dict[str, Any]:
-    """Have a job end and wait for it; return nothing if there is none."""
+def stop(submission: Submission, address: str, console: Console) -> dict[str, Any]:
+    """Have the job of a submission end and wait for it; return nothing if there is none."""
     cluster = Jobs(address, console.print, os.environ)
+    job_id = cluster.next_id(submission.id) if submission.repeats else submission.id
     try:
         end = cluster.stop(job_id)
     except LookupError:

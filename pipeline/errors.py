@@ -37,6 +37,10 @@ class NotRegisteredError(RunError):
     """A student failed the gate; its package is kept."""
 
 
+class OverBudgetError(RunError):
+    """As many worker-hours were used as may be; what was committed is kept."""
+
+
 class BusyError(RunError):
     """Another live process runs this step and the caller did not want to wait."""
 

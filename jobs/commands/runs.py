@@ -140,7 +140,7 @@ def submit(
         typer.Option(
             "--id",
             help="The job's name, which runs once, such as NAME-2026-11-27.  [default: command, name of the "
-            "configuration, day in UTC, digest of what is submitted]",
+            "configuration, day in UTC, digest of what is submitted; of retrain with a number once that has ended]",
             show_default=False,
         ),
     ] = None,
@@ -151,7 +151,8 @@ def submit(
 
     An id runs once. The same command again, from a second terminal, a cron that retries or after Ctrl-C, attaches to
     the job, whether it runs or has ended; the job itself needs nobody. A cut connection is made again, and the log goes
-    on where it was.
+    on where it was. Without --id a tick of `retrain` is run again once the last one has ended; from cron give each an
+    id by its time, so that one that is given twice is run once: `--id NAME-$(date -u +%Y-%m-%dT%H)` every hour.
 
     Sent are the configuration, with --set, --bits and --preset applied, and this code (`--plan` lists it); no data, no
     store, no password. Paths are those of here: let the cluster share them, or use s3:// and hf://. Keys for S3 and
@@ -172,11 +173,13 @@ def submit(
     if address is None:
         raise ConfigError("--address is missing: the URL of a Ray cluster's dashboard, such as http://HEAD:8265.")
     if stop:
-        return job.stop(submission.id, address, console)
-    this = ["bitmill", "submit", name, config, "--address", address, "--id", submission.id]
-    to_attach = redacted(shlex.join([*this, *(["--", *options] if options else [])]))
-    to_stop = shlex.join([*this, "--stop"])
-    return job.submit(submission, loaded, address, console, to_attach=to_attach, to_stop=to_stop)
+        return job.stop(submission, address, console)
+
+    def commands_of(job_id: str) -> tuple[str, str]:
+        this = ["bitmill", "submit", name, config, "--address", address, "--id", job_id]
+        return redacted(shlex.join([*this, *(["--", *options] if options else [])])), shlex.join([*this, "--stop"])
+
+    return job.submit(submission, loaded, address, console, commands_of)
 
 
 def _parsed(name: str, config: str, options: list[str]) -> tuple[dict[str, Any], list[str]]:

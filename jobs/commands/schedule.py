@@ -43,7 +43,10 @@ def history(
     name: ModelName,
     out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw measure and bytes over time.")] = None,
 ) -> dict[str, Any]:
-    """Show every decision on a name: who became champion when, and why. The report of a run shows them too."""
+    """Show every decision on a name: who became champion when, and why. The report of a run shows them too.
+
+    A tick that was `unchanged` or `busy` decided nothing, and is not among them.
+    """
     from jobs.schedule.history import history as run
 
     return run(name, out, resources, console)
@@ -76,9 +79,10 @@ def gc(
     """Delete what no registered version, running command or grace period needs: rows, caches, checkpoints and latent
     weights of older versions, trials and challengers given up, unfinished steps, temporary files of this machine.
 
-    Never packages, scores and registrations of what was registered, nor decisions. Champion, previous and every version
-    with an alias keep all that made them, as the newest do. What is gone, a command that needs it makes again. If the
-    registry cannot be reached, nothing is deleted. Safe beside running commands.
+    Never packages, scores and registrations of what was registered, nor what `lineage` says of it, nor decisions.
+    Champion, previous and every version with an alias keep all that made them, as the newest do. What is gone, a
+    command that needs it makes again. If the registry cannot be reached, nothing is deleted. Safe beside running
+    commands.
     """
     from jobs.schedule.gc import collect
 

@@ -79,6 +79,12 @@ class Reader:
 
     def _run(self, key: str, stage: str) -> Content:
         steps = self.steps({stage: key})
+        if not {Student.stage, Teacher.stage, Tokens.stage} <= steps.keys():
+            raise ConfigError(
+                f"KEY is {key!r}, and what made that run is not, or no longer, in the store {self.storage_uri}: "
+                "`bitmill gc` keeps its package and scores alone. `bitmill compress` with its configuration makes the "
+                "rest again."
+            )
         student: Student = steps[Student.stage].record
         quant, name = student.recipe["quant"], "run"
         model = shown(key, f"{quant['bits']} {quant['quantizer']}", quant["bits"], "done", steps)

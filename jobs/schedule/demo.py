@@ -1,5 +1,5 @@
-"""`make demo-retrain`: a schedule in four ticks on conversations that come in slices, a rollback, and what is left of
-it.
+"""`make demo-retrain`: a schedule in four ticks on conversations that come in slices, a rollback, and the lineage of
+both champions.
 
 Every line that begins with $ is a command that a person or a scheduler would give.
 """
@@ -10,12 +10,13 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from jobs.commands.options import open_console
 from pipeline.sources.packaged import packaged_texts
 
-CONFIG, TEXT = "configs/retrain-chitchat.yaml", Path("bitmill-demo/text")
+NAME, CONFIG, TEXT = "retrain-chitchat", "configs/retrain-chitchat.yaml", Path("bitmill-demo/text")
 SLICE = 800  # conversations
 TICK = f"retrain {CONFIG} --json"
 STORE = "--storage-uri bitmill-demo/store"
@@ -37,8 +38,11 @@ def main() -> None:
     say("The same again: nothing is new.")
     expect("unchanged", f"{TICK} --set distill.lr=1e-7")
     say("Somebody wants the first one back.")
-    bitmill(f"rollback retrain-chitchat --reason 'the new one is too chatty' {STORE}")
-    bitmill(f"history retrain-chitchat {STORE}")
+    bitmill(f"rollback {NAME} --reason 'the new one is too chatty' {STORE}")
+    bitmill(f"history {NAME} {STORE}")
+    say("What both were made of, and what else was made of the same.")
+    bitmill(f"lineage {NAME}@champion {STORE}")
+    bitmill(f"lineage {NAME}@previous {STORE}")
 
 
 def say(text: str) -> None:
@@ -63,8 +67,11 @@ def bitmill(arguments: str) -> str:
 
 
 def expect(decision: str, arguments: str) -> None:
-    """Run a tick, and stop the demonstration if it decides otherwise: it would show what is not so."""
+    """Run a tick and say how long it took; stop the demonstration if it decides otherwise: it would show what is not
+    so."""
+    begun = time.monotonic()
     document = json.loads(bitmill(arguments))
+    CONSOLE.print(f"{document['decision']} after {time.monotonic() - begun:.1f} s")
     if document["decision"] != decision:
         sys.exit(f"The tick was to be {decision}, and was {document['decision']}: {document['reason']}")
 

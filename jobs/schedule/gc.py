@@ -18,7 +18,7 @@ def collect(resources: Resources, keep: int, grace_hours: float, only_plan: bool
     """Delete (or only find) the garbage of a store and print what and why; returns the document of `--json`."""
     collector = Collector(resources, keep, 3600 * grace_hours)
     garbage = collector.find()
-    gone = [item for item in garbage if only_plan or collector.delete(item)]
+    gone = garbage if only_plan else collector.delete(garbage)
     groups: dict[tuple[str, str], list[Garbage]] = {}
     for item in gone:
         groups.setdefault((item.stage, item.why), []).append(item)

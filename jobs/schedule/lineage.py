@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from pipeline.config.resources import Resources
 from pipeline.flow.line import LINE
-from pipeline.flow.lineage import Lineage, data_of, lineage_of, made_of, step_dirs_of
+from pipeline.flow.lineage import Lineage, data_of, lineage_of, made_of, step_dirs_of, trained_on_from
 from pipeline.retrain.decisions import Decisions
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_text
@@ -43,10 +43,13 @@ def _of_text(source: str, versions: Sequence[Registered], resources: Resources, 
     for file in files:
         went = made_of(file.content, versions, step_dirs_of(resources))
         named = {split: [v.title for v in of_split] for split, of_split in went.items()}
-        document[file.uri] = {"content": file.content, "versions": named}
+        trained_on = trained_on_from([v for of_split in went.values() for v in of_split], versions)
+        document[file.uri] = {"content": file.content, "versions": named, "trained_on_from_these": trained_on}
         tree = Tree(f"{file.uri} ({file.content[:SHORT]})")
         for split, titles in named.items():
             tree.add(f"source of {split}: {', '.join(titles)}")
+        if trained_on:
+            tree.add(f"trained on from these: {', '.join(trained_on)}")
         if not named:
             tree.add("no registered version was made of it, as far as this store knows")
         console.print(tree)
@@ -71,10 +74,13 @@ def _document(ancestry: Lineage, resources: Resources) -> dict[str, Any]:
                 "recipe": step.record.recipe,
                 "provenance": step.record.provenance,
                 "uri": step.dir.uri,
+                "files_gone": stage.name in ancestry.gone,
             }
             for stage in LINE
             if (step := ancestry.steps.get(stage.name)) is not None
         },
+        "ancestors": ancestry.ancestors,
+        "descendants": ancestry.descendants,
         "shared": {stage: [v.title for v in others] for stage, others in ancestry.shared.items()},
         "decisions": [decision.model_dump(mode="json") for decision in decisions],
     }
@@ -85,11 +91,16 @@ def _tree(ancestry: Lineage, document: dict[str, Any]) -> Tree:
     root = branch = Tree(f"{ancestry.version.title}, digest {ancestry.version.digest[:SHORT]}")
     for decision in reversed(document["decisions"]):
         root.add(f"{decision['at']} {decision['decision']}: {decision['reason']}")
+    if ancestry.ancestors:
+        root.add(f"trained on from {', which was from '.join(ancestry.ancestors)}")
+    if ancestry.descendants:
+        root.add(f"trained on from this: {', '.join(ancestry.descendants)}")
     for stage, step in reversed(document["steps"].items()):
         ran = step["provenance"]
         code = f"bitmill {ran.get('bitmill', '?')} at {ran.get('commit', '?')[:SHORT]}, torch {ran.get('torch', '?')}"
+        files = "; its files are gone" if step["files_gone"] else ""
         branch = branch.add(
-            f"{stage} {step['key'][:SHORT]}: {ran.get('date', '?')} on {ran.get('machine', '?')}, {code}"
+            f"{stage} {step['key'][:SHORT]}: {ran.get('date', '?')} on {ran.get('machine', '?')}, {code}{files}"
         )
         if others := document["shared"].get(stage):
             branch.add(f"shared with {', '.join(others)}")
@@ -99,5 +110,5 @@ def _tree(ancestry: Lineage, document: dict[str, Any]) -> Tree:
             texts.add(f"{file['content'][:SHORT]} ({file['format']})")
     missing = [stage.name for stage in LINE if stage.name not in document["steps"]]
     if missing:
-        root.add(f"not in this store any more: {', '.join(missing)}")
+        root.add(f"not in this store: {', '.join(missing)}")
     return root

@@ -18,7 +18,8 @@ class TrainBpe(Closed):
 
 class Model(Closed):
     """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
-    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given."""
+    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given: a directory, a
+    hub id, one to be learned, or `step://KEY`, what the step `tokenize` of that key, in the store, read or learned."""
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None

@@ -79,7 +79,8 @@ class Engine:
         """Run `worker(device=..., report=...)` on every rank of a training group.
 
         Raises:
-            FencedOffError: the step was taken over; its workers are ended.
+            FencedOffError: the step was taken over; its workers are ended, as they are by an error that `advance`
+                raises.
         """
         import ray
         from ray import cloudpickle

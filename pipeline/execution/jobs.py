@@ -7,10 +7,12 @@ sends from its beginning, goes on where it was. The token is read here and sent 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -88,6 +90,18 @@ class Jobs:
             return None
 
         return self._patiently(job_id, known_or_new)
+
+    def next_id(self, job_id: str) -> str:
+        """Return the id of what is run again once it has ended: this one, or with the first number, from 2 on, whose
+        job goes on or is not there. Raises LostError: nobody answers."""
+        for number in itertools.count(1):
+            numbered = job_id if number == 1 else f"{job_id}-{number}"
+            try:
+                if self._patiently(numbered, partial(self._end, numbered)) is None:
+                    break
+            except LookupError:
+                break
+        return numbered
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> JobEnd:
         """Give all of the job's log to `write`, each character once and in order, until the job has ended.

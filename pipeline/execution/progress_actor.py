@@ -1,6 +1,6 @@
 """From the workers of a training run to its driver: progress, points of curves, and why it failed.
 
-And back: workers of a step that another process took over are stopped.
+And back: workers of a step that another process took over are stopped, and those that who listens has enough of.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pipeline.errors import BitmillError, FencedOffError
+from pipeline.errors import BitmillError
 from pipeline.store.records import Advance, Point
 from pipeline.store.step_store import StepDir
 
@@ -94,7 +94,7 @@ def remove_groups(groups: Iterable[str]) -> None:
 @contextlib.contextmanager
 def delivered(actor: Any, advance: Advance, groups: set[str], step_dir: StepDir | None = None) -> Iterator[None]:
     """Pass on what arrives in the actor while inside; what is left there goes at the end. Workers of a step that was
-    taken over are ended, and the actor knows why."""
+    taken over, or that whoever is told of it ends by an error, are ended, and the actor knows why."""
     if actor is None:
         yield
         return
@@ -108,12 +108,12 @@ def delivered(actor: Any, advance: Advance, groups: set[str], step_dir: StepDir 
             last = stop.wait(POLL_S)
             message, points, new_groups = asked(actor.take.remote()) or (None, [], set())
             groups.update(new_groups)
-            if message is not None:
-                done, total, note = message
-                advance(done, total, note, points)
             try:
+                if message is not None:
+                    done, total, note = message
+                    advance(done, total, note, points)
                 lookout.look()
-            except FencedOffError as error:
+            except BitmillError as error:
                 asked(actor.fail.remote(error))  # so that workers that Ray starts in their place end at once
                 remove_groups(groups)
 

@@ -23,9 +23,10 @@ def step_dirs_of(resources: Resources) -> StepDirs:
     return lambda stage, key: StepDir(root, stage, key, scratch, local_cache_gib=cached)
 
 
-def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str]) -> Steps:
+def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str], former: bool = False) -> Steps:
     """Return the steps of these keys, by stage, and all that they were made of; those that the store does not have any
-    more are left out, and what only they name with them."""
+    more are left out, and what only they name with them: with `former`, only where nothing is remembered of them. They
+    have no files then."""
     behind: Steps = {}
     waiting = list(keys.items())
     while waiting:
@@ -34,6 +35,8 @@ def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str]) -> Steps:
             continue
         step_dir = step_dir_of(stage, key)
         record = step_dir.record(STAGES[stage].record)
+        if record is None and former:
+            record = step_dir.former(STAGES[stage].record)
         if record is not None:
             behind[stage] = FinishedStep(record, step_dir)
             waiting += record.inputs.items()
@@ -42,31 +45,57 @@ def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str]) -> Steps:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A registered version, the steps behind it, and by stage the other versions that share its step."""
+    """A registered version, the steps behind it, those of them whose files are gone, and by stage the other versions
+    that share its step; the versions that its student was trained on from, the nearest first, and those that were
+    trained on from it."""
 
     version: Registered
     steps: Steps
+    gone: frozenset[str]
     shared: dict[str, list[Registered]]
+    ancestors: list[str]
+    descendants: list[str]
 
 
 def lineage_of(version: Registered, others: Sequence[Registered], step_dir_of: StepDirs) -> Lineage:
     """Return the lineage of a version among all that there are."""
-    steps = steps_behind(step_dir_of, {ModelVersion.stage: version.key, **version.lineage})
+    steps = steps_behind(step_dir_of, {ModelVersion.stage: version.key, **version.lineage}, former=True)
+    gone = (stage for stage, step in steps.items() if step.dir.record(STAGES[stage].record) is None)
     shared: dict[str, list[Registered]] = {}
     for other in others:
         if (other.name, other.version) == (version.name, version.version):
             continue
-        for stage, step in steps_behind(step_dir_of, other.lineage).items():
+        for stage, step in steps_behind(step_dir_of, other.lineage, former=True).items():
             if stage in steps and steps[stage].record.key == step.record.key:
                 shared.setdefault(stage, []).append(other)
-    return Lineage(version, steps, shared)
+    ancestors, descendants = _ancestors(version.title, _starts(others)), trained_on_from([version], others)
+    return Lineage(version, steps, frozenset(gone), shared, ancestors, descendants)
+
+
+def trained_on_from(versions: Sequence[Registered], others: Sequence[Registered]) -> list[str]:
+    """Return the titles of the versions that were trained on from some, or from one that was."""
+    titles, starts = {version.title for version in versions}, _starts(others)
+    return [title for title in starts if not titles.isdisjoint(_ancestors(title, starts))]
+
+
+def _starts(versions: Sequence[Registered]) -> dict[str, str | None]:
+    return {version.title: version.start for version in versions}
+
+
+def _ancestors(title: str, starts: Mapping[str, str | None]) -> list[str]:
+    """Return the version from which that of a title was trained on, then the one from which that was, and so on."""
+    ancestors = list[str]()
+    while (start := starts.get(title)) is not None and start not in ancestors:
+        ancestors.append(start)
+        title = start
+    return ancestors
 
 
 def made_of(content: str, others: Sequence[Registered], step_dir_of: StepDirs) -> dict[str, list[Registered]]:
     """Return the versions that a file of text went into, by the split that has it as its source."""
     went: dict[str, list[Registered]] = {}
     for version in others:
-        tokens = steps_behind(step_dir_of, version.lineage).get(Tokens.stage)
+        tokens = steps_behind(step_dir_of, version.lineage, former=True).get(Tokens.stage)
         for split, files in data_of(tokens).items():
             if content in [file["content"] for file in files]:
                 went.setdefault(split, []).append(version)

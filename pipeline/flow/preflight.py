@@ -36,7 +36,7 @@ def pin(config: Config) -> PinnedRun:
     section, scratch = config.model, make_scratch_dir(config.resources)
     memo = ContentMemo(scratch)
     text = pin_splits(config.data, memo)
-    model, tokenizer = pin_models(section, memo)
+    model, tokenizer = pin_models(section, memo, config.resources)
     model_type = model_type_of(section.source) if model is None else model_type_of(model.folder, model.gguf_file)
     family = family_for(model_type, section.family)
     return PinnedRun(config, text, model, tokenizer, family)

@@ -13,7 +13,7 @@ from pipeline.flow.plan import PlannedStep, RunPlan
 from pipeline.stages.stage import Step
 from pipeline.store.locations import storage_uri, tracking_uri
 from pipeline.store.records import ModelVersion, Record
-from pipeline.store.step_store import FinishedStep, check_store
+from pipeline.store.step_store import FinishedStep, StepDir, check_store
 from pipeline.tracking import runs
 from pipeline.tracking.listener import Listener, tell
 
@@ -86,6 +86,13 @@ class _Runner:
             self.listener.finished(step.name, status, seconds)
         return self.outcome
 
+    def _needed(self) -> list[StepDir]:
+        """Return the steps of the plan, and those of other runs that it reads."""
+        start, words = self.plan.pinned.start, self.plan.pinned.tokenizer
+        others = [start.student, start.package] if start is not None else []
+        others += [words.step.dir] if words is not None and words.step is not None else []
+        return [planned.dir for planned in self.plan.steps] + others
+
     def _run_or_repair(self, step: PlannedStep) -> tuple[Record, str]:
         """Run a step; if it meets a damaged shard, make the shard again and run it once more."""
         try:
@@ -110,10 +117,7 @@ class _Runner:
             before: Record | None = held.record(kind)
             if before is not None and may_be_done:
                 return before, "reused"  # another process finished it while we waited
-            start = self.plan.pinned.start
-            held.announce(
-                [planned.dir for planned in self.plan.steps] + ([start.student, start.package] if start else [])
-            )
+            held.announce(self._needed())
             begun = time.perf_counter()
             record = step.stage.run(
                 Step(

@@ -34,7 +34,8 @@ Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arriv
 
 class Decision(Closed):
     """What a command decided of a name, and why. `champion` and `previous` are the versions that bear these aliases
-    from then on; `key` is that of the tick, of which one decision is made ("": of no tick)."""
+    from then on; `key` is that of the tick, of which one decision is made ("": of no tick), or another once it may use
+    more than `max_worker_hours`, which ended it."""
 
     decision: Outcome
     reason: str
@@ -54,7 +55,8 @@ class Decision(Closed):
         str, dict[str, float]
     ] = {}  # of challenger and, if it met one, champion, on the challenger's test rows
     packed_bytes: int | None = None  # of the challenger
-    worker_seconds: float = 0.0
+    worker_seconds: float = 0.0  # of all attempts of the tick
+    max_worker_hours: float | None = None  # None: it was not ended by them
 
     def told(self) -> str:
         """Return it as JSON, for people and commands."""

@@ -6,15 +6,17 @@
     not yet   what was written within the grace period or is run by a live process, what it is made of, and what the
               command that runs it will need
     goes      the rest: trials and challengers given up, unfinished steps; rows, teachers, caches and latent weights of
-              versions that are older
+              versions that are older; what records say of these is remembered, for `bitmill lineage`
 
 A step goes whole, in the hands of its own lease, after all of that was looked up again. The command that needs it makes
-it again; `bitmill lineage` says that it is not in this store any more.
+it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +44,19 @@ SMALL = (Evaluation.stage, Package.stage, ModelVersion.stage)
 BESIDE = (Contest.stage, Sensitivity.stage)  # of use as long as something that they were made of is there
 TRIALS = "trials/"  # of a sweep
 SCRATCH = "scratch"
+LOOKS, AT_ONCE = 16, 32  # at all that is needed, while so many steps or more are deleted: each reads the whole store
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may go: a step by stage and key, or a path of the stage `scratch`."""
+    """What may go: a step by stage and key, or a path of the stage `scratch`. `of_version`: a registered version was
+    made of it."""
 
     stage: str
     place: str
     bytes: int
     why: str
+    of_version: bool = False
 
 
 class Collector:
@@ -82,42 +87,54 @@ class Collector:
         left = scratch.unused(self._scratch, self.grace_s)
         return [*self._unneeded(), *(Garbage(SCRATCH, str(path), size, why) for path, size in sorted(left.items()))]
 
-    def delete(self, garbage: Garbage) -> bool:
-        """Delete it unless it is held or needed by now; tell whether it went. Raises as `find` does."""
-        if garbage.stage == SCRATCH:
-            path = Path(garbage.place)
-            unused = path in scratch.unused(self._scratch, self.grace_s)
-            if unused:
-                scratch.remove(path)
-            return unused
-        name = garbage.stage, garbage.place
-        try:
-            with self._dir(name).hold(False, _never_told, sure=True) as held:
-                unneeded = name in [(step.stage, step.place) for step in self._unneeded(ours=name)]
-                if unneeded:
-                    held.clear()
-                return unneeded
-        except (BusyError, FencedOffError):
-            return False
+    def delete(self, garbage: Sequence[Garbage]) -> list[Garbage]:
+        """Delete what is neither held nor needed by now; return what went. Raises as `find` does."""
+        steps = [item for item in garbage if item.stage != SCRATCH]
+        at_once, gone = max(AT_ONCE, math.ceil(len(steps) / LOOKS)), list[Garbage]()
+        for first in range(0, len(steps), at_once):
+            gone += self._delete_steps(steps[first : first + at_once])
+        left = [item for item in garbage if item.stage == SCRATCH]
+        unused = scratch.unused(self._scratch, self.grace_s) if left else {}
+        for item in left:
+            if Path(item.place) in unused:
+                scratch.remove(Path(item.place))
+                gone.append(item)
+        return gone
+
+    def _delete_steps(self, garbage: Sequence[Garbage]) -> list[Garbage]:
+        """Delete those of some steps that nothing needs once all of them are held, in their order."""
+        gone, held = list[Garbage](), dict[Name, StepDir]()
+        with contextlib.ExitStack() as leases:
+            for item in garbage:
+                name = item.stage, item.place
+                with contextlib.suppress(BusyError):
+                    held[name] = leases.enter_context(self._dir(name).hold(False, _never_told, sure=True))
+            for item in self._unneeded(ours=held) if held else ():
+                with contextlib.suppress(FencedOffError):
+                    if (item.stage, item.place) in held:
+                        held[item.stage, item.place].clear(remember=item.of_version)
+                        gone.append(item)
+        return gone
 
     def _dir(self, name: Name) -> StepDir:
         return StepDir(self._root, *name, str(self._scratch))
 
-    def _unneeded(self, ours: Name | None = None) -> Iterator[Garbage]:
-        """Yield the steps that nothing needs. `ours` is one whose lease we hold ourselves."""
+    def _unneeded(self, ours: Collection[Name] = ()) -> list[Garbage]:
+        """Return the steps that nothing needs. `ours` are those whose leases we hold ourselves."""
         stored = {(stage, key): step for stage in KINDS for key, step in stored_steps(self._root, stage).items()}
         versions = self._versions(stored)
         kept = self._made_of([*self._roots_of(self._newest(versions)), *self._alive(stored, ours)])
         kept |= {name for name in self._registrations(versions, stored) if name[0] in SMALL}
         kept |= {name for name in stored if name[0] in BESIDE and not kept.isdisjoint(self._inputs_of(name).items())}
-        older = self._made_of(self._roots_of(versions))
+        older, unneeded = self._made_of(self._roots_of(versions)), list[Garbage]()
         for name, step in stored.items():
             if name in kept or name[0] == SweepRecord.stage or not step.bytes:
                 continue
             why = "no registered version was made of it" if step.done else "unfinished, and nobody runs it"
             if name in older:
                 why = f"only versions before the newest {self.keep} of their name were made of it"
-            yield Garbage(*name, step.bytes, why)
+            unneeded.append(Garbage(*name, step.bytes, why, of_version=name in older))
+        return unneeded
 
     def _versions(self, stored: Mapping[Name, StoredStep]) -> list[Registered]:
         """Return all versions there are. Raises ConfigError unless the registry is that of the store."""
@@ -155,12 +172,12 @@ class Collector:
                 yield name
                 yield from self._inputs_of(name).items()
 
-    def _alive(self, stored: Mapping[Name, StoredStep], ours: Name | None) -> Iterator[Name]:
+    def _alive(self, stored: Mapping[Name, StoredStep], ours: Collection[Name]) -> Iterator[Name]:
         """Yield what is young, what a process runs that may live, and what that will need."""
         for name, step in stored.items():
             if self._now - step.written < self.grace_s:
                 yield name
-            if name == ours or self._now - step.leased > max(self.grace_s, DEAD_AFTER_S):  # hearts beat more often
+            if name in ours or self._now - step.leased > max(self.grace_s, DEAD_AFTER_S):  # hearts beat more often
                 continue
             needed = self._dir(name).needed()
             if needed is not None:
@@ -182,9 +199,11 @@ class Collector:
         return reached
 
     def _inputs_of(self, name: Name) -> dict[str, str]:
-        """Return the keys of what a step was made of, by stage; none of one that is not done."""
+        """Return the keys of what a step is, or was, made of, by stage; none of one that was never done."""
         if name not in self._inputs:
-            record = self._dir(name).record(KINDS[name[0]]) if name[0] in KINDS else None
+            if (kind := KINDS.get(name[0])) is None:
+                return {}
+            record = self._dir(name).record(kind) or self._dir(name).former(kind)
             if record is None:
                 return {}
             self._inputs[name] = record.inputs

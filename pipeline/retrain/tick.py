@@ -12,8 +12,8 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.config.laid_over import check_path, label, laid_over
 from pipeline.config.resources import Resources
 from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
-from pipeline.errors import BusyError, ConfigError, NotRegisteredError, RunError
+from pipeline.errors import BusyError, ConfigError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
@@ -31,6 +31,8 @@ from pipeline.metrics import measure_of
 from pipeline.retrain import gate
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
 from pipeline.retrain.gate import Evidence
+from pipeline.retrain.hours import Tells, WorkerHours
+from pipeline.sources.models import STEP
 from pipeline.stages import contest
 from pipeline.store.keys import differences, recipe_of, step_key
 from pipeline.store.locations import tracking_uri
@@ -38,12 +40,10 @@ from pipeline.store.records import SPLITS, Contest, Evaluation, ModelVersion, Pa
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.tracking import registry
-from pipeline.tracking.listener import Listener
 from pipeline.tracking.registry import Registered
 
 VERSION = 1  # of what a tick decides by
 Proves = Callable[[Config, FinishedStep[Package], ModelVersion], Evidence]
-Tells = Callable[[RunPlan], AbstractContextManager[Listener]]  # the listener of one run
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     name = config.register_.name or config.name
     decisions = Decisions.of(name, config.resources)
     decisions.refuse_another_place()
-    made = [*decisions.all()]  # the last one first
-    last = made[0] if made else None
+    made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
     crowned = None if last is None else last.champion
     champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
     plans = _challengers(config, once)
@@ -136,14 +135,19 @@ def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
     return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in laid)
 
 
-def _decided(tick: Tick, made: Sequence[Decision]) -> Decision | None:
+def _decided(tick: Tick, made: Iterable[Decision]) -> Decision | None:
     """Return what was decided on these challengers before: by a tick of this key, by that which made one of them the
-    champion, or, since a rollback, against any champion."""
+    champion, or, since a rollback, against any champion. One that worker-hours ended stands as long as no more are
+    allowed."""
     run_keys, key = set(tick.run_keys), tick.key
     version = None if tick.champion is None else tick.champion.version
+    most = tick.config.resources.max_worker_hours
     rolled_back = tick.last is not None and tick.last.decision == "rolled back"
 
     def decides(decision: Decision) -> bool:
+        capped = decision.max_worker_hours
+        if capped is not None and (most is None or most > capped):
+            return False
         crowned = decision.challenger == decision.champion == version is not None
         return decision.key == key or (run_keys.issubset(decision.run_keys) and (crowned or rolled_back))
 
@@ -160,7 +164,8 @@ def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
             f"The tokens of the champion, {champion.name}/{champion.version}, are not in this store, and with them its "
             "tokenizer. Set resources.storage_uri to the store of its run, or model.tokenizer to a directory."
         )
-    model = config.model.model_copy(update={"tokenizer": str(tokens.folder())})
+    # What every machine of the store can open.
+    model = config.model.model_copy(update={"tokenizer": f"{STEP}{tokens.record.key}"})
     return config.model_copy(update={"model": model})
 
 
@@ -280,36 +285,31 @@ def _unchanged(decided: Decision | None) -> str:
     return f"nothing is new since {decided.at}, when the challenger was {decided.decision}: {decided.reason}"
 
 
-class _OverBudgetError(RunError):
-    """A tick used all worker-hours that it may."""
-
-
 def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
     alone was to be trained."""
-    engine, spent = Engine(tick.config.resources), 0.0
+    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources)
+    told, proves = hours.watched(told), hours.counted("the measurements of the gate")(proves)
+    engine, version = Engine(tick.config.resources), None
     ran: list[tuple[RunPlan, Outcome]] = []
     refused: list[str] = []
     try:
         for recipe, plan in tick.challengers:
             with told(plan) as listener:
-                capped = _Capped(listener, tick.config.resources, spent)
                 try:
-                    ran.append((plan, run_plan(plan, capped, True, engine)))
+                    ran.append((plan, run_plan(plan, listener, True, engine)))
                 except NotRegisteredError as error:
                     refused.append(f"{recipe}: {error}")
-                except _OverBudgetError as error:
-                    return _decision(tick, "rejected", None, reason=str(error), worker_seconds=capped.spent_s)
-            spent = capped.spent_s
             deciding.check()
         if not ran:
-            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=spent)
+            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=hours.spent_s)
         champions = None if tick.champion is None else tick.champion.key
         challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
         if not challengers:
             return None
         scores = [outcome.finished(Evaluation).record.validation["student"] for _, outcome in challengers]
         plan, outcome = challengers[gate.better_on_validation(tick.config.task.name, scores)]
+        version = outcome.finished(ModelVersion).record.version
         if tick.champion is None:
             alone = {"challenger": outcome.finished(Evaluation).record.student}
             facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
@@ -318,13 +318,16 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
             facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
         return _decision(
             tick,
-            version=outcome.finished(ModelVersion).record.version,
+            version=version,
             others=[o.finished(ModelVersion).record.version for p, o in challengers if p.run_key != plan.run_key],
             run_key=plan.run_key,
             packed_bytes=outcome.finished(Package).record.size.packed_bytes,
-            worker_seconds=spent,
+            worker_seconds=hours.spent_s,
             **facts,
         )
+    except OverBudgetError as error:
+        facts = {"worker_seconds": hours.spent_s, "max_worker_hours": hours.cap}
+        return _decision(tick, "rejected", version, reason=str(error), **facts)
     finally:
         engine.close()
 
@@ -377,25 +380,3 @@ def _decision(tick: Tick, decision: str, version: int | None, **facts: Any) -> D
             **facts,
         }
     )
-
-
-class _Capped:
-    """Passes a run on to another listener; stops a tick that has used its worker-hours before a further stage."""
-
-    def __init__(self, listener: Listener, resources: Resources, spent_s: float) -> None:
-        self._listener, self._resources, self.spent_s = listener, resources, spent_s
-        self.advanced, self.measured, self.waiting = listener.advanced, listener.measured, listener.waiting
-
-    def started(self, stage: str) -> None:
-        most = self._resources.max_worker_hours
-        if most is not None and self.spent_s >= 3600 * most:
-            raise _OverBudgetError(
-                f"before {stage} the tick had used {self.spent_s / 3600:.3g} worker-hours of the {most:g} that "
-                "resources.max_worker_hours allows"
-            )
-        self._listener.started(stage)
-
-    def finished(self, stage: str, status: str, seconds: float) -> None:
-        if status == "done":
-            self.spent_s += seconds * max(1, self._resources.workers)
-        self._listener.finished(stage, status, seconds)

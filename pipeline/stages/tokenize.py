@@ -32,8 +32,11 @@ COMPARED_BEFORE_BYTES = 2**26  # so much is read before anything starts where a 
 
 def locations(run: PinnedRun) -> dict[str, Any]:
     """Return where the files of each split lie, and the tokenizer unless it is learned."""
-    files: dict[str, Any] = {split: [file.model_dump() for file in files] for split, files in run.text.items()}
-    return files | ({"tokenizer": run.tokenizer.location()} if run.tokenizer is not None else {})
+    return _text(run) | ({"tokenizer": run.tokenizer.location()} if run.tokenizer is not None else {})
+
+
+def _text(run: PinnedRun) -> dict[str, Any]:
+    return {split: [file.model_dump() for file in files] for split, files in run.text.items()}
 
 
 def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap | None:
@@ -50,7 +53,7 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap |
             next(rows(part, columns or ()), None)
     small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
     with_own = any(recipe["data"][split] is not None for split in SPLITS[1:])
-    described = json.dumps([recipe, locations(run)])
+    described = json.dumps([recipe, _text(run)])
     overlap = _compared_before(described, max(SMALL_TEXT_BYTES, COMPARED_BEFORE_BYTES if with_own else 0))
     texts = {
         split: list(_split_documents(split, work, recipe))
@@ -93,8 +96,8 @@ def _is_here(file: SourceFile) -> bool:
 
 @lru_cache(maxsize=16)  # all trials of a sweep ask
 def _compared_before(described: str, budget: float) -> Overlap | None:
-    """Return what splits share of a text given as JSON, [recipe, locations]; None if more than `budget` bytes were to
-    be read for that, or text that is large and elsewhere.
+    """Return what splits share of a text given as JSON, [recipe, its files by split]; None if more than `budget` bytes
+    were to be read for that, or text that is large and elsewhere.
 
     As far as the bytes go, splits with a source of their own are compared with training text.
 

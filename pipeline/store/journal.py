@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -53,7 +54,7 @@ class Journal:
         """Yield the entries, the last one first."""
         name = self.head().last
         while name is not None:
-            entry = json.loads(self.objects.read(self.folder + name))
+            entry = _entry(self.objects.read, self.folder + name)
             yield entry["entry"]
             name = entry["before"]
 
@@ -105,3 +106,10 @@ class Journal:
 
     def _fenced_off(self, head: Head) -> FencedOffError:
         return FencedOffError(f"The {self.title} is no longer ours: its attempt {head.fence} took it over.")
+
+
+@lru_cache(maxsize=4096)
+def _entry(read: Callable[[str], bytes], name: str) -> dict[str, Any]:
+    """Return an entry with the name of the one before; neither ever changes."""
+    entry: dict[str, Any] = json.loads(read(name))
+    return entry

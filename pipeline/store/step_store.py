@@ -7,6 +7,7 @@ process holds a lease with a fencing token, and writes into a folder of that tok
     distill/KEY/lease.json            says who runs it
     distill/KEY/3/frozen.safetensors  a file called frozen.safetensors, at this place since the third attempt
     distill/KEY/3/attempt/...         what goes when the record is there
+    distill/KEY/former.json           what record.json said, once files and record were cleared away
 
 Every write checks the token first, so what the workers of a killed driver still try to write is refused; and what one
 writes that was stopped after its check, and taken over, lies in its own attempt's folder, where no record names it.
@@ -34,7 +35,7 @@ from pipeline.store.lease import LEASE, LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
 
-RECORD = "record.json"
+RECORD, FORMER = "record.json", "former.json"
 LOOKS = 4  # for each record that is wanted
 PLAN = "attempt/plan.json"
 R = TypeVar("R", bound=Record)
@@ -79,9 +80,14 @@ class StepDir:
         data = self._stored_record()
         return read_record(data, kind, self.uri + RECORD) if data is not None else None
 
-    def _stored_record(self) -> bytes | None:
+    def former(self, kind: type[R]) -> R | None:
+        """Return what the record of a step said that was cleared away, and was to be remembered; else None."""
+        data = self._stored_record(FORMER)
+        return read_record(data, kind, self.uri + FORMER) if data is not None else None
+
+    def _stored_record(self, name: str = RECORD) -> bytes | None:
         try:
-            return self._objects.read(self._prefix + RECORD)
+            return self._objects.read(self._prefix + name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -247,13 +253,18 @@ class StepDir:
         except FileNotFoundError:
             return []
 
-    def clear(self) -> None:
+    def clear(self, remember: bool = False) -> None:
         """Delete the record, then what names files, then the files: so that whoever dies in between leaves a step that
-        is to be run. The lease stays, so that tokens go on counting."""
+        is to be run. The lease stays, so that tokens go on counting, and what the record said where it is to be
+        remembered: that of the first time, if the step was made again."""
+        record = self._stored_record() if remember else None
+        self.check_fence()
+        if record is not None:
+            self._objects.create(self._prefix + FORMER, record)
         self.delete(RECORD)
         places = [name.removeprefix(self._prefix) for name in self._objects.sizes(self._prefix)]
         for place in sorted(places, key=lambda place: not place.endswith(".json")):
-            if place != LEASE:
+            if place not in (LEASE, FORMER):
                 self.delete(place)
         for fence in self._attempts():  # folders that are empty now, and what is hidden in them
             self.check_fence()
@@ -293,8 +304,8 @@ class FinishedStep(Generic[R_co]):
 
 @dataclass(frozen=True)
 class StoredStep:
-    """What there is of a step beside its lease: bytes, whether there is a record, and when it was last written to; when
-    its lease was. Times are in seconds of the store's own clock."""
+    """What there is of a step beside its lease and what is remembered of it: bytes, whether there is a record, and when
+    it was last written to; when its lease was. Times are in seconds of the store's own clock."""
 
     bytes: int = 0
     done: bool = False
@@ -310,7 +321,7 @@ def stored_steps(storage_uri: str, stage: str) -> dict[str, StoredStep]:
         step = steps.get(key, StoredStep())
         if place == LEASE:
             steps[key] = replace(step, leased=stat.written)
-        elif place:
+        elif place and place != FORMER:
             written = max(step.written, stat.written)
             steps[key] = replace(
                 step, bytes=step.bytes + stat.bytes, done=step.done or place == RECORD, written=written

@@ -42,6 +42,11 @@ class Registered:
         """Return its name and version as a command takes them."""
         return f"{self.name}/{self.version}"
 
+    @property
+    def start(self) -> str | None:
+        """Return the title of the version from whose latent weights it was trained on."""
+        return self.lineage.get("start")
+
 
 def described(version: RegisteredVersion) -> Registered:
     """Return what a version's tags tell of it."""

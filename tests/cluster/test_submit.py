@@ -121,6 +121,18 @@ def test_a_job_that_fails_passes_its_words_and_its_exit_status_on(config_file, a
     assert bitmill(*arguments).exit_code == 2  # of the job that has ended
 
 
+def test_a_tick_that_is_submitted_again_is_run_again(config_file, address):
+    command = ["submit", "retrain", config_file, "--address", address]
+    ticks = [bitmill(*command) for _ in range(2)]
+    first, second = (re.search("^job (.*): handed over", tick.stderr, re.M)[1] for tick in ticks)
+    assert second == f"{first}-2"
+    for tick in ticks:
+        assert "has no section retrain" in tick.stderr
+    assert "it is not run a second time" in bitmill(*command, "--id", first).stderr
+    assert f"job {first} had ended before" in bitmill(*command, "--id", first, "--stop").stderr
+    assert f"has no job {first}-3" in bitmill(*command, "--stop").stderr
+
+
 @pytest.mark.parametrize(("token", "said"), [("wr0ng", "refuses the token that was sent"), ("", "asks for a token")])
 def test_a_wrong_or_missing_token_is_one_paragraph_without_it(config_file, address, monkeypatch, token, said):
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)

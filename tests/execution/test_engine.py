@@ -16,7 +16,7 @@ import ray
 import torch
 
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, FencedOffError, LostError
+from pipeline.errors import ConfigError, FencedOffError, LostError, OverBudgetError
 from pipeline.execution import engine as engine_module
 from pipeline.execution import progress_actor
 from pipeline.execution.engine import Engine, _guarded, _told
@@ -192,6 +192,24 @@ def test_workers_of_a_training_that_was_taken_over_are_ended(
     engine = Engine(Resources(workers=1, max_failures=max_failures))
     with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
         engine.train(partial(waits, tmp_path), taken_over, lambda *progress, points=(): None)
-    assert not (tmp_path / "ended").exists()
-    (worker,) = [int(path.stem) for path in tmp_path.glob("*.begun")]  # and none in its place
+    check_ended(tmp_path)
+
+
+def check_ended(folder: Path) -> None:
+    """Check that the one worker that waited was ended, and none is in its place."""
+    assert not (folder / "ended").exists()
+    (worker,) = [int(path.stem) for path in folder.glob("*.begun")]
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+def test_who_is_told_of_a_training_ends_it_by_an_error(two_cpus: None, step_dir: StepDir, tmp_path: Path) -> None:
+    def worker(*, device: Any, report: Any) -> None:
+        report(1, 2, "")
+        waits(tmp_path)
+
+    def enough(done: int, total: int, note: str, points: Any = ()) -> None:
+        raise OverBudgetError(f"enough of {done}")
+
+    with step_dir.hold(False, print) as held, pytest.raises(OverBudgetError, match="enough of 1"):
+        Engine(Resources(workers=1)).train(worker, held, enough)
+    check_ended(tmp_path)

@@ -152,6 +152,17 @@ def test_an_answer_that_was_lost_or_another_command_that_was_quicker_is_no_secon
     assert [path for method, path, _ in head.asked if method == "POST"] == ["/api/jobs/"]
 
 
+@pytest.mark.parametrize(
+    ("known", "expected"), [("-", "j"), ("r", "j"), ("e-", "j-2"), ("er", "j-2"), ("eee-", "j-4")], ids=str
+)
+def test_what_is_run_again_attaches_to_a_run_that_goes_on_and_else_is_the_next(heads, known, expected):
+    answers = {"-": (404, ""), "r": (200, {**JOB, "status": "RUNNING"}), "e": (200, JOB)}
+    head = heads(jobs=[answers[each] for each in known])
+    assert Jobs(head.address, print, os.environ).next_id("j") == expected
+    asked = [path for _, path, _ in head.asked if path.startswith("/api/jobs/")]
+    assert asked == ["/api/jobs/j", *(f"/api/jobs/j-{number}" for number in range(2, len(known) + 1))]
+
+
 def test_what_a_gateway_did_not_pass_on_is_sent_again(heads, tmp_path):
     accepted = (200, {"job_id": "j", "submission_id": "j"})
     head = heads(packages=[(200, "")], jobs=[(404, "")], submit=[(503, "away"), accepted])

@@ -139,6 +139,38 @@ def test_an_id_is_of_what_is_submitted_and_of_the_day(config_file):
     assert planned(config_file, "--id", "tiny-2026-11-27")["submission_id"] == "tiny-2026-11-27"
 
 
+def test_a_tick_without_an_id_is_run_again_and_what_has_one_runs_once(config_file):
+    config = load_config(config_file)
+
+    def made(command, job_id):
+        return submit.prepare(command, config, (), job_id, "2026-11-27")
+
+    assert re.fullmatch("retrain-tiny-2026-11-27-[0-9a-f]{8}", made("retrain", None).id)
+    repeats = {(command, job_id): made(command, job_id).repeats for command in runs.SUBMITTED for job_id in (None, "j")}
+    assert [given for given, again in repeats.items() if again] == [("retrain", None)]
+
+
+def test_paths_in_recipes_and_trials_are_those_of_here(config_file, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    config = load_config(config_file)
+    recipes = [{"data": {"validation": "v.txt"}, "model.source": "teacher"}, {"data.source": "s3://b/*"}]
+    space = {
+        "data.source": ["a/*.txt", "python://pydoc"],
+        "model.source": ["teacher", "org/name"],
+        "distill.lr": [1e-3],
+    }
+    fields = config.model_dump(by_alias=True) | {"retrain": {"recipes": recipes}, "sweep": {"space": space}}
+    sent = submit.sent_fields(Config.model_validate(fields))
+    first, second = sent["retrain"]["recipes"]
+    assert first == {"data": {"validation": str(tmp_path / "v.txt")}, "model.source": str(tmp_path / "teacher")}
+    assert second == recipes[1]
+    assert sent["sweep"]["space"] == {
+        "data.source": [str(tmp_path / "a" / "*.txt"), "python://pydoc"],
+        "model.source": [str(tmp_path / "teacher"), "org/name"],
+        "distill.lr": [1e-3],
+    }
+
+
 def test_no_password_is_sent_and_where_it_is_to_be_is_said(config_file, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://{LOGIN}@mlflow.example")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-0f-mine")
@@ -183,6 +215,7 @@ def test_what_cannot_be_submitted_is_said_before_anything_is_sent(config_file, a
         assert needle in message
 
 
+AGAIN = "do as said"
 LINES = [f"{MARK}{{\n", "one\n", f'{MARK} "a": [1]\n', "\n", f" {MARK}no\n", f"{MARK}}}\n", "the end"]
 
 
@@ -200,17 +233,17 @@ def test_a_log_in_pieces_is_shown_but_for_the_document(cuts):
 
 
 def test_an_end_is_a_document_or_the_error_of_its_exit_status():
-    assert submit.outcome("j", JobEnd("SUCCEEDED", 0, ""), '{"a": 1}') == {"a": 1}
-    assert submit.outcome("j", JobEnd("FAILED", 3, "logs"), "[]") == []
-    assert submit.outcome("j", JobEnd("FAILED", 3, "logs"), "") is None
+    assert submit.outcome("j", JobEnd("SUCCEEDED", 0, ""), '{"a": 1}', AGAIN) == {"a": 1}
+    assert submit.outcome("j", JobEnd("FAILED", 3, "logs"), "[]", AGAIN) == []
+    assert submit.outcome("j", JobEnd("FAILED", 3, "logs"), "", AGAIN) is None
     for end, kind, said in (
-        (JobEnd("SUCCEEDED", 0, ""), RunError, "its document is not in what could be read"),
+        (JobEnd("SUCCEEDED", 0, ""), RunError, "its document is not in what .*said again, do as said"),
         (JobEnd("FAILED", 2, "logs"), ConfigError, "exit status 2: its log, above"),
-        (JobEnd("FAILED", 1, "logs"), RunError, "failed with exit status 1: its log, above"),
+        (JobEnd("FAILED", 1, "logs"), RunError, "failed with exit status 1: .*to go on, do as said"),
         (JobEnd("FAILED", -9, "logs"), RunError, "exit status -9"),
-        (JobEnd("STOPPED", None, ""), RunError, "was stopped"),
+        (JobEnd("STOPPED", None, ""), RunError, "was stopped; .*To go on, do as said"),
         (JobEnd("FAILED", None, "Traceback\nOSError: no node"), RunError, "failed: OSError: no node"),
         (JobEnd("FAILED", None, ""), RunError, "Ray does not say why"),
     ):
         with pytest.raises(kind, match=said):
-            submit.outcome("j", end, "")
+            submit.outcome("j", end, "", AGAIN)

@@ -167,8 +167,13 @@ def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule)
     assert json.loads(done.stdout) == {**document, "deleted": True}
     assert "4 steps and temporary files went" in done.stderr
     assert json.loads(bitmill("gc", "--keep", "1", "--grace", "0", "--json").stdout)["garbage"] == []
+    gone = bitmill("report", undecided.decisions[-1].run_key, "--out", "nowhere.html")
+    assert (gone.exit_code, "keeps its package and scores alone" in gone.stderr) == (2, True)
     lineage = bitmill("lineage", f"{NAME}/1")
-    assert "not in this store any more: tokenize, finetune, cache, distill" in lineage.stderr
+    assert [line.partition("; ")[2] for line in lineage.stderr.splitlines() if "its files are gone" in line] == [
+        "its files are gone"
+    ] * 4
+    assert "data of train: 1 files" in lineage.stderr
 
 
 def test_the_report_of_a_run_shows_what_was_decided(bitmill: Command, undecided: Schedule, tmp_path: Path) -> None:

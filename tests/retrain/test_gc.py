@@ -16,9 +16,10 @@ from mlflow import MlflowClient
 from pipeline.config.laid_over import laid_over
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, DamagedError, RunError
-from pipeline.flow.lineage import Steps, step_dirs_of, steps_behind
+from pipeline.flow.lineage import Steps, lineage_of, made_of, step_dirs_of, steps_behind
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
+from pipeline.retrain import gc
 from pipeline.retrain.decisions import Decision, Decisions, now
 from pipeline.retrain.gc import Collector, Garbage
 from pipeline.store.objects import Directory
@@ -92,14 +93,67 @@ def test_what_made_older_versions_goes_but_their_packages(aged: Schedule) -> Non
     assert steps_of(aged, 1).keys() == HEAVY | SMALL  # nothing went yet
     sizes = {item.stage: sum(first[item.stage].dir.sizes().values()) for item in garbage}
     assert all(0 < sizes[item.stage] <= item.bytes for item in garbage)
-    assert all(map(collection.delete, garbage))
+    assert collection.delete(garbage) == garbage
     assert steps_of(aged, 1).keys() == SMALL
     assert all(step.folder().is_dir() for stage, step in first.items() if stage == "pack")  # every byte is checked
     assert steps_of(aged, 2).keys() == second.keys() == HEAVY | SMALL
     assert list((aged.folder / "store" / Contest.stage).glob(f"*/{RECORD}"))
     assert collector(aged).find() == []
     left = Path(first["cache"].dir.uri)
-    assert [path.name for path in left.iterdir() if not path.name.startswith(".")] == ["lease.json"]
+    assert {path.name for path in left.iterdir() if not path.name.startswith(".")} == {"lease.json", "former.json"}
+
+
+def test_what_made_a_version_is_known_for_ever(aged: Schedule) -> None:
+    def told() -> dict[str, Any]:
+        resources = aged.config().resources
+        versions = registry.registered_versions(runs.client_of(aged.uri))
+        lineage = lineage_of(next(v for v in versions if v.version == 1), versions, step_dirs_of(resources))
+        records = {stage: step.record for stage, step in lineage.steps.items()}
+        went = made_of(text, versions, step_dirs_of(resources))
+        return {"records": records, "went": {split: {v.title for v in of} for split, of in went.items()}}
+
+    text = steps_of(aged, 1)["tokenize"].record.recipe["data"]["train"][0]["content"]
+    before, config = told(), first_config(aged)
+    assert before["records"].keys() == HEAVY | SMALL
+    assert before["went"] == {"train": {"tiny/1", "tiny/2"}}
+    for _ in range(2):  # and once more, when what went was made again
+        collector(aged).delete(collector(aged).find())
+        assert steps_of(aged, 1).keys() == SMALL
+        assert told() == before
+        run_plan(plan_run(config, until="cache"), Recorder())
+        age(aged)
+    assert names(collector(aged).find()) == {(stage, before["records"][stage].key) for stage in HEAVY - {"distill"}}
+
+
+def test_what_was_left_of_a_version_by_a_killed_collection_is_remembered_by_the_next(aged: Schedule) -> None:
+    first = steps_of(aged, 1)
+    for stage in ("distill", "cache", "finetune", "tokenize"):
+        (item,) = (item for item in collector(aged).find() if item.stage == stage)
+        collector(aged).delete([item])
+        assert first[stage].dir.former(type(first[stage].record)) == first[stage].record
+
+
+def test_however_many_go_the_store_is_looked_through_a_few_times(
+    aged: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    stored_steps = gc.stored_steps
+
+    def counted(storage_uri: str, stage: str) -> Any:
+        looks.append(stage)
+        return stored_steps(storage_uri, stage)
+
+    monkeypatch.setattr(gc, "AT_ONCE", 1)
+    monkeypatch.setattr(gc, "LOOKS", 3)
+    for number in range(9):
+        with step(aged, "distill", f"{number:032d}").hold(False, print) as held:
+            held.write("attempt/state", b"unfinished")
+    age(aged)
+    garbage = [item for item in collector(aged).find() if item.why.startswith("unfinished")]
+    monkeypatch.setattr(gc, "stored_steps", counted)
+    with step(aged, "distill", f"{7:032d}").hold(False, print):
+        assert len(collector(aged).delete(garbage)) == len(garbage) - 1 == 8
+    assert looks.count("distill") == 3
 
 
 def test_newest_shown_and_decided_versions_keep_what_made_them(aged: Schedule) -> None:
@@ -158,11 +212,11 @@ def test_what_is_held_when_its_turn_comes_is_left(aged: Schedule) -> None:
     collection = collector(aged)
     garbage, first = {item.stage: item for item in collection.find()}, steps_of(aged, 1)
     with first["cache"].dir.hold(False, print):
-        assert not collection.delete(garbage["cache"])
-        assert not collection.delete(garbage["tokenize"])  # which the cache was made of
-        assert collection.delete(garbage["distill"])
+        assert not collection.delete([garbage["cache"]])
+        others = [garbage["tokenize"], garbage["distill"]]  # the cache was made of the first
+        assert collection.delete(others) == others[1:]
     os.utime(Path(first["finetune"].dir.uri) / RECORD)  # as if it had been made again meanwhile
-    assert not collection.delete(garbage["finetune"])
+    assert not collection.delete([garbage["finetune"]])
     assert done(first) == SMALL | HEAVY - {"distill"}
 
 
@@ -202,7 +256,7 @@ def test_without_the_registry_of_the_store_nothing_goes(aged: Schedule, tmp_path
         collection = collector(aged)
         collection.resources = resources
         with pytest.raises(ConfigError):
-            collection.delete(garbage[0])
+            collection.delete(garbage)
     assert steps_of(aged, 1).keys() == HEAVY | SMALL
 
 
@@ -246,7 +300,7 @@ def test_killed_at_every_point_a_collection_leaves_a_step_that_is_there_or_made_
     garbage = next(item for item in collector(aged).find() if item.stage == "tokenize")
     shutil.copytree(tokens.dir.uri, tmp_path / "whole")
     collection = collector(aged)
-    while killed_after(deletions, lambda: collection.delete(garbage)):
+    while killed_after(deletions, lambda: collection.delete([garbage])):
         assert done({"tokenize": tokens}) == (set() if deletions else {"tokenize"})
         assert run_plan(plan_run(config, until="tokenize"), Recorder()).status == {
             "tokenize": "done" if deletions else "reused"
@@ -267,7 +321,7 @@ def test_who_holds_a_record_that_goes_is_told_and_the_same_command_makes_the_ste
     collection, before = collector(aged), plan_run(config)
     reader: FinishedStep[Any] = first["distill"]
     assert before.left == []
-    assert all(map(collection.delete, collection.find()))
+    assert collection.delete(collection.find())
     with pytest.raises(DamagedError, match=r"The distill step .* lacks its file frozen\.safetensors"):
         reader.local("frozen.safetensors")
     assert (
@@ -291,8 +345,7 @@ def raced_by_collections(schedule: Schedule, count: int) -> None:
     def collecting(begins: float) -> None:
         time.sleep(begins)
         collection = collector(schedule)
-        for item in collection.find():
-            collection.delete(item)
+        collection.delete(collection.find())
 
     def command() -> None:
         for _ in range(3):
@@ -342,7 +395,7 @@ def test_scratch_that_is_old_goes_and_what_is_to_be_sent_stays(aged: Schedule) -
     went = {"tmpold", "copies/old", "copies/unfinished/old"}
     assert {Path(item.place).relative_to(folder).as_posix(): item.bytes for item in garbage} == dict.fromkeys(went, 4)
     os.utime(folder / "copies" / "old")  # used again
-    assert [item.place for item in garbage if collection.delete(item)] == [
+    assert [item.place for item in collection.delete(garbage)] == [
         str(folder / name) for name in ("copies/unfinished/old", "tmpold")
     ]
     assert {path.name for path in folder.iterdir()} >= {"tmpnew", "tmpread", "copies", "outbox", "own"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 from mlflow.artifacts import load_text
+from rich.console import Console
 
+from jobs.schedule.lineage import lineage
 from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, FencedOffError, RunError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
-from pipeline.retrain.decisions import Deciding, Decisions
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.journal import _entry
+from pipeline.store.objects import Directory
 from pipeline.store.records import Student, Tokens
 from pipeline.tasks.tokenizers import END_OF_TEXT, train_bpe
 from pipeline.tracking import runs
@@ -149,19 +154,6 @@ def test_each_rule_can_decide(schedule: Schedule) -> None:
         assert schedule.trained == (LINE | {"contest"} if number == 0 else set())  # the same challenger
     schedule.evidence = Evidence(latency_ms=2.0, exports={"onnx": ""})
     assert schedule.tick(BETTER, gate={"max_latency_ms": 2, "exports": ["onnx"]}).outcome == "promoted"
-
-
-def test_a_tick_over_its_worker_hours_ends_as_rejected(schedule: Schedule) -> None:
-    schedule.grow(2)
-    config = schedule.config(BETTER)
-    capped = config.model_copy(update={"resources": config.resources.model_copy(update={"max_worker_hours": 1e-6})})
-
-    verdict = run_tick(capped, schedule.told, lambda *asked: Evidence())
-    assert verdict.outcome == "rejected"
-    assert verdict.reason.startswith("before finetune the tick had used")
-    assert verdict.decision is not None
-    assert verdict.decision.challenger is None
-    assert schedule.aliases == {"champion": 1}
 
 
 def test_a_student_that_registration_refuses_is_rejected(schedule: Schedule) -> None:
@@ -375,6 +367,19 @@ def test_a_warm_tick_starts_from_the_champion_and_knows_what_was_decided(schedul
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "rejected"
     assert schedule.tick({**BETTER, **SPOILT}, warm_start=True).outcome == "unchanged"
 
+    console = Console(file=io.StringIO(), width=200)
+    first, third = (lineage(f"{NAME}/{number}", resources, console) for number in (1, 3))
+    assert (third["ancestors"], third["descendants"]) == (["tiny/2", "tiny/1"], [])
+    assert (first["ancestors"], {*first["descendants"]}) == ([], {"tiny/2", "tiny/3"})
+    text = str(schedule.folder / "text" / "2.jsonl")
+    (of_text,) = lineage(text, resources, console).values()
+    assert (of_text["versions"], of_text["trained_on_from_these"]) == ({"train": ["tiny/3"]}, [])
+    (of_text,) = lineage(text.replace("2.jsonl", "0.jsonl"), resources, console).values()
+    assert {*of_text["trained_on_from_these"]} == {"tiny/2", "tiny/3"}
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trained on from tiny/2, which was from tiny/1" in told
+    assert "trained on from this: tiny/" in told
+
 
 def test_text_that_comes_while_a_tick_trains_is_for_the_next_one(
     schedule: Schedule, monkeypatch: pytest.MonkeyPatch
@@ -408,3 +413,26 @@ def test_a_first_tick_that_is_rejected_leaves_the_name_free(
     half = first.tick(recipes=[{"distill.seed": 1}, refused], gate={"min_gain": 0.5})
     assert (half.outcome, half.champion) == ("promoted", 1)
     assert first.aliases == {"champion": 1}
+
+
+def test_a_tick_reads_no_more_decisions_than_it_takes_and_each_once(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    read = Directory.read
+
+    def counted(self: Directory, name: str) -> bytes:
+        seen.extend([name] if "/entries/" in name else [])
+        return read(self, name)
+
+    monkeypatch.setattr(Directory, "read", counted)
+    _entry.cache_clear()  # as in a process of its own
+    assert schedule.tick().outcome == "unchanged"
+    assert len(seen) == 1  # the last one decided on it
+    with Decisions.of(NAME, schedule.config().resources).held() as deciding:
+        for _ in range(3):
+            deciding.append(Decision(decision="rejected", reason="a test", name=NAME, at=now(), champion=1))
+    seen.clear()
+    _entry.cache_clear()
+    assert schedule.tick().outcome == "unchanged"
+    assert len(seen) == len(set(seen)) == 4
