@@ -91,10 +91,14 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is Tensor.backward:
+        if isinstance(func, torch._ops.OpOverload):  # what C++ asks for, which names the device of the data beneath
+            return func(*args, **kwargs)
+        if func in (Tensor.backward, torch.autograd.backward):
             with self:  # a mode is off in what it calls, and Python has a part in the backward pass
-                engine, ones = torch.autograd.Variable._execution_engine, torch.ones_like(args[0])
-                return engine.run_backward((args[0],), (ones,), False, False, (), True, True)
+                ends = (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
+                starts = tuple(kwargs.get("grad_tensors") or map(torch.ones_like, ends))
+                engine = torch.autograd.Variable._execution_engine
+                return engine.run_backward(ends, starts, False, False, (), True, True)
         if func == Tensor.device.__get__:
             return device_of(args[0])
         if func in (Tensor.is_cuda.__get__, Tensor.is_cpu.__get__):

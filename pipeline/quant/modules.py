@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,16 +40,31 @@ class InputQuantizer(nn.Module):
         return x if self.bits == UNQUANTIZED else fake_quantize_activation(x, self.bits, self.symmetric, self.over)
 
 
-def on_grid(weight: Tensor, quantizer: WeightQuantizer | None, training: bool) -> Tensor:
-    """Return the weight as a forward pass uses it. While quantization fades in, a training pass goes only `blend` of
-    the way from the latent weight to its level."""
-    if quantizer is None:
-        return weight
-    quantized = cast(Tensor, quantizer(weight))
-    return quantized if not training or quantizer.blend == 1.0 else weight + quantizer.blend * (quantized - weight)
+class QuantizedWeight(nn.Module):
+    """A module's latent weight, and what forward passes use in its place: the weight on its grid.
+
+    While quantization fades in, a training pass goes only `blend` of the way from the latent weight to its level.
+    """
+
+    def __init__(self, weight: nn.Parameter, quantizer: WeightQuantizer | None) -> None:
+        super().__init__()
+        self.weight, self.quantizer = weight, quantizer
+        self.held: Tensor | None = None  # on the grid already: see `quantized_once`
+
+    def on_grid(self) -> Tensor:
+        """Return the weight as a forward pass uses it."""
+        return self.quantized() if self.held is None else self.held
+
+    def quantized(self) -> Tensor:
+        """Quantize the weight."""
+        if self.quantizer is None:
+            return self.weight
+        quantized, blend = cast(Tensor, self.quantizer(self.weight)), self.quantizer.blend
+        faded_in = not self.training or blend == 1.0
+        return quantized if faded_in else self.weight + blend * (quantized - self.weight)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(QuantizedWeight):
     """A linear layer whose latent weight (out, in) is on its grid in every forward pass.
 
     Levels and activations are computed in fp32, under autocast too. There the product itself rounds its factors to
@@ -57,29 +74,23 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None, quantizer: WeightQuantizer | None, inputs: InputQuantizer
     ) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.contiguous()), bias
-        self.quantizer, self.inputs = quantizer, inputs
+        super().__init__(nn.Parameter(weight.contiguous()), quantizer)
+        self.bias, self.inputs = bias, inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inputs(x), on_grid(self.weight, self.quantizer, self.training), self.bias)
+        return F.linear(self.inputs(x), self.on_grid(), self.bias)
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(QuantizedWeight):
     """A word embedding (vocabulary, hidden) with one scale per row; tied embeddings and heads read the same table.
     `embed_scale` multiplies what is looked up, as in BART's family; it does not touch the table."""
 
     def __init__(self, embedding: nn.Embedding, quantizer: WeightQuantizer | None) -> None:
-        super().__init__()
-        self.weight, self.quantizer = embedding.weight, quantizer
+        super().__init__(cast(nn.Parameter, embedding.weight), quantizer)
         self.padding_idx, self.embed_scale = embedding.padding_idx, embed_scale_of(embedding)
 
-    def table(self) -> Tensor:
-        """Return the embedding's weight on its grid."""
-        return on_grid(self.weight, self.quantizer, self.training)
-
     def forward(self, ids: Tensor) -> Tensor:
-        return _look_up(ids, self.table(), self.padding_idx, self.embed_scale)
+        return _look_up(ids, self.on_grid(), self.padding_idx, self.embed_scale)
 
 
 class TiedEmbedding(nn.Module):
@@ -91,7 +102,7 @@ class TiedEmbedding(nn.Module):
         self.padding_idx, self.embed_scale = own.padding_idx, embed_scale_of(own)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _look_up(ids, self._embedding[0].table(), self.padding_idx, self.embed_scale)
+        return _look_up(ids, self._embedding[0].on_grid(), self.padding_idx, self.embed_scale)
 
 
 def embed_scale_of(embedding: nn.Module) -> float:
@@ -113,7 +124,7 @@ class TiedHead(nn.Module):
         self.inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inputs(x), self._embedding[0].table())
+        return F.linear(self.inputs(x), self._embedding[0].on_grid())
 
 
 def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -> None:
@@ -141,8 +152,30 @@ def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -
         model.set_submodule(target.name, prepared)
 
 
+@contextmanager
+def quantized_once(model: nn.Module) -> Iterator[None]:
+    """Quantize every weight once for all passes inside, however many micro-batches and uses there are.
+
+    Gradients gather on the quantized weights. When all is done they go through the quantizers, once, to latent weights
+    and scales; nothing goes anywhere if what is inside fails.
+    """
+    modules = [m for m in model.modules() if isinstance(m, QuantizedWeight) and m.quantizer is not None]
+    levels = [module.quantized() for module in modules]
+    held = [level.detach().requires_grad_(level.requires_grad) for level in levels]
+    try:
+        for module, leaf in zip(modules, held, strict=True):
+            module.held = leaf
+        yield
+    finally:
+        for module in modules:
+            module.held = None
+    reached = [(level, leaf.grad) for level, leaf in zip(levels, held, strict=True) if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightQuantizer]]:
     """Yield every weight quantizer with the name and the latent weight of the module it serves."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and module.quantizer is not None:
-            yield name, cast(nn.Parameter, module.weight), module.quantizer
+        if isinstance(module, QuantizedWeight) and module.quantizer is not None:
+            yield name, module.weight, module.quantizer

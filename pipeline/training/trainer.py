@@ -8,15 +8,14 @@ with and without Ray.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
@@ -24,7 +23,7 @@ from pipeline.distill.random import draw
 from pipeline.errors import RunError
 from pipeline.models.hidden_states import WithStates, last_states, logits_of
 from pipeline.models.student import load_parameters
-from pipeline.quant.modules import quantizers
+from pipeline.quant.modules import quantized_once, quantizers
 from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
 from pipeline.store.shards import Rows
 from pipeline.store.step_store import FinishedStep, StepDir
@@ -41,6 +40,7 @@ from pipeline.training.optimizers import Optimizers
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
+READ_EVERY = 10  # steps: a GPU that is asked for a loss waits until it has caught up
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Trainer:
         self.distillation, self.model = distillation, model.to(device)
         if job.resources.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.replica: nn.Module = DistributedDataParallel(model) if self.world > 1 else model
         self.optimizers = Optimizers(model, self.recipe)
         self.rows = Rows(job.tokens, job.train, job.cache)
         self.validation = Rows(job.tokens, job.validation)
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
         self.progress, self.watch = Progress(), Watch()
+        self.unread: list[dict[str, Tensor]] = []  # losses of the last steps, sums of this worker, on the device
 
     def run(self) -> None:
         """Train as `train` does."""
@@ -110,21 +110,20 @@ class Trainer:
             if self.rank == 0:
                 self.report(0, steps, "", list(self.progress.history))
         while self.progress.step < steps:
-            losses = self.train_step(self.progress.step)
+            self.unread.append(self.train_step(self.progress.step))
             self.progress.step += 1
-            self._after_step(losses, steps)
+            self._after_step(steps)
         if self.rank == 0:
             best = self.job.dir.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
             load_parameters(self.model.model, load_file(best))
 
-    def train_step(self, step: int) -> dict[str, float]:
-        """Take one optimizer step over one global batch; return the mean losses in nats."""
+    def train_step(self, step: int) -> dict[str, Tensor]:
+        """Take one optimizer step over one global batch; return the mean losses in nats, of this worker's part."""
         if self.distillation is not None and self.distillation.recipe.fade_in > 0:
             faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.job.steps))
             for _, _, quantizer in quantizers(self.model):
                 quantizer.blend = faded_in
         losses = self.backward(step)
-        self._refuse_divergence(losses["loss"], "loss", step)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
         self.optimizers.step(step, self.job.steps)
@@ -141,30 +140,27 @@ class Trainer:
                 "use precision: fp32. The last checkpoint is kept."
             )
 
-    def backward(self, step: int) -> dict[str, float]:
-        """Compute the gradients of one global batch, micro-batch by micro-batch, synchronised with the last; return the
-        mean losses."""
-        self.replica.train()
+    def backward(self, step: int) -> dict[str, Tensor]:
+        """Compute the gradients of one global batch, micro-batch by micro-batch; return what this worker adds to the
+        mean losses, on the device."""
+        self.model.train()
         self.optimizers.zero_grad()
         row_ids = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
         counted = self.job.task.counts(self.rows.lengths(row_ids.tolist()))
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        micro_batches = row_ids.split(self.job.resources.micro_batch)
-        for index, micro in enumerate(micro_batches):
-            replica = None if index == len(micro_batches) - 1 else self.replica
-            with replica.no_sync() if isinstance(replica, DistributedDataParallel) else contextlib.nullcontext():
+        weights = torch.tensor([self._weight(name) for name in names], dtype=torch.float64).to(self.device)
+        means = torch.zeros_like(counts)
+        with quantized_once(self.model):
+            for micro in row_ids.split(self.job.resources.micro_batch):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
                 losses = self._losses(step, micro.tolist())
-                # DistributedDataParallel averages over workers; each loss is a mean over the tokens of all of them.
-                parts = [self._weight(n) * losses[n] * self.world / c for n, c in zip(names, counts, strict=True)]
-                torch.stack(parts).sum().backward()
-            sums += torch.stack([losses[name].detach().cpu() for name in names])
-        means = dict(zip(names, (self._all_reduce(sums) / counts).tolist(), strict=True))
-        total = sum(self._weight(name) * mean for name, mean in means.items())
-        return {"loss": total} if len(names) == 1 else {"loss": total, **means}
+                parts = torch.stack([losses[name] for name in names]) / counts
+                (weights * parts).sum().backward()
+                means += parts.detach()
+        self._sum_gradients()
+        return {"loss": (weights * means).sum(), **(dict(zip(names, means, strict=True)) if len(names) > 1 else {})}
 
     def _weight(self, loss: str) -> float:
         return self.distillation.recipe.contrast_weight if loss == CONTRAST and self.distillation is not None else 1.0
@@ -173,7 +169,7 @@ class Trainer:
         """Return the losses of one micro-batch by name, each a sum in nats."""
         batch, states = self._read(*row_ids)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            student_states, logits = self.replica(*batch.inputs)
+            student_states, logits = self.model(*batch.inputs)
         if self.distillation is None:
             return teaching_losses(logits, batch)
         rows = self.order.batch(step, self.recipe.batch_size)
@@ -183,20 +179,36 @@ class Trainer:
         ids, lengths, states = self.rows.get([*row_ids])
         return self.job.task.batch(ids, lengths).to(self.device), states
 
-    def _after_step(self, losses: dict[str, float], steps: int) -> None:
-        progress, step, known = self.progress, self.progress.step, len(self.progress.history)
-        last = step == steps
-        if last or step % max(1, steps // HISTORY_POINTS) == 0:
-            progress.history.append({"step": step, **losses})
-        note = f"loss {losses['loss']:.3f}"
-        if last or step % self.recipe.eval_every == 0:
+    def _after_step(self, steps: int) -> None:
+        progress, step = self.progress, self.progress.step
+        validates = step == steps or step % self.recipe.eval_every == 0
+        keeps = validates or step % self.job.resources.checkpoint_steps == 0
+        if not keeps and len(self.unread) < READ_EVERY:
+            return
+        known = len(progress.history)
+        note = f"loss {self._read_losses(steps):.3f}"
+        if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
-        if last or step % self.recipe.eval_every == 0 or step % self.job.resources.checkpoint_steps == 0:
+        if keeps:
             if self.rank == 0:
                 checkpoints.write_checkpoint(self.job.dir, self._tensors(), progress)
             self._barrier()
         if self.rank == 0:
             self.report(step, steps, note, progress.history[known:])
+
+    def _read_losses(self, steps: int) -> float:
+        """Take the losses of the steps since the last time into the history; return the last one. Raises RunError for
+        one that is no number."""
+        names = list(self.unread[0])
+        sums = torch.stack([torch.stack(list(losses.values())) for losses in self.unread])
+        first = self.progress.step - len(self.unread)
+        self.unread.clear()
+        rows = self._all_reduce(sums).tolist()
+        for step, row in enumerate(rows, first):
+            self._refuse_divergence(row[0], "loss", step)
+            if step + 1 == steps or (step + 1) % max(1, steps // HISTORY_POINTS) == 0:
+                self.progress.history.append({"step": step + 1, **dict(zip(names, row, strict=True))})
+        return float(rows[-1][0])
 
     def _validate(self) -> float:
         """Score the validation split, write it down, and keep the weights if they are the best so far."""
@@ -223,14 +235,14 @@ class Trainer:
         """Return the mean next-token nats over `eval_rows` rows of the validation split, the same at every validation,
         and the mean cosine between the last states of different tokens of a row, whichever layer's are contrasted."""
         self.model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for micro in rank_rows(self.eval_rows, self.rank, self.world).split(self.job.resources.inference_batch):
             if len(micro):
                 batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
                 states = last_states(self.model.model, *batch.inputs)
                 logits = logits_of(self.model.model, states)
                 measures = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
-                sums += torch.tensor([value.item() for value in measures], dtype=torch.float64)
+                sums += torch.stack([value.double() for value in measures])
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)
 
@@ -257,12 +269,20 @@ class Trainer:
             self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
         self._barrier()
 
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all workers, whose losses are parts of one mean, in one exchange."""
+        if self.world > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = parameters_to_vector(gradients)
+            dist.all_reduce(flat)
+            vector_to_parameters(flat, gradients)
+
     def _all_reduce(self, tensor: Tensor) -> Tensor:
-        if self.world == 1:
-            return tensor
+        """Return the sum over all workers, on the device."""
         moved = tensor.to(self.device)
-        dist.all_reduce(moved)
-        return moved.cpu()
+        if self.world > 1:
+            dist.all_reduce(moved)
+        return moved
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """Return a tensor of every rank, in rank order; the first dimensions may differ."""

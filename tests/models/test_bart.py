@@ -138,11 +138,11 @@ def test_every_name_reads_the_one_table_at_its_scale():
         "model.shared.quantizer.gamma",
     ]
     ids = torch.tensor([[5, 6]])
-    looked_up = tables[0].table()[ids] * 32**0.5  # scale_embedding
+    looked_up = tables[0].on_grid()[ids] * 32**0.5  # scale_embedding
     for side in (student.model.encoder, student.model.decoder):
         assert torch.equal(side.embed_tokens(ids), looked_up)
     states = torch.randn(1, 2, 32, generator=GENERATOR)
-    head = states @ tables[0].table().double().float().T
+    head = states @ tables[0].on_grid().double().float().T
     assert torch.corrcoef(torch.stack([student.lm_head(states).flatten(), head.flatten()]))[0, 1] > 0.999
 
 

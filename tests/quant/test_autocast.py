@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
 from pipeline.quant.grid import fake_quantize_activation
-from pipeline.quant.modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, TiedHead, on_grid
+from pipeline.quant.modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
 from tests.quant.cases import make
 from tests.training.cases import Case
@@ -53,11 +53,11 @@ def test_a_weight_on_its_grid_and_all_gradients_are_bit_for_bit_those_of_fp32(
     weight, upstream = normal(16, 64), normal(64, 16).T
 
     def computed(on: bool) -> list[Tensor]:
-        quantizer, latent = make(name, weight, bits, granularity), weight.clone().requires_grad_()
+        quantizer, latent = make(name, weight, bits, granularity), nn.Parameter(weight.clone())
         with autocast(on):
             level = quantizer(latent)
             quantizer.blend = 0.25
-            faded = on_grid(latent, quantizer, training=True)
+            faded = QuantizedWeight(latent, quantizer).on_grid()
             quantizer.blend = 1.0
             frozen = quantizer.freeze(latent)
             (level * upstream).sum().backward()

@@ -72,7 +72,7 @@ def test_embedding_and_tied_head_share_one_gradient():
     ids, target = IDS[0], torch.randn(11, 64)
     (head(embedding(ids).tanh()) * target).sum().backward()
     # The same two uses on two separate tables.
-    below, above = (embedding.table().detach().clone().requires_grad_() for _ in range(2))
+    below, above = (embedding.on_grid().detach().clone().requires_grad_() for _ in range(2))
     (F.linear(F.embedding(ids, below).tanh(), above) * target).sum().backward()
     quantizer = embedding.quantizer
     inside = embedding.weight.abs() < quantizer.scale_of(embedding.weight) * quantizer.grid.high

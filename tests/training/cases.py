@@ -201,7 +201,7 @@ def steps_of(loop: Trainer, steps: int) -> dict[str, Any]:
     losses, read = [], []
     for step in range(loop.progress.step, loop.progress.step + steps):
         rows.clear()
-        losses.append(loop.train_step(step)["loss"])
+        losses.append(mean_loss(loop, loop.train_step(step)))
         read.append(list(rows))
     bank = loop.distillation.bank if isinstance(loop.distillation, Distillation) else None
     return {
@@ -212,7 +212,12 @@ def steps_of(loop: Trainer, steps: int) -> dict[str, Any]:
     }
 
 
+def mean_loss(loop: Trainer, losses: dict[str, torch.Tensor]) -> float:
+    """The loss over the batch of all workers."""
+    return float(loop._all_reduce(losses["loss"]))
+
+
 def gradients(loop: Trainer) -> tuple[float, dict[str, torch.Tensor]]:
     """First-step loss and gradients."""
-    loss = loop.backward(0)["loss"]
+    loss = mean_loss(loop, loop.backward(0))
     return loss, {name: p.grad.clone() for name, p in loop.model.named_parameters() if p.grad is not None}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.quant.granularity import PER_CHANNEL
-from pipeline.quant.modules import on_grid, quantizers
+from pipeline.quant.modules import QuantizedWeight, quantizers
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.spec import QuantizerName
 from pipeline.store.keys import recipe_of
@@ -232,8 +233,9 @@ def test_a_blend_lies_between_the_weight_and_its_level() -> None:
     quantizer = QUANTIZERS["seq"](weight, 2, PER_CHANNEL, Quant(quantizer="seq").spec())
     level = quantizer(weight)
     quantizer.blend = 0.25
-    torch.testing.assert_close(on_grid(weight, quantizer, training=True), 0.75 * weight + 0.25 * level)
-    assert torch.equal(on_grid(weight, quantizer, training=False), level)
+    module = QuantizedWeight(nn.Parameter(weight), quantizer)
+    torch.testing.assert_close(module.on_grid(), 0.75 * weight + 0.25 * level)
+    assert torch.equal(module.eval().on_grid(), level)
 
 
 def test_only_a_student_may_take_no_steps() -> None:

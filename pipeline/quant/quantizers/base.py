@@ -32,7 +32,7 @@ class WeightQuantizer(nn.Module, ABC):
         self.bits, self.granularity = bits, granularity
         self.grid = grid(levels_of(spec.quantizer), bits)
         self.reach = REACH[self.published_ste if spec.ste == "auto" else spec.ste]
-        self.blend = 1.0  # of the quantized weight in a training pass: see `on_grid`
+        self.blend = 1.0  # of the quantized weight in a training pass: see `QuantizedWeight`
         self.start(granularity.fold(weight.detach()), spec)
 
     def start(self, folded: Tensor, spec: QuantSpec) -> None:
