@@ -1,53 +1,84 @@
-"""Muon (Jordan et al. 2024), orthogonalised in what the device is fast at."""
+"""Muon (Jordan et al. 2024) over stacks of matrices of one shape, orthogonalised in what the device is fast at."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 UPDATE_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
+MOST_STACKED = 2**26  # numbers that are orthogonalised at once
 
 
-def muon_for(device: torch.device) -> type[torch.optim.Muon]:
-    """Return the Muon of a device: torch's own, which orthogonalises in bf16, and on CPUs the same in fp32."""
-    return MuonInFp32 if device.type == "cpu" else torch.optim.Muon
+class StackedMuon(torch.optim.Muon):
+    """Torch's Muon with `nesterov` and `match_rms_adamw`, its settings and its state, which moves all its matrices in a
+    few operations: those of one shape, or of its transpose, are orthogonalised as one stack.
 
-
-class MuonInFp32(torch.optim.Muon):
-    """Torch's Muon with `nesterov` and `match_rms_adamw`, its settings and its state, without bf16.
-
-    A CPU that has no units for bf16 emulates it, at 30 times the time of fp32, and what is emulated differs from what
-    is not: in fp32 CPUs agree with each other.
+    On GPUs in bf16, as torch does; on CPUs in fp32: one that has no units for bf16 emulates it, at 30 times the time,
+    and what is emulated differs from what is not.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+        grouped = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grouped:
+            return
+        moved, settings = [p for p, _ in grouped], grouped[0][1]  # groups differ in their rates alone
+        for parameter in moved:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        averages = [self.state[p]["momentum_buffer"] for p in moved]
+        grads = [p.grad for p in moved]
+        torch._foreach_lerp_(averages, grads, 1 - settings["momentum"])
+        updates = list(torch._foreach_lerp(grads, averages, settings["momentum"]))
+        torch._foreach_div_(updates, torch._foreach_clamp_min(torch._foreach_norm(updates), settings["eps"]))
+        for indexes in _stacks(updates):
+            stack = [updates[i] for i in indexes]
+            together = _orthogonalised_together(stack, settings["ns_coefficients"], settings["ns_steps"])
+            for i, update in zip(indexes, together, strict=True):
+                updates[i] = update
+        if settings["weight_decay"]:
+            torch._foreach_mul_(moved, [1 - group["lr"] * group["weight_decay"] for _, group in grouped])
+        torch._foreach_mul_(updates, [-group["lr"] * UPDATE_RMS * max(p.shape) ** 0.5 for p, group in grouped])
+        torch._foreach_add_(moved, updates)
 
-    def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        momentum, rate, state = group["momentum"], group["lr"], self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        average = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        ahead = grad.lerp(average, momentum)
-        update = orthogonalised(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.add_(update, alpha=-rate * UPDATE_RMS * max(parameter.shape) ** 0.5)
+
+def _stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of the matrices that make a stack: of one shape or its transpose, wide ones first."""
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        alike[tuple(sorted(matrix.shape))].append(number)
+    for (rows, columns), numbers in alike.items():
+        ordered = sorted(numbers, key=lambda number: _is_tall(matrices[number]))
+        most = max(1, MOST_STACKED // (rows * columns))
+        yield from (ordered[first : first + most] for first in range(0, len(ordered), most))
 
 
-def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Return about U V^T of a matrix U S V^T, in its own dtype: each step of Newton and Schulz turns X into
-    (a + b G + c G^2) X with G = X X^T, and singular values end near 1."""
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
+
+
+def _orthogonalised_together(
+    matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int
+) -> list[Tensor]:
+    """Return what `orthogonalised` makes of matrices of one shape or its transpose, wide ones first, in their dtype."""
+    first = matrices[0]
+    stack = torch.stack([matrix.mT if _is_tall(matrix) else matrix for matrix in matrices])
+    narrow = stack if first.device.type == "cpu" else stack.bfloat16()
+    update = orthogonalised(narrow, coefficients, steps).to(first.dtype)
+    wide = sum(not _is_tall(matrix) for matrix in matrices)
+    return [*update[:wide].unbind(), *update[wide:].mT.contiguous().unbind()]
+
+
+def orthogonalised(stack: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Return about U V^T of each matrix U S V^T of a stack (matrices, rows, at least as many columns) whose singular
+    values are at most 1, in its own dtype: each step of Newton and Schulz turns X into (a + b G + c G^2) X with
+    G = X X^T, and singular values end near 1."""
     a, b, c = coefficients
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=eps)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+        gram = stack @ stack.mT
+        stack = torch.baddbmm(stack, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), stack, beta=a)
+    return stack

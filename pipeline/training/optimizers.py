@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
 from pipeline.quant.modules import quantizers
-from pipeline.training.muon import UPDATE_RMS, muon_for
+from pipeline.training.muon import UPDATE_RMS, StackedMuon
 from pipeline.training.schedule import learning_rate
 
 
@@ -41,7 +41,7 @@ class Optimizers:
             self.all.append(_muon(matrices, recipe))
         else:
             groups.append(_group(matrices, recipe.lr, recipe.weight_decay))
-        self.all.append(torch.optim.AdamW([group for group in groups if group["params"]], betas=recipe.betas))
+        self.all.append(torch.optim.AdamW([g for g in groups if g["params"]], betas=recipe.betas, fused=True))
         self.clipped = [*matrices, *tables, *vectors]
 
     def step(self, step: int, steps: int) -> None:
@@ -74,7 +74,7 @@ class Optimizers:
         for name, tensor in tensors.items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            owners[parameter].state[parameter][key] = tensor.to("cpu" if key == "step" else parameter.device)
+            owners[parameter].state[parameter][key] = tensor.to(parameter.device)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return next((o.state[parameter] for o in self.all if parameter in o.state), {})
@@ -87,8 +87,7 @@ def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.opt
     for matrix in matrices:
         rms = float(matrix.detach().square().mean().sqrt())
         groups.append(_group([matrix], recipe.muon_lr * rms / UPDATE_RMS, recipe.weight_decay))
-    muon = muon_for(matrices[0].device)
-    return muon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
+    return StackedMuon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
 
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> dict[str, Any]:
