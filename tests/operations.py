@@ -1,13 +1,10 @@
-"""What is counted in place of time: operations that launch work, and reads that make the host wait for its device."""
+"""What is counted in place of time: operations that launch work."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from tests.second_device import CPU, device_of
 
 # Views move no number, and what only makes room or asks for facts about a tensor launches nothing.
 FREE = {
@@ -33,22 +30,3 @@ class Launches(TorchDispatchMode):
         if not func.is_view and name not in FREE:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
-
-
-class HostReads(TorchDispatchMode):
-    """Lists the operations, inside, by which the host waits for values of another device: copies to it, and results
-    whose shape or branch depends on them."""
-
-    WAITING = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
-        away = any(device_of(tensor) != CPU for tensor in given)
-        returned = func(*args, **(kwargs or {}))
-        if away and self.WAITING.intersection(func.tags):
-            self.names.append(func._schema.name)
-        return returned

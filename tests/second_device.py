@@ -20,6 +20,8 @@ CPU, SECOND = torch.device("cpu"), torch.device("cuda", 0)
 COPIES = ("copy_", "_to_copy")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 CPU_ALONE = ("numpy", "__array__")
+WAITING = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_reads: list[str] = []
 
 
 @contextlib.contextmanager
@@ -34,6 +36,16 @@ def product_devices() -> Iterator[set[str]]:
     """Tell on which kinds of devices matrices are multiplied while inside."""
     with _Products() as products:
         yield products.devices
+
+
+@contextlib.contextmanager
+def host_reads() -> Iterator[list[str]]:
+    """List, once it is left, the operations inside by which the host waited for values of the second device: copies to
+    the CPU, and what has a shape or a branch that depends on values."""
+    _reads.clear()
+    reads: list[str] = []
+    yield reads
+    reads += _reads
 
 
 def device_of(tensor: Tensor) -> torch.device:
@@ -55,6 +67,8 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         device = device_of(args[0]) if name in COPIES else self._common_device(name, args, kwargs)
         returned = func(*args, **kwargs)
+        if device == SECOND and WAITING.intersection(func.tags) and not _takes_places(name, args):
+            _reads.append(name)
         if device == SECOND:  # else what is made is on the CPU, and a view or what was changed is where it was
             for tensor in _tensors([returned]):
                 if not hasattr(storage := tensor.untyped_storage(), "label"):
@@ -105,6 +119,10 @@ class _Functions(TorchFunctionMode):
             return device_of(args[0]).type == ("cpu" if func == Tensor.is_cpu.__get__ else "cuda")
         if getattr(func, "__name__", "") in CPU_ALONE and device_of(args[0]) == SECOND:
             raise TypeError(f"can't do {func.__name__} on a tensor of {SECOND}; copy it to the CPU first")
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.tolist and device_of(args[0]) == SECOND:
+            _reads.append("tolist")
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return _moved(func, *args, **kwargs)
         if kwargs.get("device") is None or torch.device(kwargs["device"]).type not in (CPU.type, SECOND.type):
@@ -128,6 +146,8 @@ def _moved(func: Any, tensor: Tensor, *args: Any, copy: bool = False, **kwargs: 
     cast = tensor if dtype is None else tensor.to(dtype)
     if device is None or device.type == device_of(tensor).type:
         return cast.clone() if copy and cast is tensor else cast
+    if device.type == CPU.type:
+        _reads.append("copy to the CPU")
     moved: Tensor = _Move.apply(cast, CPU if device.type == CPU.type else SECOND)
     return moved
 
@@ -141,6 +161,11 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _placed(grads[0].clone(), ctx.origin), None
+
+
+def _takes_places(name: str, args: Any) -> bool:
+    """Tell whether an indexing takes places, of which it has as many results; not a mask, whose are counted first."""
+    return name == "index" and not any(index.dtype == torch.bool for index in _tensors(args[1]))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

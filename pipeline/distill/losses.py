@@ -3,8 +3,6 @@ computed in fp32 and summed in fp64, so that the grouping of a batch does not sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +30,7 @@ def logit_distillation_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> 
 
 
 def contrastive_loss(
-    query: Tensor, teacher: Tensor, lengths: Tensor, negatives: Sequence[Negatives], temperature: float
+    query: Tensor, teacher: Tensor, valid: Tensor, negatives: Negatives, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return the token-level contrastive loss (Tao et al. 2022, section 3.2), nats over valid tokens.
 
@@ -41,20 +39,18 @@ def contrastive_loss(
     Args:
         query: (batch, length, hidden), the student's states mixed with the memory bank.
         teacher: (batch, length, hidden).
-        lengths: (batch,), valid tokens of each row.
-        negatives: those of each row.
+        valid: (batch, length) bool.
+        negatives: those of all rows.
         temperature: tau.
     """
-    query, teacher = F.normalize(query.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
-    total = query.new_zeros((), dtype=torch.float64)
-    for row, length in enumerate(lengths.tolist()):
-        tokens = query[row, :length]
-        positive = (tokens * teacher[row, :length]).sum(-1, keepdim=True)
-        scores = tokens @ F.normalize(negatives[row].pool.float(), dim=-1).T
-        index = negatives[row].index
-        candidates = torch.cat([positive, scores if index is None else scores.gather(1, index)], dim=1) / temperature
-        total = total - candidates.log_softmax(-1)[:, 0].sum(dtype=torch.float64)
-    return total, lengths.sum()
+    query, teacher, pool = (F.normalize(states.float(), dim=-1) for states in (query, teacher, negatives.pool))
+    positive = (query * teacher).sum(-1, keepdim=True)
+    scores = query @ pool.mT
+    if negatives.index is not None:
+        scores = scores.gather(2, negatives.index)
+    candidates = torch.cat([positive, scores.masked_fill(~negatives.taken, -torch.inf)], dim=-1) / temperature
+    nats = -candidates.log_softmax(-1)[..., 0]
+    return (nats * valid).sum(dtype=torch.float64), valid.sum()
 
 
 def valid_tokens(lengths: Tensor, width: int) -> Tensor:

@@ -23,6 +23,7 @@ class MemoryBank:
         self.momentum = momentum
         self.states = torch.zeros(vocabulary, hidden, device=device)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.seen_ids = torch.zeros(0, dtype=torch.int64)  # the same as ids, in order, on the host
         self._added: list[tuple[Tensor, Tensor]] = []  # ids and states of this step
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
@@ -32,30 +33,27 @@ class MemoryBank:
 
     @torch.no_grad()
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
-        """Add one micro-batch's valid states to the sums of this step."""
-        self._added.append((ids[valid], states[valid].float()))
+        """Add one micro-batch's valid states to the sums of this step; ids and mask (batch, length) are the host's."""
+        places = valid.flatten().nonzero()[:, 0]
+        self._added.append((ids.flatten()[places], states.flatten(0, 1)[places.to(states.device)].float()))
 
     @torch.no_grad()
     def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
         """Reduce the sums of all workers in rank order, move the bank, forget them: the end of the optimizer step.
         `gather` returns a tensor's value on every rank, in rank order; first dimensions may differ."""
         ids, states = (torch.cat(parts) for parts in zip(*self._added, strict=True))
-        unique, inverse = ids.unique(return_inverse=True)
-        sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, inverse, states)
-        counts = torch.bincount(inverse, minlength=len(unique)).to(sums.dtype)
-        self._move(gather(unique), gather(sums), gather(counts))
+        unique, sums, counts = _summed(ids, states, torch.ones(len(ids)))
+        self._move(*_summed(*(torch.cat(gather(tensor)) for tensor in (unique, sums, counts))))
         self._added.clear()
 
-    def _move(self, ids: list[Tensor], sums: list[Tensor], counts: list[Tensor]) -> None:
-        unique, inverse = torch.cat(ids).unique(return_inverse=True)
-        total, count = sums[0].new_zeros(len(unique), self.states.shape[1]), sums[0].new_zeros(len(unique))
-        for rows, rank_sums, rank_counts in zip(inverse.split([*map(len, ids)]), sums, counts, strict=True):
-            total.index_add_(0, rows, rank_sums)
-            count.index_add_(0, rows, rank_counts)
-        mean = total / count.unsqueeze(1)
-        moved = self.momentum * self.states[unique] + (1 - self.momentum) * mean
-        self.states[unique] = torch.where(self.seen[unique].unsqueeze(1), moved, mean)
-        self.seen[unique] = True
+    def _move(self, ids: Tensor, sums: Tensor, counts: Tensor) -> None:
+        """Move the bank towards the means of the states of each id; ids, distinct, and counts are the host's."""
+        device = self.states.device
+        moved, mean = ids.to(device), sums / counts.to(device).unsqueeze(1)
+        known = self.momentum * self.states[moved] + (1 - self.momentum) * mean
+        self.states[moved] = torch.where(self.seen[moved].unsqueeze(1), known, mean)
+        self.seen[moved] = True
+        self.seen_ids = torch.cat([self.seen_ids, ids]).unique()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the bank as it goes into a checkpoint, between two steps."""
@@ -65,3 +63,11 @@ class MemoryBank:
         """Restore the bank from its `state_dict`."""
         self.states.copy_(state["states"])
         self.seen.copy_(state["seen"])
+        self.seen_ids = state["seen"].cpu().nonzero()[:, 0]
+
+
+def _summed(ids: Tensor, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the distinct ids (host), and the sums of states (device) and counts (host) that belong to each."""
+    unique, inverse = ids.unique(return_inverse=True)
+    sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, inverse.to(states.device), states)
+    return unique, sums, counts.new_zeros(len(unique)).index_add_(0, inverse, counts)

@@ -19,6 +19,8 @@ from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CAUSAL = "bitmill_causal"
+
 
 def use_quantized_attention(model: PreTrainedModel, spec: QuantSpec) -> None:
     """Switch a model to the attention its spec asks for, in place."""
@@ -33,6 +35,21 @@ def use_quantized_attention(model: PreTrainedModel, spec: QuantSpec) -> None:
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, eager_mask)
     model.set_attn_implementation(name)
+
+
+def use_causal_attention(model: PreTrainedModel) -> None:
+    """Have a decoder attend causally without a mask, in place, where rows are padded on the right alone: to find out
+    whether it needs one, transformers reads positions from the device in each pass. Left as they are: models with an
+    encoder or a sliding window, and attention of our own."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = model.config
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if config.is_encoder_decoder or windowed or config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)  # and no mask of that name
+    model.set_attn_implementation(CAUSAL)
 
 
 def _attend(

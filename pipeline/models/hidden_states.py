@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.attention import use_causal_attention
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ class WithStates(nn.Module):
     def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
         super().__init__()
         self.model, self.layer = model, layer
+        use_causal_attention(model)
         _keep_padding_row(model)
 
     def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:

@@ -23,6 +23,7 @@ from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import DamagedError, RunError
+from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model, set_dropout
 from pipeline.models.family import family_named
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
@@ -56,7 +57,7 @@ def run(step: Step) -> Student:
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
-STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=3, unit="steps")
+STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=4, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance) -> None:
@@ -99,6 +100,7 @@ def make(
     if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
     teacher = load_model(folder).requires_grad_(False).to(device).eval()
+    use_causal_attention(teacher)
     student = load_model(folder)
     set_dropout(student, 0.0)  # cached states have none
     make_student(student, quant.spec(), family_named(family))

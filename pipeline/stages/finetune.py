@@ -56,7 +56,7 @@ def run(step: Step) -> Teacher:
     return Teacher(**step.identity(), **result, **facts)
 
 
-STAGE = Stage(Teacher, inputs, recipe, run, locations, version=3, shared=True, unit="steps")
+STAGE = Stage(Teacher, inputs, recipe, run, locations, version=4, shared=True, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance) -> None:

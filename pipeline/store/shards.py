@@ -81,9 +81,9 @@ def map_states(path: Path) -> tuple[NDArray[Any], str]:
 
 
 def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
-    """Convert rows that `map_states` gave to fp32."""
+    """Return rows that `map_states` gave as a tensor of the dtype they stand for."""
     words = torch.from_numpy(np.array(rows))
-    return (words.view(torch.bfloat16) if dtype == "bfloat16" else words).float()
+    return words.view(torch.bfloat16) if dtype == "bfloat16" else words
 
 
 def store_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
@@ -127,15 +127,16 @@ class Rows:
         self._limit = open_shards
 
     def get(self, row_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states in fp32."""
+        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept."""
         ids, lengths, states = [], [], []
         for row_id in row_ids:
             (shard_ids, shard_lengths, shard_states, dtype), row = self._at(row_id)
-            ids.append(torch.from_numpy(shard_ids[row].astype(np.int64)))
-            lengths.append(torch.from_numpy(np.asarray(shard_lengths[row], np.int64)))
+            ids.append(shard_ids[row])
+            lengths.append(shard_lengths[row])
             if shard_states is not None:
                 states.append(to_tensor(shard_states[row], dtype))
-        return torch.stack(ids), torch.stack(lengths), torch.stack(states) if states else None
+        tokens, counts = (torch.from_numpy(np.array(column, np.int64)) for column in (ids, lengths))
+        return tokens, counts, torch.stack(states) if states else None
 
     def drawn(self, count: int) -> list[int]:
         """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.

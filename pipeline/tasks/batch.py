@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.distill.losses import valid_tokens
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, which the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -26,6 +33,17 @@ class Batch:
     source_ids: Tensor | None = None  # (sequences, source length): what the encoder reads
     source_mask: Tensor | None = None  # int64, 1 where the source is not padding
     group: int = 1  # sequences of a row
+    before: Batch | None = None  # the same as it was on the host
+
+    @property
+    def on_host(self) -> Batch:
+        """Return the batch on the host, whose values can be read without waiting for a device."""
+        return self.before or self
+
+    @property
+    def valid(self) -> Tensor:
+        """Return where a token is not padding, bool (sequences, length)."""
+        return valid_tokens(self.lengths, self.ids.shape[1])
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -35,13 +53,13 @@ class Batch:
         return self.ids, self.source_ids, self.source_mask
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return self._with(lambda tensor: tensor.to(device), self.group)
+        """Return the batch on a device; a GPU goes on while it is copied."""
+        return self._with(lambda tensor: sent(tensor, device), self.group, self.on_host)
 
     def references(self) -> Batch:
         """Return the first sequence of each row alone."""
-        return self._with(lambda tensor: tensor[:: self.group], 1)
+        return self._with(lambda tensor: tensor[:: self.group], 1, None)
 
-    def _with(self, change: Callable[[Tensor], Tensor], group: int) -> Batch:
+    def _with(self, change: Callable[[Tensor], Tensor], group: int, before: Batch | None) -> Batch:
         changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **changed, group=group)
+        return replace(self, **changed, group=group, before=before)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipeline.distill.losses import logit_distillation_loss, target_nats, valid_tokens
+from pipeline.distill.losses import logit_distillation_loss, target_nats
 from pipeline.models.hidden_states import last_states, logits_of
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import candidate_scores
@@ -115,7 +115,7 @@ def documents_of(batch: Batch, end_of_text: int | None) -> Documents:
     rows, targets = first.targets.shape
     if end_of_text is None:
         return Documents(torch.arange(rows).unsqueeze(1).expand(rows, targets), rows, False)
-    ends = (first.ids == end_of_text) & valid_tokens(first.lengths, first.ids.shape[1])
+    ends = (first.ids == end_of_text) & first.valid
     before = (ends.flatten().cumsum(0) - ends.flatten().long()).view_as(ends)
     goes_on = not bool(ends[-1, first.lengths[-1] - 1])
     return Documents(before[:, -targets:], int(ends.sum()) + goes_on, goes_on)

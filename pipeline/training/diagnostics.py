@@ -18,16 +18,14 @@ from pipeline.quant.quantizers.base import mean_abs
 BINS, WIDEST = 60, 6.0  # of a histogram of weights, in multiples of the mean magnitude
 
 
-def token_cosine(states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def token_cosine(states: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines between different tokens of the same row, summed over rows' means, and the number of rows that had
-    two tokens: states (batch, length, hidden), and lengths (batch,), valid tokens of each row."""
-    total, count = states.new_zeros((), dtype=torch.float64), lengths.new_zeros(())
-    for row, length in zip(states, lengths.tolist(), strict=True):
-        if length < 2:
-            continue
-        whole = F.normalize(row[:length].double(), dim=-1).sum(0).square().sum()
-        total, count = total + (whole - length) / (length * (length - 1)), count + 1
-    return total, count
+    two tokens: states (batch, length, hidden), and which tokens are valid, bool (batch, length)."""
+    tokens = valid.sum(1).double()
+    whole = F.normalize(states.double(), dim=-1).masked_fill(~valid.unsqueeze(-1), 0).sum(1).square().sum(-1)
+    several = tokens >= 2
+    means = (whole - tokens) / (tokens * (tokens - 1)).clamp(min=1)
+    return (means * several).sum(), several.sum()
 
 
 class Watch:

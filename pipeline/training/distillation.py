@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from pipeline.config.training import Distill
 from pipeline.distill import negatives
-from pipeline.distill.losses import contrastive_loss, valid_tokens
+from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import RunError
-from pipeline.tasks.batch import Batch
+from pipeline.tasks.batch import Batch, sent
 from pipeline.tasks.losses import CONTRAST, distilling_losses
 
 ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
@@ -56,44 +56,57 @@ class Distillation:
         losses = distilling_losses(logits, teacher_logits, batch)
         contrast = states.new_zeros((), dtype=torch.float64)
         if self.recipe.contrast_weight:
-            apart = [
-                self._negatives(step, rows, row_ids[i // batch.group], batch, i, layer[i], states[i], read)
-                for i in range(len(row_ids) * batch.group)
-            ]
+            apart = self._negatives(step, rows, row_ids, batch, layer, states, read)
             query = self.bank.query(batch.ids, states)
-            contrast, _ = contrastive_loss(query, layer, batch.lengths, apart, self.recipe.temperature)
-            self.bank.accumulate(batch.ids, states, valid_tokens(batch.lengths, batch.ids.shape[1]))
+            contrast, _ = contrastive_loss(query, layer, batch.valid, apart, self.recipe.temperature)
+            self.bank.accumulate(batch.on_host.ids, states, batch.on_host.valid)
         return losses | {CONTRAST: contrast}
 
     def _negatives(
-        self, step: int, rows: Tensor, row: int, batch: Batch, i: int, teacher: Tensor, student: Tensor, read: ReadRow
+        self,
+        step: int,
+        rows: Tensor,
+        row_ids: list[int],
+        batch: Batch,
+        teacher: Tensor,
+        student: Tensor,
+        read: ReadRow,
     ) -> negatives.Negatives:
-        """Return the negatives, as `negatives_from` says, of a row's sequence that is number `i` of the batch; the
-        student's own states let the gradient through on both sides."""
+        """Return the negatives, as `negatives_from` says, of the sequences of a micro-batch; the student's own states
+        let the gradient through on both sides."""
         seed, count, chosen = self.recipe.seed, self.recipe.negatives, self.recipe.negatives_from
-        place = i % batch.group
-        sequence = row * batch.group + place
-        ids = batch.ids[i, : int(batch.lengths[i])]
+        sequences = [row * batch.group + place for row in row_ids for place in range(batch.group)]
         if chosen in ("teacher", "student"):
-            offsets = negatives.draw_offsets(seed, step, sequence, len(ids), count)
-            return negatives.other_positions(teacher if chosen == "teacher" else student, len(ids), offsets)
+            lengths = batch.on_host.lengths.tolist()
+            offsets = [
+                negatives.draw_offsets(seed, step, sequence, length, count)
+                for sequence, length in zip(sequences, lengths, strict=True)
+            ]
+            return negatives.other_positions(teacher if chosen == "teacher" else student, batch.lengths, offsets)
         if chosen == "vocabulary":
-            seen = self.bank.seen.nonzero()[:, 0]
-            drawn = seen[negatives.draw_ids(seed, step, sequence, len(seen), count + 1).to(seen.device)]
-            return negatives.other_tokens(self.bank.states[drawn], ids, drawn)
-        partner = negatives.draw_partner(seed, step, row, rows)
+            seen = self.bank.seen_ids
+            draws = [seen[negatives.draw_ids(seed, step, sequence, len(seen), count + 1)] for sequence in sequences]
+            drawn = torch.stack(draws).to(batch.ids.device)
+            return negatives.other_tokens(self.bank.states[drawn], batch.ids, drawn)
+        pools = [self._of_partner(step, rows, row, place, read) for row in row_ids for place in range(batch.group)]
+        return negatives.pooled([teacher[0, :0] if pool is None else pool for pool in pools])
+
+    def _of_partner(self, step: int, rows: Tensor, row: int, place: int, read: ReadRow) -> Tensor | None:
+        """Return states of another row of the global batch, at the same place; None if there is no other."""
+        partner = negatives.draw_partner(self.recipe.seed, step, row, rows)
         if partner is None:
-            return negatives.Negatives(teacher[:0])
+            return None
         others, cached = read(partner)
         with torch.no_grad():
             _, states = self._teacher_states(others, cached)
-        positions = negatives.draw_positions(seed, step, sequence, int(others.lengths[place]), count)
-        return negatives.Negatives(states[place, positions])
+        sequence, length = row * others.group + place, int(others.on_host.lengths[place])
+        positions = negatives.draw_positions(self.recipe.seed, step, sequence, length, self.recipe.negatives)
+        return states[place, positions.to(states.device)]
 
     def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
             return self.teacher(*batch.inputs)
         if cached is None:
             raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = cached.to(batch.ids.device).reshape(*batch.ids.shape, -1)
+        states = sent(cached, batch.ids.device).float().reshape(*batch.ids.shape, -1)
         return states, states

@@ -241,7 +241,7 @@ class Trainer:
                 batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
                 states = last_states(self.model.model, *batch.inputs)
                 logits = logits_of(self.model.model, states)
-                measures = (*reference_nats(logits, batch), *token_cosine(states, batch.lengths))
+                measures = (*reference_nats(logits, batch), *token_cosine(states, batch.valid))
                 sums += torch.stack([value.double() for value in measures])
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)
@@ -285,17 +285,18 @@ class Trainer:
         return moved
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return a tensor of every rank, in rank order; the first dimensions may differ."""
+        """Return a tensor of every rank, in rank order, where it is; the first dimensions may differ."""
         if self.world == 1:
             return [tensor]
-        sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
+        own = tensor.to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
         longest = max(int(size) for size in sizes)
-        padded = tensor.new_zeros(longest, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
+        padded = own.new_zeros(longest, *own.shape[1:])
+        padded[: len(own)] = own
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
-        return [rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)]
+        return [rows[: int(size)].to(tensor.device) for rows, size in zip(gathered, sizes, strict=True)]
 
     def _barrier(self) -> None:
         if self.world > 1:

@@ -32,8 +32,7 @@ def offsets_of(lengths, rows, negatives=3):
 
 
 def negatives_of(states, lengths, rows, negatives=3):
-    offsets = offsets_of(lengths, rows, negatives)
-    return [other_positions(s, int(n), o) for s, n, o in zip(states, lengths, offsets, strict=True)]
+    return other_positions(states, lengths, offsets_of(lengths, rows, negatives))
 
 
 def hard(data, rows):
@@ -51,7 +50,8 @@ def soft(data, rows):
 
 def contrast(data, rows):
     negatives = negatives_of(data["states"][rows], LENGTHS[rows], rows)
-    return contrastive_loss(data["query"][rows], data["states"][rows], LENGTHS[rows], negatives, TAU)
+    valid = valid_tokens(LENGTHS[rows], WIDTH)
+    return contrastive_loss(data["query"][rows], data["states"][rows], valid, negatives, TAU)
 
 
 LOSSES = {"hard": hard, "soft": soft, "contrast": contrast}
@@ -155,7 +155,11 @@ def test_wider_padding_changes_nothing(loss):
         hard: lambda: next_tokens(narrow["student"], narrow["ids"], lengths),
         soft: lambda: logit_distillation_loss(narrow["student"], narrow["teacher"], valid_tokens(lengths, 4)),
         contrast: lambda: contrastive_loss(
-            narrow["query"], narrow["states"], lengths, negatives_of(narrow["states"], lengths, rows), TAU
+            narrow["query"],
+            narrow["states"],
+            valid_tokens(lengths, 4),
+            negatives_of(narrow["states"], lengths, rows),
+            TAU,
         ),
     }[loss]()
     wide_total, wide_count = loss(data, rows)
@@ -184,12 +188,13 @@ def test_a_row_of_one_token_adds_nothing_without_a_context_or_a_negative(loss):
 def test_contrastive_loss_falls_as_the_positives_cosine_rises():
     length, negatives = 4, 3
     teacher = torch.eye(length, length + 1).unsqueeze(0)
-    drawn = [other_positions(teacher[0], length, draw_offsets(0, 0, 0, length, negatives))]
+    drawn = other_positions(teacher, torch.tensor([length]), [draw_offsets(0, 0, 0, length, negatives)])
+    valid = torch.ones(1, length, dtype=torch.bool)
     totals = []
     for cos in (-1.0, -0.5, 0.0, 0.3, 0.6, 0.9, 1.0):
         query = cos * teacher
         query[..., -1] = math.sqrt(1 - cos**2)  # the rest points away from every teacher state
-        total, _ = contrastive_loss(query * 3, teacher, torch.tensor([length]), drawn, TAU)
+        total, _ = contrastive_loss(query * 3, teacher, valid, drawn, TAU)
         expected = math.log1p(negatives * math.exp(-cos / TAU))
         assert total.item() / length == pytest.approx(expected, abs=2e-6)  # two ulp of the score cos / tau = 10
         totals.append(total.item())
@@ -201,7 +206,11 @@ def test_more_negatives_cost_more():
     data = example()
     few, many = (
         contrastive_loss(
-            data["query"], data["states"], LENGTHS, negatives_of(data["states"], LENGTHS, EVERY_ROW, k), TAU
+            data["query"],
+            data["states"],
+            valid_tokens(LENGTHS, WIDTH),
+            negatives_of(data["states"], LENGTHS, EVERY_ROW, k),
+            TAU,
         )[0]
         for k in (1, 6)
     )

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pipeline.distill.negatives import draw_ids, draw_partner, draw_positions, other_positions, other_tokens
+from pipeline.distill.negatives import (
+    draw_ids,
+    draw_partner,
+    draw_positions,
+    other_positions,
+    other_tokens,
+    pooled,
+)
 
 BATCH = torch.tensor([40, 7, 19, 3, 88])
 
@@ -69,20 +76,34 @@ def test_a_batch_of_one_row_has_no_partner(batch):
 
 
 def test_other_positions_wrap_around_the_valid_tokens():
-    states = torch.arange(12.0).reshape(6, 2)
-    negatives = other_positions(states, 4, torch.tensor([1, 3]))
-    assert torch.equal(negatives.pool, states[:4])  # padding is never a candidate
-    assert negatives.index.tolist() == [[1, 3], [2, 0], [3, 1], [0, 2]]
+    states = torch.arange(24.0).reshape(2, 6, 2)
+    offsets = [torch.tensor([1, 3]), torch.tensor([], dtype=torch.long)]
+    negatives = other_positions(states, torch.tensor([4, 1]), offsets)
+    assert torch.equal(negatives.pool, states)
+    assert negatives.index[0, :4].tolist() == [[1, 3], [2, 0], [3, 1], [0, 2]]  # padding is never a candidate
+    assert negatives.taken.tolist() == [[[True, True]], [[False, False]]]
 
 
 def test_a_token_is_not_its_own_negative_and_all_get_as_many():
-    known = torch.arange(8.0).reshape(4, 2)
-    negatives = other_tokens(known, torch.tensor([30, 5, 99, 5]), torch.tensor([12, 30, 7, 5]))
+    known = torch.arange(8.0).reshape(1, 4, 2)
+    negatives = other_tokens(known, torch.tensor([[30, 5, 99, 5]]), torch.tensor([[12, 30, 7, 5]]))
     assert torch.equal(negatives.pool, known)
-    assert negatives.index.tolist() == [[0, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    taken = [[place for place, chosen in enumerate(token) if chosen] for token in negatives.taken[0].tolist()]
+    assert taken == [[0, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("drawn", [[], [5]], ids=["none", "one"])
 def test_of_fewer_than_two_known_ids_there_are_no_negatives(drawn):
-    negatives = other_tokens(torch.ones(len(drawn), 2), torch.tensor([5, 6]), torch.tensor(drawn, dtype=torch.long))
-    assert negatives.index.shape == (2, 0)
+    ids = torch.tensor([[5, 6]])
+    negatives = other_tokens(torch.ones(1, len(drawn), 2), ids, torch.tensor([drawn], dtype=torch.long))
+    assert negatives.taken.shape == (1, 2, len(drawn))
+    assert not negatives.taken.any()
+
+
+def test_pools_of_several_sizes_stand_side_by_side():
+    pools = [torch.ones(2, 3), torch.ones(0, 3), torch.full((1, 3), 2.0)]
+    negatives = pooled(pools)
+    assert negatives.taken.tolist() == [[[True, True]], [[False, False]], [[True, False]]]
+    assert [pool[taken[0]].tolist() for pool, taken in zip(negatives.pool, negatives.taken, strict=True)] == [
+        pool.tolist() for pool in pools
+    ]

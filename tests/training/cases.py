@@ -37,6 +37,7 @@ from pipeline.training.trainer import Trainer, TrainingJob
 
 VOCABULARY, WIDTH, HIDDEN = 64, 16, 32
 ORIGIN: dict[str, Any] = {"key": "", "stage_version": 1, "inputs": {}, "provenance": {}}
+CPU = torch.device("cpu")
 ARCHITECTURE = {
     "architecture": "gpt2",
     "n_layer": 2,
@@ -152,10 +153,9 @@ class Case:
             task=self.task,
         )
 
-    def loop(self, run: TrainingJob, quant: Quant) -> Trainer:
-        cpu = torch.device("cpu")
+    def loop(self, run: TrainingJob, quant: Quant, device: torch.device = CPU) -> Trainer:
         student, distillation = (
-            distill_stage.make(run, self.teacher, self.family, quant, cpu)
+            distill_stage.make(run, self.teacher, self.family, quant, device)
             if isinstance(run.recipe, Distill)
             else (WithStates(load_model(self.teacher)), None)
         )
@@ -166,7 +166,7 @@ class Case:
             with torch.no_grad():
                 for parameter in student.parameters():
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        return Trainer(student, run, distillation, cpu, lambda done, total, note, points=(): None)
+        return Trainer(student, run, distillation, device, lambda done, total, note, points=(): None)
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
+from pipeline.distill.losses import valid_tokens
 from pipeline.models.build import load_model
 from pipeline.models.family import family_named
 from pipeline.models.student import load_parameters, make_student
@@ -43,7 +44,7 @@ def test_the_cosine_between_tokens_is_that_of_a_double_loop() -> None:
         if pairs:
             cosines = [row[a] @ row[b] / np.sqrt((row[a] @ row[a]) * (row[b] @ row[b])) for a, b in pairs]
             expected, rows = expected + float(np.mean(cosines)), rows + 1
-    total, count = token_cosine(states, lengths)
+    total, count = token_cosine(states, valid_tokens(lengths, states.shape[1]))
     assert total.dtype == torch.float64
     assert (total.item(), count.item()) == (pytest.approx(expected, rel=1e-6), rows)
     assert rows == 3
@@ -51,18 +52,20 @@ def test_the_cosine_between_tokens_is_that_of_a_double_loop() -> None:
 
 def test_padding_scale_and_width_do_not_show_in_the_cosine() -> None:
     states, lengths = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 3, 2])
-    plain, _ = token_cosine(states, lengths)
+    plain, _ = token_cosine(states, valid_tokens(lengths, states.shape[1]))
     padded = torch.full((3, 9, 4), torch.nan)
     for row, length in enumerate(lengths.tolist()):
         padded[row, :length] = states[row, :length] * (row + 2)
-    changed, count = token_cosine(padded, lengths)
+    changed, count = token_cosine(padded, valid_tokens(lengths, 9))
     assert (changed.item(), count.item()) == (pytest.approx(plain.item(), abs=1e-6), 3)
 
 
 def test_equal_tokens_have_cosine_one_and_rows_of_one_token_none() -> None:
-    total, count = token_cosine(torch.ones(2, 3, 4) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1), torch.tensor([3, 1]))
+    total, count = token_cosine(
+        torch.ones(2, 3, 4) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1), valid_tokens(torch.tensor([3, 1]), 3)
+    )
     assert (total.item(), count.item()) == (pytest.approx(1.0), 1)
-    total, count = token_cosine(torch.randn(2, 3, 4), torch.tensor([1, 0]))
+    total, count = token_cosine(torch.randn(2, 3, 4), valid_tokens(torch.tensor([1, 0]), 3))
     assert (total.item(), count.item()) == (0, 0)
 
 

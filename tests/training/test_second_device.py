@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.presets import PRESETS
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.stages import distill, finetune
 from pipeline.stages.stage import StepJob
 from pipeline.store.keys import recipe_of
-from tests.second_device import SECOND
+from tests.second_device import SECOND, host_reads, second_device
 from tests.training.cases import Case
 from tests.training.test_task_training import ROWS
 
@@ -97,3 +98,29 @@ def test_a_teacher_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.
     theirs = interrupted(finetune._train, jobs[1], CPU, stop_at=None)
     exact = device is SECOND and optimizer == "adam"  # Muon orthogonalises in bf16 away from the CPU
     assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0 if exact else 0.02)
+
+
+STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({}, {}),
+    **{name: (PRESETS[name]["distill"], PRESETS[name]["quant"]) for name in ("best", "smallest")},
+    "student": ({"negatives_from": "student"}, {"quantizer": "pact"}),
+    "vocabulary": DISTILLATIONS["vocabulary"],
+    "batch": ({"negatives_from": "batch"}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_no_step_waits_for_a_value_of_the_device(case: Case, kind: str) -> None:
+    options, quant = STEPS[kind]  # clipping asks the stand-in where gradients are, and is told that on the CPU
+    with second_device() as device:
+        recipe = Distill(**{**COMMON, "steps": 9, "clip_norm": None, **options})
+        loop = case.loop(
+            case.run(recipe, f"reads-{kind}", case.cache("float16"), micro_batch=1), Quant(**quant), device
+        )
+        loop.train_step(0)
+        with host_reads() as reads:
+            loop.train_step(1)
+        assert reads == []
+        with host_reads() as reads:
+            float(loop.train_step(2)["loss"])
+        assert reads == ["_local_scalar_dense"]
