@@ -99,16 +99,29 @@ def fake_quantize_activation(
     asymmetric: 2^b levels over [min x, max x], or over [0, max x] with `from_zero`, which softmax rows need so that
     their range does not tell how many later tokens are masked. Computed in fp32, returned in x's dtype.
     """
-    with torch.no_grad():
+    return cast(Tensor, _FakeQuantizeActivation.apply(x, bits, symmetric, over, from_zero))  # type: ignore[no-untyped-call]
+
+
+class _FakeQuantizeActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, symmetric: bool, over: ActivationRange, from_zero: bool) -> Tensor:
         values = x.float()
         rows = values if over == "token" else values.reshape(1, -1)
         if symmetric:
-            alpha = rows.abs().amax(-1, keepdim=True)
-            quantized = alpha * ((rows / nonzero(alpha)).mul(levels(bits)).round() / levels(bits))
+            alpha = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True)
+            quantized = (rows / positive(alpha)).mul_(levels(bits)).round_().div_(levels(bits)).mul_(alpha)
         else:
-            low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+            low, high = torch.aminmax(rows, dim=-1, keepdim=True)
             low = torch.zeros_like(low) if from_zero else low
             scale = (high - low) / (2**bits - 1)
-            quantized = low + scale * ((rows - low) / nonzero(scale)).round()
-        quantized = quantized.reshape(x.shape).to(x.dtype)
-    return quantized + (x - x.detach())
+            quantized = (rows - low).div_(positive(scale)).round_().mul_(scale).add_(low)
+        return quantized.reshape(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Return the scale, or next to nothing where it is 0, by which zeros can be divided."""
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)

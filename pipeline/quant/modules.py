@@ -171,7 +171,7 @@ def quantized_once(model: nn.Module) -> Iterator[None]:
             module.held = None
     reached = [(level, leaf.grad) for level, leaf in zip(levels, held, strict=True) if leaf.grad is not None]
     if reached:
-        torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+        torch.autograd.backward([level for level, _ in reached], [gradient for _, gradient in reached])
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightQuantizer]]:
