@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -210,6 +211,24 @@ def steps_of(loop: Trainer, steps: int) -> dict[str, Any]:
         "bank": digest(bank.states) if bank else None,
         "seen": digest(bank.seen) if bank else None,
     }
+
+
+def run_until(loop: Trainer, stop: int) -> None:
+    """Train until so many steps are taken, all of them included, and leave all behind as a kill would."""
+    take = loop.train_step
+
+    def taking(step: int) -> dict[str, torch.Tensor]:
+        if step == stop:
+            raise InterruptedError
+        return take(step)
+
+    def report(done: int, total: int, note: str, points: Any = ()) -> None:
+        if done == stop == total:
+            raise InterruptedError
+
+    loop.train_step, loop.report = taking, report  # type: ignore[method-assign]
+    with pytest.raises(InterruptedError):
+        loop.run()
 
 
 def mean_loss(loop: Trainer, losses: dict[str, torch.Tensor]) -> float:

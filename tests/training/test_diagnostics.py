@@ -19,10 +19,9 @@ from pipeline.models.family import family_named
 from pipeline.models.student import load_parameters, make_student
 from pipeline.quant.modules import InputQuantizer, QuantizedLinear
 from pipeline.training.diagnostics import Watch, token_cosine, weight_histograms
-from pipeline.training.trainer import train
 from tests.conftest import Ran
 from tests.quant.cases import make
-from tests.training.cases import Case
+from tests.training.cases import Case, run_until
 
 # A quantizer with its grid's codes low..high and shift at 2 bits, and at 4.
 GRIDS = {"quantgpt": (-1, 1, 0.0), "twn": (-1, 1, 0.0), "lsq": (-2, 1, 0.0), "seq": (-2, 1, 0.5)}
@@ -199,20 +198,11 @@ def test_a_teacher_has_neither(finished: Ran) -> None:
 def looks_of(case: Case, recipe: Distill, name: str, stop_at: tuple[int, ...] = ()) -> Any:
     """Looks and history of a run that is stopped after some steps and started again from the store."""
     run = case.run(recipe, name, checkpoint_steps=9)
-    for stop in (*stop_at, None):
-        loop = case.loop(run, Quant(bits="2-2-8"))
-
-        def report(done: int, total: int, note: str, points: Any = (), stop: int | None = stop) -> None:
-            if done == stop and not note.startswith("resumed"):
-                raise InterruptedError
-
-        try:
-            progress = train(loop.model, run, loop.distillation, torch.device("cpu"), report)
-        except InterruptedError:
-            continue
-        assert progress is not None
-        return progress.modules, progress.history
-    raise AssertionError("the last attempt runs to its end")
+    for stop in stop_at:
+        run_until(case.loop(run, Quant(bits="2-2-8")), stop)
+    loop = case.loop(run, Quant(bits="2-2-8"))
+    loop.run()
+    return loop.progress.modules, loop.progress.history
 
 
 @pytest.fixture(scope="module")

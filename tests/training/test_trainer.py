@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
 from pipeline.errors import RunError
+from pipeline.quant.modules import quantizers
+from pipeline.quant.quantizers import base
 from pipeline.training.trainer import TrainingJob, train
-from tests.training.cases import VOCABULARY, Case, gradients, steps_of, with_workers
+from tests.training.cases import VOCABULARY, Case, gradients, run_until, steps_of, with_workers
 
 FULL = Quant(bits="32-32-32")
 LOW = Quant(bits="2-2-8")
@@ -76,6 +78,21 @@ def test_first_quantized_step_does_not_depend_on_workers_or_micro_batch(case: Ca
         other = torch.load(case.root / f"grads-{rank}.pt", weights_only=True)
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert relative(other, grads) < 1e-4
+
+
+@pytest.mark.parametrize("micro", [3, 12])
+def test_each_weight_is_quantized_once_a_step(case: Case, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = case.loop(case.run(Distill(**DISTILL), "once", micro_batch=micro), LOW)
+    quantize, shapes = base.fake_quantize, []
+
+    def counted(weight: torch.Tensor, *others: Any) -> torch.Tensor:
+        shapes.append(weight.shape)
+        return quantize(weight, *others)
+
+    monkeypatch.setattr(base, "fake_quantize", counted)
+    loop.train_step(0)
+    expected = [quantizer.granularity.fold(weight).shape for _, weight, quantizer in quantizers(loop.model)]
+    assert sorted(shapes) == sorted(expected)
 
 
 def test_the_memory_bank_is_identical_on_every_worker(case: Case) -> None:
@@ -143,21 +160,12 @@ def test_bf16_trains_close_to_fp32(case: Case) -> None:
 
 
 def weights_after(case: Case, run: TrainingJob, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Train to the end, raising after each step of `stop_at` and starting again with nothing but the store."""
-    for step in (*stop_at, None):
-        loop = case.loop(run, quant)
-
-        def report(done: int, total: int, note: str, points: Any = (), step: int | None = step) -> None:
-            if done == step and not note.startswith("resumed"):
-                raise InterruptedError
-
-        try:
-            progress = train(loop.model, run, loop.distillation, torch.device("cpu"), report)
-        except InterruptedError:
-            continue
-        assert progress is not None
-        return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
-    raise AssertionError("the last attempt runs to its end")
+    """Train to the end, stopped after each step of `stop_at` and started again with nothing but the store."""
+    for step in stop_at:
+        run_until(case.loop(run, quant), step)
+    loop = case.loop(run, quant)
+    loop.run()
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
 
 
 @pytest.mark.parametrize("recipe", [Distill(**DISTILL), FINETUNE], ids=["distill", "finetune"])
@@ -175,27 +183,16 @@ def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
     recipe = Distill(**DISTILL)
     whole = steps_of(case.loop(case.run(recipe, "whole"), LOW), 30)["rows"]
     run = case.run(recipe, "parts", checkpoint_steps=10)
-    with pytest.raises(InterruptedError):
-        fit_until(case, run, 17)
+    run_until(case.loop(run, LOW), 17)
     loop = case.loop(run, LOW)
     loop._resume()
     assert loop.progress.step == 10
     assert steps_of(loop, 20)["rows"] == whole[10:30]
 
 
-def fit_until(case: Case, run: TrainingJob, step: int) -> None:
-    def report(done: int, total: int, note: str, points: Any = ()) -> None:
-        if done == step:
-            raise InterruptedError
-
-    loop = case.loop(run, LOW)
-    train(loop.model, run, loop.distillation, torch.device("cpu"), report)
-
-
 def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "damaged", checkpoint_steps=10)
-    with pytest.raises(InterruptedError):
-        fit_until(case, run, 17)
+    run_until(case.loop(run, LOW), 17)
     (state,) = Path(run.dir.uri).glob("1/attempt/state-*.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
@@ -273,8 +270,7 @@ def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
 
 def test_best_file_is_stored_whole(case: Case) -> None:
     run = case.run(Distill(**DISTILL), "whole-best")
-    with pytest.raises(InterruptedError):
-        fit_until(case, run, 25)
+    run_until(case.loop(run, LOW), 25)
     (best,) = Path(run.dir.uri).glob("1/attempt/best-*.safetensors")
     assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))
 
