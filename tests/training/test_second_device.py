@@ -16,6 +16,7 @@ import torch
 from pipeline.config.presets import PRESETS
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
+from pipeline.sources.models import ModelSource
 from pipeline.stages import distill, finetune
 from pipeline.stages.stage import StepJob
 from pipeline.store.keys import recipe_of
@@ -92,7 +93,7 @@ def test_a_teacher_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.
         "finetune": recipe_of(Finetune(**COMMON, dropout=0.0, optimizer=optimizer)),
         "model": {"content": {}, "family": "gpt2"},
     }
-    locations = {"model": {"folder": str(case.teacher), "gguf_file": None, "hub": None}}
+    locations = {"model": ModelSource(case.teacher, {}).location()}
     jobs = [case.step_job(recipe, locations=locations, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
     ours = interrupted(finetune._train, jobs[0], device)
     theirs = interrupted(finetune._train, jobs[1], CPU, stop_at=None)
