@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 RESAMPLES = 2000
 
@@ -16,6 +15,8 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """Return the two-sided interval (Efron's percentiles) of sum(sums) / sum(weights), which belong to the same
     documents and are drawn together; None: fewer than two documents, or the sums are all zero."""
+    from scipy import stats  # takes a second, which a tick without new data has no use for
+
     sums, weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
     if len(weights) < 2 or not sums.any():
         return None

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from jobs.compress import print_shared, watched
 from jobs.display import print_table, print_warnings
-from jobs.report import latency
 from pipeline.config.retrain import PromotionGate
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, RunError
@@ -111,6 +110,8 @@ def prove(config: Config, package: FinishedStep[Package], version: ModelVersion,
     gate = PromotionGate() if config.retrain is None else config.retrain.gate
     milliseconds = None
     if gate.max_latency_ms is not None:
+        from jobs.report import latency  # beside what draws, which no other tick need import
+
         latency.measure([("challenger", package)], console)
         measured = latency.measured(package)
         milliseconds = None if measured is None else measured.median_ms

@@ -131,21 +131,10 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
     Raises:
         ConfigError: anything that cannot work, said before any worker starts.
     """
-    names = [stage.name for stage in LINE]
-    if until not in names:
-        raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
     look = once or Once()
-    pinned, start = config.model_dump_json(include={"model", "data", "task", "resources"}), None
-    if config.distill.start is not None and names.index(until) >= names.index(Student.stage):
-        start = find_start(config, config.distill.start, look)
-        config = warm_start.named(config, start.version)
     with _store_explained(config):
-        run = look(("sources", pinned), partial(preflight.pin, config)).with_config(config, start)
-        steps: dict[str, PlannedStep] = {}
-        for stage in line_to(until):
-            plan = partial(plan_step, stage, run, steps, once)
-            # That of the text, which may be of many files, is the same for all that pinned the same.
-            steps[stage.name] = look(("tokens", pinned), plan) if stage.record is Tokens else plan()
+        run, start, steps = _plan_steps(config, until, look)
+        config, pinned = run.config, _pinned(config)
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
         if teacher is not None and not left:
@@ -162,6 +151,35 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
     return RunPlan(config, run, tuple(steps.values()), parameters, overlap)
+
+
+def key_of_run(config: Config, once: Once) -> str:
+    """Return the key of the run of a configuration, without a look at whether the run can work. Raises ConfigError."""
+    with _store_explained(config):
+        return [*_plan_steps(config, ModelVersion.stage, once)[2].values()][-1].key
+
+
+def _pinned(config: Config) -> str:
+    """Return what the sources of a run are a function of."""
+    return config.model_dump_json(include={"model", "data", "task", "resources"})
+
+
+def _plan_steps(config: Config, until: str, look: Once) -> tuple[PinnedRun, Start | None, dict[str, PlannedStep]]:
+    """Return the sources, what the student starts from, and the steps, by stage. Raises ConfigError."""
+    names = [stage.name for stage in LINE]
+    if until not in names:
+        raise ConfigError(f"--until {until!r} is not a stage; valid: {', '.join(names)}")
+    pinned, start = _pinned(config), None
+    if config.distill.start is not None and names.index(until) >= names.index(Student.stage):
+        start = find_start(config, config.distill.start, look)
+        config = warm_start.named(config, start.version)
+    run = look(("sources", pinned), partial(preflight.pin, config)).with_config(config, start)
+    steps: dict[str, PlannedStep] = {}
+    for stage in line_to(until):
+        plan = partial(plan_step, stage, run, steps, look)
+        # That of the text, which may be of many files, is the same for all that pinned the same.
+        steps[stage.name] = look(("tokens", pinned), plan) if stage.record is Tokens else plan()
+    return run, start, steps
 
 
 def find_start(config: Config, model: str, once: Once) -> Start:

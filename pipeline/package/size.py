@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from pipeline.config.quant import Quant
 from pipeline.models.family import Family
@@ -16,6 +15,9 @@ from pipeline.quant.granularity import PER_CHANNEL
 from pipeline.quant.modules import TIED, Role
 from pipeline.quant.packing import encoding_of, packed_columns
 from pipeline.quant.spec import UNQUANTIZED, BitWidths, Encoding, QuantSpec
+
+if TYPE_CHECKING:  # which takes long to import
+    from transformers import PreTrainedModel
 
 # As safetensors writes it: wider dtypes first, tensors of one dtype by name.
 ORDER = {"I64": 8, "F32": 7, "BF16": 4, "F16": 3, "U8": 1, "BOOL": 0}

@@ -25,7 +25,7 @@ from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import step_dirs_of, steps_behind
-from pipeline.flow.plan import Once, RunPlan, plan_run, plan_step
+from pipeline.flow.plan import Once, RunPlan, key_of_run, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
 from pipeline.retrain import gate
@@ -106,12 +106,11 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
     crowned = None if last is None else last.champion
     champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
-    plans = _challengers(config, once)
-    if champion is not None and champion.key in {plan.run_key for _, plan in plans}:  # its tokenizer is learned of this
+    if champion is not None and champion.key in {key_of_run(laid, once) for _, laid in _recipes(config)}:
         champion = champion if crowned is not None else None  # of a tick that was killed then, or of `compress`
-    elif champion is not None:
+    elif champion is not None:  # a tokenizer of its own is learned of other text
         config = _with_its_tokenizer(config, champion)
-        plans = _challengers(config, once)
+    plans = _challengers(config, once)
     tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
     for _, plan in plans:
         _refuse_moving_splits(plan)
@@ -127,12 +126,16 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
 
 def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
     """Return the plan of each recipe, with a label."""
+    return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in _recipes(config))
+
+
+def _recipes(config: Config) -> list[tuple[str, Config]]:
+    """Return the configuration with each recipe laid over it, with a label."""
     retrain = config.retrain or Retrain()
     for path in {path for values in retrain.recipes for path in values}:
         check_path(path, "retrain.recipes")
     base = config.model_copy(update={"sweep": None})
-    laid = [(label(values), laid_over(base, values) if values else base) for values in retrain.recipes]
-    return tuple((recipe, plan_run(challenger, once=once)) for recipe, challenger in laid)
+    return [(label(values), laid_over(base, values) if values else base) for values in retrain.recipes]
 
 
 def _decided(tick: Tick, made: Iterable[Decision]) -> Decision | None:

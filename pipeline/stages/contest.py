@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.data import Evaluate
 from pipeline.errors import ConfigError, RunError
 from pipeline.package.manifest import read_manifest
-from pipeline.package.package import load
 from pipeline.package.pull import from_store, pull
 from pipeline.stages.scorer import score_splits, scoring_recipe
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
@@ -93,6 +92,8 @@ def run(step: Step) -> Contest:
 
 def champion_of(job: StepJob) -> PreTrainedModel:
     """Return the packed model, every byte checked. Raises RunError if it is not there, or another."""
+    from pipeline.package.package import load  # transformers, for those who only plan
+
     uri, digest = job.locations["package_uri"], job.recipe["champion"]
     with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as scratch:
         folder = Path(scratch) / "package"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.retrain.decisions import Decision, Decisions, now
+from tests.conftest import ROOT
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 Command = Callable[..., Result]
+HEAVY = {"ray", "optuna", "matplotlib", "scipy.stats", "transformers.modeling_utils"}
 
 
 @pytest.fixture
@@ -58,6 +61,15 @@ def test_a_tick_tells_its_decision_and_is_unchanged_then(bitmill: Command, tmp_p
     assert json.loads(again.stdout)["decision"] == "unchanged"
     assert not (tmp_path / "told.json").exists()
     assert "nothing to do: promoted" in bitmill("retrain", "CONFIG", "--plan").stderr
+    code = f"""
+import sys
+from jobs.cli import app
+app(["retrain", {str(tmp_path / "tiny.yaml")!r}, "--json"], standalone_mode=False)
+print("heavy:", sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert json.loads(alone.stdout)["decision"] == "unchanged"
+    assert "heavy: []" in alone.stderr  # which is what takes the time of such a tick
 
 
 @pytest.mark.parametrize(
