@@ -16,7 +16,7 @@ from torch import Tensor
 from jobs.display import Display, print_table
 from jobs.model_argument import is_registered, locate, pinned
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, UnfitExportError
 from pipeline.export import Format, format_named
 from pipeline.export.probes import PROMPTS, make_probes, width_of
 from pipeline.export.verify import Comparison, Floors, Logits, Verdict, bytes_of, measure, reasons_against
@@ -62,7 +62,7 @@ def export(
                 verdict = _prove(package, draft, name, kind, text, data, threads, display)
             if not verdict.passed:
                 _log(model, verdict, resources)
-                raise RunError(f"The {name} export of {model} was deleted: {'; '.join(verdict.reasons)}.")
+                raise UnfitExportError(f"The {name} export of {model} was deleted: {'; '.join(verdict.reasons)}.")
             (draft / VERDICT).write_text(verdict.model_dump_json(indent=1) + "\n", encoding="utf-8")
             draft.chmod(0o755)
             for path in draft.iterdir():

@@ -41,6 +41,10 @@ class OverBudgetError(RunError):
     """As many worker-hours were used as may be; what was committed is kept."""
 
 
+class UnfitExportError(RunError):
+    """An export does not do in its runtime what the package does, and was deleted."""
+
+
 class BusyError(RunError):
     """Another live process runs this step and the caller did not want to wait."""
 

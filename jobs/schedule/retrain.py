@@ -16,7 +16,7 @@ from jobs.compress import print_shared, watched
 from jobs.display import print_table, print_warnings
 from pipeline.config.retrain import PromotionGate
 from pipeline.config.run import Config
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import UnfitExportError
 from pipeline.flow.plan import reasons
 from pipeline.retrain.decisions import Decision
 from pipeline.retrain.gate import Evidence
@@ -30,7 +30,7 @@ TELL_S = 60.0  # that the command of retrain.on_decision may take
 def retrain(config: Config, console: Console, *, force: bool, only_plan: bool) -> dict[str, Any]:
     """Run (or only plan) one tick and print for people on `console`; returns the document of `--json`."""
     if only_plan:
-        tick = plan_tick(config)
+        tick = plan_tick(config, force)
         document = plan_document(tick)
         print_plan(tick, document, console)
         return document
@@ -120,13 +120,14 @@ def prove(config: Config, package: FinishedStep[Package], version: ModelVersion,
 
 
 def _export_flaw(version: ModelVersion, name: str, config: Config, console: Console) -> str:
-    """Export a version, and return why it cannot be kept; empty if it was verified. The export itself is dropped."""
+    """Export a version, and return why it cannot be kept; empty if it was verified. The export itself is dropped.
+    Raises what else goes wrong, so that the tick decides nothing."""
     from jobs.export import export  # runtimes, which a tick without exports need not import
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             export(f"{version.name}/{version.version}", name, Path(folder) / "out", None, 1, config.resources, console)
-        except (RunError, ConfigError) as error:
+        except UnfitExportError as error:
             return str(error)
     return ""
 
@@ -139,7 +140,13 @@ def tell(config: Config, decision: Decision, console: Console) -> bool:
         return True
     try:
         done = subprocess.run(
-            shlex.split(command), input=decision.told(), text=True, capture_output=True, timeout=TELL_S, check=False
+            shlex.split(command),
+            input=decision.told(),
+            text=True,
+            errors="replace",
+            capture_output=True,
+            timeout=TELL_S,
+            check=False,
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         console.print(f"retrain.on_decision {command!r} could not be run: {error}", style="yellow")

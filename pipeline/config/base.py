@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Return a name that may be part of a path. Raises ValueError for another."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"{name!r} is no name; valid: letters, digits, '.', '_' and '-', the first a letter or digit")
     return name
@@ -24,7 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, AfterValidator(_checked_name)]  # of what is joined to paths: never ".." or a path itself
+Name = Annotated[str, AfterValidator(checked_name)]  # of what is joined to paths: never ".." or a path itself
 VersionName = Annotated[str, AfterValidator(_checked_version)]
 FloatType = Literal["float32", "float16", "bfloat16"]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UnfitExportError
 from pipeline.export.companions import copy_companions
 from pipeline.models.build import build
 from pipeline.models.family import family_for
@@ -29,7 +29,9 @@ def write(package: Path, out: Path) -> list[str]:
     model = plain_model(frozen, config, quantization["family"])
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor.half()).all():
-            raise RunError(f"--format transformers: {name} holds values beyond fp16's range; nothing was exported.")
+            raise UnfitExportError(
+                f"--format transformers: {name} holds values beyond fp16's range; nothing was exported."
+            )
     model.half().save_pretrained(out)
     copy_companions(package, out)
     return []

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, UnfitExportError
 from pipeline.export.companions import refuse_groups, valid_for
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.vocabulary import write_vocabulary
@@ -154,7 +154,7 @@ def open_server(file: Path, threads: int) -> Any:
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"llama.cpp cannot load the file that was written: {error}") from error
+        raise UnfitExportError(f"llama.cpp cannot load the file that was written: {error}") from error
     _complete(server, [0])
     return server
 
@@ -197,5 +197,5 @@ def _complete(server: Any, ids: list[int], **settings: Any) -> Any:
         {"prompt": ids, "n_predict": 1, "temperature": 0, "cache_prompt": True, **settings}
     )
     if "choices" not in answer:
-        raise RunError(f"llama.cpp does not answer for the file that was written: {answer}")
+        raise UnfitExportError(f"llama.cpp does not answer for the file that was written: {answer}")
     return answer["choices"][0]

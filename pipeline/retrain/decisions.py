@@ -165,6 +165,8 @@ def show(uri: str, place: str, decision: Decision) -> None:
     """Show one decision of a place in the registry: aliases, and the reasons as tags of the versions, and a file of the
     challenger's run."""
     aliases = {CHAMPION: decision.champion, PREVIOUS: decision.previous}
+    if decision.champion is None:  # what was registered since, by `compress`, is the first of the name, and crowned
+        del aliases[CHAMPION]
     advice = "The decision is kept in the store, and the next command on this name completes it."
     with runs.refusal(f"MLflow at {uri} refused the aliases of {decision.name}", advice):
         client = runs.client_of(uri)

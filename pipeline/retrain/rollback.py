@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.config.base import checked_name
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError
-from pipeline.retrain.decisions import Decision, Decisions, now
+from pipeline.errors import BusyError, ConfigError
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.tracking import registry
 
 
@@ -13,13 +17,23 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
     challenger that was not decided on before.
 
     Raises:
-        ConfigError: the name has no champion or no previous one, the version is not there, or is the champion, or
-            another store decides on the name.
+        ConfigError: the name is none, has no champion or no previous one, was rolled back already and `to` names no
+            version, the version is not there, or is the champion, or another store decides on the name.
         BusyError: a tick of this name is under way.
     """
+    try:
+        checked_name(name)
+    except ValueError as error:
+        raise ConfigError(f"NAME is {name!r}. {error}") from error
     decisions = Decisions.of(name, resources)
     _sides(decisions, to)  # before anything is written where there may be no such name
-    with decisions.held() as deciding:
+    with _held(decisions) as deciding:
+        last = decisions.last()
+        if to is None and last is not None and last.decision == "rolled back":
+            raise ConfigError(
+                f"{name}/{last.champion} is champion since {last.at} by a rollback ({last.reason}). To make another "
+                f"champion, name it: `bitmill rollback {name} --to VERSION`."
+            )
         target, champion = _sides(decisions, to)
         there = champion is not None and registry.holds(decisions.uri, name, champion)
         decision = Decision(
@@ -35,14 +49,27 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         return decision
 
 
+@contextmanager
+def _held(decisions: Decisions) -> Iterator[Deciding]:
+    """Hold the decisions. Raises BusyError: a tick does."""
+    try:
+        with decisions.held() as deciding:
+            yield deciding
+    except BusyError as error:
+        raise BusyError(
+            f"{str(error).partition('. ')[0]}: a tick keeps the name until it has decided. Try again then, or end that "
+            "process first; what it trained is kept."
+        ) from error
+
+
 def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
     """Return the version that is to be champion, and the one that is, which may have been deleted. Raises ConfigError
     as `rollback` does."""
     name, uri, last = decisions.name, decisions.uri, decisions.last()
     decisions.refuse_another_place()
-    if last is None:
+    if last is None or last.champion is None:
         bearer = registry.registered_version(uri, name, None)
-        champion, previous = None if bearer is None else bearer.version, None
+        champion, previous = None if bearer is None else bearer.version, None if last is None else last.previous
     else:
         champion, previous = last.champion, last.previous
     target = previous if to is None else to

@@ -70,6 +70,7 @@ class Tick:
         recipe = {
             "name": self.name,
             "gate": recipe_of(self.retrain.gate),
+            "warm_start": self.retrain.warm_start,
             "champion": None if self.champion is None else self.champion.key,
         }
         inputs = {f"challenger {index}": key for index, key in enumerate(self.run_keys)}
@@ -348,7 +349,7 @@ def _contested(
     package, evaluation = outcome.finished(Package), outcome.finished(Evaluation).record
     rules, task = tick.retrain.gate, tick.config.task.name
     gained = gate.gains(contested, task, rules.confidence)
-    evidence = proves(plan.config, package, outcome.finished(ModelVersion).record)
+    evidence = proves(tick.config, package, outcome.finished(ModelVersion).record)
     rulings = gate.judge(rules, task, gained, evaluation, package.record, evidence)
     promoted = all(ruling.passed for ruling in rulings)
     return {

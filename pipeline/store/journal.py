@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from pipeline.errors import FencedOffError
+from pipeline.errors import FencedOffError, RunError
 from pipeline.store.objects import Objects
 
 HEAD = "head.json"
@@ -72,13 +72,15 @@ class Journal:
 
     def claim(self, fence: int) -> Head:
         """Return the head, which from now on only this token or a newer one moves. Raises FencedOffError: a newer one
-        has it."""
+        has it; RunError: the head is not as this version writes it."""
         while (head := self.head()).fence != fence:
             if head.fence > fence:
                 raise self._fenced_off(head)
             claimed = replace(head, fence=fence)
             if self._swap(head, claimed):
                 return claimed
+            if self.head() == head:
+                raise RunError(f"The head of the {self.title}, {self.folder}{HEAD}, was written by another version.")
         return head
 
     def append(self, entry: dict[str, Any], fence: int) -> Head:

@@ -58,6 +58,20 @@ def test_rows_that_were_measured_alone_tell_of_fresh_ones() -> None:
     assert (found["fresh"].mean, found["fresh"].documents) == (8.0, 1)
 
 
+@pytest.mark.parametrize("documents", [4, 8, 20])
+def test_few_documents_promote_no_more_often_than_declared(documents: int) -> None:
+    """Challengers that are no better, 400 times; without the correction 14, 9 and 7 % of them."""
+    draw = np.random.default_rng(documents)
+    promoted = 0
+    for _ in range(400):
+        champion, challenger = [*draw.normal(0, 0.3, documents)], [0.0] * documents
+        met = {"tokens": [100] * documents, "champion": champion, "challenger": challenger, "fresh": None}
+        low = gained(Met(met))["whole"].low
+        assert low is not None
+        promoted += low > 0
+    assert promoted <= 0.075 * 400
+
+
 def test_the_bound_is_above_the_truth_as_rarely_as_declared() -> None:
     draw = np.random.default_rng(0)
     truth, beyond = 0.02, 0

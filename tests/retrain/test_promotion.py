@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import BusyError, ConfigError, RunError
 from pipeline.retrain import decisions
-from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.decisions import Deciding, Decisions
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick
 from pipeline.store.objects import Directory
@@ -102,6 +102,38 @@ def test_a_rollback_killed_at_every_point_is_done_or_not(undecided: Schedule, ch
         undecided.put_back("promoted")
         effect += 1
     assert effect >= 4
+
+
+def test_a_rollback_that_is_given_again_goes_no_further(undecided: Schedule, challenged: str) -> None:
+    resources = undecided.config().resources
+    undecided.tick(BETTER)
+    undecided.keep("to take back")
+    said = rf"{NAME}/1 is champion since .* by a rollback \(worse\)\. To make another champion, name it: "
+    effect, refused = 0, 0
+    while killed_before(effect, lambda: rollback(NAME, None, "worse", resources)):
+        if len(undecided.decisions) == 3:
+            with pytest.raises(ConfigError, match=said):
+                rollback(NAME, None, "worse", resources)
+            refused += 1
+        else:
+            rollback(NAME, None, "worse", resources)
+        assert undecided.aliases == {"champion": 1, "previous": 2}
+        assert len(undecided.decisions) == 3
+        undecided.put_back("to take back")
+        effect += 1
+    assert 0 < refused < effect
+
+
+@pytest.mark.parametrize("name", ["it's", "../x", ""])
+def test_a_rollback_of_what_is_no_name_is_refused(undecided: Schedule, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name; valid: letters"):
+        rollback(name, 1, "", undecided.config().resources)
+
+
+def test_a_rollback_waits_for_no_tick_and_says_what_can_be_done(undecided: Schedule) -> None:
+    resources = undecided.config().resources
+    with Decisions.of(NAME, resources).held(), pytest.raises(BusyError, match="a tick keeps the name until it has"):
+        rollback(NAME, 2, "worse", resources)
 
 
 def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,15 @@ from jobs.schedule.lineage import lineage
 from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, FencedOffError, RunError
 from pipeline.flow.lineage import step_dirs_of, steps_behind
+from pipeline.flow.plan import plan_run
+from pipeline.flow.run import run_plan
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.journal import _entry
 from pipeline.store.objects import Directory
-from pipeline.store.records import Student, Tokens
+from pipeline.store.records import ModelVersion, Student, Tokens
 from pipeline.tasks.tokenizers import END_OF_TEXT, train_bpe
 from pipeline.tracking import runs
 from pipeline.tracking.registry import registered_version
@@ -105,6 +107,8 @@ def test_a_version_says_what_was_decided_of_it(schedule: Schedule) -> None:
     assert verdict.decision is not None
     assert load_text(f"{run.info.artifact_uri}/decision.json") == verdict.decision.told()
     assert version.aliases == []
+    assert plan_tick(schedule.config(SPOILT)).decided is not None
+    assert plan_tick(schedule.config(SPOILT, warm_start=True)).decided is None  # another student, on the same data
 
 
 def test_the_tokenizer_stays_the_champions(schedule: Schedule) -> None:
@@ -152,6 +156,15 @@ def test_each_rule_can_decide(schedule: Schedule) -> None:
         passed = {ruling.rule: ruling.passed for ruling in verdict.decision.rulings}
         assert passed == {"min_gain": True, rule: False}
         assert schedule.trained == (LINE | {"contest"} if number == 0 else set())  # the same challenger
+    asked: list[Any] = []
+    config = schedule.config(BETTER, gate={"max_latency_ms": 1, "exports": ["onnx"]})
+
+    def proves(*given: Any) -> Evidence:
+        asked.append(given[0].retrain)
+        return Evidence(latency_ms=2.5)
+
+    run_tick(config, schedule.told, proves, force=True)
+    assert asked == [config.retrain]  # which a recipe that is laid over does not have
     schedule.evidence = Evidence(latency_ms=2.0, exports={"onnx": ""})
     assert schedule.tick(BETTER, gate={"max_latency_ms": 2, "exports": ["onnx"]}).outcome == "promoted"
 
@@ -410,6 +423,20 @@ def test_a_first_tick_that_is_rejected_leaves_the_name_free(
     verdict = first.tick(refused)
     assert (verdict.outcome, verdict.champion) == ("rejected", None)
     assert first.tick(refused).outcome == "unchanged"
+    compressed = run_plan(plan_run(first.config().model_copy(update={"retrain": None})), Recorder(), True)
+    assert compressed.finished(ModelVersion).record.aliases == ("champion",)
+    stands = first.tick(refused)
+    assert (stands.outcome, first.aliases) == ("rejected", {"champion": 1})  # what was registered since stays
+    met = first.tick({"distill.seed": 1}, gate={"min_gain": 0.5})
+    assert (met.outcome, met.champion) == ("rejected", 1)
+
+
+def test_of_several_first_recipes_one_that_is_refused_stops_no_other(
+    tiny_config: Callable[..., Config], schedule: Schedule, tmp_path: Path
+) -> None:
+    first = Schedule(tmp_path, tiny_config, schedule.documents)
+    first.grow(1)
+    refused = {**SPOILT, "register.gate.max_perplexity_ratio": 1.0001}
     half = first.tick(recipes=[{"distill.seed": 1}, refused], gate={"min_gain": 0.5})
     assert (half.outcome, half.champion) == ("promoted", 1)
     assert first.aliases == {"champion": 1}
