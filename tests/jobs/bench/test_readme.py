@@ -190,6 +190,20 @@ def test_the_quickstart_has_the_tokens_and_bytes_that_the_readme_says():
     assert {row[0].removesuffix(" (ternary)"): row[-2:] for row in rows} == sizes
 
 
+def test_warm_starts_save_what_was_measured():
+    students = json.loads((RESULTS / "warm-start.json").read_text(encoding="utf-8"))["students"]
+    sides = [{s["steps"]: s for s in students if s["start"] == start} for start in (None, "champion")]
+    assert table(DOCUMENTS["pipeline/retrain/README.md"], "What that saves") == [
+        f"| {steps} | "
+        + " | ".join(
+            f"{s['last_validation_nats']:.4f} | {s['validation_gap_nats']:.4f} | {s['validation_kl_nats']:.3f}"
+            for s in (side[steps] for side in sides)
+        )
+        + " |"
+        for steps in (25, 50, 100, 150, 250)
+    ]
+
+
 @pytest.mark.parametrize("name", ["README.md", "pipeline/sweep/README.md", "pipeline/retrain/README.md"])
 def test_configurations_are_valid(name):
     examples = re.findall(r"```yaml\n(.*?)```", DOCUMENTS[name], re.DOTALL)
