@@ -51,9 +51,9 @@ class Retrain(Closed):
                     f"recipes sets register.name to {name!r}, and one name has one champion, which all recipes meet: "
                     "leave it out, or set register.name of the whole configuration"
                 )
-            if any(path.startswith("model.tokenizer") for path in values) or "model" in values:
+            if path := next((path for path in values if path == "model" or path.startswith("model.tokenizer")), None):
                 raise ValueError(
-                    "recipes sets model.tokenizer, and champion and challengers are compared on the same rows, which "
-                    "one tokenizer reads: leave it out, or set model.tokenizer of the whole configuration"
+                    f"recipes sets {path}, and with it the tokenizer, but champion and challengers are compared on the "
+                    "same rows, which one tokenizer reads: leave it out, or set it for the whole configuration"
                 )
         return recipes

@@ -24,7 +24,7 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
     try:
         checked_name(name)
     except ValueError as error:
-        raise ConfigError(f"NAME is {name!r}. {error}") from error
+        raise ConfigError(f"NAME: {error}") from error
     decisions = Decisions.of(name, resources)
     _sides(decisions, to)  # before anything is written where there may be no such name
     with _held(decisions) as deciding:

@@ -8,14 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.schedule.retrain import _export_flaw
+from pipeline.config.retrain import Retrain
+from pipeline.errors import ConfigError, RunError, UnfitExportError
 from pipeline.retrain.decisions import Decision, Decisions, now
 from tests.conftest import ROOT
 from tests.retrain.schedule import BETTER, NAME, Schedule
@@ -197,3 +202,30 @@ def test_the_report_of_a_run_shows_what_was_decided(bitmill: Command, undecided:
     text = page.read_text(encoding="utf-8")
     assert 'id="history"' in text
     assert undecided.decisions[0].reason.split(";")[0] in html.unescape(text)
+
+
+@pytest.mark.parametrize(
+    "values", [{"model.tokenizer": "x"}, {"model.tokenizer.train_bpe": 64}, {"model": {}}], ids=str
+)
+def test_a_recipe_has_no_tokenizer_of_its_own(values: dict[str, Any]) -> None:
+    (path,) = values
+    with pytest.raises(ValueError, match=f"recipes sets {path}, and with it the tokenizer"):
+        Retrain(recipes=({}, values))
+    Retrain(recipes=({"model.source": {"n_layer": 3}},))  # another size reads the same rows
+
+
+def test_what_an_export_shows_is_a_flaw_and_any_other_fault_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    version: Any = SimpleNamespace(name=NAME, version=2)
+    config: Any = SimpleNamespace(resources=None)
+
+    def flaw(error: Exception) -> str:
+        def failing(*arguments: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("jobs.export.export", failing)
+        return _export_flaw(version, "gguf", config, Console())
+
+    assert flaw(UnfitExportError("it differs")) == "it differs"
+    for other in (ConfigError("the server is away"), RunError("the disk is full")):
+        with pytest.raises(type(other), match=str(other)):
+            flaw(other)
