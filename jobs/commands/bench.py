@@ -155,3 +155,60 @@ def inference(
         raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
     cache = Path(scratch_dir(load_resources(**environment()))).expanduser() / "bench-inference"
     return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)
+
+
+@command(bench)
+def train(
+    console: Console,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the GPT-2 that is trained.")] = 12,
+    width: Annotated[int, typer.Option(min=8, help="Width of its hidden states.")] = 768,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of its attention, which divide the width.")] = 12,
+    vocab: Annotated[int, typer.Option(min=16, help="Tokens of its vocabulary.")] = 50257,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a row.  [default: 512 on a GPU, 128 on a CPU]", show_default=False),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a step.  [default: 32 on a GPU, 4 on a CPU]", show_default=False),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a pass.  [default: all of a step]", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of a round.  [default: 8 on a GPU, 1 on a CPU]", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each row, in turn with the baseline.")] = 5,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, cached'; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile layers, as resources.compile.  [default: on a GPU]"),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write what takes the most time of each row.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with committed floors; exit with 1 if a ratio misses its own.")
+    ] = False,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
+) -> dict[str, Any]:
+    """Time an optimizer step of each kind beside transformers' own, on this machine's GPU or CPU, with random weights."""
+    from jobs.bench.training.held import chosen_device
+    from jobs.bench.training.train import CPU_SHAPE, GPU_SHAPE, Extent, Shape, chosen_rows, compare, read_floors
+    from jobs.bench.training.train import shortfalls
+    from pipeline.errors import RunError
+
+    rows, place = chosen_rows(only), chosen_device(device)
+    defaults = GPU_SHAPE if place.type == "cuda" else CPU_SHAPE
+    of_step = batch or defaults["batch"]
+    shape = Shape(layers, width, heads, vocab, length or defaults["length"], of_step, micro_batch or of_step)
+    extent = Extent(steps or defaults["steps"], rounds, rows, profile)
+    if width % heads:
+        raise ConfigError(f"--heads {heads} does not divide --width {width}.")
+    document = compare(shape, place, compiled, extent, Path(out), console)
+    if check and (missed := shortfalls(document, read_floors())):
+        raise RunError("What was measured misses the floors: " + "; ".join(missed))
+    return document
