@@ -212,3 +212,63 @@ def train(
     if check and (missed := shortfalls(document, read_floors())):
         raise RunError("What was measured misses the floors: " + "; ".join(missed))
     return document
+
+
+@command(bench)
+def real(
+    console: Console,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Rows as `compress --until tokenize` left them: STORE/tokenize/KEY."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="In place of --tokens: text as data.source, tokenized here.")] = None,
+    model: Annotated[
+        str, typer.Option(help="The model, as model.source: a directory or a hub id.")
+    ] = "HuggingFaceTB/SmolLM2-135M",
+    minutes: Annotated[float, typer.Option(min=0.01, help="For all that has no result yet, rows by their shares.")] = 10,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, 2-2-8'; may be repeated.")
+    ] = None,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="A few steps of GPT-2 small and BART base, random weights; nothing else.")
+    ] = False,
+    block_length: Annotated[int, typer.Option(min=8, help="With --text: tokens of a row.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 64,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 32,
+    finetune_lr: Annotated[float, typer.Option(min=0, help="Rate at which the teacher is trained.")] = 1e-4,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile layers, as resources.compile.  [default: on a GPU]"),
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Everything: results, checkpoints, table.")] = "bench-real",
+) -> dict[str, Any]:
+    """Fine-tune a real model and distil it by every preset with the teacher online, in so many minutes of this machine.
+
+    The same command goes on where it was: finished rows stay, and a stopped one goes on from its last checkpoint.
+    `--set distill.KNOB=value` is laid over every row.
+    """
+    from jobs.bench.training.held import chosen_device
+    from jobs.bench.training.real import RealBench, Settings, chosen_rows, distill_overrides, prepared_tokens
+    from jobs.bench.training.real import tokens_of_text
+    from jobs.bench.training.shapes import smoke
+    from pipeline.sources.content import ContentMemo
+    from pipeline.sources.models import pin_model
+
+    rows, place, folder = chosen_rows(only), chosen_device(device), Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shapes:
+        return smoke(place, compiled, folder, console)
+    if (tokens is None) == (text is None):
+        raise ConfigError("give --tokens or --text: rows that are prepared, or text to make them of")
+    laid_over = distill_overrides(overrides or [])
+    source = pin_model(model, "--model", ContentMemo(str(folder)))
+    scratch = folder / ".scratch"
+    prepared = (
+        prepared_tokens(Path(tokens), scratch)
+        if tokens is not None
+        else tokens_of_text(model, text or "", block_length, folder)
+    )
+    settings = Settings(minutes, batch, micro_batch, micro_batch, finetune_lr, rows, laid_over, compiled)
+    return RealBench(folder, source, prepared, place, settings, console).run()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
@@ -21,6 +22,7 @@ from pipeline.tasks.task import Task
 from pipeline.training.trainer import TrainingJob
 
 Recipe = Finetune | Distill
+MOST_COMPILED = 4096
 
 
 class OwnStore(contextlib.ExitStack):
@@ -28,12 +30,14 @@ class OwnStore(contextlib.ExitStack):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self._held = folder.resolve(), dict[tuple[str, str], StepDir]()
 
     def hold(self, stage: str, key: str) -> StepDir:
         """Return the directory of a step, to be written into; one that another process holds is waited for."""
-        step_dir = StepDir(str(self.folder / "store"), stage, key, str(self.folder / ".scratch"))
-        return self.enter_context(step_dir.hold(True, lambda owner: None))
+        if (stage, key) not in self._held:
+            step_dir = StepDir(str(self.folder / "store"), stage, key, str(self.folder / ".scratch"))
+            self._held[stage, key] = self.enter_context(step_dir.hold(True, lambda owner: None))
+        return self._held[stage, key]
 
 
 def identity(step_dir: StepDir, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -92,3 +96,9 @@ def chosen_device(name: str) -> torch.device:
     if name == "cuda" and device.type != "cuda":
         raise ConfigError("--device is 'cuda', and torch sees no GPU here; use auto or cpu")
     return device
+
+
+def compiled_often() -> None:
+    """Let torch compile one layer's code for every model of this process: beyond some it would give up in silence."""
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, MOST_COMPILED)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ FREE = {
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 TOP_KERNELS = 10
+KINDS = ("H100", "H200")  # of GPUs that have floors
 Take = Callable[[int], Any]  # a step by its number
 
 
@@ -157,3 +161,11 @@ def top_table(take: Take, step: int, device: torch.device) -> str:
     averages = profiled(take, step, device).key_averages()
     kinds = (["self_cuda_time_total"] if device.type == "cuda" else []) + ["self_cpu_time_total"]
     return "\n".join(averages.table(sort_by=kind, row_limit=TOP_KERNELS, max_name_column_width=80) for kind in kinds)
+
+
+def described(device: torch.device) -> dict[str, str]:
+    """Return what was measured when, and with which libraries."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    kind = next((known for known in KINDS if known in name), name) if device.type == "cuda" else "cpu"
+    versions = {library: metadata.version(library) for library in ("torch", "transformers")}
+    return {"device": name, "kind": kind, "date": datetime.now(UTC).date().isoformat(), **versions}

@@ -7,13 +7,10 @@ what else the machine does falls on both, and only the two are in memory at once
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ import torch
 from rich.console import Console
 
 from jobs.bench.training import steps as kinds
-from jobs.bench.training.held import OwnStore
-from jobs.bench.training.measures import Memory, Spread, counted, peak_flops, seconds_a_step, top_table, wait
+from jobs.bench.training.held import OwnStore, compiled_often
+from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
 from jobs.bench.training.steps import ROWS, Case, Shape, Steps
 from jobs.display import print_table
 from pipeline.errors import ConfigError
@@ -33,7 +30,6 @@ FLOPS = 6  # of a training step, for each parameter and token
 WARM_UP = 3
 GIB = 2**30
 HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB")
-KINDS = ("H100", "H200")  # of GPUs that have floors
 GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
 CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
 
@@ -64,6 +60,7 @@ def compare(
     shape: Shape, device: torch.device, compiled: bool | None, extent: Extent, out: Path, console: Console
 ) -> dict[str, Any]:
     """Measure every row, print and write the table; returns the document of `--json`, which `out` has as train.json."""
+    compiled_often()
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {**described(device), "shape": asdict(shape), "extent": asdict(extent)}
     rows: dict[str, dict[str, Any]] = {}
@@ -131,14 +128,6 @@ def _beside_steps(case: Case, device: torch.device) -> dict[str, float]:
         write_checkpoint(trainer.job.dir, trainer._tensors(), trainer.progress)
 
     return seconds | {"checkpoint_s": seconds_a_step(keep, 0, 1, device)}
-
-
-def described(device: torch.device) -> dict[str, str]:
-    """Return what was measured when, and with which libraries."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    kind = next((known for known in KINDS if known in name), name) if device.type == "cuda" else "cpu"
-    versions = {library: metadata.version(library) for library in ("torch", "transformers")}
-    return {"device": name, "kind": kind, "date": datetime.now(UTC).date().isoformat(), **versions}
 
 
 def _rates(milliseconds: float, document: dict[str, Any], shape: Shape) -> dict[str, float]:
