@@ -195,10 +195,18 @@ def train(
     ] = False,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
 ) -> dict[str, Any]:
-    """Time an optimizer step of each kind beside transformers' own, on this machine's GPU or CPU, with random weights."""
+    """Time a training step of each kind beside transformers' own, on this machine's GPU or CPU, with random weights."""
     from jobs.bench.training.held import chosen_device
-    from jobs.bench.training.train import CPU_SHAPE, GPU_SHAPE, Extent, Shape, chosen_rows, compare, read_floors
-    from jobs.bench.training.train import shortfalls
+    from jobs.bench.training.steps import Shape
+    from jobs.bench.training.train import (
+        CPU_SHAPE,
+        GPU_SHAPE,
+        Extent,
+        chosen_rows,
+        compare,
+        read_floors,
+        shortfalls,
+    )
     from pipeline.errors import RunError
 
     rows, place = chosen_rows(only), chosen_device(device)
@@ -225,7 +233,9 @@ def real(
     model: Annotated[
         str, typer.Option(help="The model, as model.source: a directory or a hub id.")
     ] = "HuggingFaceTB/SmolLM2-135M",
-    minutes: Annotated[float, typer.Option(min=0.01, help="For all that has no result yet, rows by their shares.")] = 10,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="For all that has no result yet, rows by their shares.")
+    ] = 10,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, 2-2-8'; may be repeated.")
     ] = None,
@@ -250,8 +260,14 @@ def real(
     `--set distill.KNOB=value` is laid over every row.
     """
     from jobs.bench.training.held import chosen_device
-    from jobs.bench.training.real import RealBench, Settings, chosen_rows, distill_overrides, prepared_tokens
-    from jobs.bench.training.real import tokens_of_text
+    from jobs.bench.training.real import (
+        RealBench,
+        Settings,
+        chosen_rows,
+        distill_overrides,
+        prepared_tokens,
+        tokens_of_text,
+    )
     from jobs.bench.training.shapes import smoke
     from pipeline.sources.content import ContentMemo
     from pipeline.sources.models import pin_model

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
@@ -16,13 +15,12 @@ from pipeline.errors import ConfigError
 from pipeline.models.build import fp32_bytes, parameters
 from pipeline.models.device import CPU, this_device
 from pipeline.stages.stage import StepJob, training_job, upload_folder
-from pipeline.store.records import Shard, Split, Teacher, TeacherCache, Tokens
+from pipeline.store.records import Shard, Split, SplitName, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.task import Task
-from pipeline.training.trainer import TrainingJob
+from pipeline.training.trainer import Trainer, TrainingJob
 
 Recipe = Finetune | Distill
-MOST_COMPILED = 4096
 
 
 class OwnStore(contextlib.ExitStack):
@@ -50,10 +48,10 @@ def tokens_step(
 ) -> FinishedStep[Tokens]:
     """Return rows of a language-modelling task as a finished step; validation and test are the same rows."""
     recipe = {"task": task.settings.model_dump(mode="json"), "data": {"unit": "document"}}
-    splits = {"train": train, "validation": held_out, "test": held_out}
-    fields = {name: Split(shards=tuple(shards)) for name, shards in splits.items()}
+    shards: dict[SplitName, list[Shard]] = {"train": train, "validation": held_out, "test": held_out}
+    splits = {name: Split(shards=tuple(of_split)) for name, of_split in shards.items()}
     return FinishedStep(
-        Tokens(**identity(step_dir, recipe), vocabulary=vocabulary, end_of_text=None, splits=fields), step_dir
+        Tokens(**identity(step_dir, recipe), vocabulary=vocabulary, end_of_text=None, splits=splits), step_dir
     )
 
 
@@ -98,7 +96,8 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def compiled_often() -> None:
-    """Let torch compile one layer's code for every model of this process: beyond some it would give up in silence."""
-    for limit in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, limit, MOST_COMPILED)
+def end_reading(trainer: Trainer) -> None:
+    """End what a trainer reads ahead, where its steps were taken by hand."""
+    close = getattr(trainer.rows, "close", None)
+    if close is not None:
+        close()

@@ -34,7 +34,7 @@ class Launches(TorchDispatchMode):
     """Counts the operations, inside, that compute something; of a list of tensors at once it is one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     @property
@@ -147,7 +147,7 @@ def counted(take: Take, step: int, device: torch.device) -> dict[str, float]:
     return {"launches": launches, "waits": max(0, waits), "kernels": kernels, "busy_ms": busy_us / 1e3}
 
 
-def profiled(take: Take, step: int, device: torch.device) -> profile:
+def profiled(take: Take, step: int, device: torch.device) -> Any:
     """Return what torch's profiler records of one step."""
     gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as recorded:

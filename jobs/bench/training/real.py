@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from jobs.bench.documents import Documents, bootstrapped
 from jobs.bench.rows import REFERENCE, named
-from jobs.bench.training.held import OwnStore, compiled_often, resources_for
+from jobs.bench.training.held import OwnStore, end_reading, resources_for
 from jobs.bench.training.measures import described, seconds_a_step, wait
 from jobs.display import print_table
 from pipeline.config.data import Evaluate
@@ -176,7 +176,6 @@ class RealBench:
 
     def run(self) -> dict[str, Any]:
         """Run what has no result yet, as far as the time goes; return the document of `--json`."""
-        compiled_often()
         results: dict[str, dict[str, Any]] = {}
         with OwnStore(self.out) as store:
             if not (self.folder / "config.json").exists():  # of a folder whose results alone were carried
@@ -223,8 +222,13 @@ class RealBench:
         student = WithStates(model)
 
         def job_of(steps: int) -> TrainingJob:
-            fields = {"batch_size": settings.batch, "lr": settings.finetune_lr, "dropout": 0.0, "steps": steps}
-            fields |= {"warmup_steps": steps // 10, "precision": self.precision, "eval_every": math.ceil(steps / 2)}
+            fields: dict[str, Any] = {"batch_size": settings.batch, "lr": settings.finetune_lr, "steps": steps}
+            fields |= {
+                "dropout": 0.0,
+                "warmup_steps": steps // 10,
+                "precision": self.precision,
+                "eval_every": math.ceil(steps / 2),
+            }
             return self._job(store, FINETUNE, Finetune.model_validate(fields))
 
         most = math.ceil(FINETUNE_EPOCHS * self.tokens.record.splits["train"].rows / settings.batch)
@@ -248,9 +252,7 @@ class RealBench:
             recipe = Distill.model_validate({**row.sections["distill"], **settings.distill, **fields})
             return self._job(store, name, recipe)
 
-        student, distillation = distill_stage.make(
-            job_of(GUESSED_STEPS), self.folder, self.family, quant, self.device
-        )
+        student, distillation = distill_stage.make(job_of(GUESSED_STEPS), self.folder, self.family, quant, self.device)
 
         def left() -> float:
             return seconds - (time.perf_counter() - begun) - 4 * score_s
@@ -315,6 +317,7 @@ class RealBench:
         warm_up_s = time.perf_counter() - begun
         step_s = seconds_a_step(trainer.train_step, WARM_UP, TIMED, self.device)
         validation_s = seconds_a_step(lambda step: trainer.validate(), 0, 1, self.device)
+        end_reading(trainer)
         student.load_state_dict(before)
         if bank is not None:
             bank.load_state_dict(empty)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from jobs.bench.sizes import MODELS
-from jobs.bench.training.held import OwnStore, compiled_often, job_of, resources_for, teacher_step, tokens_step
+from jobs.bench.training.held import OwnStore, end_reading, job_of, resources_for, teacher_step, tokens_step
 from jobs.bench.training.measures import described, wait
 from jobs.display import print_table
 from pipeline.config.data import TaskSettings
@@ -55,7 +55,6 @@ def smoke(
 ) -> dict[str, Any]:
     """Train each shape by the preset `best` at 2-2-8, teacher online; print a line each, and return the document of
     `--json`, which `out` has as shapes.json."""
-    compiled_often()
     rows = {}
     for name, source in models.items():
         console.print(f"{name} ...")
@@ -96,6 +95,7 @@ def _trained(source: dict[str, Any], extent: Extent, device: torch.device, compi
             losses.append(trainer.train_step(step)["loss"])
             wait(device)
             seconds.append(time.perf_counter() - begun)
+        end_reading(trainer)
         each = min(seconds[1:])
         return {
             "parameters": parameters(model),
@@ -110,9 +110,7 @@ def _task(encoder_decoder: bool, extent: Extent) -> tuple[Task, Any]:
     """Return the task of a kind of model, and the lengths of a full row's parts."""
     if not encoder_decoder:
         return LanguageModeling(TaskSettings(block_length=extent.length)), np.array([extent.length])
-    settings = TaskSettings(
-        name="summarization", source_length=extent.length, target_length=extent.target_length
-    )
+    settings = TaskSettings(name="summarization", source_length=extent.length, target_length=extent.target_length)
     return Summarization(settings), np.array([extent.length, extent.target_length])
 
 

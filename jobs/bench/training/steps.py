@@ -198,8 +198,6 @@ def _silent(done: int, total: int, note: str, points: Any = ()) -> None:
     """Report nothing."""
 
 
-
-
 PLAIN, COMPILED = "transformers", "transformers, compiled"
 CACHED, ONLINE, NO_CONTRAST = "paper, cached", "paper, online", "2-2-8 without contrast"
 IN_PARTS = "paper, micro_batch a quarter"

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 
 from jobs.bench.training import steps as kinds
-from jobs.bench.training.held import OwnStore, compiled_often
+from jobs.bench.training.held import OwnStore, end_reading
 from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
 from jobs.bench.training.steps import ROWS, Case, Shape, Steps
 from jobs.display import print_table
 from pipeline.errors import ConfigError
 from pipeline.training.checkpoints import write_checkpoint
+from pipeline.training.trainer import Trainer
 
 FLOORS = Path(__file__).parent.parent / "results" / "train-floors.json"
 FLOPS = 6  # of a training step, for each parameter and token
@@ -60,7 +61,6 @@ def compare(
     shape: Shape, device: torch.device, compiled: bool | None, extent: Extent, out: Path, console: Console
 ) -> dict[str, Any]:
     """Measure every row, print and write the table; returns the document of `--json`, which `out` has as train.json."""
-    compiled_often()
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {**described(device), "shape": asdict(shape), "extent": asdict(extent)}
     rows: dict[str, dict[str, Any]] = {}
@@ -76,6 +76,8 @@ def compare(
             rows[name] = row | _rates(row["ms"]["median"], document, shape)
             beside = beside or case
             console.print(f"{name}: {rows[name]['ms']['median']:.1f} ms a step")
+            if case.trainer is not None:
+                end_reading(case.trainer)
             del case
             (out / "train.json").write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
     document |= {"baseline": baseline, "rows": rows, "ratios": ratios(document, rows, baseline)}
@@ -87,9 +89,7 @@ def compare(
     return document
 
 
-def _measured(
-    name: str, steps: Steps, beside: Case | None, extent: Extent, out: Path
-) -> tuple[Case, dict[str, Any]]:
+def _measured(name: str, steps: Steps, beside: Case | None, extent: Extent, out: Path) -> tuple[Case, dict[str, Any]]:
     """Make a row and measure it in turn with the baseline; without one it is the baseline itself."""
     device, begun = steps.device, time.perf_counter()
     memory = Memory(device)
@@ -108,20 +108,22 @@ def _measured(
             baseline_times.append(seconds_a_step(beside.take, first, extent.steps, device))
         times.append(seconds_a_step(case.take, first, extent.steps, device))
     row["ms"] = asdict(Spread.of([1e3 * seconds for seconds in times]))
-    row["of_baseline"] = asdict(Spread.of([ours / its for ours, its in zip(times, baseline_times or times, strict=True)]))
+    row["of_baseline"] = asdict(
+        Spread.of([ours / its for ours, its in zip(times, baseline_times or times, strict=True)])
+    )
     last = WARM_UP + 1 + extent.rounds * extent.steps
     row |= counted(case.take, last, device)
     if extent.profile:
-        (out / f"profile-{name.replace(', ', '-').replace(' ', '-')}.txt").write_text(top_table(case.take, last, device))
+        (out / f"profile-{name.replace(', ', '-').replace(' ', '-')}.txt").write_text(
+            top_table(case.take, last, device)
+        )
     if name == kinds.CACHED and case.trainer is not None:
-        row |= _beside_steps(case, device)
+        row |= _beside_steps(case.trainer, device)
     return case, row
 
 
-def _beside_steps(case: Case, device: torch.device) -> dict[str, float]:
+def _beside_steps(trainer: Trainer, device: torch.device) -> dict[str, float]:
     """Return the seconds of a validation and of a checkpoint."""
-    trainer = case.trainer
-    assert trainer is not None
     seconds = {"validation_s": seconds_a_step(lambda step: trainer.validate(), 0, 1, device)}
 
     def keep(step: int) -> None:
@@ -157,7 +159,10 @@ def ratios(document: dict[str, Any], rows: dict[str, dict[str, Any]], baseline: 
     teacher = document["teacher"]
     given["cache, of the bare forward"] = teacher["cache_tokens_per_s"] / teacher["forward_tokens_per_s"]
     spared = teacher["forward_ms"] / rows[baseline]["ms"]["median"]
-    for preset, cached, online in (("paper", kinds.CACHED, kinds.ONLINE), ("best", kinds.BEST_CACHED, kinds.BEST_ONLINE)):
+    for preset, cached, online in (
+        ("paper", kinds.CACHED, kinds.ONLINE),
+        ("best", kinds.BEST_CACHED, kinds.BEST_ONLINE),
+    ):
         if {cached, online} <= set(times):
             given[f"cached of what it could be: {preset}"] = (times[online] - spared) / times[cached]
     return given
@@ -209,10 +214,10 @@ def _markdown(document: dict[str, Any]) -> str:
     """Return the table, what it is of, and the ratios as a page."""
     shape, teacher = document["shape"], document["teacher"]
     lines = [
-        f"{document['device']}, {document['date']}, torch {document['torch']}, transformers {document['transformers']}: "
-        f"a GPT-2 of {document['parameters'] / 1e6:.1f}M parameters, {shape['batch']} rows of {shape['length']} tokens, "
-        f"{shape['micro_batch']} at a time, vocabulary {shape['vocab']:,}; a large product runs at "
-        f"{document['peak_tflops']:.4g} TFLOP/s.",
+        f"{document['device']}, {document['date']}, torch {document['torch']}, transformers "
+        f"{document['transformers']}: a GPT-2 of {document['parameters'] / 1e6:.1f}M parameters, {shape['batch']} rows "
+        f"of {shape['length']} tokens, {shape['micro_batch']} at a time, vocabulary {shape['vocab']:,}; a large "
+        f"product runs at {document['peak_tflops']:.4g} TFLOP/s.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
