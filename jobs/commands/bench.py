@@ -216,8 +216,11 @@ def train(
     extent = Extent(steps or defaults["steps"], rounds, rows, profile)
     if width % heads:
         raise ConfigError(f"--heads {heads} does not divide --width {width}.")
+    floors = read_floors() if check else {}
     document = compare(shape, place, compiled, extent, Path(out), console)
-    if check and (missed := shortfalls(document, read_floors())):
+    if document["failed"]:
+        raise RunError(f"These rows failed, and {out}/train.json has the rest: {'; '.join(document['failed'])}")
+    if check and (missed := shortfalls(document, floors)):
         raise RunError("What was measured misses the floors: " + "; ".join(missed))
     return document
 

@@ -32,7 +32,7 @@ from pipeline.config.load import load_fields
 from pipeline.config.presets import PRESETS, suited
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RunError
 from pipeline.metrics import gap_nats
 from pipeline.models.build import fp32_bytes, keep_all_layers, load_model, parameters, read_config, set_dropout
 from pipeline.models.family import family_for, family_named
@@ -177,6 +177,7 @@ class RealBench:
     def run(self) -> dict[str, Any]:
         """Run what has no result yet, as far as the time goes; return the document of `--json`."""
         results: dict[str, dict[str, Any]] = {}
+        failed: dict[str, str] = {}
         with OwnStore(self.out) as store:
             if not (self.folder / "config.json").exists():  # of a folder whose results alone were carried
                 self._result(FINETUNE).unlink(missing_ok=True)
@@ -189,11 +190,21 @@ class RealBench:
                     if seconds <= 0:
                         self.console.print(f"{name}: no time is left; the same command goes on with it")
                         continue
-                results[name] = self._once(name, partial(self._distil, store, name, seconds, teacher["score_s"]))
-        document = {**described(self.device), "teacher": teacher, "rows": results}
+                try:
+                    results[name] = self._once(name, partial(self._distil, store, name, seconds, teacher["score_s"]))
+                except RunError as error:  # such as a rate at which the loss is not finite
+                    failed[name] = str(error)
+                    self.console.print(f"{name} failed: {error}")
+                self._written(teacher, results, failed)
+        document = self._written(teacher, results, failed)
+        print_table(self.console, HEADER, _cells(document), title=f"{document['device']}, test split")
+        return document
+
+    def _written(self, teacher: dict[str, Any], results: dict[str, Any], failed: dict[str, str]) -> dict[str, Any]:
+        """Write the document of `--json`, which is returned, and the table of what is there so far."""
+        document = {**described(self.device), "teacher": teacher, "rows": results, "failed": failed}
         (self.out / "real.json").write_text(json.dumps(document, indent=1) + "\n")
         (self.out / "real.md").write_text(_markdown(document))
-        print_table(self.console, HEADER, _cells(document), title=f"{document['device']}, test split")
         return document
 
     def _once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

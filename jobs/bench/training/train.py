@@ -30,7 +30,8 @@ FLOORS = Path(__file__).parent.parent / "results" / "train-floors.json"
 FLOPS = 6  # of a training step, for each parameter and token
 WARM_UP = 3
 GIB = 2**30
-HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB")
+SHOWN = 500  # characters of an error
+HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB", "first, s")
 GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
 CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
 
@@ -64,25 +65,30 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {**described(device), "shape": asdict(shape), "extent": asdict(extent)}
     rows: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, OwnStore(Path(folder)) as store:
         steps = Steps(store, shape, device, compiled)
-        document |= {"parameters": steps.parameters, "peak_tflops": peak_flops(device) / 1e12}
-        document["teacher"] = steps.fill_cache()
         baseline = kinds.COMPILED if device.type == "cuda" else kinds.PLAIN
+        document |= {"parameters": steps.parameters, "peak_tflops": peak_flops(device) / 1e12, "baseline": baseline}
+        document |= {"teacher": steps.fill_cache(), "rows": rows, "failed": failed}
         beside: Case | None = None
         for name in extent.names(baseline):
             console.print(f"{name} ...")
-            case, row = _measured(name, steps, beside, extent, out)
+            try:
+                case, row = _measured(name, steps, beside, extent, out)
+            except Exception as error:
+                if beside is None:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"
+                console.print(f"{name} failed: {failed[name][:SHOWN]}")
+                continue
             rows[name] = row | _rates(row["ms"]["median"], document, shape)
             beside = beside or case
             console.print(f"{name}: {rows[name]['ms']['median']:.1f} ms a step")
-            if case.trainer is not None:
-                end_reading(case.trainer)
             del case
-            (out / "train.json").write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
-    document |= {"baseline": baseline, "rows": rows, "ratios": ratios(document, rows, baseline)}
-    (out / "train.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "train.md").write_text(_markdown(document))
+            document["ratios"] = ratios(document)  # written after each row, lest a time limit leaves nothing
+            (out / "train.json").write_text(json.dumps(document, indent=1) + "\n")
+            (out / "train.md").write_text(_markdown(document))
     print_table(console, HEADER, _cells(document), title=document["device"])
     for name, value in document["ratios"].items():
         console.print(f"{name}: {value:.3f}")
@@ -117,8 +123,10 @@ def _measured(name: str, steps: Steps, beside: Case | None, extent: Extent, out:
         (out / f"profile-{name.replace(', ', '-').replace(' ', '-')}.txt").write_text(
             top_table(case.take, last, device)
         )
-    if name == kinds.CACHED and case.trainer is not None:
-        row |= _beside_steps(case.trainer, device)
+    if case.trainer is not None:
+        if name == kinds.CACHED:
+            row |= _beside_steps(case.trainer, device)
+        end_reading(case.trainer)
     return case, row
 
 
@@ -138,13 +146,14 @@ def _rates(milliseconds: float, document: dict[str, Any], shape: Shape) -> dict[
     return {"tokens_per_s": rate, "of_peak": FLOPS * document["parameters"] * rate / (1e12 * document["peak_tflops"])}
 
 
-def ratios(document: dict[str, Any], rows: dict[str, dict[str, Any]], baseline: str) -> dict[str, float]:
+def ratios(document: dict[str, Any]) -> dict[str, float]:
     """Return the ratios that floors are of, by name. Two rows are compared by their times over the baseline's in their
     own rounds.
 
     "cached of what it could be" is the time of an online step, less the teacher and with its head alone, over that of a
     cached one: what reading states costs beside computing.
     """
+    rows, baseline = document["rows"], document["baseline"]
     times = {name: row["of_baseline"]["median"] for name, row in rows.items()}
     given: dict[str, float] = {}
     for name, row in rows.items():
@@ -174,7 +183,7 @@ def shortfalls(document: dict[str, Any], floors: dict[str, Any]) -> list[str]:
     kind, measured = document["kind"], document["ratios"]
     if kind not in floors:
         raise ConfigError(f"--check: {FLOORS.name} has no floors for {kind!r}; it has some for {', '.join(floors)}")
-    missed = []
+    missed = [f"{name} failed" for name in document["failed"]]
     for bound, better in (("at_most", 1), ("at_least", -1)):
         for name, limit in floors[kind][bound].items():
             if name in measured and better * measured[name] > better * limit:
@@ -200,9 +209,19 @@ def _cells(document: dict[str, Any]) -> list[list[str]]:
             f"{row['launches']:,}",
             str(row.get("waits", "")),
             f"{row['peak_bytes'] / GIB:.2f}",
+            f"{row['first_step_s']:.1f}",
         ]
         for name, row in document["rows"].items()
     ]
+
+
+def _besides(document: dict[str, Any]) -> str:
+    """Return what a validation and a checkpoint take, if they were timed, and which rows failed."""
+    row = document["rows"].get(kinds.CACHED, {})
+    said = [f"{name}: {error[:SHOWN]}" for name, error in document["failed"].items()]
+    if "checkpoint_s" in row:
+        said.append(f"A validation takes {row['validation_s']:.2f} s, a checkpoint {row['checkpoint_s']:.2f} s.")
+    return " ".join(said)
 
 
 def _spread(spread: dict[str, float], form: str) -> str:
@@ -224,7 +243,7 @@ def _markdown(document: dict[str, Any]) -> str:
         *(f"| {' | '.join(cells)} |" for cells in _cells(document)),
         "",
         f"The teacher's states: {teacher['cache_tokens_per_s']:,.0f} tokens/s into the cache, "
-        f"{teacher['forward_tokens_per_s']:,.0f} by its bare forward pass.",
+        f"{teacher['forward_tokens_per_s']:,.0f} by its bare forward pass. {_besides(document)}",
         "",
         "| ratio | |",
         "|---|---|",
