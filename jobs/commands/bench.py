@@ -236,9 +236,8 @@ def real(
     model: Annotated[
         str, typer.Option(help="The model, as model.source: a directory or a hub id.")
     ] = "HuggingFaceTB/SmolLM2-135M",
-    minutes: Annotated[
-        float, typer.Option(min=0.01, help="For all that has no result yet, rows by their shares.")
-    ] = 10,
+    minutes: Annotated[float, typer.Option(min=0, help="For all that has no result yet, rows by their shares.")] = 10,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of a row, at most, whatever the time.")] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, 2-2-8'; may be repeated.")
     ] = None,
@@ -289,5 +288,5 @@ def real(
         if tokens is not None
         else tokens_of_text(model, text or "", block_length, folder)
     )
-    settings = Settings(minutes, batch, micro_batch, micro_batch, finetune_lr, rows, laid_over, compiled)
+    settings = Settings(minutes, batch, micro_batch, micro_batch, finetune_lr, rows, steps, laid_over, compiled)
     return RealBench(folder, source, prepared, place, settings, console).run()

@@ -25,7 +25,7 @@ FREE = {
 }
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-TOP_KERNELS = 10
+TOP_KERNELS, NAME_WIDTH = 10, 120
 KINDS = ("H100", "H200")  # of GPUs that have floors
 Take = Callable[[int], Any]  # a step by its number
 
@@ -120,7 +120,7 @@ def _status(field: str) -> int:
 
 def peak_flops(device: torch.device) -> float:
     """Return the floating-point operations a second of a large product, the best of five: bf16 on a GPU, else fp32."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = [seconds_a_step(lambda step: left @ right, 0, 4, device) for _ in range(6)]
     return float(2 * size**3 / min(times[1:]))
@@ -157,10 +157,16 @@ def profiled(take: Take, step: int, device: torch.device) -> Any:
 
 
 def top_table(take: Take, step: int, device: torch.device) -> str:
-    """Return the table of what takes the most time of a step, on the device and on the host."""
-    averages = profiled(take, step, device).key_averages()
-    kinds = (["self_cuda_time_total"] if device.type == "cuda" else []) + ["self_cpu_time_total"]
-    return "\n".join(averages.table(sort_by=kind, row_limit=TOP_KERNELS, max_name_column_width=80) for kind in kinds)
+    """Return what takes the most time of a step: kernels of a GPU, and operations on the host."""
+    recorded = profiled(take, step, device)
+    kernels: dict[str, list[float]] = {}
+    for event in recorded.events() or ():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))[:TOP_KERNELS]
+    lines = [f"{sum(times):9.3f} ms {len(times):6d} calls  {name[:NAME_WIDTH]}" for name, times in longest]
+    table = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=TOP_KERNELS)
+    return "\n".join([*lines, table])
 
 
 def described(device: torch.device) -> dict[str, str]:

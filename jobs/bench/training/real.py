@@ -94,6 +94,7 @@ class Settings:
     inference_batch: int
     finetune_lr: float
     only: tuple[str, ...]
+    steps: int | None  # of a row, at most
     distill: dict[str, Any]
     compiled: bool | None
 
@@ -333,7 +334,7 @@ class RealBench:
         if bank is not None:
             bank.load_state_dict(empty)
         steps = max(1, int((left() - (VALIDATIONS + 1) * validation_s) / step_s))
-        plan = Plan(min(steps, most or steps), step_s, warm_up_s)
+        plan = Plan(min(steps, most or steps, self.settings.steps or steps), step_s, warm_up_s)
         path.write_text(json.dumps(asdict(plan)) + "\n")
         self.console.print(f"{name}: {plan.steps} steps of {1e3 * step_s:.0f} ms, warm after {warm_up_s:.1f} s")
         return plan

@@ -1,0 +1,141 @@
+"""`bench real` on a Llama of some thousand weights: what a row leaves, how it goes on, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from jobs.bench.training import real, shapes
+from jobs.cli import app
+from pipeline.models.build import build, read_config
+from pipeline.tasks.tokenizers import train_bpe
+from tests.conftest import ROOT
+
+LLAMA = {"architecture": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 300, "tie_word_embeddings": True}
+ROW = "best, 4-4-8"
+
+
+def bench(made: Path, out: Path, *arguments: str) -> Any:
+    common = ("--model", str(made / "model"), "--batch", "4", "--micro-batch", "4", "--device", "cpu")
+    budget = ("--minutes", "60", "--steps", "6")  # which the steps end long before the minutes do
+    return CliRunner().invoke(app, ["bench", "real", *common, *budget, "--out", str(out), "--json", *arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a text."""
+    folder = tmp_path_factory.mktemp("made")
+    documents = [f"{n} and {n + 1} are {2 * n + 1}, and {n} from {3 * n} leaves {2 * n}." for n in range(300)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    build(read_config({**LLAMA, **SIZES}), seed=0).save_pretrained(folder / "model")
+    train_bpe(documents, 300).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(made: Path) -> tuple[dict[str, Any], Path]:
+    out = made / "bench"
+    text = ("--text", str(made / "text.jsonl"), "--block-length", "16", "--only", ROW)
+    shown = bench(made, out, *text, "--set", "distill.muon_lr=0.01")
+    assert shown.exit_code == 0, shown.stderr
+    return json.loads(shown.stdout), out
+
+
+def test_a_row_says_what_it_took_and_how_near_it_came(ran: Any) -> None:
+    document, out = ran
+    row, teacher = document["rows"][ROW], document["teacher"]
+    assert (row["steps"], row["tokens"]) == (6, 6 * 4 * 16)
+    assert teacher["steps"] == 6
+    for split in real.SCORED:
+        scores = row["scores"][split]
+        assert scores["teacher"]["perplexity"] == pytest.approx(teacher["scores"][split]["perplexity"])
+        assert scores["student"]["kl_nats"] > 0
+        low, high = scores["gap_interval"]
+        assert low <= scores["gap_nats"] <= high
+    assert row["recipe"]["distill"]["muon_lr"] == 0.01
+    assert row["recipe"]["distill"]["steps"] == row["steps"]
+    assert 0 < row["packed_bytes"] < teacher["bytes"] / 4
+    assert f"| {ROW} |" in (out / "real.md").read_text()
+
+
+def test_what_has_a_result_is_not_run_again_and_what_was_stopped_goes_on(ran: Any, made: Path) -> None:
+    document, out = ran
+    (tokens,) = (out / "store" / "tokenize").iterdir()
+    result = out / "best-4-4-8.json"
+    result.unlink()  # as if it had been stopped while it was scored
+    shown = bench(made, out, "--tokens", str(tokens), "--only", ROW, "--set", "distill.muon_lr=0.01")
+    assert shown.exit_code == 0, shown.stderr
+    again = json.loads(shown.stdout)
+    assert again["teacher"] == document["teacher"]
+    before, after = document["rows"][ROW], again["rows"][ROW]
+    assert (after["resumed_at"], after["steps"]) == (before["steps"], before["steps"])
+    assert after["scores"]["test"]["student"] == pytest.approx(before["scores"]["test"]["student"])
+
+
+def test_a_row_for_which_no_time_is_left_waits_for_the_next_time(ran: Any, made: Path) -> None:
+    _, out = ran
+    (tokens,) = (out / "store" / "tokenize").iterdir()
+    others = ("--only", ROW, "--only", "best, 2-2-8")
+    shown = bench(made, out, "--tokens", str(tokens), *others, "--minutes", "0")
+    assert shown.exit_code == 0, shown.stderr
+    assert list(json.loads(shown.stdout)["rows"]) == [ROW]
+    assert "best, 2-2-8: no time is left" in shown.stderr
+
+
+def test_neither_ray_nor_mlflow_nor_boto3_is_needed(ran: Any, made: Path) -> None:
+    _, out = ran
+    (tokens,) = (out / "store" / "tokenize").iterdir()
+    lacks = "import sys; sys.modules.update(dict.fromkeys(('ray', 'mlflow', 'boto3', 'matplotlib', 'optuna')));"
+    arguments = ["bench", "real", "--model", str(made / "model"), "--tokens", str(tokens), "--steps", "2"]
+    arguments += ["--batch", "4", "--only", "best, 2-2-8", "--device", "cpu", "--out", str(made / "bare")]
+    code = f"{lacks} sys.argv[1:] = {arguments!r}; from jobs.cli import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (made / "bare" / "best-2-2-8.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give --tokens or --text"),
+        (("--tokens", "nowhere"), "--tokens is 'nowhere', which is no finished step"),
+        (("--tokens", "x", "--only", "worst"), "--only 'worst' is no row of this bench; valid: best, 2-2-8"),
+        (("--tokens", "x", "--set", "distill.steps=3"), "--set 'distill.steps=3' has no effect here"),
+        (("--tokens", "x", "--set", "quant.bits=2-2-8"), "it takes distill.KNOB=value"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(arguments: tuple[str, ...], said: str, made: Path, tmp_path: Path) -> None:
+    shown = bench(made, tmp_path, *arguments)
+    assert shown.exit_code == 2
+    assert said in " ".join(shown.stderr.split())
+
+
+def test_shapes_train_for_a_few_steps(tmp_path: Path) -> None:
+    models = {
+        "decoder": {"architecture": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 99},
+        "both": {
+            "architecture": "bart",
+            "d_model": 32,
+            "vocab_size": 99,
+            **{f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+            **{f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")},
+        },
+    }
+    extent = shapes.Extent(batch=4, micro_batch=2, length=16, target_length=8)
+    document = shapes.smoke(torch.device("cpu"), None, tmp_path, Console(quiet=True), models, extent)
+    assert document == json.loads((tmp_path / "shapes.json").read_text())
+    assert list(document["shapes"]) == list(models)
+    for row in document["shapes"].values():
+        assert len(row["losses"]) == shapes.STEPS
+        assert all(loss == pytest.approx(4.6, abs=0.5) for loss in row["losses"])  # log 99, of random weights

@@ -1,0 +1,140 @@
+"""`bench train` on a small GPT-2: what is counted, what floors are of, and what becomes of a row that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.bench.training import steps, train
+from jobs.cli import app
+from pipeline.errors import ConfigError
+
+SMALL = ("--layers", "2", "--width", "32", "--heads", "2", "--vocab", "64", "--length", "16", "--batch", "8")
+
+
+def bench(out: Path, *arguments: str) -> Any:
+    common = ("--rounds", "1", "--device", "cpu", "--out", str(out), "--json")
+    return CliRunner().invoke(app, ["bench", "train", *SMALL, *common, *arguments])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    out = tmp_path_factory.mktemp("bench")
+    names = (steps.CACHED, steps.IN_PARTS, steps.BEST_CACHED, steps.BEST_ONLINE, "finetune")
+    chosen = [argument for name in names for argument in ("--only", name)]
+    shown = bench(out, *chosen, "--profile")
+    assert shown.exit_code == 0, shown.stderr
+    return json.loads(shown.stdout), out, shown.stderr
+
+
+def test_every_row_is_measured_beside_plain_transformers(measured: Any) -> None:
+    document, out, said = measured
+    assert document == json.loads((out / "train.json").read_text())
+    assert list(document["rows"]) == [
+        *(steps.PLAIN, steps.CACHED, steps.IN_PARTS, steps.BEST_CACHED, steps.BEST_ONLINE),
+        "finetune",
+    ]
+    assert document["failed"] == {}
+    assert "best, online: " in said
+    for row in document["rows"].values():
+        assert row["peak_bytes"] > 0
+        assert row["ms"]["least"] <= row["ms"]["median"] <= row["ms"]["most"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 * 8 * 16 / row["ms"]["median"])
+
+
+def test_operations_are_counted_not_timed(measured: Any) -> None:
+    rows = measured[0]["rows"]
+    launches = {name: row["launches"] for name, row in rows.items()}
+    # A batch in parts takes a forward and a backward pass for each, and one optimizer's step for all.
+    assert 2 * launches[steps.CACHED] < launches[steps.IN_PARTS] < 4 * launches[steps.CACHED]
+    assert launches[steps.BEST_CACHED] < launches[steps.BEST_ONLINE]  # which runs the teacher
+    assert launches[steps.PLAIN] < launches["finetune"] < 2 * launches[steps.PLAIN]
+
+
+def test_ratios_have_the_names_that_floors_are_of(measured: Any) -> None:
+    ratios = measured[0]["ratios"]
+    rows = measured[0]["rows"]
+    assert ratios[f"launches: {steps.CACHED}"] == rows[steps.CACHED]["launches"] / rows[steps.PLAIN]["launches"]
+    assert {f"step: {steps.BEST_CACHED}", f"memory: {steps.BEST_CACHED}", "cache, of the bare forward"} <= set(ratios)
+    assert {"micro_batch a quarter, of the whole", "cached of what it could be: best"} <= set(ratios)
+
+
+def test_the_page_and_the_profiles_lie_beside_the_numbers(measured: Any) -> None:
+    _, out, _ = measured
+    page = (out / "train.md").read_text()
+    assert "8 rows of 16 tokens" in page
+    assert "a checkpoint" in page
+    assert page.count("| best, cached |") == 1
+    assert "aten::" in (out / "profile-best-cached.txt").read_text()
+
+
+def test_committed_floors_are_of_ratios_that_there_are() -> None:
+    floors = train.read_floors()
+    assert set(floors) == {"cpu", "H100", "H200"}
+    rows = {
+        name: {"of_baseline": {"median": 1.0}, "ms": {"median": 1.0}, "launches": 1, "peak_bytes": 1}
+        for name in steps.ROWS
+    }
+    teacher = {"cache_tokens_per_s": 1.0, "forward_tokens_per_s": 1.0, "forward_ms": 0.1}
+    names = train.ratios({"rows": rows, "baseline": steps.PLAIN, "teacher": teacher})
+    for bounds in floors.values():
+        assert set(bounds) == {"at_most", "at_least"}
+        assert {name for limits in bounds.values() for name in limits} <= set(names)
+
+
+def test_a_ratio_that_misses_its_bound_is_named() -> None:
+    floors = {"cpu": {"at_most": {"step": 1.3, "absent": 1.0}, "at_least": {"cache": 0.85}}}
+    document = {"kind": "cpu", "ratios": {"step": 1.31, "cache": 0.85}, "failed": {}}
+    assert train.shortfalls(document, floors) == ["step is 1.310, and must be at most 1.3"]
+    document["ratios"] = {"step": 1.3, "cache": 0.84}
+    assert train.shortfalls(document, floors) == ["cache is 0.840, and must be at least 0.85"]
+    with pytest.raises(ConfigError, match="no floors for 'T4'; it has some for cpu"):
+        train.shortfalls({**document, "kind": "T4"}, floors)
+
+
+def test_check_ends_with_status_1_and_what_fell_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = tmp_path / "floors.json"
+    floors.write_text(json.dumps({"cpu": {"at_most": {"launches: finetune": 0.5}, "at_least": {}}}))
+    monkeypatch.setattr(train, "FLOORS", floors)
+    shown = bench(tmp_path / "out", "--only", "finetune", "--check")
+    assert shown.exit_code == 1
+    assert "launches: finetune is" in " ".join(shown.stderr.split())
+    assert "must be at most 0.5" in " ".join(shown.stderr.split())
+
+
+def test_a_row_that_fails_is_named_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(made: steps.Steps) -> steps.Case:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(steps.ROWS, steps.CACHED, fails)
+    shown = bench(tmp_path, "--only", steps.CACHED, "--only", "finetune")
+    assert shown.exit_code == 1
+    assert "paper, cached failed: RuntimeError: out of memory" in shown.stderr
+    document = json.loads((tmp_path / "train.json").read_text())
+    assert document["failed"] == {steps.CACHED: "RuntimeError: out of memory"}
+    assert list(document["rows"]) == [steps.PLAIN, "finetune"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "worst"), "--only 'worst' is no row of this bench; valid: transformers; "),
+        (("--heads", "3"), "--heads 3 does not divide --width 32"),
+        (("--device", "tpu"), "--device is 'tpu'; valid: auto, cuda, cpu"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    shown = bench(tmp_path, *arguments)
+    assert shown.exit_code == 2
+    assert said in " ".join(shown.stderr.split())
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    shown = bench(tmp_path, "--device", "cuda")
+    assert shown.exit_code == 2
+    assert "torch sees no GPU here" in " ".join(shown.stderr.split())
