@@ -121,6 +121,7 @@ class _Functions(TorchFunctionMode):
             raise TypeError(f"can't do {func.__name__} on a tensor of {SECOND}; copy it to the CPU first")
         if func is Tensor.pin_memory:
             return args[0]
+        kwargs.pop("pin_memory", None)
         if func is Tensor.tolist and device_of(args[0]) == SECOND:
             _reads.append("tolist")
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +28,7 @@ from pipeline.store.records import Shard, TeacherCache
 from pipeline.store.step_store import FinishedStep, StepDir
 
 SHARD_TOKENS = 65_536
-T = TypeVar("T")
+Places = NDArray[np.int64]
 
 
 def rows_per_shard(block_length: int) -> int:
@@ -108,8 +110,33 @@ def open_shard(step_dir: StepDir, shard: Shard) -> Path:
     return step_dir.local(shard.name, shard.file)
 
 
+@dataclass(frozen=True)
+class StoredStates:
+    """Hidden states of rows as a cache keeps them."""
+
+    values: Tensor  # (rows, length, hidden), or (rows, sequences, length, hidden)
+
+    def to(self, device: torch.device) -> StoredStates:
+        """Return them on a device; the host does not wait for the copy if they are pinned."""
+        return StoredStates(self.values.to(device, non_blocking=True))
+
+    def float(self) -> Tensor:
+        """Return the states, widened where they lie, fp32 as `values`."""
+        return self.values.float()
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A shard of token rows in memory, and the states that belong to it, mapped."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    states: tuple[NDArray[Any], str] | None
+
+
 class Rows:
-    """Random access to rows of a split by global row id, a bounded number of shards open at a time."""
+    """Random access to rows of a split by global row id, a bounded number of shards open at a time. One thread may read
+    ahead while another reads."""
 
     def __init__(
         self,
@@ -123,20 +150,17 @@ class Rows:
         self._tokens, self._cache = tokens, cache
         self._states = {shard.name: shard for shard in (cache.record.shards if cache is not None else ())}
         self._first = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._open: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
-        self._limit = open_shards
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._limit, self._lock = open_shards, threading.Lock()
 
-    def get(self, row_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept."""
-        ids, lengths, states = [], [], []
-        for row_id in row_ids:
-            (shard_ids, shard_lengths, shard_states, dtype), row = self._at(row_id)
-            ids.append(shard_ids[row])
-            lengths.append(shard_lengths[row])
-            if shard_states is not None:
-                states.append(to_tensor(shard_states[row], dtype))
-        tokens, counts = (torch.from_numpy(np.array(column, np.int64)) for column in (ids, lengths))
-        return tokens, counts, torch.stack(states) if states else None
+    def get(self, row_ids: Sequence[int], pin: bool = False) -> tuple[Tensor, Tensor, StoredStates | None]:
+        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept;
+        with `pin`, in memory that a GPU of this process copies from while the host goes on."""
+        parts, count = self._parts(row_ids), len(row_ids)
+        ids = _gathered([(places, shard.ids[rows]) for places, rows, shard in parts], count, pin)
+        lengths = _gathered([(places, shard.lengths[rows]) for places, rows, shard in parts], count, pin)
+        mapped = [(places, rows, *shard.states) for places, rows, shard in parts if shard.states is not None]
+        return ids, lengths, StoredStates(_states_of(mapped, count, pin)) if mapped else None
 
     def drawn(self, count: int) -> list[int]:
         """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.
@@ -152,25 +176,50 @@ class Rows:
 
     def lengths(self, row_ids: Sequence[int]) -> Tensor:
         """Return the lengths of each row, as `get` gives them."""
-        rows = (shard[1][row] for shard, row in map(self._at, row_ids))
-        return torch.stack([torch.from_numpy(np.asarray(lengths, np.int64)) for lengths in rows])
+        return _gathered([(p, shard.lengths[rows]) for p, rows, shard in self._parts(row_ids)], len(row_ids))
 
-    def _at(self, row_id: int) -> tuple[tuple[Any, ...], int]:
-        """Return the open shard that holds a row, and the row's place in it."""
-        index = int(np.searchsorted(self._first, row_id, side="right")) - 1
-        return self._shard(index), row_id - int(self._first[index])
+    def _parts(self, row_ids: Sequence[int]) -> list[tuple[Places, Places, _Open]]:
+        """Return the open shards that hold the rows, each with their places among `row_ids` and in the shard."""
+        wanted = np.asarray(row_ids, np.int64)
+        indexes = np.searchsorted(self._first, wanted, side="right") - 1
+        places = {int(index): np.flatnonzero(indexes == index) for index in np.unique(indexes)}
+        return [(here, wanted[here] - self._first[index], self._shard(index)) for index, here in places.items()]
 
-    def _shard(self, index: int) -> tuple[Any, ...]:
-        if index not in self._open:
-            shard, cache = self.shards[index], self._cache
-            states: tuple[Any, str] = (None, "")
-            if cache is not None:
-                states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
-            self._open[index] = (*read_tokens(open_shard(self._tokens, shard)), *states)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return self._open[index]
+    def _shard(self, index: int) -> _Open:
+        with self._lock:
+            if index not in self._open:
+                shard, cache, states = self.shards[index], self._cache, None
+                if cache is not None:
+                    states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
+                self._open[index] = _Open(*read_tokens(open_shard(self._tokens, shard)), states)
+                if len(self._open) > self._limit:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(index)
+            return self._open[index]
+
+
+def _gathered(parts: Sequence[tuple[Places, NDArray[np.int32]]], count: int, pin: bool = False) -> Tensor:
+    """Return rows, each at its place among so many, int64."""
+    gathered = _empty((count, *parts[0][1].shape[1:]), torch.int64, pin)
+    for places, rows in parts:
+        gathered.numpy()[places] = rows
+    return gathered
+
+
+def _states_of(parts: Sequence[tuple[Places, Places, NDArray[Any], str]], count: int, pin: bool) -> Tensor:
+    """Return mapped states, each row copied once to its place among so many; fp32 where shards hold several dtypes."""
+    dtypes = {dtype for *_, dtype in parts}
+    common = dtypes.pop() if len(dtypes) == 1 else "float32"
+    gathered = _empty((count, *parts[0][2].shape[1:]), getattr(torch, common), pin)
+    words = (gathered.view(torch.uint16) if common == "bfloat16" else gathered).numpy()
+    for places, rows, states, dtype in parts:
+        for place, row in zip(places, rows, strict=True):
+            words[place] = states[row] if dtype == common else to_tensor(states[row], dtype).float().numpy()
+    return gathered
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=pin and torch.cuda.is_available())
 
 
 def row_hashes(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.uint64]:

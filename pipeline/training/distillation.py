@@ -13,10 +13,11 @@ from pipeline.distill import negatives
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import RunError
-from pipeline.tasks.batch import Batch, sent
+from pipeline.store.shards import StoredStates
+from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, distilling_losses
 
-ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
+ReadRow = Callable[[int], tuple[Batch, StoredStates | None]]  # a row by its id, with its states where they are cached
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Distillation:
         rows: Tensor,
         row_ids: list[int],
         batch: Batch,
-        cached: Tensor | None,
+        cached: StoredStates | None,
         states: Tensor,
         logits: Tensor,
         read: ReadRow,
@@ -103,10 +104,10 @@ class Distillation:
         positions = negatives.draw_positions(self.recipe.seed, step, sequence, length, self.recipe.negatives)
         return states[place, positions.to(states.device)]
 
-    def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _teacher_states(self, batch: Batch, cached: StoredStates | None) -> tuple[Tensor, Tensor]:
         if self.teacher is not None:
             return self.teacher(*batch.inputs)
         if cached is None:
             raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = sent(cached, batch.ids.device).float().reshape(*batch.ids.shape, -1)
+        states = cached.to(batch.ids.device).float().reshape(*batch.ids.shape, -1)
         return states, states

@@ -25,7 +25,7 @@ from pipeline.models.hidden_states import WithStates, last_states, logits_of
 from pipeline.models.student import load_parameters
 from pipeline.quant.modules import quantized_once, quantizers
 from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
-from pipeline.store.shards import Rows
+from pipeline.store.shards import Rows, StoredStates
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.language_modeling import LanguageModeling
@@ -175,8 +175,8 @@ class Trainer:
         rows = self.order.batch(step, self.recipe.batch_size)
         return self.distillation.losses(step, rows, row_ids, batch, states, student_states, logits, self._read)
 
-    def _read(self, *row_ids: int) -> tuple[Batch, Tensor | None]:
-        ids, lengths, states = self.rows.get([*row_ids])
+    def _read(self, *row_ids: int) -> tuple[Batch, StoredStates | None]:
+        ids, lengths, states = self.rows.get([*row_ids], pin=self.device.type == "cuda")
         return self.job.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, steps: int) -> None:

@@ -1,4 +1,6 @@
 import os
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -23,7 +25,8 @@ from pipeline.store.shards import (
     write_states,
     write_tokens,
 )
-from pipeline.store.step_store import FinishedStep, StepDir
+from pipeline.store.step_store import FinishedStep, StepDir, _digest_of, _matches, checksum
+from tests.operations import Launches
 
 BLOCK, HIDDEN = 6, 4
 SIZES = (3, 1, 4, 2, 5)
@@ -67,12 +70,16 @@ def corpus(stored):
     return shards, *whole
 
 
+def finished(step_dir, shards):
+    """The finished step that shards of states are of."""
+    common = {"key": "", "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+    return FinishedStep(TeacherCache(**common, mode="states", dtype="", hidden=HIDDEN, shards=shards), step_dir)
+
+
 @pytest.fixture
 def cache(step_dir, stored):
     """The finished step that the states are of."""
-    common = {"key": "", "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
-    record = TeacherCache(**common, mode="states", dtype="bfloat16", hidden=HIDDEN, shards=stored[1])
-    return FinishedStep(record, step_dir)
+    return finished(step_dir, stored[1])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5000])
@@ -146,7 +153,70 @@ def test_rows_are_found_across_shards(step_dir, corpus, cache):
         assert torch.equal(found[2].float(), states[wanted])
         assert torch.equal(rows.lengths(wanted), lengths[wanted])
     assert found[0].dtype == torch.int64
-    assert found[2].dtype == torch.bfloat16  # as stored: a device widens them
+    assert found[2].values.dtype == torch.bfloat16  # as stored: a device widens them
+
+
+def test_shards_of_several_dtypes_are_read_together(step_dir, corpus, stored):
+    """Of a cache in float16, a shard that overflows it is in bfloat16."""
+    shards, *_, states = corpus
+    half = states[: SIZES[0]].half()
+    write = partial(write_states, states=half, dtype="float16")
+    mixed = [store_shard(step_dir, states_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
+    rows = Rows(step_dir, shards, finished(step_dir, mixed))
+    wanted = [4, 0, 2, 14]
+    expected = torch.cat([half.float(), states[SIZES[0] :]])[wanted]
+    assert torch.equal(rows.get(wanted)[2].float(), expected)
+    assert rows.get([0, 2])[2].values.dtype == torch.float16
+
+
+def test_states_are_copied_once_straight_to_their_place(step_dir):
+    """Neither torch nor numpy makes anything of them on the way."""
+    shards = committed(step_dir, "wide", *random_rows(12), 6)
+    write = partial(write_states, states=torch.ones(6, 1, 4096), dtype="bfloat16")
+    wide = [store_shard(step_dir, states_name(shard.name), 6, 9, write) for shard in shards]
+    rows = Rows(step_dir, shards, finished(step_dir, wide))
+    with Launches() as launches:
+        states = rows.get(range(12))[2].values
+    assert torch.equal(states, torch.ones(12, 1, 4096, dtype=torch.bfloat16))
+    assert launches.count == 0
+    tracemalloc.start()
+    rows.get(range(12))
+    assert tracemalloc.get_traced_memory()[1] < states.nbytes / 4
+    tracemalloc.stop()
+
+
+def test_lengths_are_read_in_one_indexing_a_shard(step_dir, corpus):
+    shards, _, lengths, _ = corpus
+    rows = Rows(step_dir, shards)
+    with Launches() as launches:
+        found = rows.lengths([14, 0, 3, 3])
+    assert torch.equal(found, lengths[[14, 0, 3, 3]].long())
+    assert launches.count == 0
+
+
+def test_rows_are_the_same_in_pinned_memory(device, step_dir, corpus, cache):
+    shards, ids, lengths, states = corpus
+    pinned = Rows(step_dir, shards, cache).get([3, 0, 9], pin=True)
+    assert torch.equal(pinned[0], ids[[3, 0, 9]])
+    assert torch.equal(pinned[1], lengths[[3, 0, 9]])
+    there = pinned[2].to(device).float()
+    assert there.device == device
+    assert torch.equal(there.cpu(), states[[3, 0, 9]])
+
+
+def test_rows_are_read_by_two_threads(step_dir, corpus, cache):
+    shards, ids, _, states = corpus
+    rows = Rows(step_dir, shards, cache, open_shards=2)
+
+    def read(seed):
+        order = torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [(row, rows.get([row])) for row in order * 4]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(read, (0, 1)):
+            for row, (found_ids, _, found_states) in found:
+                assert torch.equal(found_ids[0], ids[row])
+                assert torch.equal(found_states.float()[0], states[row])
 
 
 def test_rows_without_a_cache_have_no_states(step_dir, corpus):
@@ -227,7 +297,7 @@ def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, cache, limit):
     for row in order * 2:
         found = rows.get([row])
         assert torch.equal(found[0][0], ids[row])
-        assert torch.equal(found[2][0], states[row])
+        assert torch.equal(found[2].float()[0], states[row])
         with open("/proc/self/maps") as maps:
             assert len({line.split()[-1] for line in maps if step_dir.key in line}) <= limit
 
@@ -241,6 +311,29 @@ def test_a_shard_that_is_open_is_not_read_again(step_dir, corpus):
     rows.get([4, 8])
     with pytest.raises(DamagedError):
         rows.get([0])
+
+
+def test_a_shard_that_is_opened_again_is_not_hashed_again(step_dir, corpus, cache):
+    shards, *_ = corpus
+    rows = Rows(step_dir, shards, cache, open_shards=1)
+    before = _digest_of.cache_info().misses
+    for _ in range(3):
+        for row in (0, 3, 4, 8, 10):
+            rows.get([row])
+    assert _digest_of.cache_info().misses - before == 2 * len(SIZES)
+
+
+def test_a_store_of_many_shards_is_hashed_once(tmp_path):
+    """As many as a teacher's states of half a milliard tokens."""
+    (tmp_path / "shard").write_bytes(b"states")
+    digest = checksum(tmp_path / "shard")
+    paths = [tmp_path / str(number) for number in range(8_000)]
+    for path in paths:
+        os.link(tmp_path / "shard", path)
+    before = _digest_of.cache_info().misses
+    for _ in range(2):
+        assert all(_matches(path, digest) for path in paths)
+    assert _digest_of.cache_info().misses - before == len(paths)
 
 
 def spoil(step_dir, shard, how):

@@ -265,7 +265,7 @@ def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
     assert online.teacher is not None
     assert states is not None
     assert int(ids.max()) < VOCABULARY
-    torch.testing.assert_close(states, online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.float(), online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_best_file_is_stored_whole(case: Case) -> None:
@@ -286,10 +286,10 @@ def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
         loop = case.loop(run, LOW)
         get, step = loop.rows.get, loop.train_step
 
-        def reading(row_ids: Any) -> Any:
+        def reading(row_ids: Any, **options: Any) -> Any:
             with open(log, "a") as file:
                 file.write(json.dumps([loop.progress.step, [int(row) for row in row_ids]]) + "\n")
-            return get(row_ids)
+            return get(row_ids, **options)
 
         def stepping(number: int) -> dict[str, torch.Tensor]:
             if number == kill_at:
