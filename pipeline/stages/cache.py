@@ -1,11 +1,13 @@
 """The teacher's last hidden states beside every training row, computed once by a pool of actors.
 
 `online` stores nothing: the teacher then runs in each training step. Before any shard is made, a probe measures
-what the stored dtype costs in KL(teacher || teacher from cache).
+what the stored dtype costs in KL(teacher || teacher from cache), and on a GPU the bf16 of the teacher's pass with it.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,14 @@ from torch import Tensor
 from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
+from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model
-from pipeline.models.device import device_for
+from pipeline.models.device import all_so_far, bf16_on_gpu, device_for, room_on_host
 from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.pieces import Pieces
-from pipeline.store.records import ROWS, Shard, Teacher, TeacherCache, Tokens
+from pipeline.store.records import ROWS, Precision, Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
     drawn_shards,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:  # which takes long to import, for those who only plan
 
 PROBE_SHARDS, PROBE_ROWS = 4, 8
 LEAST_READS = 2  # of a row, from which its states are worth keeping
+SHARDS_AT_ONCE = 4  # that a GPU's worker has in hand: it computes one while it hashes and writes those before
+COMPUTING = threading.Lock()
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -87,14 +92,16 @@ def run(step: Step) -> TeacherCache:
     section = Cache.model_validate(step.recipe["cache"])
     check_space(step.dir, cache_bytes(split.rows, step.task.states, hidden, section.dtype), split.tokens)
     gpus = step.resources.gpus_per_worker
-    dtype, kl_nats = step.engine.task(partial(probe, step.job, section.dtype), step.dir, gpus)
+    dtype, kl_nats, precision = step.engine.task(partial(probe, step.job, section.dtype), step.dir, gpus)
     if kl_nats > section.max_kl_nats:
+        in_fp32 = " and resources.gpus_per_worker: 0" if precision == "bf16" else ""
         raise RunError(
-            f"Storing the teacher's states as {dtype} costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
-            f"({section.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
+            f"The teacher's states, computed in {precision} and stored as {dtype}, cost {kl_nats:.2e} nats a token, "
+            f"above cache.max_kl_nats ({section.max_kl_nats:g}). Set cache.dtype: float32{in_fp32}, or raise "
+            "cache.max_kl_nats."
         )
-    make = partial(CacheShard, step.job, dtype)
-    lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir)
+    make, at_once = partial(CacheShard, step.job, dtype), SHARDS_AT_ONCE if gpus else 1
+    lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir, at_once)
     shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
     return TeacherCache(
         **step.identity(),
@@ -104,6 +111,7 @@ def run(step: Step) -> TeacherCache:
         shards=tuple(shards),
         bytes=sum(shard.file.bytes for shard in shards),
         kl_nats=kl_nats,
+        precision=precision,
     )
 
 
@@ -145,6 +153,7 @@ class CacheShard:
         self.batch = job.resources.inference_batch  # rows of a pass
         self.device = device_for(job.resources)
         self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
+        use_causal_attention(self.model)
 
     def __call__(self, rows: Shard) -> str:
         name = states_name(rows.name)
@@ -154,14 +163,32 @@ class CacheShard:
             self.made.put(name, shard.model_dump())
         return shard.model_dump_json()
 
-    @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
         arrays = read_tokens(open_shard(self.tokens, rows))
         ids, lengths = (torch.from_numpy(array.astype(np.int64)).split(self.batch) for array in arrays)
-        batches = map(self.task.batch, ids, lengths)
-        states = torch.cat([row_states(self.model, batch.to(self.device)).cpu() for batch in batches])
-        dtype = storable(states, self.dtype)
+        batches = list(map(self.task.batch, ids, lengths))
+        dtype, (states, fits) = self.dtype, self._states(batches, self.dtype)
+        if not fits:
+            dtype, (states, _) = "bfloat16", self._states(batches, "bfloat16")
         return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+
+    @torch.no_grad()
+    def _states(self, batches: Sequence[Batch], dtype: str) -> tuple[Tensor, bool]:
+        """Return states of a dtype on the host, and whether they fit into it. The host waits for a GPU once, and lets
+        it go on with another thread's shard meanwhile."""
+        rows, done = sum(len(batch.ids) // batch.group for batch in batches), 0
+        all_fit, fits = torch.ones((), dtype=torch.bool), room_on_host((), torch.bool, self.device)
+        with COMPUTING, bf16_on_gpu(self.device):
+            for batch in batches:
+                states = row_states(self.model, batch.to(self.device)).to(getattr(torch, dtype))
+                if not done:
+                    gathered = room_on_host((rows, *states.shape[1:]), states.dtype, self.device)
+                gathered[done : done + len(states)].copy_(states, non_blocking=True)
+                all_fit, done = states.isfinite().all() & all_fit, done + len(states)
+            fits.copy_(all_fit, non_blocking=True)
+            wait = all_so_far(self.device)
+        wait()
+        return gathered, bool(fits)
 
 
 def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -176,18 +203,21 @@ def storable(states: Tensor, dtype: str) -> str:
 
 
 @torch.no_grad()
-def probe(job: StepJob, dtype: str) -> tuple[str, float]:
-    """Return the dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
+def probe(job: StepJob, dtype: str) -> tuple[str, float, Precision]:
+    """Return the dtype to store (float16 gives way to bfloat16 where it overflows), the KL in nats per token from the
+    teacher in fp32 to what is stored, and what it is computed in."""
     device, tokens = device_for(job.resources), job.input(Tokens)
     model = load_model(job.input(Teacher).folder()).to(device).eval()
+    use_causal_attention(model)
     reader = Rows(tokens.dir, drawn_shards(tokens.record.splits["train"].shards, PROBE_SHARDS))
     ids, lengths, _ = reader.get(reader.drawn(PROBE_ROWS))
     batch = job.task.batch(ids, lengths).to(device)
-    states = last_states(model, *batch.inputs)
-    dtype = storable(states, dtype)
     head: Any = head_of(model)
-    exact: Tensor = head(states)
+    exact: Tensor = head(last_states(model, *batch.inputs))
+    with bf16_on_gpu(device):
+        states = last_states(model, *batch.inputs)
+    dtype = storable(states, dtype)
     stored: Tensor = head(states.to(getattr(torch, dtype)).float())
     cross, count = logit_distillation_loss(stored, exact, batch.distilled)
     entropy, _ = logit_distillation_loss(exact, exact, batch.distilled)
-    return dtype, max(0.0, float((cross - entropy) / count))
+    return dtype, max(0.0, float((cross - entropy) / count)), "bf16" if device.type == "cuda" else "fp32"
