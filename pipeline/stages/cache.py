@@ -28,6 +28,7 @@ from pipeline.store.pieces import Pieces
 from pipeline.store.records import ROWS, Precision, Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
+    StoredStates,
     drawn_shards,
     is_sound,
     open_shard,
@@ -46,7 +47,7 @@ PROBE_SHARDS, PROBE_ROWS = 4, 8
 LEAST_READS = 2  # of a row, from which its states are worth keeping
 SHARDS_AT_ONCE = 4  # that a GPU's worker has in hand: it computes one while it hashes and writes those before
 COMPUTING = threading.Lock()
-BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
@@ -58,9 +59,10 @@ def recipe(run: PinnedRun) -> dict[str, Any]:
 def decide_mode(run: PinnedRun) -> tuple[str, str]:
     """Decide where a teacher's states come from, and say why.
 
-    With `cache.mode: auto` they are stored if the run reads each row at least twice and all of them take at most
-    `resources.max_cache_gib`; else the teacher runs in each step. Rows are estimated from the text, even where they are
-    known, so that a run that was begun goes on as it began.
+    With `cache.mode: auto` they are stored if the run reads each row at least twice and all of them, so many tokens of
+    this teacher's width, take at most `resources.max_cache_gib`; else the teacher runs in each step. Rows are estimated
+    from the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so
+    what the store has left, which the states themselves take from, does not decide: `check` refuses what does not fit.
     """
     cache, distill, limit = run.config.cache, run.config.distill, run.config.resources.max_cache_gib
     if cache.mode != "auto":
@@ -129,8 +131,9 @@ STAGE = Stage(
 
 
 def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
-    """Return the bytes of the states of so many rows, each with so many positions."""
-    return rows * positions * hidden * BYTES_OF[dtype]
+    """Return the bytes of the states of so many rows, each with so many positions; int8 codes have fp32 scales."""
+    scales = 4 * (positions + hidden) if dtype == "int8" else 0
+    return rows * (positions * hidden * BYTES_OF[dtype] + scales)
 
 
 def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
@@ -167,24 +170,26 @@ class CacheShard:
         arrays = read_tokens(open_shard(self.tokens, rows))
         ids, lengths = (torch.from_numpy(array.astype(np.int64)).split(self.batch) for array in arrays)
         batches = list(map(self.task.batch, ids, lengths))
-        dtype, (states, fits) = self.dtype, self._states(batches, self.dtype)
+        states, fits = self._states(batches, self.dtype)
         if not fits:
-            dtype, (states, _) = "bfloat16", self._states(batches, "bfloat16")
-        return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+            states, _ = self._states(batches, "bfloat16")
+        return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states))
 
     @torch.no_grad()
-    def _states(self, batches: Sequence[Batch], dtype: str) -> tuple[Tensor, bool]:
-        """Return states of a dtype on the host, and whether they fit into it. The host waits for a GPU once, and lets
-        it go on with another thread's shard meanwhile."""
+    def _states(self, batches: Sequence[Batch], dtype: str) -> tuple[StoredStates, bool]:
+        """Return states on the host as they are stored, and whether the dtype holds them. The host waits for a GPU
+        once, and lets it go on with another thread's shard meanwhile."""
         rows, done = sum(len(batch.ids) // batch.group for batch in batches), 0
         all_fit, fits = torch.ones((), dtype=torch.bool), room_on_host((), torch.bool, self.device)
         with COMPUTING, bf16_on_gpu(self.device):
             for batch in batches:
-                states = row_states(self.model, batch.to(self.device)).to(getattr(torch, dtype))
+                stored = StoredStates.of(row_states(self.model, batch.to(self.device)), dtype)
                 if not done:
-                    gathered = room_on_host((rows, *states.shape[1:]), states.dtype, self.device)
-                gathered[done : done + len(states)].copy_(states, non_blocking=True)
-                all_fit, done = states.isfinite().all() & all_fit, done + len(states)
+                    gathered = stored.each(lambda t: room_on_host((rows, *t.shape[1:]), t.dtype, self.device))
+                here = slice(done, done := done + len(stored.values))
+                for room, tensor in zip(gathered.tensors, stored.tensors, strict=True):
+                    room[here].copy_(tensor, non_blocking=True)
+                all_fit = finite(stored) & all_fit
             fits.copy_(all_fit, non_blocking=True)
             wait = all_so_far(self.device)
         wait()
@@ -197,9 +202,9 @@ def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return states if batch.group == 1 else states.unflatten(0, (-1, batch.group))
 
 
-def storable(states: Tensor, dtype: str) -> str:
-    """Return the dtype itself, or bfloat16 where it overflows; each shard says which it holds."""
-    return dtype if torch.isfinite(states.to(getattr(torch, dtype))).all() else "bfloat16"
+def finite(stored: StoredStates) -> Tensor:
+    """Return whether the dtype holds all states, bool, where they lie; float16 may overflow."""
+    return stored.tensors[-1].isfinite().all()
 
 
 @torch.no_grad()
@@ -216,8 +221,9 @@ def probe(job: StepJob, dtype: str) -> tuple[str, float, Precision]:
     exact: Tensor = head(last_states(model, *batch.inputs))
     with bf16_on_gpu(device):
         states = last_states(model, *batch.inputs)
-    dtype = storable(states, dtype)
-    stored: Tensor = head(states.to(getattr(torch, dtype)).float())
-    cross, count = logit_distillation_loss(stored, exact, batch.distilled)
+    stored = StoredStates.of(states, dtype)
+    if not finite(stored):
+        stored = StoredStates.of(states, dtype := "bfloat16")
+    cross, count = logit_distillation_loss(head(stored.float()), exact, batch.distilled)
     entropy, _ = logit_distillation_loss(exact, exact, batch.distilled)
     return dtype, max(0.0, float((cross - entropy) / count)), "bf16" if device.type == "cuda" else "fp32"

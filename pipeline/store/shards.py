@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from pipeline.store.records import Shard, TeacherCache
 from pipeline.store.step_store import FinishedStep, StepDir
 
 SHARD_TOKENS = 65_536
+COLUMNS = ["states", "scales", "channels"]  # of a shard of states
 Places = NDArray[np.int64]
 
 
@@ -62,30 +63,100 @@ def _matrix(table: pa.Table, name: str) -> NDArray[np.int32]:
     return matrix
 
 
-def write_states(path: Path, states: Tensor, dtype: str) -> None:
-    """Write hidden states, such as (rows, length, hidden), as one uncompressed record batch, for mapping."""
-    words = states.to(getattr(torch, dtype)).contiguous()
-    flat = (words.view(torch.uint16) if dtype == "bfloat16" else words).numpy().reshape(-1)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat), int(np.prod(states.shape[1:])))
-    batch = pa.record_batch([column], names=["states"])
-    schema = batch.schema.with_metadata({"shape": json.dumps(list(states.shape)), "dtype": dtype})
+@dataclass(frozen=True)
+class StoredStates:
+    """Hidden states of rows as a cache keeps them: floats, or int8 codes with a scale for each token, and for each
+    channel of a row, of which some are far larger than the others. A state is the product of the three."""
+
+    values: Tensor  # (rows, length, hidden), or (rows, sequences, length, hidden)
+    scales: Tensor | None = None  # of codes: fp32 (rows, length), or (rows, sequences, length)
+    channels: Tensor | None = None  # of codes: fp32 (rows, hidden)
+
+    @classmethod
+    def of(cls, states: Tensor, dtype: str) -> StoredStates:
+        """Return states as a cache of this dtype keeps them."""
+        if dtype != "int8":
+            return cls(states.to(getattr(torch, dtype)))
+        channels = _or_one(states.abs().flatten(1, -2).amax(1).float())
+        level = states / _beside(channels, states)
+        scales = _or_one(level.abs().amax(-1)) / 127
+        return cls((level / scales.unsqueeze(-1)).round().to(torch.int8), scales, channels)
+
+    @property
+    def dtype(self) -> str:
+        """Return the name of what is kept of a value."""
+        return str(self.values.dtype).removeprefix("torch.")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return values, and of codes their scales."""
+        every = (self.values, self.scales, self.channels)
+        return tuple(tensor for tensor in every if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> StoredStates:
+        """Return what `change` makes of each tensor."""
+        return StoredStates(*map(change, self.tensors))
+
+    def to(self, device: torch.device) -> StoredStates:
+        """Return them on a device; the host does not wait for the copy if they are pinned."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def float(self) -> Tensor:
+        """Return the states, widened where they lie, fp32 as `values`."""
+        widened = self.values.float()
+        if self.scales is None or self.channels is None:
+            return widened
+        return widened * self.scales.unsqueeze(-1) * _beside(self.channels, widened)
+
+
+def _or_one(magnitudes: Tensor) -> Tensor:
+    return magnitudes.masked_fill(magnitudes == 0, 1)
+
+
+def _beside(channels: Tensor, states: Tensor) -> Tensor:
+    return channels.view(len(channels), *(1,) * (states.ndim - 2), -1)
+
+
+class MappedStates(NamedTuple):
+    """The tensors of a shard's states in its file, read-only, and their dtype: numpy has no bfloat16, whose words are
+    uint16."""
+
+    dtype: str
+    arrays: tuple[NDArray[Any], ...]
+
+
+def write_states(path: Path, states: StoredStates) -> None:
+    """Write states as one uncompressed record batch, for mapping."""
+    arrays, columns = [_words(tensor) for tensor in states.tensors], []
+    for array in arrays:
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), int(np.prod(array.shape[1:]))))
+    batch = pa.record_batch(columns, names=COLUMNS[: len(columns)])
+    shapes = json.dumps([array.shape for array in arrays])
+    schema = batch.schema.with_metadata({"shapes": shapes, "dtype": states.dtype})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
 
 
-def map_states(path: Path) -> tuple[NDArray[Any], str]:
-    """Return a read-only view of mapped states (rows, length, hidden), and the dtype they stand for."""
+def map_states(path: Path) -> MappedStates:
+    """Return a view of what `write_states` wrote."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
-    metadata = file.schema.metadata
-    column: Any = file.get_batch(0).column(0)
-    values = column.flatten().to_numpy(zero_copy_only=True)
-    return values.reshape(json.loads(metadata[b"shape"])), metadata[b"dtype"].decode()
+    batch, metadata = file.get_batch(0), file.schema.metadata
+    columns: Any = batch.columns
+    flat = (column.flatten().to_numpy(zero_copy_only=True) for column in columns)
+    arrays = tuple(a.reshape(shape) for a, shape in zip(flat, json.loads(metadata[b"shapes"]), strict=True))
+    return MappedStates(metadata[b"dtype"].decode(), arrays)
 
 
-def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
-    """Return rows that `map_states` gave as a tensor of the dtype they stand for."""
-    words = torch.from_numpy(np.array(rows))
-    return words.view(torch.bfloat16) if dtype == "bfloat16" else words
+def to_states(dtype: str, arrays: Sequence[NDArray[Any]]) -> StoredStates:
+    """Return rows of what `map_states` gave in memory."""
+    words = [torch.from_numpy(np.array(array)) for array in arrays]
+    return StoredStates(words[0].view(torch.bfloat16) if dtype == "bfloat16" else words[0], *words[1:])
+
+
+def _words(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor as numpy sees it, in the same memory if that lies in order."""
+    words: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    return words
 
 
 def store_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
@@ -111,27 +182,12 @@ def open_shard(step_dir: StepDir, shard: Shard) -> Path:
 
 
 @dataclass(frozen=True)
-class StoredStates:
-    """Hidden states of rows as a cache keeps them."""
-
-    values: Tensor  # (rows, length, hidden), or (rows, sequences, length, hidden)
-
-    def to(self, device: torch.device) -> StoredStates:
-        """Return them on a device; the host does not wait for the copy if they are pinned."""
-        return StoredStates(self.values.to(device, non_blocking=True))
-
-    def float(self) -> Tensor:
-        """Return the states, widened where they lie, fp32 as `values`."""
-        return self.values.float()
-
-
-@dataclass(frozen=True)
 class _Open:
     """A shard of token rows in memory, and the states that belong to it, mapped."""
 
     ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
-    states: tuple[NDArray[Any], str] | None
+    states: MappedStates | None
 
 
 class Rows:
@@ -159,8 +215,8 @@ class Rows:
         parts, count = self._parts(row_ids), len(row_ids)
         ids = _gathered([(places, shard.ids[rows]) for places, rows, shard in parts], count, pin)
         lengths = _gathered([(places, shard.lengths[rows]) for places, rows, shard in parts], count, pin)
-        mapped = [(places, rows, *shard.states) for places, rows, shard in parts if shard.states is not None]
-        return ids, lengths, StoredStates(_states_of(mapped, count, pin)) if mapped else None
+        mapped = [(places, rows, shard.states) for places, rows, shard in parts if shard.states is not None]
+        return ids, lengths, _states_of(mapped, count, pin) if mapped else None
 
     def drawn(self, count: int) -> list[int]:
         """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.
@@ -206,15 +262,21 @@ def _gathered(parts: Sequence[tuple[Places, NDArray[np.int32]]], count: int, pin
     return gathered
 
 
-def _states_of(parts: Sequence[tuple[Places, Places, NDArray[Any], str]], count: int, pin: bool) -> Tensor:
+def _states_of(parts: Sequence[tuple[Places, Places, MappedStates]], count: int, pin: bool) -> StoredStates:
     """Return mapped states, each row copied once to its place among so many; fp32 where shards hold several dtypes."""
-    dtypes = {dtype for *_, dtype in parts}
-    common = dtypes.pop() if len(dtypes) == 1 else "float32"
-    gathered = _empty((count, *parts[0][2].shape[1:]), getattr(torch, common), pin)
-    words = (gathered.view(torch.uint16) if common == "bfloat16" else gathered).numpy()
-    for places, rows, states, dtype in parts:
+    dtypes, arrays = {states.dtype for *_, states in parts}, parts[0][2].arrays
+    several = len(dtypes) > 1
+    kinds = [torch.float32] if several else [getattr(torch, *dtypes), torch.float32, torch.float32]
+    shapes = ((count, *array.shape[1:]) for array in arrays)
+    gathered = StoredStates(*(_empty(shape, kind, pin) for shape, kind in zip(shapes, kinds, strict=False)))
+    words = [_words(tensor) for tensor in gathered.tensors]
+    for places, rows, states in parts:
         for place, row in zip(places, rows, strict=True):
-            words[place] = states[row] if dtype == common else to_tensor(states[row], dtype).float().numpy()
+            mapped = [array[row : row + 1] for array in states.arrays]
+            if several:
+                mapped = [to_states(states.dtype, mapped).float().numpy()]
+            for into, array in zip(words, mapped, strict=True):
+                into[place] = array
     return gathered
 
 

@@ -17,7 +17,7 @@ from pipeline.stages.evaluate import SCORED, student_of
 from pipeline.stages.scorer import Scorer
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Evaluation, Shard
-from pipeline.store.shards import map_states, open_shard, to_tensor
+from pipeline.store.shards import map_states, open_shard, to_states
 from tests.conftest import Ran
 from tests.second_device import SECOND, host_reads, product_devices
 from tests.training.cases import ARCHITECTURE, Case
@@ -30,7 +30,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def states(job: StepJob, case: Case) -> Any:
     shard = Shard.model_validate_json(cache.CacheShard(job, "float32")(case.train[0]))
-    return to_tensor(*map_states(open_shard(job.dir, shard)))
+    return to_states(*map_states(open_shard(job.dir, shard))).values
 
 
 def probe(job: StepJob, case: Case) -> Any:

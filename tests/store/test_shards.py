@@ -13,6 +13,7 @@ from pipeline.store.records import TeacherCache
 from pipeline.store.shards import (
     SHARD_TOKENS,
     Rows,
+    StoredStates,
     drawn_shards,
     is_sound,
     map_states,
@@ -21,7 +22,7 @@ from pipeline.store.shards import (
     rows_per_shard,
     states_name,
     store_shard,
-    to_tensor,
+    to_states,
     write_states,
     write_tokens,
 )
@@ -56,7 +57,7 @@ def stored(step_dir):
         name = f"rows/train-{number}.parquet"
         tokens = int(lengths[here].sum())
         shards.append(store_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
-        write = partial(write_states, states=states[here], dtype="bfloat16")
+        write = partial(write_states, states=StoredStates.of(states[here], "bfloat16"))
         states_shards.append(store_shard(step_dir, states_name(name), rows, tokens, write))
         start += rows
     whole = torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
@@ -108,28 +109,64 @@ def test_states_survive_in_every_bit(tmp_path, dtype):
     finest = torch.finfo(DTYPES[dtype])
     states = torch.randn(5, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
     states[0, 0] = torch.tensor([-0.0, finest.tiny, finest.max, finest.smallest_normal / 2])
-    write_states(tmp_path / "a.arrow", states, dtype)
-    mapped, found = map_states(tmp_path / "a.arrow")
+    write_states(tmp_path / "a.arrow", StoredStates.of(states, dtype))
+    found, (mapped,) = map_states(tmp_path / "a.arrow")
     assert (found, mapped.shape) == (dtype, (5, BLOCK, HIDDEN))
     expected = states.to(DTYPES[dtype])
     words = torch.from_numpy(mapped.copy())
     assert torch.equal(words.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(to_tensor(mapped, dtype), expected)
-    assert torch.equal(to_tensor(mapped[3], dtype), expected[3])
+    assert torch.equal(to_states(dtype, [mapped]).values, expected)
+    assert torch.equal(to_states(dtype, [mapped[3]]).values, expected[3])
+
+
+def test_codes_have_a_scale_for_each_token_and_for_each_channel_of_a_row(tmp_path):
+    states = torch.randn(5, 2, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
+    states[..., 1] *= 1000  # as some channels are
+    states[0, :, :, 2] = 0
+    states[1, 0, 3] = 0
+    stored = StoredStates.of(states, "int8")
+    assert stored.scales.shape == states.shape[:-1]
+    assert stored.channels.shape == (5, HIDDEN)
+    assert stored.values.abs().amax(-1)[states.any(-1)].min() == 127
+    assert not stored.values[1, 0, 3].any()
+    steps = stored.scales.unsqueeze(-1) * stored.channels.view(5, 1, 1, HIDDEN)
+    torch.testing.assert_close(stored.float(), stored.values * steps)
+    assert ((stored.float() - states).abs() <= 0.5001 * steps).all()
+    assert steps[..., 1].min() > 50 * steps[..., 0].max()
+    write_states(tmp_path / "a.arrow", stored)
+    mapped = map_states(tmp_path / "a.arrow")
+    assert mapped.dtype == stored.dtype == "int8"
+    for found, expected in zip(to_states(*mapped).tensors, stored.tensors, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_rows_of_codes_are_widened_on_the_device(device, step_dir, corpus):
+    shards, *_, states = corpus
+    ends, codes = np.cumsum(SIZES), []
+    for shard, end in zip(shards, ends, strict=True):
+        write = partial(write_states, states=StoredStates.of(states[end - shard.rows : end], "int8"))
+        codes.append(store_shard(step_dir, states_name(shard.name), shard.rows, 9, write))
+    wanted = [14, 0, 3, 3, 2]
+    stored = Rows(step_dir, shards, finished(step_dir, codes)).get(wanted)[2]
+    assert {str(tensor.dtype) for tensor in stored.tensors} == {"torch.int8", "torch.float32"}
+    widened = stored.to(device).float()
+    assert widened.device == device
+    assert torch.equal(widened.cpu(), StoredStates.of(states[wanted], "int8").float())
 
 
 def test_states_that_do_not_lie_in_order_are_written_in_order(tmp_path):
     states = torch.randn(HIDDEN, BLOCK, 3).transpose(0, 2)
-    write_states(tmp_path / "a.arrow", states, "float32")
-    assert torch.equal(to_tensor(*map_states(tmp_path / "a.arrow")), states)
+    write_states(tmp_path / "a.arrow", StoredStates(states))
+    assert torch.equal(to_states(*map_states(tmp_path / "a.arrow")).values, states)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_are_mapped_and_not_copied(tmp_path, dtype):
     path = tmp_path / "a.arrow"
-    write_states(path, torch.ones(64, BLOCK, HIDDEN), dtype)
+    write_states(path, StoredStates.of(torch.ones(64, BLOCK, HIDDEN), dtype))
     allocated = pa.total_allocated_bytes()
-    mapped, _ = map_states(path)
+    (mapped,) = map_states(path).arrays
     assert pa.total_allocated_bytes() - allocated < mapped.nbytes / 4
     assert not mapped.flags.writeable
     data = path.read_bytes()
@@ -159,20 +196,21 @@ def test_rows_are_found_across_shards(step_dir, corpus, cache):
 def test_shards_of_several_dtypes_are_read_together(step_dir, corpus, stored):
     """Of a cache in float16, a shard that overflows it is in bfloat16."""
     shards, *_, states = corpus
-    half = states[: SIZES[0]].half()
-    write = partial(write_states, states=half, dtype="float16")
-    mixed = [store_shard(step_dir, states_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
-    rows = Rows(step_dir, shards, finished(step_dir, mixed))
     wanted = [4, 0, 2, 14]
-    expected = torch.cat([half.float(), states[SIZES[0] :]])[wanted]
-    assert torch.equal(rows.get(wanted)[2].float(), expected)
-    assert rows.get([0, 2])[2].values.dtype == torch.float16
+    for dtype in ("float16", "int8"):
+        here = StoredStates.of(states[: SIZES[0]], dtype)
+        write = partial(write_states, states=here)
+        mixed = [store_shard(step_dir, states_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
+        rows = Rows(step_dir, shards, finished(step_dir, mixed))
+        expected = torch.cat([here.float(), states[SIZES[0] :]])[wanted]
+        assert torch.equal(rows.get(wanted)[2].float(), expected)
+        assert rows.get([0, 2])[2].dtype == dtype
 
 
 def test_states_are_copied_once_straight_to_their_place(step_dir):
     """Neither torch nor numpy makes anything of them on the way."""
     shards = committed(step_dir, "wide", *random_rows(12), 6)
-    write = partial(write_states, states=torch.ones(6, 1, 4096), dtype="bfloat16")
+    write = partial(write_states, states=StoredStates(torch.ones(6, 1, 4096).bfloat16()))
     wide = [store_shard(step_dir, states_name(shard.name), 6, 9, write) for shard in shards]
     rows = Rows(step_dir, shards, finished(step_dir, wide))
     with Launches() as launches:

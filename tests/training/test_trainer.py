@@ -134,7 +134,7 @@ def test_online_and_cached_fp32_states_give_the_same_first_step(case: Case) -> N
     assert relative(states[1], online[1]) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_narrower_states_stay_close(case: Case, dtype: str) -> None:
     online, _ = gradients(case.loop(case.run(Distill(**DISTILL), f"online{dtype}"), LOW))
     states, _ = gradients(case.loop(case.run(Distill(**DISTILL), f"states{dtype}", case.cache(dtype)), LOW))
