@@ -13,9 +13,10 @@ from pipeline.distill import negatives
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import RunError
-from pipeline.tasks.batch import Batch, sent
+from pipeline.store.shards import StoredStates
+from pipeline.tasks.batch import Batch
 
-ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
+ReadRow = Callable[[int], tuple[Batch, StoredStates | None]]  # a row by its id, with its states where they are cached
 
 
 @dataclass
@@ -34,13 +35,13 @@ class Distillation:
     contrastive: Callable[..., tuple[Tensor, Tensor]] = contrastive_loss
 
     @torch.no_grad()
-    def teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
+    def teacher_states(self, batch: Batch, cached: StoredStates | None) -> tuple[Tensor, Tensor]:
         """Return the teacher's last states of a micro-batch and those of the contrast layer, cached or computed now."""
         if self.teacher is not None:
             return self.teacher(*batch.inputs)
         if cached is None:
             raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = sent(cached, batch.ids.device).float().reshape(*batch.ids.shape, -1)
+        states = cached.to(batch.ids.device).float().reshape(*batch.ids.shape, -1)
         return states, states
 
     def contrast(

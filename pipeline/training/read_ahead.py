@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
 
 import torch
 from torch import Tensor
 
-from pipeline.store.shards import Rows
+from pipeline.store.shards import Rows, StoredStates
 
-Read = tuple[Tensor, Tensor, Tensor | None]  # what `Rows.get` returns
+Read = tuple[Tensor, Tensor, StoredStates | None]  # what `Rows.get` returns
 
 
 class ReadAhead:
@@ -19,7 +18,7 @@ class ReadAhead:
     it copies by itself."""
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
-        self._rows, self._lock, self._thread = rows, Lock(), ThreadPoolExecutor(1, "read-ahead")
+        self._rows, self._thread = rows, ThreadPoolExecutor(1, "read-ahead")
         self._pins = device.type == "cuda" and torch.accelerator.is_available()
         self._ahead: tuple[tuple[int, ...], Future[Read]] | None = None
 
@@ -33,16 +32,11 @@ class ReadAhead:
 
     def lengths(self, row_ids: Sequence[int]) -> Tensor:
         """Return what `Rows.lengths` does."""
-        with self._lock:
-            return self._rows.lengths(row_ids)
+        return self._rows.lengths(row_ids)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def _read(self, row_ids: tuple[int, ...]) -> Read:
-        with self._lock:
-            ids, lengths, states = self._rows.get(row_ids)
-        if self._pins:
-            return ids.pin_memory(), lengths.pin_memory(), None if states is None else states.pin_memory()
-        return ids, lengths, states
+        return self._rows.get(row_ids, pin=self._pins)

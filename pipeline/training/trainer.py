@@ -30,7 +30,7 @@ from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.stacks import Stacks, on_grid
 from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
-from pipeline.store.shards import Rows
+from pipeline.store.shards import Rows, StoredStates
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.chunks import Part, backward_by_parts, parts_of
@@ -209,7 +209,7 @@ class Trainer:
         torch.autograd.backward([*ends], [*ends.values()])
         return losses
 
-    def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, Tensor | None]:
+    def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, StoredStates | None]:
         ids, lengths, states = self.rows.get(row_ids, then)
         return self.job.task.batch(ids, lengths).to(self.device), states
 

@@ -106,7 +106,7 @@ def test_states_of_the_cache_are_those_of_the_teacher(case: Case) -> None:
     online = gradients(case.loop(case.run(RECIPES["distill"], "online"), LOW))
     assert states[0] == pytest.approx(online[0], rel=1e-6)
     assert relative(states[1], online[1]) < 1e-4
-    stored, _ = map_states(open_shard(cache.dir, cache.record.shards[0]))
+    (stored,) = map_states(open_shard(cache.dir, cache.record.shards[0])).arrays
     assert stored.shape[0] == 20
     assert np.prod(stored.shape[1:-1]) == case.task.states
 
