@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import ConfigError
-from pipeline.flow.line import STAGES
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
-UNITS = {name: stage.unit for name, stage in STAGES.items()}
 SILENT_S = 60.0  # at most, where bars are not drawn, while something goes on
+
+
+@cache
+def units() -> dict[str, str]:
+    """Return the unit of each stage's progress, by its name."""
+    from pipeline.flow.line import STAGES  # with Ray and MLflow, which a table needs not
+
+    return {name: stage.unit for name, stage in STAGES.items()}
 
 
 def print_table(
@@ -85,7 +91,7 @@ class Display:
         quarter = 4 * done // max(1, total)
         if quarter > self._printed.get(stage, 0) or time.perf_counter() - self._spoke >= SILENT_S:
             self._printed[stage] = quarter
-            self._line(stage, f"{done}/{total} {UNITS.get(stage, '')}{', ' + note if note else ''}")
+            self._line(stage, f"{done}/{total} {units().get(stage, '')}{', ' + note if note else ''}")
 
     def noted(self, stage: str, note: str) -> None:
         """Say what the stage does at the moment."""
@@ -110,7 +116,7 @@ class Display:
 
     def _task(self, stage: str) -> TaskID:
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=None, unit=UNITS.get(stage, ""), note="")
+            self._tasks[stage] = self._progress.add_task(stage, total=None, unit=units().get(stage, ""), note="")
         return self._tasks[stage]
 
     def _line(self, stage: str, text: str) -> None:

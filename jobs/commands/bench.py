@@ -155,3 +155,136 @@ def inference(
         raise ConfigError(f"--model is {model!r}, which is not the folder of a packed model")
     cache = Path(scratch_dir(load_resources(**environment()))).expanduser() / "bench-inference"
     return compare(Path(model) if model else None, quantizer, threads, prompt, tokens, rounds, cache, console)
+
+
+@command(bench)
+def train(
+    console: Console,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the GPT-2 that is trained.")] = 12,
+    width: Annotated[int, typer.Option(min=8, help="Width of its hidden states.")] = 768,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of its attention, which divide the width.")] = 12,
+    vocab: Annotated[int, typer.Option(min=16, help="Tokens of its vocabulary.")] = 50257,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a row.  [default: 512 on a GPU, 128 on a CPU]", show_default=False),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a step.  [default: 32 on a GPU, 4 on a CPU]", show_default=False),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a pass.  [default: all of a step]", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of a round.  [default: 8 on a GPU, 1 on a CPU]", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each row, in turn with the baseline.")] = 5,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, cached'; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile layers, as resources.compile.  [default: on a GPU]"),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write what takes the most time of each row.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with committed floors; exit with 1 if a ratio misses its own.")
+    ] = False,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
+) -> dict[str, Any]:
+    """Time a training step of each kind beside transformers' own, on this machine's GPU or CPU, with random weights."""
+    from jobs.bench.training.held import chosen_device
+    from jobs.bench.training.steps import Shape
+    from jobs.bench.training.train import (
+        CPU_SHAPE,
+        GPU_SHAPE,
+        Extent,
+        chosen_rows,
+        compare,
+        read_floors,
+        shortfalls,
+    )
+    from pipeline.errors import RunError
+
+    rows, place = chosen_rows(only), chosen_device(device)
+    defaults = GPU_SHAPE if place.type == "cuda" else CPU_SHAPE
+    of_step = batch or defaults["batch"]
+    shape = Shape(layers, width, heads, vocab, length or defaults["length"], of_step, micro_batch or of_step)
+    extent = Extent(steps or defaults["steps"], rounds, rows, profile)
+    if width % heads:
+        raise ConfigError(f"--heads {heads} does not divide --width {width}.")
+    document = compare(shape, place, compiled, extent, Path(out), console)
+    if check and (missed := shortfalls(document, read_floors())):
+        raise RunError("What was measured misses the floors: " + "; ".join(missed))
+    return document
+
+
+@command(bench)
+def real(
+    console: Console,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Rows as `compress --until tokenize` left them: STORE/tokenize/KEY."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="In place of --tokens: text as data.source, tokenized here.")] = None,
+    model: Annotated[
+        str, typer.Option(help="The model, as model.source: a directory or a hub id.")
+    ] = "HuggingFaceTB/SmolLM2-135M",
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="For all that has no result yet, rows by their shares.")
+    ] = 10,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, 2-2-8'; may be repeated.")
+    ] = None,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="A few steps of GPT-2 small and BART base, random weights; nothing else.")
+    ] = False,
+    block_length: Annotated[int, typer.Option(min=8, help="With --text: tokens of a row.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 64,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 32,
+    finetune_lr: Annotated[float, typer.Option(min=0, help="Rate at which the teacher is trained.")] = 1e-4,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile layers, as resources.compile.  [default: on a GPU]"),
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Everything: results, checkpoints, table.")] = "bench-real",
+) -> dict[str, Any]:
+    """Fine-tune a real model and distil it by every preset with the teacher online, in so many minutes of this machine.
+
+    The same command goes on where it was: finished rows stay, and a stopped one goes on from its last checkpoint.
+    `--set distill.KNOB=value` is laid over every row.
+    """
+    from jobs.bench.training.held import chosen_device
+    from jobs.bench.training.real import (
+        RealBench,
+        Settings,
+        chosen_rows,
+        distill_overrides,
+        prepared_tokens,
+        tokens_of_text,
+    )
+    from jobs.bench.training.shapes import smoke
+    from pipeline.sources.content import ContentMemo
+    from pipeline.sources.models import pin_model
+
+    rows, place, folder = chosen_rows(only), chosen_device(device), Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shapes:
+        return smoke(place, compiled, folder, console)
+    if (tokens is None) == (text is None):
+        raise ConfigError("give --tokens or --text: rows that are prepared, or text to make them of")
+    laid_over = distill_overrides(overrides or [])
+    source = pin_model(model, "--model", ContentMemo(str(folder)))
+    scratch = folder / ".scratch"
+    prepared = (
+        prepared_tokens(Path(tokens), scratch)
+        if tokens is not None
+        else tokens_of_text(model, text or "", block_length, folder)
+    )
+    settings = Settings(minutes, batch, micro_batch, micro_batch, finetune_lr, rows, laid_over, compiled)
+    return RealBench(folder, source, prepared, place, settings, console).run()

@@ -1,0 +1,233 @@
+"""`bitmill bench train`: one optimizer step of every kind on whatever device is there, beside transformers' own.
+
+Each row's rounds alternate with rounds of the baseline, which is compiled transformers on a GPU and plain on a CPU: so
+what else the machine does falls on both, and only the two are in memory at once.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from jobs.bench.training import steps as kinds
+from jobs.bench.training.held import OwnStore, end_reading
+from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
+from jobs.bench.training.steps import ROWS, Case, Shape, Steps
+from jobs.display import print_table
+from pipeline.errors import ConfigError
+from pipeline.training.checkpoints import write_checkpoint
+from pipeline.training.trainer import Trainer
+
+FLOORS = Path(__file__).parent.parent / "results" / "train-floors.json"
+FLOPS = 6  # of a training step, for each parameter and token
+WARM_UP = 3
+GIB = 2**30
+HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB")
+GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
+CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: steps of a round, rounds of a row, and which rows."""
+
+    steps: int
+    rounds: int
+    only: tuple[str, ...] = ()
+    profile: bool = False
+
+    def names(self, baseline: str) -> list[str]:
+        """Return the rows that are measured, in the order of the table; the baseline always is, as the first."""
+        return [baseline, *(name for name in ROWS if name != baseline and (not self.only or name in self.only))]
+
+
+def chosen_rows(only: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the rows by name. Raises ConfigError for a name that is none."""
+    for name in only or ():
+        if name not in ROWS:
+            raise ConfigError(f"--only {name!r} is no row of this bench; valid: {'; '.join(ROWS)}")
+    return tuple(only or ())
+
+
+def compare(
+    shape: Shape, device: torch.device, compiled: bool | None, extent: Extent, out: Path, console: Console
+) -> dict[str, Any]:
+    """Measure every row, print and write the table; returns the document of `--json`, which `out` has as train.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {**described(device), "shape": asdict(shape), "extent": asdict(extent)}
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, OwnStore(Path(folder)) as store:
+        steps = Steps(store, shape, device, compiled)
+        document |= {"parameters": steps.parameters, "peak_tflops": peak_flops(device) / 1e12}
+        document["teacher"] = steps.fill_cache()
+        baseline = kinds.COMPILED if device.type == "cuda" else kinds.PLAIN
+        beside: Case | None = None
+        for name in extent.names(baseline):
+            console.print(f"{name} ...")
+            case, row = _measured(name, steps, beside, extent, out)
+            rows[name] = row | _rates(row["ms"]["median"], document, shape)
+            beside = beside or case
+            console.print(f"{name}: {rows[name]['ms']['median']:.1f} ms a step")
+            if case.trainer is not None:
+                end_reading(case.trainer)
+            del case
+            (out / "train.json").write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+    document |= {"baseline": baseline, "rows": rows, "ratios": ratios(document, rows, baseline)}
+    (out / "train.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "train.md").write_text(_markdown(document))
+    print_table(console, HEADER, _cells(document), title=document["device"])
+    for name, value in document["ratios"].items():
+        console.print(f"{name}: {value:.3f}")
+    return document
+
+
+def _measured(name: str, steps: Steps, beside: Case | None, extent: Extent, out: Path) -> tuple[Case, dict[str, Any]]:
+    """Make a row and measure it in turn with the baseline; without one it is the baseline itself."""
+    device, begun = steps.device, time.perf_counter()
+    memory = Memory(device)
+    case = ROWS[name](steps)
+    case.take(0)
+    wait(device)
+    row: dict[str, Any] = {"first_step_s": time.perf_counter() - begun}
+    for step in range(1, WARM_UP):
+        case.take(step)
+    row["peak_bytes"] = memory.peak_of(case.take, WARM_UP)
+    times: list[float] = []
+    baseline_times: list[float] = []
+    for turn in range(extent.rounds):
+        first = WARM_UP + 1 + turn * extent.steps
+        if beside is not None:
+            baseline_times.append(seconds_a_step(beside.take, first, extent.steps, device))
+        times.append(seconds_a_step(case.take, first, extent.steps, device))
+    row["ms"] = asdict(Spread.of([1e3 * seconds for seconds in times]))
+    row["of_baseline"] = asdict(
+        Spread.of([ours / its for ours, its in zip(times, baseline_times or times, strict=True)])
+    )
+    last = WARM_UP + 1 + extent.rounds * extent.steps
+    row |= counted(case.take, last, device)
+    if extent.profile:
+        (out / f"profile-{name.replace(', ', '-').replace(' ', '-')}.txt").write_text(
+            top_table(case.take, last, device)
+        )
+    if name == kinds.CACHED and case.trainer is not None:
+        row |= _beside_steps(case.trainer, device)
+    return case, row
+
+
+def _beside_steps(trainer: Trainer, device: torch.device) -> dict[str, float]:
+    """Return the seconds of a validation and of a checkpoint."""
+    seconds = {"validation_s": seconds_a_step(lambda step: trainer.validate(), 0, 1, device)}
+
+    def keep(step: int) -> None:
+        write_checkpoint(trainer.job.dir, trainer._tensors(), trainer.progress)
+
+    return seconds | {"checkpoint_s": seconds_a_step(keep, 0, 1, device)}
+
+
+def _rates(milliseconds: float, document: dict[str, Any], shape: Shape) -> dict[str, float]:
+    """Return what follows from the time of a step."""
+    rate = 1e3 * shape.tokens / milliseconds
+    return {"tokens_per_s": rate, "of_peak": FLOPS * document["parameters"] * rate / (1e12 * document["peak_tflops"])}
+
+
+def ratios(document: dict[str, Any], rows: dict[str, dict[str, Any]], baseline: str) -> dict[str, float]:
+    """Return the ratios that floors are of, by name. Two rows are compared by their times over the baseline's in their
+    own rounds.
+
+    "cached of what it could be" is the time of an online step, less the teacher and with its head alone, over that of a
+    cached one: what reading states costs beside computing.
+    """
+    times = {name: row["of_baseline"]["median"] for name, row in rows.items()}
+    given: dict[str, float] = {}
+    for name, row in rows.items():
+        if name != baseline:
+            given[f"step: {name}"] = times[name]
+            given[f"launches: {name}"] = row["launches"] / rows[baseline]["launches"]
+            given[f"memory: {name}"] = row["peak_bytes"] / rows[baseline]["peak_bytes"]
+    if {kinds.CACHED, kinds.IN_PARTS} <= set(times):
+        given["micro_batch a quarter, of the whole"] = times[kinds.IN_PARTS] / times[kinds.CACHED]
+    if {kinds.CACHED, kinds.NO_CONTRAST} <= set(times):
+        given["contrast, share of a step"] = times[kinds.CACHED] / times[kinds.NO_CONTRAST] - 1
+    teacher = document["teacher"]
+    given["cache, of the bare forward"] = teacher["cache_tokens_per_s"] / teacher["forward_tokens_per_s"]
+    spared = teacher["forward_ms"] / rows[baseline]["ms"]["median"]
+    for preset, cached, online in (
+        ("paper", kinds.CACHED, kinds.ONLINE),
+        ("best", kinds.BEST_CACHED, kinds.BEST_ONLINE),
+    ):
+        if {cached, online} <= set(times):
+            given[f"cached of what it could be: {preset}"] = (times[online] - spared) / times[cached]
+    return given
+
+
+def shortfalls(document: dict[str, Any], floors: dict[str, Any]) -> list[str]:
+    """Return a line for each ratio that misses its bound. Raises ConfigError if there are none for this kind of
+    device."""
+    kind, measured = document["kind"], document["ratios"]
+    if kind not in floors:
+        raise ConfigError(f"--check: {FLOORS.name} has no floors for {kind!r}; it has some for {', '.join(floors)}")
+    missed = []
+    for bound, better in (("at_most", 1), ("at_least", -1)):
+        for name, limit in floors[kind][bound].items():
+            if name in measured and better * measured[name] > better * limit:
+                missed.append(f"{name} is {measured[name]:.3f}, and must be {bound.replace('_', ' ')} {limit:g}")
+    return missed
+
+
+def read_floors() -> dict[str, Any]:
+    """Return the committed floors: by kind of device, at_most and at_least by the names of ratios."""
+    floors: dict[str, Any] = json.loads(FLOORS.read_text(encoding="utf-8"))
+    return floors
+
+
+def _cells(document: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the table under `HEADER`."""
+    return [
+        [
+            name,
+            _spread(row["ms"], ".1f"),
+            _spread(row["of_baseline"], ".2f"),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['of_peak']:.1%}",
+            f"{row['launches']:,}",
+            str(row.get("waits", "")),
+            f"{row['peak_bytes'] / GIB:.2f}",
+        ]
+        for name, row in document["rows"].items()
+    ]
+
+
+def _spread(spread: dict[str, float], form: str) -> str:
+    median, least, most = (format(spread[name], form) for name in ("median", "least", "most"))
+    return f"{median} ({least}-{most})"
+
+
+def _markdown(document: dict[str, Any]) -> str:
+    """Return the table, what it is of, and the ratios as a page."""
+    shape, teacher = document["shape"], document["teacher"]
+    lines = [
+        f"{document['device']}, {document['date']}, torch {document['torch']}, transformers "
+        f"{document['transformers']}: a GPT-2 of {document['parameters'] / 1e6:.1f}M parameters, {shape['batch']} rows "
+        f"of {shape['length']} tokens, {shape['micro_batch']} at a time, vocabulary {shape['vocab']:,}; a large "
+        f"product runs at {document['peak_tflops']:.4g} TFLOP/s.",
+        "",
+        f"| {' | '.join(HEADER)} |",
+        f"|{'---|' * len(HEADER)}",
+        *(f"| {' | '.join(cells)} |" for cells in _cells(document)),
+        "",
+        f"The teacher's states: {teacher['cache_tokens_per_s']:,.0f} tokens/s into the cache, "
+        f"{teacher['forward_tokens_per_s']:,.0f} by its bare forward pass.",
+        "",
+        "| ratio | |",
+        "|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in document["ratios"].items()),
+    ]
+    return "\n".join(lines) + "\n"
