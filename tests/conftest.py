@@ -33,7 +33,7 @@ from pipeline.flow.plan import RunPlan, plan_run
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
-from tests.second_device import second_device
+from tests.second_device import Event, second_device
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
@@ -113,6 +113,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield torch.device("cuda", 0)
         return
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    autocast = torch.autocast  # whose numbers are the CPU's, as the device's are
+    monkeypatch.setattr(torch, "autocast", lambda device_type, *args, **options: autocast("cpu", *args, **options))
     with second_device() as second:
         yield second
 

@@ -59,6 +59,20 @@ def _placed(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
+class Event:
+    """An event of the second device, for which the host may wait."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        _reads.append("event")
+
+
 class _Operations(TorchDispatchMode):
     """Refuses operations on tensors of both devices, and places what the others return."""
 
@@ -67,6 +81,8 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         device = device_of(args[0]) if name in COPIES else self._common_device(name, args, kwargs)
         returned = func(*args, **kwargs)
+        if name == "copy_" and device == CPU and device_of(args[1]) == SECOND and args[2:] != (True,):
+            _reads.append("copy to the CPU")
         if device == SECOND and WAITING.intersection(func.tags) and not _takes_places(name, args):
             _reads.append(name)
         if device == SECOND:  # else what is made is on the CPU, and a view or what was changed is where it was
@@ -121,6 +137,7 @@ class _Functions(TorchFunctionMode):
             raise TypeError(f"can't do {func.__name__} on a tensor of {SECOND}; copy it to the CPU first")
         if func is Tensor.pin_memory:
             return args[0]
+        kwargs.pop("pin_memory", None)
         if func is Tensor.tolist and device_of(args[0]) == SECOND:
             _reads.append("tolist")
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -27,12 +27,17 @@ class Resources(Closed):
     micro_batch: Positive = 8  # rows a worker passes through the model at once while training
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False
+    compile: bool | None = None  # layers and losses of a training step; null: on GPUs
     checkpoint_steps: Positive = 100
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     local_cache_gib: Rate = 100  # of copies that a node keeps of what it reads from S3; those used longest ago go
     max_worker_hours: Rate | None = None  # a sweep starts no further trial once so much is used; a tick ends, rejected
     max_cache_gib: Rate = 50  # of a teacher's states: beyond it cache.mode auto runs the teacher in each step
+
+    def compiles(self, device: Any) -> bool:
+        """Tell whether what trains on a torch device is compiled."""
+        return device.type == "cuda" if self.compile is None else self.compile
 
     @field_validator("tracking_uri")
     @classmethod

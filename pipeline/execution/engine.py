@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -47,15 +48,18 @@ class Engine:
         advance: Advance,
         gpus: float,
         step_dir: StepDir | None = None,
+        at_once: int = 1,
     ) -> Iterator[str]:
         """Call `make()(item)` for every item on a pool of actors; yield what the calls return.
 
-        An actor makes its work once; one that dies is replaced and its items are done again. Order is not kept.
+        An actor makes its work once; one that dies is replaced and its items are done again. Order is not kept. Of an
+        actor's calls so many run at once, in threads of their own.
 
         Raises:
             FencedOffError: the step that they are of was taken over.
         """
-        results = map(make(), items) if self.resources.workers == 0 else self._on_actors(make, items, gpus)
+        here = self.resources.workers == 0
+        results = _in_threads(make(), items, at_once) if here else self._on_actors(make, items, gpus, at_once)
         lookout = Lookout(step_dir)
         for done, result in enumerate(results, start=1):
             lookout.look()
@@ -185,14 +189,16 @@ class Engine:
             self._started = False
 
     def _on_actors(
-        self, make: Callable[[], Callable[[Item], str]], items: Sequence[Item], gpus: float
+        self, make: Callable[[], Callable[[Item], str]], items: Sequence[Item], gpus: float, at_once: int
     ) -> Iterator[str]:
         import ray.data
 
         self.start()
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=len(items))
-        pool = ray.data.ActorPoolStrategy(size=max(1, min(self.resources.workers, len(items))))
+        size = max(1, min(self.resources.workers, len(items)))
+        threads = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": at_once}
+        pool = ray.data.ActorPoolStrategy(size=size, **threads)
         with quiet(), explained(None):
             results = rows.map(
                 _ShardWorker,
@@ -259,6 +265,15 @@ class Engine:
                 )
 
 
+def _in_threads(work: Callable[[Item], str], items: Sequence[Item], at_once: int) -> Iterator[str]:
+    """Yield what calls return, in order; with more than one at once, each runs in a thread."""
+    if at_once == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(work, items)
+
+
 class _ShardWorker:
     """An actor's life: build the work once, then one item a call.
 
@@ -267,11 +282,13 @@ class _ShardWorker:
 
     def __init__(self, make: Callable[[], Callable[[Any], str]], kind: type[Closed], threads: int) -> None:
         set_threads(threads)
-        self._make, self._kind = cache(make), kind
+        self._make, self._kind, self._making = cache(make), kind, threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"result": self._make()(self._kind.model_validate_json(row["item"])), "failure": ""}
+            with self._making:
+                work = self._make()
+            return {"result": work(self._kind.model_validate_json(row["item"])), "failure": ""}
         except BitmillError as error:
             return {"result": str(error), "failure": type(error).__name__}
 

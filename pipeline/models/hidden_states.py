@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.attention import use_causal_attention
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAST = -1
+TILE = 64  # columns of a product
 
 
 class WithStates(nn.Module):
-    """A language model that returns the hidden states of a decoder layer beside its logits: see `layer_states`."""
+    """A language model that returns hidden states and leaves its head to those who have losses: see `layer_states`."""
 
     def __init__(self, model: PreTrainedModel, layer: int = LAST) -> None:
         super().__init__()
@@ -25,11 +27,10 @@ class WithStates(nn.Module):
         _keep_padding_row(model)
 
     def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
-        """Return states (batch, length, hidden) and logits (batch, length, vocabulary) of ids (batch, length). Decoder
+        """Return the last states and those of `layer`, (batch, length, hidden) each, of ids (batch, length). Decoder
         rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What an encoder
         reads, (batch, source length), has its padding masked."""
-        last, states = layer_states(self.model, self.layer, ids, source_ids, source_mask)
-        return states, logits_of(self.model, last)
+        return layer_states(self.model, self.layer, ids, source_ids, source_mask)
 
 
 def last_states(
@@ -66,6 +67,31 @@ def head_of(model: PreTrainedModel) -> nn.Module:
     head: nn.Module = model.get_output_embeddings()
     bias = getattr(model, "final_logits_bias", None)
     return head if bias is None else BiasedHead(head, bias)
+
+
+def head_input(head: nn.Module, states: Tensor) -> Tensor:
+    """Return what a head multiplies: last states, on the grid of its input where it has one."""
+    if isinstance(head, BiasedHead):
+        return head_input(head.head, states)
+    inputs: Any = getattr(head, "inputs", None)
+    return states if inputs is None else inputs(states)
+
+
+def head_product(head: nn.Module, prepared: Tensor) -> Tensor:
+    """Return the logits of any part of what `head_input` gave, as the head itself would of its states.
+
+    A GPU multiplies by a table that is filled up to whole tiles, and is faster by half.
+    """
+    if isinstance(head, BiasedHead):
+        return head_product(head.head, prepared) + head.bias
+    on_grid: Any = getattr(head, "on_grid", None)
+    table: Any = head.weight if on_grid is None else on_grid()
+    bias: Any = getattr(head, "bias", None)
+    short = -len(table) % TILE if prepared.is_cuda else 0
+    if not short:
+        return F.linear(prepared, table, bias)
+    logits = F.linear(prepared, F.pad(table, (0, 0, 0, short)))[..., : len(table)]
+    return logits if bias is None else logits + bias
 
 
 class BiasedHead(nn.Module):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,19 +47,14 @@ class QuantizedWeight(nn.Module):
     def __init__(self, weight: nn.Parameter, quantizer: WeightQuantizer | None) -> None:
         super().__init__()
         self.weight, self.quantizer = weight, quantizer
-        self.held: Tensor | None = None  # on the grid already: see `quantized_once`
+        self.held: Tensor | None = None  # on the grid already: see `stacks.quantized_once`
 
     def on_grid(self) -> Tensor:
         """Return the weight as a forward pass uses it."""
-        return self.quantized() if self.held is None else self.held
-
-    def quantized(self) -> Tensor:
-        """Quantize the weight."""
-        if self.quantizer is None:
-            return self.weight
-        quantized, blend = cast(Tensor, self.quantizer(self.weight)), self.quantizer.blend
-        faded_in = not self.training or blend == 1.0
-        return quantized if faded_in else self.weight + blend * (quantized - self.weight)
+        if self.held is not None or self.quantizer is None:
+            return self.weight if self.held is None else self.held
+        blend = self.quantizer.blend if self.training else 1.0
+        return faded_in(self.weight, cast(Tensor, self.quantizer(self.weight)), blend)
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -79,6 +72,11 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.inputs(x), self.on_grid(), self.bias)
+
+
+def faded_in(weight: Tensor, quantized: Tensor, blend: float | Tensor) -> Tensor:
+    """Return what lies `blend` of the way from a latent weight to its level; 1 is the level itself."""
+    return quantized if isinstance(blend, float) and blend == 1.0 else weight + blend * (quantized - weight)
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -123,8 +121,12 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)  # a tuple, so that torch does not register the table a second time
         self.inputs = inputs
 
+    def on_grid(self) -> Tensor:
+        """Return the table as a forward pass uses it."""
+        return self._embedding[0].on_grid()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inputs(x), self._embedding[0].on_grid())
+        return F.linear(self.inputs(x), self.on_grid())
 
 
 def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -> None:
@@ -150,28 +152,6 @@ def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -
             else:
                 prepared = QuantizedLinear(weight, module.bias, quantizer, inputs)
         model.set_submodule(target.name, prepared)
-
-
-@contextmanager
-def quantized_once(model: nn.Module) -> Iterator[None]:
-    """Quantize every weight once for all passes inside, however many micro-batches and uses there are.
-
-    Gradients gather on the quantized weights. When all is done they go through the quantizers, once, to latent weights
-    and scales; nothing goes anywhere if what is inside fails.
-    """
-    modules = [m for m in model.modules() if isinstance(m, QuantizedWeight) and m.quantizer is not None]
-    levels = [module.quantized() for module in modules]
-    held = [level.detach().requires_grad_(level.requires_grad) for level in levels]
-    try:
-        for module, leaf in zip(modules, held, strict=True):
-            module.held = leaf
-        yield
-    finally:
-        for module in modules:
-            module.held = None
-    reached = [(level, leaf.grad) for level, leaf in zip(levels, held, strict=True) if leaf.grad is not None]
-    if reached:
-        torch.autograd.backward([level for level, _ in reached], [gradient for _, gradient in reached])
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightQuantizer]]:

@@ -1,11 +1,13 @@
 """The teacher's last hidden states beside every training row, computed once by a pool of actors.
 
 `online` stores nothing: the teacher then runs in each training step. Before any shard is made, a probe measures
-what the stored dtype costs in KL(teacher || teacher from cache).
+what the stored dtype costs in KL(teacher || teacher from cache), and on a GPU the bf16 of the teacher's pass with it.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +18,17 @@ from torch import Tensor
 from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
+from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model
-from pipeline.models.device import device_for
+from pipeline.models.device import all_so_far, bf16_on_gpu, device_for, room_on_host
 from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.pieces import Pieces
-from pipeline.store.records import ROWS, Shard, Teacher, TeacherCache, Tokens
+from pipeline.store.records import ROWS, Precision, Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import (
     Rows,
+    StoredStates,
     drawn_shards,
     is_sound,
     open_shard,
@@ -41,7 +45,9 @@ if TYPE_CHECKING:  # which takes long to import, for those who only plan
 
 PROBE_SHARDS, PROBE_ROWS = 4, 8
 LEAST_READS = 2  # of a row, from which its states are worth keeping
-BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
+SHARDS_AT_ONCE = 4  # that a GPU's worker has in hand: it computes one while it hashes and writes those before
+COMPUTING = threading.Lock()
+BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
@@ -53,9 +59,10 @@ def recipe(run: PinnedRun) -> dict[str, Any]:
 def decide_mode(run: PinnedRun) -> tuple[str, str]:
     """Decide where a teacher's states come from, and say why.
 
-    With `cache.mode: auto` they are stored if the run reads each row at least twice and all of them take at most
-    `resources.max_cache_gib`; else the teacher runs in each step. Rows are estimated from the text, even where they are
-    known, so that a run that was begun goes on as it began.
+    With `cache.mode: auto` they are stored if the run reads each row at least twice and all of them, so many tokens of
+    this teacher's width, take at most `resources.max_cache_gib`; else the teacher runs in each step. Rows are estimated
+    from the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so
+    what the store has left, which the states themselves take from, does not decide: `check` refuses what does not fit.
     """
     cache, distill, limit = run.config.cache, run.config.distill, run.config.resources.max_cache_gib
     if cache.mode != "auto":
@@ -87,14 +94,16 @@ def run(step: Step) -> TeacherCache:
     section = Cache.model_validate(step.recipe["cache"])
     check_space(step.dir, cache_bytes(split.rows, step.task.states, hidden, section.dtype), split.tokens)
     gpus = step.resources.gpus_per_worker
-    dtype, kl_nats = step.engine.task(partial(probe, step.job, section.dtype), step.dir, gpus)
+    dtype, kl_nats, precision = step.engine.task(partial(probe, step.job, section.dtype), step.dir, gpus)
     if kl_nats > section.max_kl_nats:
+        in_fp32 = " and resources.gpus_per_worker: 0" if precision == "bf16" else ""
         raise RunError(
-            f"Storing the teacher's states as {dtype} costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
-            f"({section.max_kl_nats:g}). Set cache.dtype: float32, or raise cache.max_kl_nats."
+            f"The teacher's states, computed in {precision} and stored as {dtype}, cost {kl_nats:.2e} nats a token, "
+            f"above cache.max_kl_nats ({section.max_kl_nats:g}). Set cache.dtype: float32{in_fp32}, or raise "
+            "cache.max_kl_nats."
         )
-    make = partial(CacheShard, step.job, dtype)
-    lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir)
+    make, at_once = partial(CacheShard, step.job, dtype), SHARDS_AT_ONCE if gpus else 1
+    lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir, at_once)
     shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
     return TeacherCache(
         **step.identity(),
@@ -104,6 +113,7 @@ def run(step: Step) -> TeacherCache:
         shards=tuple(shards),
         bytes=sum(shard.file.bytes for shard in shards),
         kl_nats=kl_nats,
+        precision=precision,
     )
 
 
@@ -121,8 +131,9 @@ STAGE = Stage(
 
 
 def cache_bytes(rows: int, positions: int, hidden: int, dtype: str) -> int:
-    """Return the bytes of the states of so many rows, each with so many positions."""
-    return rows * positions * hidden * BYTES_OF[dtype]
+    """Return the bytes of the states of so many rows, each with so many positions; int8 codes have fp32 scales."""
+    scales = 4 * (positions + hidden) if dtype == "int8" else 0
+    return rows * (positions * hidden * BYTES_OF[dtype] + scales)
 
 
 def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
@@ -145,6 +156,7 @@ class CacheShard:
         self.batch = job.resources.inference_batch  # rows of a pass
         self.device = device_for(job.resources)
         self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
+        use_causal_attention(self.model)
 
     def __call__(self, rows: Shard) -> str:
         name = states_name(rows.name)
@@ -154,14 +166,34 @@ class CacheShard:
             self.made.put(name, shard.model_dump())
         return shard.model_dump_json()
 
-    @torch.no_grad()
     def _compute(self, rows: Shard, name: str) -> Shard:
         arrays = read_tokens(open_shard(self.tokens, rows))
         ids, lengths = (torch.from_numpy(array.astype(np.int64)).split(self.batch) for array in arrays)
-        batches = map(self.task.batch, ids, lengths)
-        states = torch.cat([row_states(self.model, batch.to(self.device)).cpu() for batch in batches])
-        dtype = storable(states, self.dtype)
-        return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states, dtype))
+        batches = list(map(self.task.batch, ids, lengths))
+        states, fits = self._states(batches, self.dtype)
+        if not fits:
+            states, _ = self._states(batches, "bfloat16")
+        return store_shard(self.dir, name, rows.rows, rows.tokens, lambda path: write_states(path, states))
+
+    @torch.no_grad()
+    def _states(self, batches: Sequence[Batch], dtype: str) -> tuple[StoredStates, bool]:
+        """Return states on the host as they are stored, and whether the dtype holds them. The host waits for a GPU
+        once, and lets it go on with another thread's shard meanwhile."""
+        rows, done = sum(len(batch.ids) // batch.group for batch in batches), 0
+        all_fit, fits = torch.ones((), dtype=torch.bool), room_on_host((), torch.bool, self.device)
+        with COMPUTING, bf16_on_gpu(self.device):
+            for batch in batches:
+                stored = StoredStates.of(row_states(self.model, batch.to(self.device)), dtype)
+                if not done:
+                    gathered = stored.each(lambda t: room_on_host((rows, *t.shape[1:]), t.dtype, self.device))
+                here = slice(done, done := done + len(stored.values))
+                for room, tensor in zip(gathered.tensors, stored.tensors, strict=True):
+                    room[here].copy_(tensor, non_blocking=True)
+                all_fit = finite(stored) & all_fit
+            fits.copy_(all_fit, non_blocking=True)
+            wait = all_so_far(self.device)
+        wait()
+        return gathered, bool(fits)
 
 
 def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -170,24 +202,28 @@ def row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return states if batch.group == 1 else states.unflatten(0, (-1, batch.group))
 
 
-def storable(states: Tensor, dtype: str) -> str:
-    """Return the dtype itself, or bfloat16 where it overflows; each shard says which it holds."""
-    return dtype if torch.isfinite(states.to(getattr(torch, dtype))).all() else "bfloat16"
+def finite(stored: StoredStates) -> Tensor:
+    """Return whether the dtype holds all states, bool, where they lie; float16 may overflow."""
+    return stored.tensors[-1].isfinite().all()
 
 
 @torch.no_grad()
-def probe(job: StepJob, dtype: str) -> tuple[str, float]:
-    """Return the dtype to store (float16 gives way to bfloat16 where it overflows) and its KL in nats per token."""
+def probe(job: StepJob, dtype: str) -> tuple[str, float, Precision]:
+    """Return the dtype to store (float16 gives way to bfloat16 where it overflows), the KL in nats per token from the
+    teacher in fp32 to what is stored, and what it is computed in."""
     device, tokens = device_for(job.resources), job.input(Tokens)
     model = load_model(job.input(Teacher).folder()).to(device).eval()
+    use_causal_attention(model)
     reader = Rows(tokens.dir, drawn_shards(tokens.record.splits["train"].shards, PROBE_SHARDS))
     ids, lengths, _ = reader.get(reader.drawn(PROBE_ROWS))
     batch = job.task.batch(ids, lengths).to(device)
-    states = last_states(model, *batch.inputs)
-    dtype = storable(states, dtype)
     head: Any = head_of(model)
-    exact: Tensor = head(states)
-    stored: Tensor = head(states.to(getattr(torch, dtype)).float())
-    cross, count = logit_distillation_loss(stored, exact, batch.distilled)
+    exact: Tensor = head(last_states(model, *batch.inputs))
+    with bf16_on_gpu(device):
+        states = last_states(model, *batch.inputs)
+    stored = StoredStates.of(states, dtype)
+    if not finite(stored):
+        stored = StoredStates.of(states, dtype := "bfloat16")
+    cross, count = logit_distillation_loss(head(stored.float()), exact, batch.distilled)
     entropy, _ = logit_distillation_loss(exact, exact, batch.distilled)
-    return dtype, max(0.0, float((cross - entropy) / count))
+    return dtype, max(0.0, float((cross - entropy) / count)), "bf16" if device.type == "cuda" else "fp32"

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
+from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import DamagedError, RunError
 from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model, set_dropout
+from pipeline.models.compiled import compile_layers, compiled
 from pipeline.models.family import family_named
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
@@ -101,6 +103,9 @@ def make(
         raise TypeError("distillation needs a Distill recipe")
     teacher = load_model(folder).requires_grad_(False).to(device).eval()
     use_causal_attention(teacher)
+    compiles = job.resources.compiles(device)
+    if compiles:
+        compile_layers(teacher)
     student = load_model(folder)
     set_dropout(student, 0.0)  # cached states have none
     make_student(student, quant.spec(), family_named(family))
@@ -115,5 +120,6 @@ def make(
         head=head_of(teacher) if job.cache is None else copy.deepcopy(head_of(teacher)),
         teacher=states if job.cache is None else None,
         bank=MemoryBank(teacher.config.vocab_size, teacher.config.hidden_size, recipe.momentum, device),
+        contrastive=compiled(contrastive_loss) if compiles else contrastive_loss,
     )
     return WithStates(student, recipe.compared_layer), distillation

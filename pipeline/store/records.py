@@ -51,6 +51,9 @@ def attempt_of(place: str) -> int:
     return int(first) if first.isdecimal() else 0
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class Shard(Closed):
     """A shard of rows, and the file that holds it."""
 
@@ -174,7 +177,8 @@ class TeacherCache(Record):
     hidden: int
     shards: tuple[Shard, ...] = ()
     bytes: int = 0
-    kl_nats: float | None = None  # KL(teacher || teacher from cache), nats per token, on a probe
+    kl_nats: float | None = None  # KL(teacher in fp32 || teacher from cache), nats per token, on a probe
+    precision: Precision = "fp32"  # of the teacher's pass: bf16 on a GPU
 
     @property
     def stored(self) -> dict[str, StoredFile]:

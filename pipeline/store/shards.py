@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +28,8 @@ from pipeline.store.records import Shard, TeacherCache
 from pipeline.store.step_store import FinishedStep, StepDir
 
 SHARD_TOKENS = 65_536
-T = TypeVar("T")
+COLUMNS = ["states", "scales", "channels"]  # of a shard of states
+Places = NDArray[np.int64]
 
 
 def rows_per_shard(block_length: int) -> int:
@@ -60,30 +63,100 @@ def _matrix(table: pa.Table, name: str) -> NDArray[np.int32]:
     return matrix
 
 
-def write_states(path: Path, states: Tensor, dtype: str) -> None:
-    """Write hidden states, such as (rows, length, hidden), as one uncompressed record batch, for mapping."""
-    words = states.to(getattr(torch, dtype)).contiguous()
-    flat = (words.view(torch.uint16) if dtype == "bfloat16" else words).numpy().reshape(-1)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat), int(np.prod(states.shape[1:])))
-    batch = pa.record_batch([column], names=["states"])
-    schema = batch.schema.with_metadata({"shape": json.dumps(list(states.shape)), "dtype": dtype})
+@dataclass(frozen=True)
+class StoredStates:
+    """Hidden states of rows as a cache keeps them: floats, or int8 codes with a scale for each token, and for each
+    channel of a row, of which some are far larger than the others. A state is the product of the three."""
+
+    values: Tensor  # (rows, length, hidden), or (rows, sequences, length, hidden)
+    scales: Tensor | None = None  # of codes: fp32 (rows, length), or (rows, sequences, length)
+    channels: Tensor | None = None  # of codes: fp32 (rows, hidden)
+
+    @classmethod
+    def of(cls, states: Tensor, dtype: str) -> StoredStates:
+        """Return states as a cache of this dtype keeps them."""
+        if dtype != "int8":
+            return cls(states.to(getattr(torch, dtype)))
+        channels = _or_one(states.abs().flatten(1, -2).amax(1).float())
+        level = states / _beside(channels, states)
+        scales = _or_one(level.abs().amax(-1)) / 127
+        return cls((level / scales.unsqueeze(-1)).round().to(torch.int8), scales, channels)
+
+    @property
+    def dtype(self) -> str:
+        """Return the name of what is kept of a value."""
+        return str(self.values.dtype).removeprefix("torch.")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return values, and of codes their scales."""
+        every = (self.values, self.scales, self.channels)
+        return tuple(tensor for tensor in every if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> StoredStates:
+        """Return what `change` makes of each tensor."""
+        return StoredStates(*map(change, self.tensors))
+
+    def to(self, device: torch.device) -> StoredStates:
+        """Return them on a device; the host does not wait for the copy if they are pinned."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def float(self) -> Tensor:
+        """Return the states, widened where they lie, fp32 as `values`."""
+        widened = self.values.float()
+        if self.scales is None or self.channels is None:
+            return widened
+        return widened * self.scales.unsqueeze(-1) * _beside(self.channels, widened)
+
+
+def _or_one(magnitudes: Tensor) -> Tensor:
+    return magnitudes.masked_fill(magnitudes == 0, 1)
+
+
+def _beside(channels: Tensor, states: Tensor) -> Tensor:
+    return channels.view(len(channels), *(1,) * (states.ndim - 2), -1)
+
+
+class MappedStates(NamedTuple):
+    """The tensors of a shard's states in its file, read-only, and their dtype: numpy has no bfloat16, whose words are
+    uint16."""
+
+    dtype: str
+    arrays: tuple[NDArray[Any], ...]
+
+
+def write_states(path: Path, states: StoredStates) -> None:
+    """Write states as one uncompressed record batch, for mapping."""
+    arrays, columns = [_words(tensor) for tensor in states.tensors], []
+    for array in arrays:
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), int(np.prod(array.shape[1:]))))
+    batch = pa.record_batch(columns, names=COLUMNS[: len(columns)])
+    shapes = json.dumps([array.shape for array in arrays])
+    schema = batch.schema.with_metadata({"shapes": shapes, "dtype": states.dtype})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
 
 
-def map_states(path: Path) -> tuple[NDArray[Any], str]:
-    """Return a read-only view of mapped states (rows, length, hidden), and the dtype they stand for."""
+def map_states(path: Path) -> MappedStates:
+    """Return a view of what `write_states` wrote."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
-    metadata = file.schema.metadata
-    column: Any = file.get_batch(0).column(0)
-    values = column.flatten().to_numpy(zero_copy_only=True)
-    return values.reshape(json.loads(metadata[b"shape"])), metadata[b"dtype"].decode()
+    batch, metadata = file.get_batch(0), file.schema.metadata
+    columns: Any = batch.columns
+    flat = (column.flatten().to_numpy(zero_copy_only=True) for column in columns)
+    arrays = tuple(a.reshape(shape) for a, shape in zip(flat, json.loads(metadata[b"shapes"]), strict=True))
+    return MappedStates(metadata[b"dtype"].decode(), arrays)
 
 
-def to_tensor(rows: NDArray[Any], dtype: str) -> Tensor:
-    """Return rows that `map_states` gave as a tensor of the dtype they stand for."""
-    words = torch.from_numpy(np.array(rows))
-    return words.view(torch.bfloat16) if dtype == "bfloat16" else words
+def to_states(dtype: str, arrays: Sequence[NDArray[Any]]) -> StoredStates:
+    """Return rows of what `map_states` gave in memory."""
+    words = [torch.from_numpy(np.array(array)) for array in arrays]
+    return StoredStates(words[0].view(torch.bfloat16) if dtype == "bfloat16" else words[0], *words[1:])
+
+
+def _words(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor as numpy sees it, in the same memory if that lies in order."""
+    words: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()
+    return words
 
 
 def store_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
@@ -108,8 +181,18 @@ def open_shard(step_dir: StepDir, shard: Shard) -> Path:
     return step_dir.local(shard.name, shard.file)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A shard of token rows in memory, and the states that belong to it, mapped."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    states: MappedStates | None
+
+
 class Rows:
-    """Random access to rows of a split by global row id, a bounded number of shards open at a time."""
+    """Random access to rows of a split by global row id, a bounded number of shards open at a time. One thread may read
+    ahead while another reads."""
 
     def __init__(
         self,
@@ -123,20 +206,17 @@ class Rows:
         self._tokens, self._cache = tokens, cache
         self._states = {shard.name: shard for shard in (cache.record.shards if cache is not None else ())}
         self._first = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._open: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
-        self._limit = open_shards
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._limit, self._lock = open_shards, threading.Lock()
 
-    def get(self, row_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept."""
-        ids, lengths, states = [], [], []
-        for row_id in row_ids:
-            (shard_ids, shard_lengths, shard_states, dtype), row = self._at(row_id)
-            ids.append(shard_ids[row])
-            lengths.append(shard_lengths[row])
-            if shard_states is not None:
-                states.append(to_tensor(shard_states[row], dtype))
-        tokens, counts = (torch.from_numpy(np.array(column, np.int64)) for column in (ids, lengths))
-        return tokens, counts, torch.stack(states) if states else None
+    def get(self, row_ids: Sequence[int], pin: bool = False) -> tuple[Tensor, Tensor, StoredStates | None]:
+        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept;
+        with `pin`, in memory that a GPU of this process copies from while the host goes on."""
+        parts, count = self._parts(row_ids), len(row_ids)
+        ids = _gathered([(places, shard.ids[rows]) for places, rows, shard in parts], count, pin)
+        lengths = _gathered([(places, shard.lengths[rows]) for places, rows, shard in parts], count, pin)
+        mapped = [(places, rows, shard.states) for places, rows, shard in parts if shard.states is not None]
+        return ids, lengths, _states_of(mapped, count, pin) if mapped else None
 
     def drawn(self, count: int) -> list[int]:
         """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.
@@ -152,25 +232,56 @@ class Rows:
 
     def lengths(self, row_ids: Sequence[int]) -> Tensor:
         """Return the lengths of each row, as `get` gives them."""
-        rows = (shard[1][row] for shard, row in map(self._at, row_ids))
-        return torch.stack([torch.from_numpy(np.asarray(lengths, np.int64)) for lengths in rows])
+        return _gathered([(p, shard.lengths[rows]) for p, rows, shard in self._parts(row_ids)], len(row_ids))
 
-    def _at(self, row_id: int) -> tuple[tuple[Any, ...], int]:
-        """Return the open shard that holds a row, and the row's place in it."""
-        index = int(np.searchsorted(self._first, row_id, side="right")) - 1
-        return self._shard(index), row_id - int(self._first[index])
+    def _parts(self, row_ids: Sequence[int]) -> list[tuple[Places, Places, _Open]]:
+        """Return the open shards that hold the rows, each with their places among `row_ids` and in the shard."""
+        wanted = np.asarray(row_ids, np.int64)
+        indexes = np.searchsorted(self._first, wanted, side="right") - 1
+        places = {int(index): np.flatnonzero(indexes == index) for index in np.unique(indexes)}
+        return [(here, wanted[here] - self._first[index], self._shard(index)) for index, here in places.items()]
 
-    def _shard(self, index: int) -> tuple[Any, ...]:
-        if index not in self._open:
-            shard, cache = self.shards[index], self._cache
-            states: tuple[Any, str] = (None, "")
-            if cache is not None:
-                states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
-            self._open[index] = (*read_tokens(open_shard(self._tokens, shard)), *states)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return self._open[index]
+    def _shard(self, index: int) -> _Open:
+        with self._lock:
+            if index not in self._open:
+                shard, cache, states = self.shards[index], self._cache, None
+                if cache is not None:
+                    states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
+                self._open[index] = _Open(*read_tokens(open_shard(self._tokens, shard)), states)
+                if len(self._open) > self._limit:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(index)
+            return self._open[index]
+
+
+def _gathered(parts: Sequence[tuple[Places, NDArray[np.int32]]], count: int, pin: bool = False) -> Tensor:
+    """Return rows, each at its place among so many, int64."""
+    gathered = _empty((count, *parts[0][1].shape[1:]), torch.int64, pin)
+    for places, rows in parts:
+        gathered.numpy()[places] = rows
+    return gathered
+
+
+def _states_of(parts: Sequence[tuple[Places, Places, MappedStates]], count: int, pin: bool) -> StoredStates:
+    """Return mapped states, each row copied once to its place among so many; fp32 where shards hold several dtypes."""
+    dtypes, arrays = {states.dtype for *_, states in parts}, parts[0][2].arrays
+    several = len(dtypes) > 1
+    kinds = [torch.float32] if several else [getattr(torch, *dtypes), torch.float32, torch.float32]
+    shapes = ((count, *array.shape[1:]) for array in arrays)
+    gathered = StoredStates(*(_empty(shape, kind, pin) for shape, kind in zip(shapes, kinds, strict=False)))
+    words = [_words(tensor) for tensor in gathered.tensors]
+    for places, rows, states in parts:
+        for place, row in zip(places, rows, strict=True):
+            mapped = [array[row : row + 1] for array in states.arrays]
+            if several:
+                mapped = [to_states(states.dtype, mapped).float().numpy()]
+            for into, array in zip(words, mapped, strict=True):
+                into[place] = array
+    return gathered
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=pin and torch.cuda.is_available())
 
 
 def row_hashes(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.uint64]:

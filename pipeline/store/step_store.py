@@ -390,6 +390,6 @@ def _matches(path: Path, stored: Checksum) -> bool:
     return status.st_size == stored.bytes and _digest_of(*identity) == stored.sha256
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**16)  # more than the shards of a store, which training reads in turn
 def _digest_of(path: str, inode: int, size: int, mtime_ns: int) -> str:
     return checksum(Path(path)).sha256

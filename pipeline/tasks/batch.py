@@ -60,6 +60,12 @@ class Batch:
         """Return the first sequence of each row alone."""
         return self._with(lambda tensor: tensor[:: self.group], 1, None)
 
+    def part(self, sequences: slice, positions: slice) -> Batch:
+        """Return some sequences, of whole rows, at some positions: what losses need of them, and no more."""
+        return self._with(
+            lambda tensor: tensor[sequences] if tensor.ndim == 1 else tensor[sequences, positions], self.group, None
+        )
+
     def _with(self, change: Callable[[Tensor], Tensor], group: int, before: Batch | None) -> Batch:
         changed: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **changed, group=group, before=before)

@@ -8,15 +8,29 @@ sharper one (five times the scores, tried) disturbs the tokens' loss before ther
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.distill.losses import logit_distillation_loss, target_loss, target_nats
+from pipeline.models.hidden_states import head_product
 from pipeline.tasks.batch import Batch
 
 NEXT_TOKEN, DISTILLATION, CONTRAST = "next_token_nats", "distillation_nats", "contrastive_nats"
 CANDIDATES = "candidates_nats"
 TEACHING = (NEXT_TOKEN, CANDIDATES)  # losses of full-precision training, where the task has them
 DISTILLING = (DISTILLATION, CONTRAST, CANDIDATES)
+
+
+def losses_of_logits(
+    head: nn.Module, prepared: Tensor, batch: Batch, teacher: tuple[nn.Module, Tensor] | None, bf16: bool
+) -> dict[str, Tensor]:
+    """Return the losses that are computed from logits, of what `head_input` gave for the student's head; with a
+    teacher, its head and last states, they are those of distillation. `bf16` has both products so."""
+    with torch.autocast(prepared.device.type, torch.bfloat16, enabled=bf16):
+        logits = head_product(head, prepared)
+        if teacher is not None:
+            with torch.no_grad():
+                reference = head_product(*teacher)
+    return teaching_losses(logits, batch) if teacher is None else distilling_losses(logits, reference, batch)
 
 
 def teaching_losses(logits: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the student learns from its teacher in one micro-batch: sums of nats over valid tokens."""
+"""What a student learns from its teacher in a micro-batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.distill import negatives
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import RunError
-from pipeline.tasks.batch import Batch, sent
-from pipeline.tasks.losses import CONTRAST, distilling_losses
+from pipeline.store.shards import StoredStates
+from pipeline.tasks.batch import Batch
 
-ReadRow = Callable[[int], tuple[Batch, Tensor | None]]  # a row by its id, with its states where they are cached
+ReadRow = Callable[[int], tuple[Batch, StoredStates | None]]  # a row by its id, with its states where they are cached
 
 
 @dataclass
@@ -24,43 +24,41 @@ class Distillation:
     """What turns next-token training into distillation.
 
     `teacher` gives the last states and those of the contrast layer, (sequences, length, hidden) each, for a batch's
-    inputs where they are not cached; `head` turns last states into the teacher's logits.
+    inputs where they are not cached; `head` turns last states into the teacher's logits. `contrastive` is
+    `contrastive_loss`, compiled or as it is.
     """
 
     recipe: Distill
     head: nn.Module
     teacher: Callable[..., tuple[Tensor, Tensor]] | None
     bank: MemoryBank
+    contrastive: Callable[..., tuple[Tensor, Tensor]] = contrastive_loss
 
-    def losses(
-        self,
-        step: int,
-        rows: Tensor,
-        row_ids: list[int],
-        batch: Batch,
-        cached: Tensor | None,
-        states: Tensor,
-        logits: Tensor,
-        read: ReadRow,
-    ) -> dict[str, Tensor]:
-        """Return the losses of a micro-batch by name, each a sum in nats.
+    @torch.no_grad()
+    def teacher_states(self, batch: Batch, cached: StoredStates | None) -> tuple[Tensor, Tensor]:
+        """Return the teacher's last states of a micro-batch and those of the contrast layer, cached or computed now."""
+        if self.teacher is not None:
+            return self.teacher(*batch.inputs)
+        if cached is None:
+            raise RunError("Distillation has neither cached states nor a teacher to run.")
+        states = cached.to(batch.ids.device).float().reshape(*batch.ids.shape, -1)
+        return states, states
+
+    def contrast(
+        self, step: int, rows: Tensor, row_ids: list[int], batch: Batch, teacher: Tensor, states: Tensor, read: ReadRow
+    ) -> Tensor:
+        """Return the contrastive loss of a micro-batch, nats, and keep the student's states for the memory bank.
 
         Args:
             step: optimizer step. rows: row ids of the whole global batch. row_ids: those of this micro-batch.
-            batch, cached: what the rows hold. states, logits: the student's, states of its contrast layer.
+            teacher, states: the teacher's and the student's states of the contrast layer.
             read: gives any row of the global batch, for `negatives_from: batch`.
         """
-        with torch.no_grad():
-            last, layer = self._teacher_states(batch, cached)
-            teacher_logits = self.head(last)
-        losses = distilling_losses(logits, teacher_logits, batch)
-        contrast = states.new_zeros((), dtype=torch.float64)
-        if self.recipe.contrast_weight:
-            apart = self._negatives(step, rows, row_ids, batch, layer, states, read)
-            query = self.bank.query(batch.ids, states)
-            contrast, _ = contrastive_loss(query, layer, batch.valid, apart, self.recipe.temperature)
-            self.bank.accumulate(batch.on_host.ids, states, batch.on_host.valid)
-        return losses | {CONTRAST: contrast}
+        apart = self._negatives(step, rows, row_ids, batch, teacher, states, read)
+        query = self.bank.query(batch.ids, states)
+        nats, _ = self.contrastive(query, teacher, batch.valid, apart, self.recipe.temperature)
+        self.bank.accumulate(batch.on_host.ids, states, batch.on_host.valid)
+        return nats
 
     def _negatives(
         self,
@@ -97,16 +95,7 @@ class Distillation:
         if partner is None:
             return None
         others, cached = read(partner)
-        with torch.no_grad():
-            _, states = self._teacher_states(others, cached)
+        _, states = self.teacher_states(others, cached)
         sequence, length = row * others.group + place, int(others.on_host.lengths[place])
         positions = negatives.draw_positions(self.recipe.seed, step, sequence, length, self.recipe.negatives)
         return states[place, positions.to(states.device)]
-
-    def _teacher_states(self, batch: Batch, cached: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.teacher is not None:
-            return self.teacher(*batch.inputs)
-        if cached is None:
-            raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = sent(cached, batch.ids.device).float().reshape(*batch.ids.shape, -1)
-        return states, states

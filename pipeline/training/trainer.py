@@ -9,7 +9,9 @@ with and without Ray.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -21,15 +23,19 @@ from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
 from pipeline.distill.random import draw
 from pipeline.errors import RunError
-from pipeline.models.hidden_states import WithStates, last_states, logits_of
+from pipeline.models.compiled import compile_layers, compiled
+from pipeline.models.hidden_states import WithStates, head_input, head_of, head_product, last_states
 from pipeline.models.student import load_parameters
-from pipeline.quant.modules import quantized_once, quantizers
+from pipeline.quant.modules import quantizers
+from pipeline.quant.quantizers.base import after_step
+from pipeline.quant.stacks import Stacks, on_grid
 from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
-from pipeline.store.shards import Rows
+from pipeline.store.shards import Rows, StoredStates
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
+from pipeline.tasks.chunks import Part, backward_by_parts, parts_of
 from pipeline.tasks.language_modeling import LanguageModeling
-from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, reference_nats, teaching_losses
+from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, losses_of_logits, reference_nats
 from pipeline.tasks.task import Task
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Progress, under, weights
@@ -37,6 +43,7 @@ from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
 from pipeline.training.optimizers import Optimizers
+from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
@@ -92,8 +99,13 @@ class Trainer:
         self.distillation, self.model = distillation, model.to(device)
         if job.resources.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.head, self.vocabulary = head_of(model.model), int(model.model.config.vocab_size)
+        self.stacks, self._losses_of_logits = Stacks(model), losses_of_logits
+        if job.resources.compiles(device):
+            compile_layers(model.model)
+            self.stacks, self._losses_of_logits = Stacks(model, compiled(on_grid)), compiled(losses_of_logits)
         self.optimizers = Optimizers(model, self.recipe)
-        self.rows = Rows(job.tokens, job.train, job.cache)
+        self.rows = ReadAhead(Rows(job.tokens, job.train, job.cache), device)
         self.validation = Rows(job.tokens, job.validation)
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
@@ -109,10 +121,13 @@ class Trainer:
             self._validate()
             if self.rank == 0:
                 self.report(0, steps, "", list(self.progress.history))
-        while self.progress.step < steps:
-            self.unread.append(self.train_step(self.progress.step))
-            self.progress.step += 1
-            self._after_step(steps)
+        try:
+            while self.progress.step < steps:
+                self.unread.append(self.train_step(self.progress.step))
+                self.progress.step += 1
+                self._after_step(steps)
+        finally:
+            self.rows.close()
         if self.rank == 0:
             best = self.job.dir.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
             load_parameters(self.model.model, load_file(best))
@@ -127,8 +142,7 @@ class Trainer:
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
         self.optimizers.step(step, self.job.steps)
-        for _, weight, quantizer in quantizers(self.model):
-            quantizer.after_step(weight, self.optimizers.second_moment(weight))
+        after_step((q, weight, self.optimizers.second_moment(weight)) for _, weight, q in quantizers(self.model))
         if self.distillation is not None and self.distillation.recipe.contrast_weight > 0:
             self.distillation.bank.update(self._gather)
         return losses
@@ -145,38 +159,58 @@ class Trainer:
         mean losses, on the device."""
         self.model.train()
         self.optimizers.zero_grad()
-        row_ids = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        counted = self.job.task.counts(self.rows.lengths(row_ids.tolist()))
+        micros = self._micro_batches(step)
+        counted = self.job.task.counts(self.rows.lengths([row for micro in micros for row in micro]))
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
         weights = torch.tensor([self._weight(name) for name in names], dtype=torch.float64).to(self.device)
+        shares = dict(zip(names, weights / counts, strict=True))
         means = torch.zeros_like(counts)
-        with quantized_once(self.model):
-            for micro in row_ids.split(self.job.resources.micro_batch):
+        with self.stacks.quantized_once():
+            for micro, then in pairwise([*micros, *(self._micro_batches(step + 1)[:1] or [()])]):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
-                torch.manual_seed(draw("dropout", self.recipe.seed, step, int(micro[0])).initial_seed())
-                losses = self._losses(step, micro.tolist())
-                parts = torch.stack([losses[name] for name in names]) / counts
-                (weights * parts).sum().backward()
-                means += parts.detach()
+                torch.manual_seed(draw("dropout", self.recipe.seed, step, micro[0]).initial_seed())
+                losses = self._backward(step, micro, then, shares)
+                means += torch.stack([losses[name] for name in names]) / counts
         self._sum_gradients()
         return {"loss": (weights * means).sum(), **(dict(zip(names, means, strict=True)) if len(names) > 1 else {})}
 
     def _weight(self, loss: str) -> float:
         return self.distillation.recipe.contrast_weight if loss == CONTRAST and self.distillation is not None else 1.0
 
-    def _losses(self, step: int, row_ids: list[int]) -> dict[str, Tensor]:
-        """Return the losses of one micro-batch by name, each a sum in nats."""
-        batch, states = self._read(*row_ids)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            student_states, logits = self.model(*batch.inputs)
-        if self.distillation is None:
-            return teaching_losses(logits, batch)
-        rows = self.order.batch(step, self.recipe.batch_size)
-        return self.distillation.losses(step, rows, row_ids, batch, states, student_states, logits, self._read)
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """Return the rows of a step that are this worker's, as many at a time as go through the model at once."""
+        rows = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
+        return [micro.tolist() for micro in rows.split(self.job.resources.micro_batch)]
 
-    def _read(self, *row_ids: int) -> tuple[Batch, Tensor | None]:
-        ids, lengths, states = self.rows.get([*row_ids])
+    def _backward(
+        self, step: int, row_ids: list[int], then: Sequence[int], shares: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch; return its losses by name, each a sum in nats. Rows of the next one are
+        read meanwhile."""
+        batch, cached = self._read(*row_ids, then=then)
+        distillation, bf16 = self.distillation, self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            last, states = self.model(*batch.inputs)
+            taught = None if distillation is None else distillation.teacher_states(batch, cached)
+
+        def of_part(prepared: Tensor, part: Batch, at: Part) -> dict[str, Tensor]:
+            teacher = None if distillation is None or taught is None else (distillation.head, taught[0][at])
+            return self._losses_of_logits(self.head, prepared, part, teacher, bf16)
+
+        losses, prepared, gradient = backward_by_parts(self.head, self.vocabulary, last, batch, of_part, shares)
+        ends = {prepared: gradient}
+        if distillation is not None and taught is not None:
+            losses[CONTRAST] = states.new_zeros((), dtype=torch.float64)
+            if distillation.recipe.contrast_weight:
+                rows = self.order.batch(step, self.recipe.batch_size)
+                contrast = distillation.contrast(step, rows, row_ids, batch, taught[1], states, self._read)
+                ends[contrast], losses[CONTRAST] = shares[CONTRAST], contrast.detach()
+        torch.autograd.backward([*ends], [*ends.values()])
+        return losses
+
+    def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, StoredStates | None]:
+        ids, lengths, states = self.rows.get(row_ids, then)
         return self.job.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, steps: int) -> None:
@@ -240,9 +274,11 @@ class Trainer:
             if len(micro):
                 batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
                 states = last_states(self.model.model, *batch.inputs)
-                logits = logits_of(self.model.model, states)
-                measures = (*reference_nats(logits, batch), *token_cosine(states, batch.valid))
-                sums += torch.stack([value.double() for value in measures])
+                prepared = head_input(self.head, states)
+                for part in parts_of(batch, self.vocabulary):
+                    nats = reference_nats(head_product(self.head, prepared[part]), batch.part(*part))
+                    sums[:2] += torch.stack([value.double() for value in nats])
+                sums[2:] += torch.stack([value.double() for value in token_cosine(states, batch.valid)])
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -169,6 +170,27 @@ def test_much_brief_work_of_a_step_that_was_taken_over_is_given_up(
         made += engine.shards(partial(of_items, tmp_path), items, lambda *progress, points=(): None, 0, taken_over)
     with pytest.raises(FencedOffError, match="no longer ours: it is held by process 1 on elsewhere"):
         engine.tasks([partial(brief, tmp_path)] * 40, taken_over, lambda *progress, points=(): None, 0)
+
+
+def meeting(folder: Path) -> Callable[[Checksum], str]:
+    """Work of which two calls have to run at once."""
+    (folder / uuid.uuid4().hex).touch()
+    both = threading.Barrier(2, timeout=60)
+
+    def work(item: Checksum) -> str:
+        both.wait()
+        return item.sha256
+
+    return work
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_calls_of_one_worker_run_at_once(two_cpus: None, tmp_path: Path, workers: int) -> None:
+    items = [Checksum(bytes=number, sha256=str(number)) for number in range(6)]
+    engine = Engine(Resources(workers=workers))
+    made = engine.shards(partial(meeting, tmp_path), items, lambda *progress, points=(): None, 0, at_once=2)
+    assert sorted(made) == [item.sha256 for item in items]
+    assert len(list(tmp_path.iterdir())) == 1  # the work is made once
 
 
 def test_the_error_of_a_training_is_told_though_whoever_keeps_it_is_gone(two_cpus: None) -> None:

@@ -16,7 +16,7 @@ from pipeline.models.build import (
     skeleton,
 )
 from pipeline.models.family import family_for, family_named
-from pipeline.models.hidden_states import WithStates, last_states
+from pipeline.models.hidden_states import WithStates, head_of, last_states
 from pipeline.models.student import (
     freeze_student,
     load_frozen,
@@ -86,7 +86,7 @@ def test_siblings_are_taken_by_name(sibling):
         family_for(config.model_type)
     model = build(config, 0).eval()
     make_student(model, Quant(bits="4-4-8").spec(), family_for(config.model_type, "bart"))
-    logits = WithStates(model)(IDS, SOURCE, MASK.long())[1]
+    logits = head_of(model)(last_states(model, IDS, SOURCE, MASK.long()))
     assert logits.shape == (3, 9, 64)
     assert torch.isfinite(logits).all()
 
@@ -99,7 +99,8 @@ def test_separate_tables_are_refused():
 def test_states_and_logits_are_the_models_own():
     model = built()
     with torch.no_grad():
-        states, logits = WithStates(model)(IDS, SOURCE, MASK.long())
+        last, states = WithStates(model)(IDS, SOURCE, MASK.long())
+        logits = head_of(model)(last)
         expected = model(SOURCE, attention_mask=MASK.long(), decoder_input_ids=IDS, output_hidden_states=True)
     torch.testing.assert_close(logits, expected.logits)
     torch.testing.assert_close(states, expected.decoder_hidden_states[-1])
@@ -158,7 +159,7 @@ def test_the_padding_row_stays_zero_while_all_others_move(bits):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        wrapped(IDS, SOURCE, MASK.long())[1].logsumexp(-1).sum().backward()
+        head_of(model)(wrapped(IDS, SOURCE, MASK.long())[0]).logsumexp(-1).sum().backward()
         optimizer.step()
     assert not weight[1].any()
     assert torch.isfinite(weight).all()

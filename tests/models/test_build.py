@@ -9,7 +9,7 @@ from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.models.build import build, load_model, parameters, read_config, set_dropout, skeleton
 from pipeline.models.family import family_for, family_named
-from pipeline.models.hidden_states import WithStates, last_states
+from pipeline.models.hidden_states import WithStates, head_of, last_states
 from pipeline.models.student import (
     check_spec,
     freeze_student,
@@ -184,7 +184,8 @@ def test_a_folder_that_lacks_a_tensor_is_not_filled_with_random_weights(tmp_path
 def test_states_are_what_the_head_reads(source):
     model = built(source)
     with torch.no_grad():
-        states, logits = WithStates(model)(IDS)
+        last, states = WithStates(model)(IDS)
+        logits = head_of(model)(last)
         expected = model(IDS, output_hidden_states=True)
     torch.testing.assert_close(logits, expected.logits)
     torch.testing.assert_close(states, expected.hidden_states[-1])

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.quant.granularity import Granularity
 from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
+from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.spec import BitWidths, QuantSpec
 
 GRANULARITIES = ("per_tensor", "per_channel")
@@ -71,5 +72,5 @@ def trained(
         optimizer.zero_grad(set_to_none=True)
         quantizer(latent).backward(upstream)
         optimizer.step()
-        quantizer.after_step(latent, optimizer.state[latent]["exp_avg_sq"])
+        after_step([(quantizer, latent, optimizer.state[latent]["exp_avg_sq"])])
     return latent.detach()

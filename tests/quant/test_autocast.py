@@ -16,6 +16,7 @@ from pipeline.config.training import Distill
 from pipeline.quant.grid import fake_quantize_activation
 from pipeline.quant.modules import InputQuantizer, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, TiedHead
 from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
+from pipeline.quant.quantizers.base import after_step
 from tests.quant.cases import make
 from tests.training.cases import Case
 
@@ -61,7 +62,7 @@ def test_a_weight_on_its_grid_and_all_gradients_are_bit_for_bit_those_of_fp32(
             quantizer.blend = 1.0
             frozen = quantizer.freeze(latent)
             (level * upstream).sum().backward()
-            quantizer.after_step(latent, torch.ones_like(latent))
+            after_step([(quantizer, latent, torch.ones_like(latent))])
         gradients = [p.grad for p in (latent, *quantizer.parameters()) if p.grad is not None]
         return [level, faded, *frozen, *gradients, *(p.detach().clone() for p in quantizer.parameters())]
 

@@ -19,7 +19,7 @@ from pipeline.models.student import load_parameters, make_student
 from pipeline.package.package import read_package
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
-from pipeline.quant.quantizers.base import REACH
+from pipeline.quant.quantizers.base import REACH, after_step
 from pipeline.quant.spec import QuantizerName, levels_of
 from pipeline.store.records import Student, Tokens
 from pipeline.store.shards import Rows
@@ -215,7 +215,7 @@ def test_a_few_steps_down_the_error_lower_it(name, bits, granularity):
         error = (quantizer(latent) - target).square().sum()
         error.backward()
         optimizer.step()
-        quantizer.after_step(latent, optimizer.state[latent]["exp_avg_sq"])
+        after_step([(quantizer, latent, optimizer.state[latent]["exp_avg_sq"])])
         errors.append(error.item())
     assert min(errors[-5:]) < 0.65 * errors[0]
 

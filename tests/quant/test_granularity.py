@@ -19,6 +19,7 @@ from pipeline.quant.frozen import FrozenTensors
 from pipeline.quant.granularity import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Granularity, row_scales
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
+from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.spec import levels_of
 from tests.quant.cases import GRANULARITIES, make, trained
 
@@ -223,7 +224,7 @@ def test_the_scale_of_least_loss_has_the_bits_of_the_alternations(name, bits, gr
         start[rows // 2] = 0  # comes alive
         quantizer = make(name, start, bits, granularity)
         expected = formulas.alternated(weight, moment, formulas.searched(start))
-        quantizer.after_step(weight, moment)
+        after_step([(quantizer, weight, moment)])
         assert torch.equal(quantizer.scale, expected), (rows, columns)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.quant.quantizers.base import after_step
 from tests.quant.cases import GRANULARITIES, clipping_steps, example, make, mean, nearest, passed, total
 
 CASES = [(name, bits, g) for name in ("laq", "laq_uniform") for bits in (2, 4, 8) for g in GRANULARITIES]
@@ -67,7 +68,7 @@ def test_the_scale_is_that_of_ten_alternations_from_the_last_one(name, bits, gra
     for number in range(3):  # each goes on from the step before
         moved = weight * (1 + 0.2 * number)
         expected = alternated(moved.numpy(), alpha, importance(name, v), bits, granularity, rounds=10)
-        quantizer.after_step(moved, moments())
+        after_step([(quantizer, moved, moments())])
         np.testing.assert_allclose(quantizer.scale.detach().numpy() * n, expected, rtol=1e-5)
         alpha = quantizer.scale.detach().numpy() * n
 
@@ -79,7 +80,7 @@ def test_the_objective_never_grows(name, bits, granularity):
     quantizer = off_its_start(name, weight, bits, granularity)
     errors = [objective(w, quantizer.scale.detach().numpy() * n, d, bits, granularity)]
     for _ in range(4):
-        quantizer.after_step(weight, moments())
+        after_step([(quantizer, weight, moments())])
         errors.append(objective(w, quantizer.scale.detach().numpy() * n, d, bits, granularity))
     assert all((after <= before * (1 + 1e-12)).all() for before, after in pairwise(errors))
     assert (errors[1] < errors[0]).all()
@@ -92,7 +93,7 @@ def test_curvature_decides_which_weights_count(granularity):
     found = {}
     for name in ("laq", "laq_uniform"):
         quantizer = make(name, weight, 2, granularity)
-        quantizer.after_step(weight, moments())
+        after_step([(quantizer, weight, moments())])
         found[name] = quantizer.scale.detach().numpy()
     better, worse = (objective(w, found[name], d, 2, granularity) for name in ("laq", "laq_uniform"))
     assert (better <= worse * (1 + 1e-12)).all()  # equal where both choose the same codes of a row
@@ -103,17 +104,17 @@ def test_curvature_decides_which_weights_count(granularity):
 def test_equal_moments_make_it_least_squares(name, bits, granularity):
     weight, _ = example()
     expected = make("laq_uniform", weight, bits, granularity)
-    expected.after_step(weight, None)
+    after_step([(expected, weight, None)])
     for given in (torch.zeros_like(weight), torch.full_like(weight, 7.0)):
         quantizer = make(name, weight, bits, granularity)
-        quantizer.after_step(weight, given)
+        after_step([(quantizer, weight, given)])
         torch.testing.assert_close(quantizer.scale, expected.scale, rtol=1e-9, atol=0)
 
 
 def test_curvature_needs_moments():
     weight, _ = example()
     with pytest.raises(ValueError, match="Adam's second moment"):
-        make("laq", weight, 2, "per_channel").after_step(weight, None)
+        after_step([(make("laq", weight, 2, "per_channel"), weight, None)])
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -127,7 +128,7 @@ def test_the_mean_magnitude_as_start_leads_to_a_scale_nearly_as_good_as_the_sear
         if start == "mean":
             quantizer.scale.data = torch.from_numpy(mean(np.abs(w), granularity) / n)
         for _ in range(20):
-            quantizer.after_step(weight, None)
+            after_step([(quantizer, weight, None)])
         errors[start] = objective(w, quantizer.scale.detach().numpy() * n, d, bits, granularity).sum()
     assert errors["mean"] <= 1.3 * errors["searched"]
 
@@ -136,7 +137,7 @@ def test_the_mean_magnitude_as_start_leads_to_a_scale_nearly_as_good_as_the_sear
 def test_ternary_steps_are_the_best_of_all_codes(seed):
     weight = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     quantizer = make("laq_uniform", weight, 2, "per_channel")
-    quantizer.after_step(weight, None)
+    after_step([(quantizer, weight, None)])
     ours = objective(weight.numpy(), quantizer.scale.detach().numpy(), np.ones((3, 6)), 2, "per_channel")
     all_codes = np.array([codes for codes in product((-1, 0, 1), repeat=6) if any(codes)])
     for w, error in zip(weight.numpy(), ours[:, 0], strict=True):
@@ -150,7 +151,7 @@ def test_no_step_nearby_serves_the_codes_better(name, bits, granularity):
     w, d, n = weight.numpy(), importance(name, moments().numpy()), 2 ** (bits - 1) - 1
     quantizer = make(name, weight, bits, granularity)
     for _ in range(6):
-        quantizer.after_step(weight, moments())
+        after_step([(quantizer, weight, moments())])
     alpha = quantizer.scale.detach().numpy() * n
     b = coded(w, alpha, bits)
     ours = total(d * (w - alpha * b) ** 2, granularity)
@@ -162,7 +163,7 @@ def test_a_scale_with_nothing_but_zero_codes_stays_as_it_is():
     weight = torch.tensor([[0.1, -0.2, 0.3], [1.0, -2.0, 3.0]])
     quantizer = make("laq", weight, 2, "per_channel")
     quantizer.scale.data = torch.tensor([[8.0], [2.0]])
-    quantizer.after_step(weight, torch.ones(2, 3))
+    after_step([(quantizer, weight, torch.ones(2, 3))])
     assert quantizer.scale[0].item() == 8
     assert quantizer.scale[1].item() == pytest.approx(2.5)  # of the codes 0, -1, 1
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.quant.quantizers.lsq import SMALLEST_GAMMA
+from pipeline.quant.quantizers.base import SMALLEST_GAMMA, after_step
 from tests.quant.cases import GRANULARITIES, clipping_steps, example, make, mean, passed, total, trained
 
 CASES = [(name, bits, g) for name in ("lsq", "lsq_symmetric") for bits in (2, 4, 8) for g in GRANULARITIES]
@@ -88,7 +88,7 @@ def test_a_scale_stays_positive_and_what_is_above_stays_as_it_is(name):
     weight, _ = example(torch.float32)
     quantizer = make(name, weight, 2, "per_channel")
     quantizer.gamma.data[:3] = torch.tensor([[-1.0], [0.0], [1e-30]])
-    quantizer.after_step(weight, None)
+    after_step([(quantizer, weight, None)])
     assert quantizer.gamma[:3].flatten().tolist() == [pytest.approx(SMALLEST_GAMMA)] * 3
     assert torch.equal(quantizer.gamma[3:], torch.ones(len(weight) - 3, 1))
     assert quantizer.gamma.requires_grad

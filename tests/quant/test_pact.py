@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.quant.quantizers.base import after_step
 from tests.quant.cases import GRANULARITIES, example, make, mean, nearest, passed, total
 
 CASES = [(bits, granularity) for bits in (2, 4, 8) for granularity in GRANULARITIES]
@@ -73,7 +74,7 @@ def test_the_ends_may_start_at_the_least_squared_error(bits, granularity):
 def test_the_ends_do_not_cross_zero():
     quantizer = make("pact", torch.ones(3, 2), 2, "per_channel")
     quantizer.high.data, quantizer.low.data = torch.tensor([[-0.5], [0.0], [1.5]]), torch.tensor([[-0.5], [0.0], [1.5]])
-    quantizer.after_step(torch.ones(3, 2), None)
+    after_step([(quantizer, torch.ones(3, 2), None)])
     assert quantizer.high.flatten().tolist() == [0, 0, 1.5]
     assert quantizer.low.flatten().tolist() == [-0.5, 0, 0]
     quantized = quantizer(torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]]))

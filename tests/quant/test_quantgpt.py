@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
-from pipeline.quant.quantizers.base import least_error_scale
-from pipeline.quant.quantizers.quantgpt import SMALLEST_GAMMA, QuantGPT
+from pipeline.quant.quantizers.base import SMALLEST_GAMMA, after_step, least_error_scale
+from pipeline.quant.quantizers.quantgpt import QuantGPT
 from tests.quant.cases import make, passed
 
 CASES = [(b, g, s) for b in (2, 4, 8) for g in ("per_tensor", "per_channel") for s in ("clipped", "identity")]
@@ -164,7 +164,7 @@ def test_a_weight_exactly_at_alpha_moves_gamma_as_one_beyond_it(gamma_gradient, 
 def test_after_a_step_gamma_is_positive_and_the_rest_is_left_alone():
     quantizer = make("quantgpt", torch.ones(3, 2), 2, "per_channel")
     quantizer.gamma.data = torch.tensor([[-0.5], [0.0], [1.5]])
-    quantizer.after_step(torch.ones(3, 2), None)
+    after_step([(quantizer, torch.ones(3, 2), None)])
     assert quantizer.gamma.flatten().tolist() == pytest.approx([SMALLEST_GAMMA, SMALLEST_GAMMA, 1.5])
     assert quantizer.gamma.requires_grad
 

@@ -1,4 +1,6 @@
 import os
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -11,6 +13,7 @@ from pipeline.store.records import TeacherCache
 from pipeline.store.shards import (
     SHARD_TOKENS,
     Rows,
+    StoredStates,
     drawn_shards,
     is_sound,
     map_states,
@@ -19,11 +22,12 @@ from pipeline.store.shards import (
     rows_per_shard,
     states_name,
     store_shard,
-    to_tensor,
+    to_states,
     write_states,
     write_tokens,
 )
-from pipeline.store.step_store import FinishedStep, StepDir
+from pipeline.store.step_store import FinishedStep, StepDir, _digest_of, _matches, checksum
+from tests.operations import Launches
 
 BLOCK, HIDDEN = 6, 4
 SIZES = (3, 1, 4, 2, 5)
@@ -53,7 +57,7 @@ def stored(step_dir):
         name = f"rows/train-{number}.parquet"
         tokens = int(lengths[here].sum())
         shards.append(store_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
-        write = partial(write_states, states=states[here], dtype="bfloat16")
+        write = partial(write_states, states=StoredStates.of(states[here], "bfloat16"))
         states_shards.append(store_shard(step_dir, states_name(name), rows, tokens, write))
         start += rows
     whole = torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
@@ -67,12 +71,16 @@ def corpus(stored):
     return shards, *whole
 
 
+def finished(step_dir, shards):
+    """The finished step that shards of states are of."""
+    common = {"key": "", "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
+    return FinishedStep(TeacherCache(**common, mode="states", dtype="", hidden=HIDDEN, shards=shards), step_dir)
+
+
 @pytest.fixture
 def cache(step_dir, stored):
     """The finished step that the states are of."""
-    common = {"key": "", "stage_version": 1, "recipe": {}, "inputs": {}, "provenance": {}}
-    record = TeacherCache(**common, mode="states", dtype="bfloat16", hidden=HIDDEN, shards=stored[1])
-    return FinishedStep(record, step_dir)
+    return finished(step_dir, stored[1])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5000])
@@ -101,28 +109,64 @@ def test_states_survive_in_every_bit(tmp_path, dtype):
     finest = torch.finfo(DTYPES[dtype])
     states = torch.randn(5, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
     states[0, 0] = torch.tensor([-0.0, finest.tiny, finest.max, finest.smallest_normal / 2])
-    write_states(tmp_path / "a.arrow", states, dtype)
-    mapped, found = map_states(tmp_path / "a.arrow")
+    write_states(tmp_path / "a.arrow", StoredStates.of(states, dtype))
+    found, (mapped,) = map_states(tmp_path / "a.arrow")
     assert (found, mapped.shape) == (dtype, (5, BLOCK, HIDDEN))
     expected = states.to(DTYPES[dtype])
     words = torch.from_numpy(mapped.copy())
     assert torch.equal(words.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(to_tensor(mapped, dtype), expected)
-    assert torch.equal(to_tensor(mapped[3], dtype), expected[3])
+    assert torch.equal(to_states(dtype, [mapped]).values, expected)
+    assert torch.equal(to_states(dtype, [mapped[3]]).values, expected[3])
+
+
+def test_codes_have_a_scale_for_each_token_and_for_each_channel_of_a_row(tmp_path):
+    states = torch.randn(5, 2, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
+    states[..., 1] *= 1000  # as some channels are
+    states[0, :, :, 2] = 0
+    states[1, 0, 3] = 0
+    stored = StoredStates.of(states, "int8")
+    assert stored.scales.shape == states.shape[:-1]
+    assert stored.channels.shape == (5, HIDDEN)
+    assert stored.values.abs().amax(-1)[states.any(-1)].min() == 127
+    assert not stored.values[1, 0, 3].any()
+    steps = stored.scales.unsqueeze(-1) * stored.channels.view(5, 1, 1, HIDDEN)
+    torch.testing.assert_close(stored.float(), stored.values * steps)
+    assert ((stored.float() - states).abs() <= 0.5001 * steps).all()
+    assert steps[..., 1].min() > 50 * steps[..., 0].max()
+    write_states(tmp_path / "a.arrow", stored)
+    mapped = map_states(tmp_path / "a.arrow")
+    assert mapped.dtype == stored.dtype == "int8"
+    for found, expected in zip(to_states(*mapped).tensors, stored.tensors, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_rows_of_codes_are_widened_on_the_device(device, step_dir, corpus):
+    shards, *_, states = corpus
+    ends, codes = np.cumsum(SIZES), []
+    for shard, end in zip(shards, ends, strict=True):
+        write = partial(write_states, states=StoredStates.of(states[end - shard.rows : end], "int8"))
+        codes.append(store_shard(step_dir, states_name(shard.name), shard.rows, 9, write))
+    wanted = [14, 0, 3, 3, 2]
+    stored = Rows(step_dir, shards, finished(step_dir, codes)).get(wanted)[2]
+    assert {str(tensor.dtype) for tensor in stored.tensors} == {"torch.int8", "torch.float32"}
+    widened = stored.to(device).float()
+    assert widened.device == device
+    assert torch.equal(widened.cpu(), StoredStates.of(states[wanted], "int8").float())
 
 
 def test_states_that_do_not_lie_in_order_are_written_in_order(tmp_path):
     states = torch.randn(HIDDEN, BLOCK, 3).transpose(0, 2)
-    write_states(tmp_path / "a.arrow", states, "float32")
-    assert torch.equal(to_tensor(*map_states(tmp_path / "a.arrow")), states)
+    write_states(tmp_path / "a.arrow", StoredStates(states))
+    assert torch.equal(to_states(*map_states(tmp_path / "a.arrow")).values, states)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_are_mapped_and_not_copied(tmp_path, dtype):
     path = tmp_path / "a.arrow"
-    write_states(path, torch.ones(64, BLOCK, HIDDEN), dtype)
+    write_states(path, StoredStates.of(torch.ones(64, BLOCK, HIDDEN), dtype))
     allocated = pa.total_allocated_bytes()
-    mapped, _ = map_states(path)
+    (mapped,) = map_states(path).arrays
     assert pa.total_allocated_bytes() - allocated < mapped.nbytes / 4
     assert not mapped.flags.writeable
     data = path.read_bytes()
@@ -146,7 +190,71 @@ def test_rows_are_found_across_shards(step_dir, corpus, cache):
         assert torch.equal(found[2].float(), states[wanted])
         assert torch.equal(rows.lengths(wanted), lengths[wanted])
     assert found[0].dtype == torch.int64
-    assert found[2].dtype == torch.bfloat16  # as stored: a device widens them
+    assert found[2].values.dtype == torch.bfloat16  # as stored: a device widens them
+
+
+def test_shards_of_several_dtypes_are_read_together(step_dir, corpus, stored):
+    """Of a cache in float16, a shard that overflows it is in bfloat16."""
+    shards, *_, states = corpus
+    wanted = [4, 0, 2, 14]
+    for dtype in ("float16", "int8"):
+        here = StoredStates.of(states[: SIZES[0]], dtype)
+        write = partial(write_states, states=here)
+        mixed = [store_shard(step_dir, states_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
+        rows = Rows(step_dir, shards, finished(step_dir, mixed))
+        expected = torch.cat([here.float(), states[SIZES[0] :]])[wanted]
+        assert torch.equal(rows.get(wanted)[2].float(), expected)
+        assert rows.get([0, 2])[2].dtype == dtype
+
+
+def test_states_are_copied_once_straight_to_their_place(step_dir):
+    """Neither torch nor numpy makes anything of them on the way."""
+    shards = committed(step_dir, "wide", *random_rows(12), 6)
+    write = partial(write_states, states=StoredStates(torch.ones(6, 1, 4096).bfloat16()))
+    wide = [store_shard(step_dir, states_name(shard.name), 6, 9, write) for shard in shards]
+    rows = Rows(step_dir, shards, finished(step_dir, wide))
+    with Launches() as launches:
+        states = rows.get(range(12))[2].values
+    assert torch.equal(states, torch.ones(12, 1, 4096, dtype=torch.bfloat16))
+    assert launches.count == 0
+    tracemalloc.start()
+    rows.get(range(12))
+    assert tracemalloc.get_traced_memory()[1] < states.nbytes / 4
+    tracemalloc.stop()
+
+
+def test_lengths_are_read_in_one_indexing_a_shard(step_dir, corpus):
+    shards, _, lengths, _ = corpus
+    rows = Rows(step_dir, shards)
+    with Launches() as launches:
+        found = rows.lengths([14, 0, 3, 3])
+    assert torch.equal(found, lengths[[14, 0, 3, 3]].long())
+    assert launches.count == 0
+
+
+def test_rows_are_the_same_in_pinned_memory(device, step_dir, corpus, cache):
+    shards, ids, lengths, states = corpus
+    pinned = Rows(step_dir, shards, cache).get([3, 0, 9], pin=True)
+    assert torch.equal(pinned[0], ids[[3, 0, 9]])
+    assert torch.equal(pinned[1], lengths[[3, 0, 9]])
+    there = pinned[2].to(device).float()
+    assert there.device == device
+    assert torch.equal(there.cpu(), states[[3, 0, 9]])
+
+
+def test_rows_are_read_by_two_threads(step_dir, corpus, cache):
+    shards, ids, _, states = corpus
+    rows = Rows(step_dir, shards, cache, open_shards=2)
+
+    def read(seed):
+        order = torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [(row, rows.get([row])) for row in order * 4]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(read, (0, 1)):
+            for row, (found_ids, _, found_states) in found:
+                assert torch.equal(found_ids[0], ids[row])
+                assert torch.equal(found_states.float()[0], states[row])
 
 
 def test_rows_without_a_cache_have_no_states(step_dir, corpus):
@@ -227,7 +335,7 @@ def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, cache, limit):
     for row in order * 2:
         found = rows.get([row])
         assert torch.equal(found[0][0], ids[row])
-        assert torch.equal(found[2][0], states[row])
+        assert torch.equal(found[2].float()[0], states[row])
         with open("/proc/self/maps") as maps:
             assert len({line.split()[-1] for line in maps if step_dir.key in line}) <= limit
 
@@ -241,6 +349,29 @@ def test_a_shard_that_is_open_is_not_read_again(step_dir, corpus):
     rows.get([4, 8])
     with pytest.raises(DamagedError):
         rows.get([0])
+
+
+def test_a_shard_that_is_opened_again_is_not_hashed_again(step_dir, corpus, cache):
+    shards, *_ = corpus
+    rows = Rows(step_dir, shards, cache, open_shards=1)
+    before = _digest_of.cache_info().misses
+    for _ in range(3):
+        for row in (0, 3, 4, 8, 10):
+            rows.get([row])
+    assert _digest_of.cache_info().misses - before == 2 * len(SIZES)
+
+
+def test_a_store_of_many_shards_is_hashed_once(tmp_path):
+    """As many as a teacher's states of half a milliard tokens."""
+    (tmp_path / "shard").write_bytes(b"states")
+    digest = checksum(tmp_path / "shard")
+    paths = [tmp_path / str(number) for number in range(8_000)]
+    for path in paths:
+        os.link(tmp_path / "shard", path)
+    before = _digest_of.cache_info().misses
+    for _ in range(2):
+        assert all(_matches(path, digest) for path in paths)
+    assert _digest_of.cache_info().misses - before == len(paths)
 
 
 def spoil(step_dir, shard, how):

@@ -194,9 +194,9 @@ def steps_of(loop: Trainer, steps: int) -> dict[str, Any]:
     rows: list[int] = []
     get = loop.rows.get
 
-    def recording(row_ids: Any) -> Any:
+    def recording(row_ids: Any, then: Any = ()) -> Any:
         rows.extend(int(row) for row in row_ids)
-        return get(row_ids)
+        return get(row_ids, then)
 
     loop.rows.get = recording
     losses, read = [], []

@@ -20,7 +20,7 @@ from pipeline.distill.negatives import draw_ids, draw_offsets, draw_partner, dra
 from pipeline.errors import ConfigError, RunError
 from pipeline.flow.plan import plan_run
 from pipeline.models.build import build, load_model, read_config
-from pipeline.models.hidden_states import WithStates, layer_states
+from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.store.records import TeacherCache
 from pipeline.tasks.batch import Batch
 from pipeline.training.distillation import Distillation
@@ -74,12 +74,11 @@ class Example:
 
         distillation = Distillation(self.recipe, self.head, None, self.bank)
         cached = torch.cat([self.states[row] for row in rows])
-        logits = torch.zeros(*student.shape[:2], IDS)
         everything = torch.tensor(self.rows if of is None else of)
         # Two sequences a row would be candidates of next_utterance, whose scores are tested elsewhere.
-        return distillation.losses(STEP, everything, rows, self.batch(rows), cached, student, logits, read)[
-            "contrastive_nats"
-        ]
+        batch = self.batch(rows)
+        _, teacher = distillation.teacher_states(batch, cached)
+        return distillation.contrast(STEP, everything, rows, batch, teacher, student, read)
 
     def reference(self, rows: list[int], student: Tensor) -> Tensor:
         """The same by its definition, token by token, in float64."""
@@ -302,11 +301,11 @@ def test_a_layer_is_the_one_that_transformers_counts(model: Any, layer: int) -> 
             hidden = output.hidden_states
         assert len(hidden) == 3  # the embedding and two layers
         last, states = layer_states(model, layer, *inputs)
-        wrapped, logits = WithStates(model, layer)(*inputs)
+        ended, wrapped = WithStates(model, layer)(*inputs)
     torch.testing.assert_close(states, hidden[layer], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(wrapped, hidden[layer], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(last, hidden[-1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits, output.logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(head_of(model)(ended), output.logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", [-2, -3])

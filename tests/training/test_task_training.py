@@ -106,7 +106,7 @@ def test_states_of_the_cache_are_those_of_the_teacher(case: Case) -> None:
     online = gradients(case.loop(case.run(RECIPES["distill"], "online"), LOW))
     assert states[0] == pytest.approx(online[0], rel=1e-6)
     assert relative(states[1], online[1]) < 1e-4
-    stored, _ = map_states(open_shard(cache.dir, cache.record.shards[0]))
+    (stored,) = map_states(open_shard(cache.dir, cache.record.shards[0])).arrays
     assert stored.shape[0] == 20
     assert np.prod(stored.shape[1:-1]) == case.task.states
 
@@ -115,7 +115,7 @@ def test_losses_are_means_over_their_own_counts(case: Case) -> None:
     loop = case.loop(case.run(RECIPES["distill"], "losses", micro_batch=5), LOW)
     rows = loop.order.batch(0, 12).tolist()
     counts = case.task.counts(loop.rows.lengths(rows))
-    losses = loop._losses(0, rows)
+    losses = loop._backward(0, rows, (), dict.fromkeys(counts, torch.tensor(1.0)))
     means = {name: float(total.detach()) / counts[name] for name, total in losses.items()}
     found = loop.backward(0)
     assert {name: found[name] for name in means} == pytest.approx(means, rel=1e-5)
@@ -131,7 +131,8 @@ def test_validation_is_the_nats_of_the_reference_alone(case: Case) -> None:
     for sequence in range(0, len(batch.ids), batch.group):
         where = batch.supervised[sequence]
         with torch.no_grad():
-            logits = loop.model(*(part[sequence : sequence + 1] for part in batch.inputs))[1][0, : len(where)]
+            last, _ = loop.model(*(part[sequence : sequence + 1] for part in batch.inputs))
+            logits = loop.head(last)[0, : len(where)]
         nats = -logits.double().log_softmax(-1)[torch.arange(len(where)), batch.targets[sequence]]
         total, count = total + float(nats[where].sum()), count + int(where.sum())
     assert loop.validate()[0] == pytest.approx(total / count, rel=1e-5)

@@ -91,8 +91,8 @@ def test_each_weight_is_quantized_once_a_step(case: Case, micro: int, monkeypatc
 
     monkeypatch.setattr(base, "fake_quantize", counted)
     loop.train_step(0)
-    expected = [quantizer.granularity.fold(weight).shape for _, weight, quantizer in quantizers(loop.model)]
-    assert sorted(shapes) == sorted(expected)
+    assert sum(shape.numel() for shape in shapes) == sum(weight.numel() for _, weight, _ in quantizers(loop.model))
+    assert len(shapes) < len([*quantizers(loop.model)])  # matrices that are alike are quantized as one stack
 
 
 def test_the_memory_bank_is_identical_on_every_worker(case: Case) -> None:
@@ -286,10 +286,10 @@ def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
         loop = case.loop(run, LOW)
         get, step = loop.rows.get, loop.train_step
 
-        def reading(row_ids: Any) -> Any:
+        def reading(row_ids: Any, then: Any = ()) -> Any:
             with open(log, "a") as file:
                 file.write(json.dumps([loop.progress.step, [int(row) for row in row_ids]]) + "\n")
-            return get(row_ids)
+            return get(row_ids, then)
 
         def stepping(number: int) -> dict[str, torch.Tensor]:
             if number == kill_at:

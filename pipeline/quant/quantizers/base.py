@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -63,14 +64,25 @@ class WeightQuantizer(nn.Module, ABC):
         scale = self.scale_of(folded)
         return quantize(folded, scale, self.grid), scale
 
-    @torch.no_grad()
-    def after_step(self, weight: Tensor, second_moment: Tensor | None) -> None:
-        """Take note of an optimizer step, with the weight's second moment in Adam, if it has one."""
-        fold = self.granularity.fold
-        self.refresh(fold(weight), None if second_moment is None else fold(second_moment))
-
     def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
-        """Bring parameters that are computed up to date, and keep learned ones in their range."""
+        """Bring parameters that are computed up to date, and keep others in their range."""
+
+    def ratios(self) -> list[nn.Parameter]:
+        """Return the learned parameters that are to stay at SMALLEST_GAMMA or above."""
+        return []
+
+
+@torch.no_grad()
+def after_step(moved: Iterable[tuple[WeightQuantizer, Tensor, Tensor | None]]) -> None:
+    """Have quantizers take note of an optimizer step: each with its weight, and the weight's second moment in Adam, if
+    it has one."""
+    ratios = []
+    for quantizer, weight, second_moment in moved:
+        fold = quantizer.granularity.fold
+        quantizer.refresh(fold(weight), None if second_moment is None else fold(second_moment))
+        ratios += quantizer.ratios()
+    if ratios:
+        torch._foreach_clamp_min_(ratios, SMALLEST_GAMMA)
 
 
 def mean_abs(folded: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize
-from pipeline.quant.quantizers.base import SMALLEST_GAMMA, WeightQuantizer, least_error_scale, mean_abs
+from pipeline.quant.quantizers.base import WeightQuantizer, least_error_scale, mean_abs
 from pipeline.quant.spec import QuantSpec
 
 
@@ -39,8 +39,8 @@ class LSQ(WeightQuantizer):
         scale = cast(Tensor, _ScaleGradient.apply(self.scale_of(folded), self.gradient_scale))  # type: ignore[no-untyped-call]
         return fake_quantize(folded, scale, self.grid, self.reach)
 
-    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
-        self.gamma.clamp_(min=SMALLEST_GAMMA)
+    def ratios(self) -> list[nn.Parameter]:
+        return [self.gamma]
 
 
 class SymmetricLSQ(LSQ):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize, nonzero
-from pipeline.quant.quantizers.base import SMALLEST_GAMMA, WeightQuantizer, least_error_scale, mean_abs
+from pipeline.quant.quantizers.base import WeightQuantizer, least_error_scale, mean_abs
 from pipeline.quant.spec import QuantSpec
 
 
@@ -34,5 +34,5 @@ class QuantGPT(WeightQuantizer):
         fixed = fake_quantize(folded, scale.detach(), self.grid, self.reach)
         return torch.where(inside, fixed, fake_quantize(folded, scale, self.grid, self.reach))
 
-    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
-        self.gamma.clamp_(min=SMALLEST_GAMMA)
+    def ratios(self) -> list[nn.Parameter]:
+        return [self.gamma]
