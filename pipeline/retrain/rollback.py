@@ -9,7 +9,11 @@ from pipeline.config.base import checked_name
 from pipeline.config.resources import Resources
 from pipeline.errors import BusyError, ConfigError
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
+from pipeline.retrain.rows import rows_of
+from pipeline.store.locations import storage_uri
+from pipeline.store.records import Tokens
 from pipeline.tracking import registry
+from pipeline.tracking.registry import Registered
 
 
 def rollback(name: str, to: int | None, reason: str, resources: Resources) -> Decision:
@@ -18,7 +22,8 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
 
     Raises:
         ConfigError: the name is none, has no champion or no previous one, was rolled back already and `to` names no
-            version, the version is not there, or is the champion, or another store decides on the name.
+            version, the version is not there, or is the champion, or its rows are gone, or another store decides on
+            the name.
         BusyError: a tick of this name is under way.
     """
     try:
@@ -35,6 +40,7 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
                 f"champion, name it: `bitmill rollback {name} --to VERSION`."
             )
         target, champion = _sides(decisions, to)
+        _refuse_without_rows(registry.registered_version(decisions.uri, name, target), resources)
         there = champion is not None and registry.holds(decisions.uri, name, champion)
         decision = Decision(
             decision="rolled back",
@@ -87,3 +93,16 @@ def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
     if target == champion:
         raise ConfigError(f"--to is {target}, and {name}/{target} is the champion already.")
     return target, champion
+
+
+def _refuse_without_rows(version: Registered | None, resources: Resources) -> None:
+    """Raise ConfigError for a version that no challenger could meet, were it champion."""
+    if version is not None and rows_of(version, resources) is None:
+        raise ConfigError(
+            f"{version.title} cannot become champion: the rows that trained it (step {Tokens.stage} "
+            f"{version.lineage.get(Tokens.stage, '?')}) are not, or no longer, in the store {storage_uri(resources)}, "
+            "so that no challenger could be compared with it, and every tick would be refused. `bitmill gc` deletes "
+            "those of older versions; `bitmill compress`, with the configuration and the text that made it, makes them "
+            "again. Else set resources.storage_uri (--storage-uri) to the store of its run, or name another version: "
+            f"`bitmill rollback {version.name} --to VERSION`."
+        )

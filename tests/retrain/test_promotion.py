@@ -23,6 +23,7 @@ from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 KILLED = 9
+AWAY = "http://127.0.0.1:9"
 MOVED = {"champion": 2, "previous": 1}
 EFFECTS = [
     *((Directory, name) for name in ("write", "create", "swap")),
@@ -152,6 +153,25 @@ def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, mon
     assert undecided.tick(BETTER).outcome == "unchanged"
     assert undecided.aliases == MOVED
     assert len(undecided.decisions) == 2
+
+
+def test_a_server_that_cannot_be_reached_any_more_is_a_fault_and_keeps_the_decision(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Deciding.append
+
+    def last_that_is_heard(self: Deciding, decision: decisions.Decision) -> None:
+        append(self, decision)
+        self.decisions.uri = AWAY
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Deciding, "append", last_that_is_heard)
+        said = "MLflow at http://127.0.0.1:9 refused .* The decision is kept in the store, and the next command"
+        with pytest.raises(RunError, match=said):  # which is status 1
+            undecided.tick(BETTER)
+    assert undecided.aliases == {"champion": 1}
+    assert undecided.tick(BETTER).outcome == "unchanged"
+    assert (undecided.aliases, len(undecided.decisions)) == (MOVED, 2)
 
 
 def test_a_decision_that_was_not_told_is_told_by_the_next_tick(
