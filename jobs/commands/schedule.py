@@ -26,7 +26,8 @@ def rollback(
 ) -> dict[str, Any]:
     """Take a promotion back: the alias champion goes to the version before.
 
-    It stands until new data, or another recipe, makes a challenger that was not decided on before.
+    It stands until new data, or another recipe, makes a challenger that was not decided on before. It waits for no
+    tick: one that is under way decides nothing, and what it trained is kept for the next.
     """
     from jobs.schedule.retrain import standing
     from pipeline.retrain.rollback import rollback as run

@@ -27,7 +27,7 @@ from pipeline.store.objects import open_objects
 from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
-Outcome = Literal["promoted", "rejected", "rolled back"]
+Outcome = Literal["promoted", "rejected", "rolled back", "superseded"]
 DECISION_FILE = "decision.json"
 Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
 
@@ -35,7 +35,8 @@ Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arriv
 class Decision(Closed):
     """What a command decided of a name, and why. `champion` and `previous` are the versions that bear these aliases
     from then on; `key` is that of the tick, of which one decision is made ("": of no tick), or another once it may use
-    more than `max_worker_hours`, which ended it."""
+    more than `max_worker_hours`, which ended it. One that is `superseded` says that a rollback took the name from a
+    tick, and leaves all as it was."""
 
     decision: Outcome
     reason: str
@@ -99,6 +100,11 @@ class Decisions:
         """Return the last decision: where the aliases are."""
         return next(self.all(), None)
 
+    def last_rollback(self) -> Decision | None:
+        """Return the last decision if, but for ticks that it superseded, it is a rollback."""
+        standing = next((decision for decision in self.all() if decision.decision != "superseded"), None)
+        return standing if standing is not None and standing.decision == "rolled back" else None
+
     def refuse_another_place(self) -> None:
         """Raise ConfigError if the journal of another store decides on this name of the registry."""
         place = registry.place_of(self.uri, self.name)
@@ -111,15 +117,16 @@ class Decisions:
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Deciding]:
-        """Hold the name's lease while inside; aliases are where the journal says before anything is decided.
+    def held(self, seize: bool = False) -> Iterator[Deciding]:
+        """Hold the name's lease while inside; aliases are where the journal says before anything is decided. With
+        `seize` it is taken from a process that lives, which decides nothing any more.
 
         Raises:
             BusyError: another process holds it, and lives.
             ConfigError: another store decides on this name.
         """
         self.refuse_another_place()
-        with self._lease.hold(False, _never_told, sure=True) as fence:
+        with self._lease.hold(False, _never_told, sure=True, seize=seize) as fence:
             self._journal.claim(fence)
             deciding = Deciding(self, fence)
             deciding.put_aliases()
@@ -135,6 +142,11 @@ class Deciding:
     def check(self) -> None:
         """Raise FencedOffError if another process took over."""
         self.decisions._lease.check(self.fence)
+
+    def overtaken(self) -> bool:
+        """Tell whether another process took over."""
+        lease = self.decisions._lease.read()
+        return lease is None or lease.fence != self.fence
 
     def append(self, decision: Decision) -> None:
         """Write a decision down, once and for all. Raises FencedOffError if another process took over."""

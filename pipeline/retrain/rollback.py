@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from pipeline.config.base import checked_name
 from pipeline.config.resources import Resources
-from pipeline.errors import BusyError, ConfigError
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
+from pipeline.errors import ConfigError
+from pipeline.retrain.decisions import Decision, Decisions, now
 from pipeline.retrain.rows import rows_of
 from pipeline.store.locations import storage_uri
 from pipeline.store.records import Tokens
@@ -18,13 +15,13 @@ from pipeline.tracking.registry import Registered
 
 def rollback(name: str, to: int | None, reason: str, resources: Resources) -> Decision:
     """Return the decision that made another version champion. It stands until new data, or another recipe, makes a
-    challenger that was not decided on before.
+    challenger that was not decided on before. A tick that is under way is superseded: it decides nothing, and what it
+    trained is kept for the next one.
 
     Raises:
         ConfigError: the name is none, has no champion or no previous one, was rolled back already and `to` names no
             version, the version is not there, or is the champion, or its rows are gone, or another store decides on
             the name.
-        BusyError: a tick of this name is under way.
     """
     try:
         checked_name(name)
@@ -32,9 +29,9 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         raise ConfigError(f"NAME: {error}") from error
     decisions = Decisions.of(name, resources)
     _sides(decisions, to)  # before anything is written where there may be no such name
-    with _held(decisions) as deciding:
-        last = decisions.last()
-        if to is None and last is not None and last.decision == "rolled back":
+    with decisions.held(seize=True) as deciding:
+        last = decisions.last_rollback()
+        if to is None and last is not None:
             raise ConfigError(
                 f"{name}/{last.champion} is champion since {last.at} by a rollback ({last.reason}). To make another "
                 f"champion, name it: `bitmill rollback {name} --to VERSION`."
@@ -53,19 +50,6 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         deciding.append(decision)
         deciding.put_aliases()
         return decision
-
-
-@contextmanager
-def _held(decisions: Decisions) -> Iterator[Deciding]:
-    """Hold the decisions. Raises BusyError: a tick does."""
-    try:
-        with decisions.held() as deciding:
-            yield deciding
-    except BusyError as error:
-        raise BusyError(
-            f"{str(error).partition('. ')[0]}: a tick keeps the name until it has decided. Try again then, or end that "
-            "process first; what it trained is kept."
-        ) from error
 
 
 def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:

@@ -12,8 +12,8 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.laid_over import check_path, label, laid_over
 from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
-from pipeline.errors import BusyError, ConfigError, NotRegisteredError, OverBudgetError
+from pipeline.errors import BusyError, ConfigError, FencedOffError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
 from pipeline.flow.plan import Once, RunPlan, key_of_run, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
@@ -76,8 +76,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a tick: promoted, rejected, unchanged or busy; where the aliases are; and the decision that was
-    made, now or, of `unchanged`, before."""
+    """What became of a tick: promoted, rejected, unchanged, busy or, by a rollback, superseded; where the aliases are;
+    and the decision that was made, now or, of `unchanged`, before."""
 
     outcome: str
     reason: str
@@ -193,20 +193,42 @@ def run_tick(
     """
     tick = plan_tick(config, force)
     decisions = Decisions.of(tick.name, config.resources)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             deciding = stack.enter_context(decisions.held())
         except BusyError as error:
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
         tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
-        decision = tick.decided or _decide(tick, deciding, told, proves)
-        if decision is None or decision == tick.decided:
-            return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-        deciding.append(decision)
+        try:
+            decision = tick.decided or _decide(tick, deciding, told, proves)
+            if decision is None or decision == tick.decided:
+                return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
+            deciding.append(decision)
+        except FencedOffError:
+            rollback = decisions.last_rollback()
+            if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
+                raise
+            return _superseded(tick, decisions, rollback, notifies)
         deciding.put_aliases()
         deciding.tell(notifies)
         return _verdict(decision.decision, decision.reason, decision, decision)
+
+
+def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: Notifies) -> Verdict:
+    """Write down, unless another process has the name by now, that a rollback took it from a tick, which decides
+    nothing."""
+    reason = (
+        f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
+        f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
+    )
+    with contextlib.suppress(BusyError), decisions.held() as deciding:
+        stands = decisions.last() or rollback
+        fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
+        deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
+        deciding.tell(notifies)
+    last = decisions.last()
+    return _verdict("superseded", reason, last, last)
 
 
 def _verdict(outcome: str, reason: str, decision: Decision | None, last: Decision | None) -> Verdict:

@@ -15,9 +15,10 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import BusyError, ConfigError, RunError
 from pipeline.retrain import decisions
-from pipeline.retrain.decisions import Deciding, Decisions
+from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
-from pipeline.retrain.tick import plan_tick
+from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.objects import Directory
 from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, NAME, Schedule
@@ -131,10 +132,41 @@ def test_a_rollback_of_what_is_no_name_is_refused(undecided: Schedule, name: str
         rollback(name, 1, "", undecided.config().resources)
 
 
-def test_a_rollback_waits_for_no_tick_and_says_what_can_be_done(undecided: Schedule) -> None:
-    resources = undecided.config().resources
-    with Decisions.of(NAME, resources).held(), pytest.raises(BusyError, match="a tick keeps the name until it has"):
-        rollback(NAME, 2, "worse", resources)
+def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_nothing(undecided: Schedule) -> None:
+    config, heard = undecided.config(BETTER), list[str]()
+
+    def proves(*asked: Any) -> Evidence:
+        assert rollback(NAME, 2, "mine", config.resources).champion == 2
+        assert undecided.aliases == {"champion": 2, "previous": 1}
+        return Evidence()
+
+    verdict = run_tick(config, undecided.told, proves, notifies=lambda decision: not heard.append(decision.decision))
+    assert (verdict.outcome, verdict.champion, verdict.previous) == ("superseded", 2, 1)
+    assert verdict.reason.startswith("tiny/2 was made champion meanwhile, at ")
+    assert verdict.reason.endswith(
+        "by a rollback (mine); what was trained is kept, and the next tick meets that champion"
+    )
+    assert [d.decision for d in undecided.decisions] == ["superseded", "rolled back", "promoted"]
+    assert heard == ["rolled back", "superseded"]
+    assert undecided.aliases == {"champion": 2, "previous": 1}
+    with pytest.raises(ConfigError, match="tiny/2 is champion since"):  # a rollback still
+        rollback(NAME, None, "worse", config.resources)
+    assert undecided.tick(BETTER).outcome == "unchanged"  # it is that champion
+
+
+def test_a_tick_that_a_rollback_supersedes_says_so_even_if_another_has_the_name(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proves(*asked: Any) -> Evidence:
+        rollback(NAME, 2, "mine", undecided.config().resources)
+        monkeypatch.setattr(decisions.Decisions, "held", busy)
+        return Evidence()
+
+    def busy(self: decisions.Decisions) -> Any:
+        raise BusyError("The retraining of tiny is being run by process 7.")
+
+    assert run_tick(undecided.config(BETTER), undecided.told, proves).outcome == "superseded"
+    assert [d.decision for d in undecided.decisions] == ["rolled back", "promoted"]
 
 
 def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
