@@ -47,7 +47,7 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
             champion=target,
             previous=champion if there else None,
         )
-        deciding.append(decision)
+        decision = deciding.append(decision)
         deciding.put_aliases()
         return decision
 

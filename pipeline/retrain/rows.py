@@ -14,8 +14,9 @@ from pipeline.flow.plan import RunPlan
 from pipeline.flow.run import run_plan
 from pipeline.sources.splits import MOST_SHARED
 from pipeline.stages import contest
+from pipeline.stages.scorer import BATCH
 from pipeline.store.keys import differences
-from pipeline.store.records import SPLITS, Tokens
+from pipeline.store.records import SPLITS, Evaluation, Tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.tracking.listener import Listener
@@ -34,6 +35,12 @@ def rows_of(version: Registered, resources: Resources) -> FinishedStep[Tokens] |
     if tokens is None or (_given(tokens) and not all(contest.has_rows(tokens, split) for split in SPLITS)):
         return None
     return tokens
+
+
+def scored_batch(version: Registered, resources: Resources) -> int | None:
+    """Return in how many rows a pass a version was scored when it was made; None: it shows in no score."""
+    scored = steps_behind(step_dirs_of(resources), version.lineage).get(Evaluation.stage)
+    return None if scored is None else scored.record.recipe.get(BATCH)
 
 
 def _given(tokens: FinishedStep[Tokens]) -> bool:

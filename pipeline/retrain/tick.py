@@ -27,7 +27,7 @@ from pipeline.flow.plan import Once, RunPlan, key_of_run, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
 from pipeline.retrain import gate, rows
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, Unchanged, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import Tells, WorkerHours
 from pipeline.sources.models import STEP
@@ -55,6 +55,7 @@ class Tick:
     run_keys: tuple[str, ...]  # of all recipes; where they start from the champion, as if they did not
     last: Decision | None  # of the name
     decided: Decision | None = None
+    again: bool = False  # whatever was decided on it
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     elif champion is not None:  # a tokenizer of its own is learned of other text
         config = _with_its_tokenizer(config, champion)
     plans = _challengers(config, once)
-    tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
+    tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last, again=force)
     for _, plan in plans:
         rows.refuse_moving_splits(plan)
     decided, taken_back = (None, frozenset[str]()) if force else _decided(tick, made)
@@ -199,12 +200,12 @@ def run_tick(
         except BusyError as error:
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
-        tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
         try:
-            decision = tick.decided or _decide(tick, deciding, told, proves)
+            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
+            decision = _unless_decided(tick, deciding, told, proves)
             if decision is None or decision == tick.decided:
                 return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-            deciding.append(decision)
+            decision = deciding.append(decision)
         except FencedOffError:
             rollback = decisions.last_rollback()
             if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
@@ -213,6 +214,24 @@ def run_tick(
         deciding.put_aliases()
         deciding.tell(notifies)
         return _verdict(decision.decision, decision.reason, decision, decision)
+
+
+def _unless_decided(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
+    """Return what was decided on a tick before, or is now, as `_decide` does; and note what it is about, so that
+    nothing which it goes on from is cleared away, or that it found nothing new."""
+    deciding.note(keep=tick.retrain.keep)
+    decision = tick.decided
+    if decision is None:
+        steps = {(step.name, step.key): None for _, plan in tick.challengers for step in plan.steps}
+        deciding.note(unfinished=tuple(steps))
+        decision = _decide(tick, deciding, told, proves)
+        if decision is not None:
+            return decision
+        deciding.note(unfinished=())
+    before, at = deciding.decisions.notes().unchanged, now()
+    ticks, first = (1, at) if before is None else (before.ticks + 1, before.first)
+    deciding.note(unchanged=Unchanged(ticks=ticks, first=first, last=at))
+    return decision
 
 
 def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: Notifies) -> Verdict:
@@ -246,7 +265,7 @@ def _unchanged(decided: Decision | None) -> str:
 def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
     alone was to be trained."""
-    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources)
+    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources, tick.again)
     told, proves = hours.watched(told), hours.counted("the measurements of the gate")(proves)
     engine, version = Engine(tick.config.resources), None
     ran: list[tuple[RunPlan, Outcome]] = []
@@ -296,9 +315,9 @@ def _contested(
     tick: Tick, champion: Registered, plan: RunPlan, outcome: Outcome, engine: Engine, told: Tells, proves: Proves
 ) -> dict[str, Any]:
     """Let the challenger meet the champion; return what the decision says of it."""
-    stage = contest.against(
-        champion.digest, champion.package_uri, rows.champions_rows(champion, plan.config.resources).record.key
-    )
+    resources = plan.config.resources
+    tokens, batch = rows.champions_rows(champion, resources), rows.scored_batch(champion, resources)
+    stage = contest.against(champion.digest, champion.package_uri, tokens.record.key, batch)
     beside = plan_step(stage, plan.pinned, {step.name: step for step in plan.steps})
     # The very steps that were run: text may have come meanwhile, which is for the next tick.
     met = replace(plan, steps=(*(step for step in plan.steps if step.name in beside.inputs), beside))

@@ -26,7 +26,7 @@ from pipeline.config.data import Evaluate
 from pipeline.errors import ConfigError, RunError
 from pipeline.package.manifest import read_manifest
 from pipeline.package.pull import from_store, pull
-from pipeline.stages.scorer import score_splits, scoring_recipe
+from pipeline.stages.scorer import BATCH, score_splits, scoring_recipe
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.records import ROWS, SPLITS, Contest, Evaluation, SplitName, Teacher, Tokens
 from pipeline.store.shards import Rows, open_shard, read_tokens
@@ -38,12 +38,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def against(digest: str, package_uri: str, tokens_key: str) -> Stage[Contest]:
-    """Return the stage for one champion: the digest of its frozen tensors, where its package lies, and the key of the
-    tokens that it was trained and scored on."""
+def against(digest: str, package_uri: str, tokens_key: str, batch: int | None) -> Stage[Contest]:
+    """Return the stage for one champion: the digest of its frozen tensors, where its package lies, the key of the
+    tokens that it was trained and scored on, and the rows of a pass that it was scored in (None: any number), which is
+    its own: a range of activations may span them."""
 
     def recipe(run: PinnedRun) -> dict[str, Any]:
-        return {**scoring_recipe(run), "champion": digest, "champions_tokens": tokens_key}
+        scoring = {name: value for name, value in scoring_recipe(run).items() if name != BATCH}
+        own = {} if batch is None else {BATCH: batch}
+        return {**scoring, **own, "champion": digest, "champions_tokens": tokens_key}
 
     return Stage(
         Contest,

@@ -249,6 +249,28 @@ def test_unfinished_and_unregistered_steps_go_and_sweeps_stay(aged: Schedule) ->
     assert {item.why for item in found} == {"no registered version was made of it"}
 
 
+def test_what_an_unfinished_tick_goes_on_from_stays_while_its_schedule_ticks(aged: Schedule) -> None:
+    plan = plan_run(shorter(aged), until="distill")
+    run_plan(plan, Recorder())
+    steps = tuple((planned.name, planned.key) for planned in plan.steps)
+    decisions = Decisions.of(NAME, aged.config().resources)
+    with decisions.held() as deciding:
+        deciding.note(unfinished=steps)
+    age(aged)
+    assert collector(aged, keep=2).find() == []
+    age(aged, hours=99 * 24)
+    assert collector(aged, keep=2).find() == []
+    age(aged, hours=101 * 24)
+    assert names(collector(aged, keep=2).find()) == {*steps}
+    for facts, left in (({"max_worker_hours": 1.0}, steps), ({}, ())):  # ended by worker-hours, and once and for all
+        with decisions.held() as deciding:
+            fields = {"reason": "a test", "name": NAME, "at": now(), "champion": 2, **facts}
+            deciding.append(Decision.model_validate({"decision": "rejected", **fields}))
+        assert decisions.notes().unfinished == left
+    age(aged)
+    assert names(collector(aged, keep=2).find()) == {*steps}
+
+
 def test_without_the_registry_of_the_store_nothing_goes(aged: Schedule, tmp_path: Path) -> None:
     away = aged.config().resources.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
     with pytest.raises(ConfigError, match="cannot be reached"):

@@ -65,10 +65,10 @@ def killed_before(effect: int, work: Callable[[], Any]) -> bool:
     def child() -> None:
         append = Deciding.append
 
-        def deciding(self: Deciding, decision: decisions.Decision) -> None:
+        def deciding(self: Deciding, decision: decisions.Decision) -> decisions.Decision:
             for kind, name in EFFECTS:
                 setattr(kind, name, counted(getattr(kind, name)))
-            append(self, decision)
+            return append(self, decision)
 
         Deciding.append = deciding  # type: ignore[method-assign]
         work()
@@ -154,6 +154,23 @@ def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_noth
     assert undecided.tick(BETTER).outcome == "unchanged"  # it is that champion
 
 
+def test_a_rollback_while_a_tick_tells_of_its_decision_takes_that_back(undecided: Schedule) -> None:
+    heard, resources = list[str](), undecided.config().resources
+
+    def notified(decision: decisions.Decision) -> bool:
+        heard.append(decision.decision)
+        if decision.champion == 2:
+            rollback(NAME, None, "at once", resources)
+        return True
+
+    verdict = run_tick(undecided.config(BETTER), undecided.told, lambda *asked: Evidence(), notifies=notified)
+    assert (verdict.outcome, heard) == ("promoted", ["promoted"])
+    assert undecided.aliases == {"champion": 1, "previous": 2}
+    with decisions.Decisions.of(NAME, resources).held() as deciding:
+        deciding.tell(undecided.notified)
+    assert [d.decision for d in undecided.heard] == ["promoted", "rolled back"]  # twice, for it was not written down
+
+
 def test_a_tick_that_a_rollback_supersedes_says_so_even_if_another_has_the_name(
     undecided: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +209,10 @@ def test_a_server_that_cannot_be_reached_any_more_is_a_fault_and_keeps_the_decis
 ) -> None:
     append = Deciding.append
 
-    def last_that_is_heard(self: Deciding, decision: decisions.Decision) -> None:
-        append(self, decision)
+    def last_that_is_heard(self: Deciding, decision: decisions.Decision) -> decisions.Decision:
+        kept = append(self, decision)
         self.decisions.uri = AWAY
+        return kept
 
     with monkeypatch.context() as patched:
         patched.setattr(Deciding, "append", last_that_is_heard)
@@ -204,6 +222,14 @@ def test_a_server_that_cannot_be_reached_any_more_is_a_fault_and_keeps_the_decis
     assert undecided.aliases == {"champion": 1}
     assert undecided.tick(BETTER).outcome == "unchanged"
     assert (undecided.aliases, len(undecided.decisions)) == (MOVED, 2)
+
+
+def test_a_tick_that_died_is_known_by_what_it_goes_on_from(undecided: Schedule) -> None:
+    known = decisions.Decisions.of(NAME, undecided.config().resources)
+    plan = plan_tick(undecided.config(BETTER)).challengers[0][1]
+    assert known.notes().unfinished == tuple((step.name, step.key) for step in plan.steps)
+    undecided.tick(BETTER)
+    assert known.notes().unfinished == ()
 
 
 def test_a_decision_that_was_not_told_is_told_by_the_next_tick(
