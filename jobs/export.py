@@ -29,7 +29,7 @@ from pipeline.store.locations import tracking_uri
 from pipeline.store.shards import row_hashes
 from pipeline.tasks.language_modeling import encode
 from pipeline.tasks.tokenizers import read_tokenizer
-from pipeline.tracking import registry, runs
+from pipeline.tracking import registry
 
 VERDICT = "verdict.json"
 
@@ -139,8 +139,8 @@ def _text(data: str, package: Path, width: int, temporary: Path) -> Tensor:
 def _log(model: str, verdict: Verdict, resources: Resources) -> None:
     """Keep the verdict with the model, if it is registered."""
     if is_registered(model):
-        client = runs.connect(tracking_uri(resources))
-        registry.keep_verdict(client, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
+        uri = tracking_uri(resources)
+        registry.keep_verdict(uri, model, verdict.format, verdict.passed, verdict.model_dump(mode="json"))
 
 
 def _show(verdict: Verdict, out: Path, console: Console) -> None:

@@ -26,7 +26,8 @@ def rollback(
 ) -> dict[str, Any]:
     """Take a promotion back: the alias champion goes to the version before.
 
-    It stands until new data, or another recipe, makes a challenger that was not decided on before.
+    It stands until new data, or another recipe, makes a challenger that was not decided on before. It waits for no
+    tick: one that is under way decides nothing, and what it trained is kept for the next.
     """
     from jobs.schedule.retrain import standing
     from pipeline.retrain.rollback import rollback as run
@@ -45,7 +46,7 @@ def history(
 ) -> dict[str, Any]:
     """Show every decision on a name: who became champion when, and why. The report of a run shows them too.
 
-    A tick that was `unchanged` or `busy` decided nothing, and is not among them.
+    Ticks that were `unchanged` are one line between two decisions; one that was `busy` left nothing.
     """
     from jobs.schedule.history import history as run
 
@@ -73,16 +74,23 @@ def gc(
     console: Console,
     resources: Any,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would go and why; deletes nothing.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="Newest versions of each name that keep all that made them.")] = 3,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Newest versions of each name that keep all that made them; by default retrain.keep of its schedule's "
+            "last tick, 3 of a name without a schedule.",
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option(min=0, metavar="HOURS", help="What was written within so many stays.")] = 24,
 ) -> dict[str, Any]:
     """Delete what no registered version, running command or grace period needs: rows, caches, checkpoints and latent
     weights of older versions, trials and challengers given up, unfinished steps, temporary files of this machine.
 
     Never packages, scores and registrations of what was registered, nor what `lineage` says of it, nor decisions.
-    Champion, previous and every version with an alias keep all that made them, as the newest do. What is gone, a
-    command that needs it makes again. If the registry cannot be reached, nothing is deleted. Safe beside running
-    commands.
+    Champion, previous and every version with an alias keep all that made them, as the newest do, and a tick that was
+    begun and not decided, or ended by worker-hours, what it goes on from. What is gone, a command that needs it makes
+    again. If the registry cannot be reached, nothing is deleted. Safe beside running commands.
     """
     from jobs.schedule.gc import collect
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,15 +17,21 @@ from pathlib import Path
 from jobs.commands.options import open_console
 from pipeline.sources.packaged import packaged_texts
 
-NAME, CONFIG, TEXT = "retrain-chitchat", "configs/retrain-chitchat.yaml", Path("bitmill-demo/text")
+NAME, CONFIG = "retrain-chitchat", "configs/retrain-chitchat.yaml"
+FOLDER = Path("bitmill-demo")
+TEXT = FOLDER / "text"
 SLICE = 800  # conversations
+UNCHANGED_S = 5  # wanted of a tick without new data
 TICK = f"retrain {CONFIG} --json"
 STORE = "--storage-uri bitmill-demo/store"
 CONSOLE = open_console()
 
 
 def main() -> None:
-    """Run the demonstration in the current directory, below bitmill-demo."""
+    """Run the demonstration in the current directory, below bitmill-demo, of which what an earlier one left is
+    deleted."""
+    for left in (TEXT, FOLDER / "store"):
+        shutil.rmtree(left, ignore_errors=True)
     conversations = list(packaged_texts("chitchat"))
     say("The first tick: a slice of text, and no champion yet.")
     grow(conversations, 1)
@@ -35,7 +42,7 @@ def main() -> None:
     say("More text, and a recipe that somebody spoilt.")
     grow(conversations, 4)
     expect("rejected", f"{TICK} --set distill.lr=1e-7")
-    say("The same again: nothing is new.")
+    say(f"The same again: nothing is new, which is to take less than {UNCHANGED_S} s.")
     expect("unchanged", f"{TICK} --set distill.lr=1e-7")
     say("Somebody wants the first one back.")
     bitmill(f"rollback {NAME} --reason 'the new one is too chatty' {STORE}")

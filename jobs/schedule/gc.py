@@ -14,9 +14,13 @@ from pipeline.retrain.gc import Collector, Garbage
 MIB = 2**20
 
 
-def collect(resources: Resources, keep: int, grace_hours: float, only_plan: bool, console: Console) -> dict[str, Any]:
+def collect(
+    resources: Resources, keep: int | None, grace_hours: float, only_plan: bool, console: Console
+) -> dict[str, Any]:
     """Delete (or only find) the garbage of a store and print what and why; returns the document of `--json`."""
     collector = Collector(resources, keep, 3600 * grace_hours)
+    for name, number in collector.kept_by_schedules().items():
+        console.print(f"{name}: retrain.keep is {number}: so many of its newest versions keep all that made them")
     garbage = collector.find()
     gone = garbage if only_plan else collector.delete(garbage)
     groups: dict[tuple[str, str], list[Garbage]] = {}

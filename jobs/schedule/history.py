@@ -1,7 +1,8 @@
-"""`bitmill history`: every decision on a registered name, as a table and a picture."""
+"""`bitmill history`: every decision on a registered name, and the ticks between two of them, as a table; a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jobs.display import print_table
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.metrics import printed
-from pipeline.retrain.decisions import Decision, Decisions
+from pipeline.retrain.decisions import Decision, Decisions, Unchanged
 
 HEADER = ("when", "decision", "champion", "challenger", "measured on test", "bytes", "reason")
 
@@ -21,14 +22,20 @@ def history(name: str, out: Path | None, resources: Resources, console: Console)
     ConfigError if there are none, or the picture cannot be written."""
     if out is not None and out.suffix != ".png":
         raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .png")
-    decisions = [*Decisions.of(name, resources).all()][::-1]
+    kept = Decisions.of(name, resources)
+    decisions = [*kept.all()][::-1]
     if not decisions:
         raise ConfigError(
             f"Nothing was decided on {name!r} in this store yet. `bitmill retrain CONFIG` decides; --storage-uri and "
             "--namespace name the store."
         )
-    print_table(console, HEADER, map(cells, decisions), title=name)
-    document: dict[str, Any] = {"name": name, "decisions": [decision.model_dump(mode="json") for decision in decisions]}
+    since = kept.notes().unchanged
+    print_table(console, HEADER, lines(decisions, since), title=name)
+    document: dict[str, Any] = {
+        "name": name,
+        "decisions": [decision.model_dump(mode="json") for decision in decisions],
+        "unchanged": None if since is None else since.model_dump(mode="json"),  # since the last of them
+    }
     if out is None:
         return document
     from jobs.report.files import history_picture  # matplotlib, for those who draw
@@ -40,6 +47,20 @@ def history(name: str, out: Path | None, resources: Resources, console: Console)
         raise ConfigError(f"--out {str(out)!r} cannot be written to: {error}") from error
     console.print(f"  {out}", soft_wrap=True)
     return {**document, "picture": str(out)}
+
+
+def lines(decisions: Sequence[Decision], since: Unchanged | None) -> Iterator[tuple[str, ...]]:
+    """Yield a line of `HEADER` for each decision, after one for the ticks that were unchanged since the one before it;
+    `since` are those after the last."""
+    for decision in decisions:
+        yield from _quiet(decision.unchanged)
+        yield cells(decision)
+    yield from _quiet(since)
+
+
+def _quiet(ticks: Unchanged | None) -> Iterator[tuple[str, ...]]:
+    if ticks is not None:
+        yield (ticks.first, "unchanged", "", "", "", "", ticks.told())
 
 
 def cells(decision: Decision) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class Retrain(Closed):
 
     recipes: tuple[dict[str, Any], ...] = ({},)  # values laid over the configuration, by path, such as distill.lr: 1e-3
     gate: PromotionGate = PromotionGate()
+    keep: Annotated[int, Field(ge=1)] = 3  # newest versions that keep all that made them, in `bitmill gc`
     warm_start: bool = False  # students start from the champion's latent weights
     on_decision: str | None = None  # a command, given the decision as JSON on its stdin
 

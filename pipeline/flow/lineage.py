@@ -84,11 +84,11 @@ def _starts(versions: Sequence[Registered]) -> dict[str, str | None]:
 
 def _ancestors(title: str, starts: Mapping[str, str | None]) -> list[str]:
     """Return the version from which that of a title was trained on, then the one from which that was, and so on."""
-    ancestors = list[str]()
+    ancestors: dict[str, None] = {}  # in order, and looked up at once
     while (start := starts.get(title)) is not None and start not in ancestors:
-        ancestors.append(start)
+        ancestors[start] = None
         title = start
-    return ancestors
+    return [*ancestors]
 
 
 def made_of(content: str, others: Sequence[Registered], step_dir_of: StepDirs) -> dict[str, list[Registered]]:

@@ -12,13 +12,13 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, FencedOffError, RunError
 from pipeline.retrain.gate import Gain, Ruling
 from pipeline.store.journal import Journal
 from pipeline.store.lease import LeaseFile, Owner
@@ -27,15 +27,38 @@ from pipeline.store.objects import open_objects
 from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
-Outcome = Literal["promoted", "rejected", "rolled back"]
-DECISION_FILE = "decision.json"
+Outcome = Literal["promoted", "rejected", "rolled back", "superseded"]
+DECISION_FILE, FOLDER = "decision.json", "retrain/"
+C = TypeVar("C", bound=Closed)
 Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
+
+
+class Unchanged(Closed):
+    """Ticks in a row that found nothing new: how many, when the first was and when the last."""
+
+    ticks: int
+    first: str  # UTC
+    last: str
+
+    def told(self) -> str:
+        """Return it for people."""
+        return f"{self.ticks:,} ticks found nothing new, the last at {self.last}" if self.ticks > 1 else "nothing new"
+
+
+class Notes(Closed):
+    """What is known of a schedule beside its decisions: `retrain.keep` of the last tick; stage and key of the steps of
+    a tick that was begun and not decided, or ended by worker-hours; the ticks since the last decision."""
+
+    keep: int | None = None
+    unfinished: tuple[tuple[str, str], ...] = ()
+    unchanged: Unchanged | None = None
 
 
 class Decision(Closed):
     """What a command decided of a name, and why. `champion` and `previous` are the versions that bear these aliases
     from then on; `key` is that of the tick, of which one decision is made ("": of no tick), or another once it may use
-    more than `max_worker_hours`, which ended it."""
+    more than `max_worker_hours`, which ended it. One that is `superseded` says that a rollback took the name from a
+    tick, and leaves all as it was."""
 
     decision: Outcome
     reason: str
@@ -57,6 +80,7 @@ class Decision(Closed):
     packed_bytes: int | None = None  # of the challenger
     worker_seconds: float = 0.0  # of all attempts of the tick
     max_worker_hours: float | None = None  # None: it was not ended by them
+    unchanged: Unchanged | None = None  # ticks before it, since the decision before
 
     def told(self) -> str:
         """Return it as JSON, for people and commands."""
@@ -73,7 +97,7 @@ class Decisions:
 
     def __init__(self, name: str, store: str, tracking: str) -> None:
         self.name, self.store, self.uri = name, store, tracking
-        objects, folder = open_objects(store), f"retrain/{name}/"
+        objects, folder = open_objects(store), f"{FOLDER}{name}/"
         self._journal = Journal(objects, folder, f"history of {name}")
         self._lease = LeaseFile(objects, folder, f"retraining of {name}")
 
@@ -87,8 +111,11 @@ class Decisions:
         return map(self._read, self._journal.entries())
 
     def _read(self, entry: dict[str, Any]) -> Decision:
+        return self._parsed(Decision, entry)
+
+    def _parsed(self, kind: type[C], fields: dict[str, Any]) -> C:
         try:
-            return Decision.model_validate(entry)
+            return kind.model_validate(fields)
         except ValidationError as error:
             raise RunError(
                 f"A decision of {self.name} was written by another version of bitmill, and cannot be read: "
@@ -98,6 +125,19 @@ class Decisions:
     def last(self) -> Decision | None:
         """Return the last decision: where the aliases are."""
         return next(self.all(), None)
+
+    def last_rollback(self) -> Decision | None:
+        """Return the last decision if, but for ticks that it superseded, it is a rollback."""
+        standing = next((decision for decision in self.all() if decision.decision != "superseded"), None)
+        return standing if standing is not None and standing.decision == "rolled back" else None
+
+    def notes(self) -> Notes:
+        """Return what is known beside the decisions. Raises RunError if a newer bitmill wrote it."""
+        return self._parsed(Notes, self._journal.head().notes)
+
+    def ticked(self) -> float:
+        """Return when a command last took the name, in seconds of the store's own clock. Raises KeyError: none did."""
+        return self._journal.written()
 
     def refuse_another_place(self) -> None:
         """Raise ConfigError if the journal of another store decides on this name of the registry."""
@@ -111,15 +151,16 @@ class Decisions:
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[Deciding]:
-        """Hold the name's lease while inside; aliases are where the journal says before anything is decided.
+    def held(self, seize: bool = False) -> Iterator[Deciding]:
+        """Hold the name's lease while inside; aliases are where the journal says before anything is decided. With
+        `seize` it is taken from a process that lives, which decides nothing any more.
 
         Raises:
             BusyError: another process holds it, and lives.
             ConfigError: another store decides on this name.
         """
         self.refuse_another_place()
-        with self._lease.hold(False, _never_told, sure=True) as fence:
+        with self._lease.hold(False, _never_told, sure=True, seize=seize) as fence:
             self._journal.claim(fence)
             deciding = Deciding(self, fence)
             deciding.put_aliases()
@@ -136,10 +177,28 @@ class Deciding:
         """Raise FencedOffError if another process took over."""
         self.decisions._lease.check(self.fence)
 
-    def append(self, decision: Decision) -> None:
-        """Write a decision down, once and for all. Raises FencedOffError if another process took over."""
+    def overtaken(self) -> bool:
+        """Tell whether another process took over."""
+        lease = self.decisions._lease.read()
+        return lease is None or lease.fence != self.fence
+
+    def note(self, **changed: Any) -> None:
+        """Change fields of the notes. Raises FencedOffError if another process took over."""
+        before = self.decisions.notes()
+        notes = before.model_copy(update=changed)
+        if notes != before:
+            self.decisions._journal.note(notes.model_dump(mode="json"), self.fence)
+
+    def append(self, decision: Decision) -> Decision:
+        """Write a decision down, once and for all, and return it as it is kept. Raises FencedOffError if another
+        process took over."""
         self.check()
-        self.decisions._journal.append(decision.model_dump(mode="json"), self.fence)
+        notes = self.decisions.notes()
+        kept = decision.model_copy(update={"unchanged": notes.unchanged})
+        ended = decision.decision in ("promoted", "rejected") and decision.max_worker_hours is None
+        since = notes.model_copy(update={"unchanged": None, "unfinished": () if ended else notes.unfinished})
+        self.decisions._journal.append(kept.model_dump(mode="json"), self.fence, since.model_dump(mode="json"))
+        return kept
 
     def put_aliases(self) -> None:
         """Put the aliases where the last decision has them, read them back, and tell version and run of it. Raises
@@ -154,11 +213,18 @@ class Deciding:
             shown = decision
 
     def tell(self, tells: Notifies) -> None:
-        """Tell of the decisions that were not told of, the first one first, as far as it arrives."""
-        for number, entry in self.decisions._journal.untold():
-            if not tells(self.decisions._read(entry)):
-                return
-            self.decisions._journal.tell(number, self.fence)
+        """Tell of the decisions that were not told of, the first one first, as far as it arrives. Whoever takes over
+        meanwhile tells the rest."""
+        with contextlib.suppress(FencedOffError):
+            for number, entry in self.decisions._journal.untold():
+                if not tells(self.decisions._read(entry)):
+                    return
+                self.decisions._journal.tell(number, self.fence)
+
+
+def schedules(resources: Resources) -> list[Decisions]:
+    """Return the decisions of each name that a command ever took in the store of these resources."""
+    return [Decisions.of(name, resources) for name in open_objects(storage_uri(resources)).folders(FOLDER)]
 
 
 def show(uri: str, place: str, decision: Decision) -> None:

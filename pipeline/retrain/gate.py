@@ -27,7 +27,8 @@ LANGUAGE = "perplexity"  # whose gain is of its logarithm: nats a token
 
 class Gain(Closed):
     """By how much the challenger is better, over some documents; `low` is what other documents would have given at
-    least, at the gate's confidence (None: fewer than two, or no difference). `left_out` had trained one of the two."""
+    least, at the gate's confidence (None: fewer than two, or no difference). `left_out` had trained one of the two, or
+    chosen its checkpoint."""
 
     mean: float
     low: float | None
@@ -127,7 +128,7 @@ def _better(gate: PromotionGate, measure: str, gained: Mapping[str, Gain]) -> Ru
         said += f"; by {fresh.mean:+.4f} on the {fresh.documents:,} new ones"
         numbers |= {"fresh_mean": fresh.mean, "fresh_documents": fresh.documents}
     if whole.left_out:
-        said += f"; {whole.left_out:,} that trained one of the two were left out"
+        said += f"; {whole.left_out:,} that trained one of the two, or chose its checkpoint, were left out"
     passed = whole.low is not None and whole.low > gate.min_gain
     return Ruling(rule="min_gain", passed=passed, said=f"{said}; wanted more than {gate.min_gain:g}", numbers=numbers)
 

@@ -2,7 +2,8 @@
 
     never     decisions, sweeps' records; packages, scores and registrations of all that was registered from the store
     kept      all that made the newest versions of each name, and each that bears an alias, or that the last decision
-              names as champion or previous
+              names as champion or previous; and the steps of the tick that a schedule which still ticks began and did
+              not decide, or that worker-hours ended
     not yet   what was written within the grace period or is run by a live process, what it is made of, and what the
               command that runs it will need
     goes      the rest: trials and challengers given up, unfinished steps; rows, teachers, caches and latent weights of
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.resources import Resources
+from pipeline.config.retrain import Retrain
 from pipeline.errors import BusyError, ConfigError, FencedOffError
 from pipeline.flow.line import STAGES
-from pipeline.retrain.decisions import Decisions
+from pipeline.retrain.decisions import Decisions, schedules
 from pipeline.store import scratch
 from pipeline.store.lease import DEAD_AFTER_S, Owner
 from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
@@ -44,6 +46,7 @@ SMALL = (Evaluation.stage, Package.stage, ModelVersion.stage)
 BESIDE = (Contest.stage, Sensitivity.stage)  # of use as long as something that they were made of is there
 TRIALS = "trials/"  # of a sweep
 SCRATCH = "scratch"
+LIVE_S = 100 * 86400.0  # since a schedule last ticked: longer than a quarter
 LOOKS, AT_ONCE = 16, 32  # at all that is needed, while so many steps or more are deleted: each reads the whole store
 
 
@@ -60,10 +63,11 @@ class Garbage:
 
 
 class Collector:
-    """Finds and deletes the garbage of a store. The newest `keep` versions of each name keep all that made them, and
-    what was written in the last `grace_s` seconds stays. Raises ConfigError: registry or store cannot be reached."""
+    """Finds and deletes the garbage of a store. The newest `keep` versions of each name keep all that made them (None:
+    as many as `retrain.keep` of its schedule says), and what was written in the last `grace_s` seconds stays. Raises
+    ConfigError: registry or store cannot be reached."""
 
-    def __init__(self, resources: Resources, keep: int, grace_s: float) -> None:
+    def __init__(self, resources: Resources, keep: int | None, grace_s: float) -> None:
         self.resources, self.keep, self.grace_s = resources, keep, grace_s
         self._root, self._scratch = storage_uri(resources), Path(scratch_dir(resources)).expanduser()
         reach(tracking_uri(resources))  # before anything is made where no store is
@@ -75,6 +79,13 @@ class Collector:
                 "s3://bucket/prefix with credentials that allow it."
             ) from error
         self._inputs: dict[Name, dict[str, str]] = {}  # those of a key never change
+
+    def kept_by_schedules(self) -> dict[str, int]:
+        """Return how many versions of a name keep all that made them, by each name whose schedule says it."""
+        if self.keep is not None:
+            return {}
+        said = {schedule.name: schedule.notes().keep for schedule in schedules(self.resources)}
+        return {name: keep for name, keep in said.items() if keep is not None}
 
     def find(self) -> list[Garbage]:
         """Return all that may go; deletes nothing.
@@ -123,7 +134,8 @@ class Collector:
         """Return the steps that nothing needs. `ours` are those whose leases we hold ourselves."""
         stored = {(stage, key): step for stage in KINDS for key, step in stored_steps(self._root, stage).items()}
         versions = self._versions(stored)
-        kept = self._made_of([*self._roots_of(self._newest(versions)), *self._alive(stored, ours)])
+        newest = self._newest(versions)
+        kept = self._made_of([*self._roots_of(newest), *self._alive(stored, ours), *self._unfinished()])
         kept |= {name for name in self._registrations(versions, stored) if name[0] in SMALL}
         kept |= {name for name in stored if name[0] in BESIDE and not kept.isdisjoint(self._inputs_of(name).items())}
         older, unneeded = self._made_of(self._roots_of(versions)), list[Garbage]()
@@ -132,7 +144,8 @@ class Collector:
                 continue
             why = "no registered version was made of it" if step.done else "unfinished, and nobody runs it"
             if name in older:
-                why = f"only versions before the newest {self.keep} of their name were made of it"
+                number = "" if self.keep is None else f" {self.keep}"
+                why = f"only versions before the newest{number} of their name were made of it"
             unneeded.append(Garbage(*name, step.bytes, why, of_version=name in older))
         return unneeded
 
@@ -150,12 +163,13 @@ class Collector:
 
     def _newest(self, versions: Sequence[Registered]) -> list[Registered]:
         """Return the newest versions of each name, and those that it shows or decided to show."""
-        aliased, newest = registry.aliased(reach(tracking_uri(self.resources))), []
+        aliased, newest = registry.aliased(reach(tracking_uri(self.resources))), list[Registered]()
+        kept, default = self.kept_by_schedules(), Retrain().keep if self.keep is None else self.keep
         for name in {version.name for version in versions}:
             last = Decisions.of(name, self.resources).last()
             shown = aliased.get(name, set()) | (set() if last is None else {last.champion, last.previous})
             of_name = sorted((v for v in versions if v.name == name), key=lambda version: -version.version)
-            newest += [v for age, v in enumerate(of_name) if age < self.keep or v.version in shown]
+            newest += [v for age, v in enumerate(of_name) if age < kept.get(name, default) or v.version in shown]
         return newest
 
     def _roots_of(self, versions: Iterable[Registered]) -> Iterator[Name]:
@@ -186,6 +200,13 @@ class Collector:
                 if name[0] == SweepRecord.stage:
                     for kept in Pieces(self._dir(name), TRIALS).all():
                         yield from kept["trial"]["step_keys"].items()
+
+    def _unfinished(self) -> Iterator[Name]:
+        """Yield the steps that the next tick of a schedule goes on from, unless that has not ticked for long."""
+        for schedule in schedules(self.resources):
+            with contextlib.suppress(KeyError):
+                if self._now - schedule.ticked() < LIVE_S:
+                    yield from schedule.notes().unfinished
 
     def _made_of(self, names: Iterable[Name]) -> set[Name]:
         """Return the steps, and all that they were made of."""

@@ -27,14 +27,15 @@ KEEP_S = 15.0  # at most, between two times that an attempt writes down what it 
 
 
 class WorkerHours:
-    """A clock that runs while a tick works, times the workers that work is given to."""
+    """A clock that runs while a tick works, times the workers that work is given to. One that decides `again` what was
+    decided begins from nothing: what it took before was of that decision."""
 
-    def __init__(self, name: str, key: str, fence: int, resources: Resources) -> None:
+    def __init__(self, name: str, key: str, fence: int, resources: Resources, again: bool = False) -> None:
         self.cap = resources.max_worker_hours
         self._workers = max(1, resources.workers)
         self._objects, folder = open_objects(storage_uri(resources)), f"retrain/{name}/hours/{key}/"
         self._object = f"{folder}{fence}.json"
-        others = [other for other in self._objects.sizes(folder) if other != self._object]
+        others = [] if again else [other for other in self._objects.sizes(folder) if other != self._object]
         self._earlier_s = sum(float(json.loads(self._objects.read(other))["worker_seconds"]) for other in others)
         self._ours_s, self._kept_at = 0.0, monotonic()
         self._since: float | None = None  # None: the clock stands

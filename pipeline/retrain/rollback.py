@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from pipeline.config.base import checked_name
 from pipeline.config.resources import Resources
-from pipeline.errors import BusyError, ConfigError
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
+from pipeline.errors import ConfigError
+from pipeline.retrain.decisions import Decision, Decisions, now
+from pipeline.retrain.rows import rows_of
+from pipeline.store.locations import storage_uri
+from pipeline.store.records import Tokens
 from pipeline.tracking import registry
+from pipeline.tracking.registry import Registered
 
 
 def rollback(name: str, to: int | None, reason: str, resources: Resources) -> Decision:
     """Return the decision that made another version champion. It stands until new data, or another recipe, makes a
-    challenger that was not decided on before.
+    challenger that was not decided on before. A tick that is under way is superseded: it decides nothing, and what it
+    trained is kept for the next one.
 
     Raises:
         ConfigError: the name is none, has no champion or no previous one, was rolled back already and `to` names no
-            version, the version is not there, or is the champion, or another store decides on the name.
-        BusyError: a tick of this name is under way.
+            version, the version is not there, or is the champion, or its rows are gone, or another store decides on
+            the name.
     """
     try:
         checked_name(name)
@@ -27,14 +29,15 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         raise ConfigError(f"NAME: {error}") from error
     decisions = Decisions.of(name, resources)
     _sides(decisions, to)  # before anything is written where there may be no such name
-    with _held(decisions) as deciding:
-        last = decisions.last()
-        if to is None and last is not None and last.decision == "rolled back":
+    with decisions.held(seize=True) as deciding:
+        last = decisions.last_rollback()
+        if to is None and last is not None:
             raise ConfigError(
                 f"{name}/{last.champion} is champion since {last.at} by a rollback ({last.reason}). To make another "
                 f"champion, name it: `bitmill rollback {name} --to VERSION`."
             )
         target, champion = _sides(decisions, to)
+        _refuse_without_rows(registry.registered_version(decisions.uri, name, target), resources)
         there = champion is not None and registry.holds(decisions.uri, name, champion)
         decision = Decision(
             decision="rolled back",
@@ -44,22 +47,9 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
             champion=target,
             previous=champion if there else None,
         )
-        deciding.append(decision)
+        decision = deciding.append(decision)
         deciding.put_aliases()
         return decision
-
-
-@contextmanager
-def _held(decisions: Decisions) -> Iterator[Deciding]:
-    """Hold the decisions. Raises BusyError: a tick does."""
-    try:
-        with decisions.held() as deciding:
-            yield deciding
-    except BusyError as error:
-        raise BusyError(
-            f"{str(error).partition('. ')[0]}: a tick keeps the name until it has decided. Try again then, or end that "
-            "process first; what it trained is kept."
-        ) from error
 
 
 def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
@@ -87,3 +77,16 @@ def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
     if target == champion:
         raise ConfigError(f"--to is {target}, and {name}/{target} is the champion already.")
     return target, champion
+
+
+def _refuse_without_rows(version: Registered | None, resources: Resources) -> None:
+    """Raise ConfigError for a version that no challenger could meet, were it champion."""
+    if version is not None and rows_of(version, resources) is None:
+        raise ConfigError(
+            f"{version.title} cannot become champion: the rows that trained it (step {Tokens.stage} "
+            f"{version.lineage.get(Tokens.stage, '?')}) are not, or no longer, in the store {storage_uri(resources)}, "
+            "so that no challenger could be compared with it, and every tick would be refused. `bitmill gc` deletes "
+            "those of older versions; `bitmill compress`, with the configuration and the text that made it, makes them "
+            "again. Else set resources.storage_uri (--storage-uri) to the store of its run, or name another version: "
+            f"`bitmill rollback {version.name} --to VERSION`."
+        )

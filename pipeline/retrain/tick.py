@@ -12,33 +12,30 @@ test split grows with the data. A learned tokenizer is the champion's from then 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.data import TrainBpe
 from pipeline.config.laid_over import check_path, label, laid_over
-from pipeline.config.resources import Resources
 from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
-from pipeline.errors import BusyError, ConfigError, NotRegisteredError, OverBudgetError
+from pipeline.errors import BusyError, ConfigError, FencedOffError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
-from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.flow.plan import Once, RunPlan, key_of_run, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
-from pipeline.retrain import gate
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
+from pipeline.retrain import gate, rows
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, Unchanged, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import Tells, WorkerHours
 from pipeline.sources.models import STEP
 from pipeline.stages import contest
-from pipeline.store.keys import differences, recipe_of, step_key
+from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import tracking_uri
-from pipeline.store.records import SPLITS, Contest, Evaluation, ModelVersion, Package, Tokens
+from pipeline.store.records import Contest, Evaluation, ModelVersion, Package
 from pipeline.store.step_store import FinishedStep
-from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.tracking import registry
 from pipeline.tracking.registry import Registered
 
@@ -49,15 +46,16 @@ Proves = Callable[[Config, FinishedStep[Package], ModelVersion], Evidence]
 @dataclass(frozen=True)
 class Tick:
     """A tick before it starts: the challengers by recipe, the champion that they meet (None: the first), and what a
-    tick of this key decided before."""
+    tick of this key decided before. Challengers that a rollback took back are not among them."""
 
     config: Config
     retrain: Retrain
     champion: Registered | None
     challengers: tuple[tuple[str, RunPlan], ...]  # label of the recipe, plan
-    run_keys: tuple[str, ...]  # of the challengers; where they start from the champion, as if they did not
+    run_keys: tuple[str, ...]  # of all recipes; where they start from the champion, as if they did not
     last: Decision | None  # of the name
     decided: Decision | None = None
+    again: bool = False  # whatever was decided on it
 
     @property
     def name(self) -> str:
@@ -79,8 +77,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a tick: promoted, rejected, unchanged or busy; where the aliases are; and the decision that was
-    made, now or, of `unchanged`, before."""
+    """What became of a tick: promoted, rejected, unchanged, busy or, by a rollback, superseded; where the aliases are;
+    and the decision that was made, now or, of `unchanged`, before."""
 
     outcome: str
     reason: str
@@ -112,16 +110,19 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     elif champion is not None:  # a tokenizer of its own is learned of other text
         config = _with_its_tokenizer(config, champion)
     plans = _challengers(config, once)
-    tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last)
+    tick = Tick(config, retrain, champion, plans, tuple(plan.run_key for _, plan in plans), last, again=force)
     for _, plan in plans:
-        _refuse_moving_splits(plan)
-    decided = None if force else _decided(tick, made)
-    if decided is None and champion is not None:
-        for _, plan in plans:
-            _refuse_strangers(plan, champion)
+        rows.refuse_moving_splits(plan)
+    decided, taken_back = (None, frozenset[str]()) if force else _decided(tick, made)
+    for _, plan in plans if decided is None else ():
+        rows.refuse_endless_documents(plan)
+        if champion is not None:
+            rows.refuse_strangers(plan, champion)
     if decided is None and champion is not None and retrain.warm_start:
         start = config.distill.model_copy(update={"start": champion.title, "fade_in": 0.0})  # it is quantized already
         plans = _challengers(config.model_copy(update={"distill": start}), once)
+    if decided is None:
+        plans = tuple(plan for plan, key in zip(plans, tick.run_keys, strict=True) if key not in taken_back)
     return replace(tick, challengers=plans, decided=decided)
 
 
@@ -139,30 +140,38 @@ def _recipes(config: Config) -> list[tuple[str, Config]]:
     return [(label(values), laid_over(base, values) if values else base) for values in retrain.recipes]
 
 
-def _decided(tick: Tick, made: Iterable[Decision]) -> Decision | None:
-    """Return what was decided on these challengers before: by a tick of this key, by that which made one of them the
-    champion, or, since a rollback, against any champion. One that worker-hours ended stands as long as no more are
-    allowed."""
-    run_keys, key = set(tick.run_keys), tick.key
+def _decided(tick: Tick, made: Iterable[Decision]) -> tuple[Decision | None, frozenset[str]]:
+    """Return what was decided on all these challengers before, by a tick of this key or by that which made one of them
+    the champion, and which of them are not asked for again.
+
+    These are what any decision before a rollback was about, whichever champion it had met: who takes a promotion back
+    is not to find the same model promoted by the next tick but one. A decision that worker-hours ended stands as long
+    as no more are allowed.
+    """
+    run_keys, key = frozenset(tick.run_keys), tick.key
     version = None if tick.champion is None else tick.champion.version
     most = tick.config.resources.max_worker_hours
-    rolled_back = tick.last is not None and tick.last.decision == "rolled back"
-
-    def decides(decision: Decision) -> bool:
+    rolled_back, taken_back, newest = False, frozenset[str](), None
+    for decision in made:
         capped = decision.max_worker_hours
         if capped is not None and (most is None or most > capped):
-            return False
+            continue
         crowned = decision.challenger == decision.champion == version is not None
-        return decision.key == key or (run_keys.issubset(decision.run_keys) and (crowned or rolled_back))
-
-    return next(filter(decides, made), None)
+        if decision.key == key or (crowned and run_keys.issubset(decision.run_keys)):
+            return decision, taken_back
+        if rolled_back and (more := run_keys.intersection(decision.run_keys) - taken_back):
+            taken_back, newest = taken_back | more, newest or decision
+            if taken_back == run_keys:
+                return newest, taken_back
+        rolled_back = rolled_back or decision.decision == "rolled back"
+    return None, taken_back
 
 
 def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
     """Return the configuration with the champion's tokenizer where it would learn one of its own."""
     if not isinstance(config.model.tokenizer, TrainBpe):
         return config
-    tokens = champions_tokens(champion, config.resources)
+    tokens = rows.tokens_of(champion, config.resources)
     if tokens is None:
         raise ConfigError(
             f"The tokens of the champion, {champion.name}/{champion.version}, are not in this store, and with them its "
@@ -171,82 +180,6 @@ def _with_its_tokenizer(config: Config, champion: Registered) -> Config:
     # What every machine of the store can open.
     model = config.model.model_copy(update={"tokenizer": f"{STEP}{tokens.record.key}"})
     return config.model_copy(update={"model": model})
-
-
-def champions_tokens(champion: Registered, resources: Resources) -> FinishedStep[Tokens] | None:
-    """Return the rows that the champion was trained on, if they are in this store."""
-    return steps_behind(step_dirs_of(resources), champion.lineage).get(Tokens.stage)
-
-
-def _refuse_moving_splits(plan: RunPlan) -> None:
-    """Raise ConfigError for text whose splits depend on more than each document's content."""
-    data, text = plan.config.data, plan.pinned.text
-    drawn = [split for split in ("validation", "test") if split not in text]
-    file = next((file for file in text["train"] if file.format == "txt"), None)
-    if drawn and file is not None:
-        raise ConfigError(
-            f"data.source has {file.uri}, a text whose paragraphs belong together: which of them measure depends on "
-            f"all files there are, and changes when more come. For retraining give data.{' and data.'.join(drawn)}, or "
-            f"rows of which each is a document: .jsonl or .parquet (now data.source is {data.source!r})."
-        )
-
-
-def _refuse_strangers(plan: RunPlan, champion: Registered) -> None:
-    """Raise ConfigError if the champion read other rows, drew its splits by another rule, was trained on a file that
-    is to measure, or was measured by one that is to train; or if that cannot be told."""
-    tokens = _rows_of(champion, plan.config)
-    ours, theirs = plan.pinned.tokens_recipe, tokens.record.recipe
-    changed = [
-        f"data.{knob} is {value!r} and was {theirs['data'].get(knob)!r}"
-        for knob, value in ours["data"].items()
-        if knob not in SPLITS and value != theirs["data"].get(knob)
-    ]
-    drawn = {True: "left out", False: "given"}
-    for split in SPLITS[1:]:
-        now, before = ours["data"][split] is None, theirs["data"][split] is None
-        if now != before:
-            changed.append(f"data.{split} is {drawn[now]} and was {drawn[before]}")
-    changed += differences(theirs["task"], ours["task"], "task")
-    if not changed and not _same_words(plan, tokens):
-        changed = [f"model.tokenizer is {plan.config.model.tokenizer!r}, with another vocabulary"]
-    if changed:
-        raise ConfigError(
-            f"The champion, {champion.title}, and a challenger would not meet on the same rows: {'; '.join(changed)}. "
-            "Documents that one was trained on could test the other. Keep these values, or register under another name "
-            "(register.name)."
-        )
-    contents = {split: {file["content"] for file in theirs["data"][split] or ()} for split in SPLITS}
-    for split, file in ((split, file) for split, files in plan.pinned.text.items() for file in files):
-        others = SPLITS[1:] if split == "train" else SPLITS[:1]
-        if other := next((other for other in others if file.content in contents[other]), None):
-            knob = "source" if split == "train" else split
-            raise ConfigError(
-                f"data.{knob} has {file.uri}, which is among the {other} files of the champion, {champion.title}: what "
-                f"a model was trained on cannot measure it, and what measured one trains no other. Leave it out of "
-                f"data.{knob}, or register under another name (register.name)."
-            )
-
-
-def _rows_of(champion: Registered, config: Config) -> FinishedStep[Tokens]:
-    """Return the rows of the champion. Raises ConfigError: they are gone, so that nobody can say what trained it."""
-    tokens = champions_tokens(champion, config.resources)
-    if tokens is None or (config.data.test is not None and not contest.has_rows(tokens, "train")):
-        raise ConfigError(
-            f"The rows that trained the champion, {champion.title}, are not, or no longer, in this store, so that "
-            "nobody can say whether they would test a challenger. Set resources.storage_uri to the store of its run, "
-            f"make a version champion whose rows are kept (`bitmill rollback {champion.name} --to VERSION`), or "
-            "register under another name (register.name)."
-        )
-    return tokens
-
-
-def _same_words(plan: RunPlan, tokens: FinishedStep[Tokens]) -> bool:
-    """Tell whether a challenger reads its text with the vocabulary of the champion's rows."""
-    ours, theirs = plan.pinned.tokenizer, tokens.record.recipe["tokenizer"]
-    if ours is None or plan.pinned.tokens_recipe["tokenizer"] == theirs:
-        return True
-    own = read_tokenizer(ours.folder, ours.gguf_file)
-    return bool(own.get_vocab() == read_tokenizer(tokens.folder()).get_vocab())
 
 
 def run_tick(
@@ -261,20 +194,60 @@ def run_tick(
     """
     tick = plan_tick(config, force)
     decisions = Decisions.of(tick.name, config.resources)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             deciding = stack.enter_context(decisions.held())
         except BusyError as error:
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
-        tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
-        decision = tick.decided or _decide(tick, deciding, told, proves)
-        if decision is None or decision == tick.decided:
-            return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-        deciding.append(decision)
+        try:
+            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
+            decision = _unless_decided(tick, deciding, told, proves)
+            if decision is None or decision == tick.decided:
+                return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
+            decision = deciding.append(decision)
+        except FencedOffError:
+            rollback = decisions.last_rollback()
+            if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
+                raise
+            return _superseded(tick, decisions, rollback, notifies)
         deciding.put_aliases()
         deciding.tell(notifies)
         return _verdict(decision.decision, decision.reason, decision, decision)
+
+
+def _unless_decided(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
+    """Return what was decided on a tick before, or is now, as `_decide` does; and note what it is about, so that
+    nothing which it goes on from is cleared away, or that it found nothing new."""
+    deciding.note(keep=tick.retrain.keep)
+    decision = tick.decided
+    if decision is None:
+        steps = {(step.name, step.key): None for _, plan in tick.challengers for step in plan.steps}
+        deciding.note(unfinished=tuple(steps))
+        decision = _decide(tick, deciding, told, proves)
+        if decision is not None:
+            return decision
+        deciding.note(unfinished=())
+    before, at = deciding.decisions.notes().unchanged, now()
+    ticks, first = (1, at) if before is None else (before.ticks + 1, before.first)
+    deciding.note(unchanged=Unchanged(ticks=ticks, first=first, last=at))
+    return decision
+
+
+def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: Notifies) -> Verdict:
+    """Write down, unless another process has the name by now, that a rollback took it from a tick, which decides
+    nothing."""
+    reason = (
+        f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
+        f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
+    )
+    with contextlib.suppress(BusyError), decisions.held() as deciding:
+        stands = decisions.last() or rollback
+        fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
+        deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
+        deciding.tell(notifies)
+    last = decisions.last()
+    return _verdict("superseded", reason, last, last)
 
 
 def _verdict(outcome: str, reason: str, decision: Decision | None, last: Decision | None) -> Verdict:
@@ -292,7 +265,7 @@ def _unchanged(decided: Decision | None) -> str:
 def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Train the challengers, and decide on the best of them; nothing is written but their own steps. None: the champion
     alone was to be trained."""
-    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources)
+    hours = WorkerHours(tick.name, tick.key, deciding.fence, tick.config.resources, tick.again)
     told, proves = hours.watched(told), hours.counted("the measurements of the gate")(proves)
     engine, version = Engine(tick.config.resources), None
     ran: list[tuple[RunPlan, Outcome]] = []
@@ -300,6 +273,8 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
     try:
         for recipe, plan in tick.challengers:
             with told(plan) as listener:
+                if tick.champion is not None:
+                    rows.refuse_what_measured(plan, tick.champion, listener, engine)
                 try:
                     ran.append((plan, run_plan(plan, listener, True, engine)))
                 except NotRegisteredError as error:
@@ -340,7 +315,9 @@ def _contested(
     tick: Tick, champion: Registered, plan: RunPlan, outcome: Outcome, engine: Engine, told: Tells, proves: Proves
 ) -> dict[str, Any]:
     """Let the challenger meet the champion; return what the decision says of it."""
-    stage = contest.against(champion.digest, champion.package_uri, _rows_of(champion, plan.config).record.key)
+    resources = plan.config.resources
+    tokens, batch = rows.champions_rows(champion, resources), rows.scored_batch(champion, resources)
+    stage = contest.against(champion.digest, champion.package_uri, tokens.record.key, batch)
     beside = plan_step(stage, plan.pinned, {step.name: step for step in plan.steps})
     # The very steps that were run: text may have come meanwhile, which is for the next tick.
     met = replace(plan, steps=(*(step for step in plan.steps if step.name in beside.inputs), beside))

@@ -1,8 +1,8 @@
 """Score the champion, a packed model, on the very test rows that a challenger was scored on, beside the challenger's
 teacher; it stands beside the line.
 
-They meet on the documents of the test split that neither was trained on. A split that is drawn has no others, by the
-hash that draws it; of one that is given, documents of either's training rows are left out.
+They meet on the documents of the test split that neither was trained on, nor chosen by. A split that is drawn has no
+others, by the hash that draws it; where one is given, documents of either's training and validation are left out.
 
 `documents.json` has each of them in its order: {"tokens": [...], "champion": [...], "challenger": [...], "fresh":
 [...], "left_out": number}, nats of both and whether the champion's own test split lacks it (null: its rows are not in
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,9 @@ from pipeline.config.data import Evaluate
 from pipeline.errors import ConfigError, RunError
 from pipeline.package.manifest import read_manifest
 from pipeline.package.pull import from_store, pull
-from pipeline.stages.scorer import score_splits, scoring_recipe
+from pipeline.stages.scorer import BATCH, score_splits, scoring_recipe
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
-from pipeline.store.records import ROWS, Contest, Evaluation, SplitName, Teacher, Tokens
+from pipeline.store.records import ROWS, SPLITS, Contest, Evaluation, SplitName, Teacher, Tokens
 from pipeline.store.shards import Rows, open_shard, read_tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.task import Task
@@ -38,12 +38,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def against(digest: str, package_uri: str, tokens_key: str) -> Stage[Contest]:
-    """Return the stage for one champion: the digest of its frozen tensors, where its package lies, and the key of the
-    tokens that it was trained and scored on."""
+def against(digest: str, package_uri: str, tokens_key: str, batch: int | None) -> Stage[Contest]:
+    """Return the stage for one champion: the digest of its frozen tensors, where its package lies, the key of the
+    tokens that it was trained and scored on, and the rows of a pass that it was scored in (None: any number), which is
+    its own: a range of activations may span them."""
 
     def recipe(run: PinnedRun) -> dict[str, Any]:
-        return {**scoring_recipe(run), "champion": digest, "champions_tokens": tokens_key}
+        scoring = {name: value for name, value in scoring_recipe(run).items() if name != BATCH}
+        own = {} if batch is None else {BATCH: batch}
+        return {**scoring, **own, "champion": digest, "champions_tokens": tokens_key}
 
     return Stage(
         Contest,
@@ -51,7 +54,7 @@ def against(digest: str, package_uri: str, tokens_key: str) -> Stage[Contest]:
         recipe,
         run,
         locations=lambda run: {"package_uri": package_uri},
-        version=2,
+        version=3,
         unit="parts",
     )
 
@@ -64,14 +67,15 @@ def run(step: Step) -> Contest:
     if theirs["tokens"] != scored.tokens:
         raise RunError("Champion and challenger were not scored on the same documents; nothing was decided.")
     known = step.engine.task(partial(known_to, step.job), step.dir)
-    pairs = zip(known.trained, scored.tokens, strict=True)
-    new = [index for index, (trained, _) in enumerate(pairs) if not trained]
+    pairs = zip(known.before, scored.tokens, strict=True)
+    new = [index for index, (before, _) in enumerate(pairs) if not before]
     place = {index: number for number, index in enumerate(new)}  # in documents.json
     measured = [index in place for index in known.measured] if scored.of_rows else [True]
     if not new or not any(measured):
         raise RunError(
-            f"All {len(scored.tokens):,} documents of data.test trained the champion or the challenger, so that the "
-            "two cannot meet. Give data.test documents that data.source never had."
+            f"All {len(scored.tokens):,} documents of data.test trained the champion or the challenger, or chose its "
+            "checkpoint, so that the two cannot meet. Give data.test documents that data.source and data.validation "
+            "never had."
         )
     documents = {
         "tokens": [scored.tokens[index] for index in new],
@@ -108,10 +112,11 @@ def champion_of(job: StepJob) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Known:
-    """Of each document of the test split, whether champion or challenger was trained on it and, unless the champion's
-    rows are gone, whether its own test split lacks it; and the places of those that are measured as rows."""
+    """Of each document of the test split, whether it is in the training or validation rows of champion or challenger
+    and, unless the champion's rows are gone, whether its own test split lacks it; and the places of those that are
+    measured as rows."""
 
-    trained: list[bool]
+    before: list[bool]
     fresh: list[bool] | None
     measured: list[int]
 
@@ -124,18 +129,28 @@ def known_to(job: StepJob) -> Known:
     record = place.record(Tokens)
     if record is None:
         raise RunError(f"Nobody can say which documents trained the champion: its rows at {place.uri} are gone.")
-    champions, trained, fresh = FinishedStep(record, place), set[bytes](), None
+    champions, before, fresh = FinishedStep(record, place), set[bytes](), None
     digests = [*document_digests(job.task, tokens, "test")]
-    if tokens.record.recipe["data"]["test"] is not None:
-        trained = {*document_digests(job.task, tokens, "train"), *document_digests(job.task, champions, "train")}
+    if any(tokens.record.recipe["data"][split] is not None for split in SPLITS[1:]):
+        for rows, split in product((tokens, champions), SPLITS[:2]):
+            before.update(document_digests(job.task, rows, split))
     if has_rows(champions, "test"):
-        before = set(document_digests(job.task, champions, "test"))
-        fresh = [digest not in before for digest in digests]
+        tested = set(document_digests(job.task, champions, "test"))
+        fresh = [digest not in tested for digest in digests]
     most = Evaluate.model_validate(job.recipe.get("evaluate", {})).generated_rows
     measured = [*range(len(digests))]
     if most is not None:
         measured = Rows(tokens.dir, tokens.record.splits["test"].shards).drawn(most)
-    return Known([digest in trained for digest in digests], fresh, measured)
+    return Known([digest in before for digest in digests], fresh, measured)
+
+
+def trained_on(
+    task: Task, tokens: FinishedStep[Tokens], before: FinishedStep[Tokens], split: SplitName
+) -> tuple[int, int]:
+    """Count the documents of a split of earlier rows that are among the training rows now, and all of them."""
+    trained = set(document_digests(task, tokens, "train"))
+    known = [digest in trained for digest in document_digests(task, before, split)]
+    return sum(known), len(known)
 
 
 def has_rows(tokens: FinishedStep[Tokens], split: SplitName) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPANS_A_WORKER = 4  # so that none waits long for another
+BATCH = "batch"  # in a recipe: rows of a pass, where they show
 TENSOR_RANGE_ROWS = 16  # of a pass where a range spans the batch; being in the recipe, it is no setting of resources
 
 Part = tuple[SplitName, int, Shard]  # a shard of a split behind so many rows
@@ -57,7 +58,7 @@ class Scored:
 
 def scoring_recipe(run: PinnedRun) -> dict[str, Any]:
     """Return how scores are taken. Only with one activation range a tensor does the batch show in them."""
-    batch = {"batch": TENSOR_RANGE_ROWS} if run.config.quant.activation_range == "tensor" else {}
+    batch = {BATCH: TENSOR_RANGE_ROWS} if run.config.quant.activation_range == "tensor" else {}
     return {"protocol": run.task.protocol, **run.task.scoring(run.config.evaluate), **batch}
 
 
@@ -114,7 +115,7 @@ class Scorer:
     def __init__(self, job: StepJob, opens: Opens, splits: Sequence[SplitName]) -> None:
         self.tokens, self.task = job.input(Tokens), job.task
         self.evaluate = Evaluate.model_validate(job.recipe.get("evaluate", {}))
-        self.batch: int = job.recipe.get("batch", job.resources.inference_batch)  # rows of a pass
+        self.batch: int = job.recipe.get(BATCH, job.resources.inference_batch)  # rows of a pass
         device = device_for(job.resources)
         self.student = opens(job).to(device)
         self.teacher = load_model(job.input(Teacher).folder()).to(device).eval()

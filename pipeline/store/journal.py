@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -23,12 +23,13 @@ HEAD = "head.json"
 @dataclass(frozen=True)
 class Head:
     """The last entry by its name, None where there is none; the newest token that claimed the journal; and how many
-    entries there are, and of how many the world was told."""
+    entries there are, and of how many the world was told. `notes`, of JSON, are of whoever appends, and change."""
 
     fence: int = 0
     last: str | None = None
     count: int = 0
     told: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Return the bytes of the file."""
@@ -58,6 +59,10 @@ class Journal:
             yield entry["entry"]
             name = entry["before"]
 
+    def written(self) -> float:
+        """Return when the head was last written, in seconds of the store's clock. Raises KeyError: it never was."""
+        return self.objects.stats(self.folder + HEAD)[self.folder + HEAD].written
+
     def untold(self) -> list[tuple[int, dict[str, Any]]]:
         """Return the entries that the world was not told of, the first one first, each with its number from 1."""
         head = self.head()
@@ -68,6 +73,12 @@ class Journal:
         """Write down that the world was told of all entries up to a number. Raises FencedOffError as `append` does."""
         head = self._own_head(fence)
         if not self._swap(head, replace(head, told=number)):
+            raise self._fenced_off(self.head())
+
+    def note(self, notes: dict[str, Any], fence: int) -> None:
+        """Put other notes in the place of those that there are. Raises FencedOffError as `append` does."""
+        head = self._own_head(fence)
+        if not self._swap(head, replace(head, notes=notes)):
             raise self._fenced_off(self.head())
 
     def claim(self, fence: int) -> Head:
@@ -83,13 +94,14 @@ class Journal:
                 raise RunError(f"The head of the {self.title}, {self.folder}{HEAD}, was written by another version.")
         return head
 
-    def append(self, entry: dict[str, Any], fence: int) -> Head:
-        """Append an entry, atomically. Raises FencedOffError unless the journal is still this token's."""
+    def append(self, entry: dict[str, Any], fence: int, notes: dict[str, Any] | None = None) -> Head:
+        """Append an entry and, unless None, put other notes in the place of those that there are, both at once. Raises
+        FencedOffError unless the journal is still this token's."""
         head = self._own_head(fence)
         data = json.dumps({"entry": entry, "before": head.last}).encode()
         name = f"entries/{head.count + 1:06d}-{hashlib.sha256(data).hexdigest()[:12]}.json"
         self.objects.write(self.folder + name, data)
-        longer = replace(head, last=name, count=head.count + 1)
+        longer = replace(head, last=name, count=head.count + 1, notes=head.notes if notes is None else notes)
         if not self._swap(head, longer):
             raise self._fenced_off(self.head())
         return longer

@@ -123,17 +123,20 @@ class LeaseFile:
         return fence
 
     @contextlib.contextmanager
-    def hold(self, wait: bool, waiting: Callable[[Owner], None], sure: bool = False) -> Iterator[int]:
+    def hold(
+        self, wait: bool, waiting: Callable[[Owner], None], sure: bool = False, seize: bool = False
+    ) -> Iterator[int]:
         """Hold the lease while inside; yield the fencing token.
 
-        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over. Whoever lets go clears
-        away what killed writers of this attempt and those before left half written in their folders.
+        A live owner is waited for, and `waiting` is told who it is; a dead one is taken over, and with `seize` any: it
+        is refused its next write. Whoever lets go clears away what killed writers of this attempt and those before left
+        half written in their folders.
 
         Raises:
             BusyError: a process holds the lease, and `wait` is False: there is no time to see whether it lives; with
                 `sure` there is: a heart that beats, or a process on this host.
         """
-        lease = self._acquire(wait, waiting, sure)
+        lease = self._acquire(wait, waiting, sure, seize)
         stop = threading.Event()
         beat = threading.Thread(target=self._beat, args=(lease, stop), daemon=True)
         beat.start()
@@ -156,7 +159,7 @@ class LeaseFile:
         if current is not None and current.fence == lease.fence:
             self.objects.swap(self._name, current.to_json(), Lease(None, lease.fence).to_json())
 
-    def _acquire(self, wait: bool, waiting: Callable[[Owner], None], sure: bool) -> Lease:
+    def _acquire(self, wait: bool, waiting: Callable[[Owner], None], sure: bool, seize: bool) -> Lease:
         told: Owner | None = None
         mine: Lease | None = None
         watch = Watch()
@@ -169,7 +172,7 @@ class LeaseFile:
             if current is None:
                 if self.objects.create(self._name, mine.to_json()):
                     return mine
-            elif watch.dead(current):
+            elif seize or watch.dead(current):
                 if self.objects.swap(self._name, current.to_json(), mine.to_json()):
                     return mine
             elif not wait and not (sure and watch.doubtful(current)):

@@ -32,6 +32,7 @@ class LanguageModeling(Task):
 
     unit: str = "document"
     protocol: ClassVar[str] = PROTOCOL
+    running: ClassVar[bool] = True
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> LanguageModeling:

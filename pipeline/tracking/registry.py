@@ -284,10 +284,12 @@ def aliased(client: MlflowClient) -> dict[str, set[int | None]]:
     return {model.name: {int(version) for version in model.aliases.values()} for model in models}
 
 
-def keep_verdict(client: MlflowClient, model: str, format: str, passed: bool, verdict: dict[str, Any]) -> None:
+def keep_verdict(uri: str, model: str, format: str, passed: bool, verdict: dict[str, Any]) -> None:
     """Keep an export's verdict beside the run that made the model, and the formats that passed as a tag of the version
-    and its logged model: comma-separated, sorted, `bitmill` among them. Raises RunError if the server refuses."""
+    and its logged model: comma-separated, sorted, `bitmill` among them. Raises RunError if the server refuses, or is
+    away."""
     with runs.refusal(f"MLflow refused the verdict on {model}"):
+        client = runs.connect(uri)
         version = _version_of(client, model)
         model_id = _model_id(version)
         client.log_text(version.run_id, json.dumps(verdict, indent=1), f"exports/{format}.json")

@@ -216,11 +216,13 @@ def nest(target: Target, run: Run) -> None:
 
 @contextlib.contextmanager
 def refusal(what: str, advice: str = "") -> Iterator[None]:
-    """Turn what MLflow raises into a RunError that begins with `what` and ends with `advice`."""
+    """Turn what MLflow raises, or a server that cannot be reached any more, into a RunError that begins with `what` and
+    ends with `advice`."""
     try:
         yield
-    except MlflowException as error:
-        raise RunError(f"{what}: {str(error).splitlines()[0]}. {advice}".rstrip()) from error
+    except (MlflowException, ConfigError) as error:  # it was reached when the command began: no setting is at fault
+        cause = error.__cause__ or error
+        raise RunError(f"{what}: {str(cause).splitlines()[0]}. {advice}".rstrip()) from error
 
 
 def log_sweep(target: Target, params: dict[str, Any], metrics: dict[str, float], documents: dict[str, str]) -> None:

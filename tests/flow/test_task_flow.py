@@ -31,7 +31,7 @@ from pipeline.retrain.gate import gains
 from pipeline.stages import contest
 from pipeline.stages.contest import document_digests
 from pipeline.stages.evaluate import SAMPLES, SCORED, student_of
-from pipeline.stages.scorer import SPANS_A_WORKER, Scorer, spans_of
+from pipeline.stages.scorer import SPANS_A_WORKER, TENSOR_RANGE_ROWS, Scorer, spans_of
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Contest, Evaluation, Package, Tokens
 from pipeline.store.shards import Rows, read_tokens
@@ -117,9 +117,12 @@ def test_rows_are_told_apart_as_they_are_scored(finished_task: Ran) -> None:
 
 def test_a_champion_meets_a_challenger_in_the_measure_of_the_task(finished_task: Ran) -> None:
     config, run = finished_task.plan.config, finished_task.plan
-    other = run_plan(plan_run(laid_over(config, {"quant.bits": "8-8-8"}), "pack"), Recorder())
+    quant = {"quant.bits": "8-8-8", "quant.activation_range": "tensor"}  # of a pass, which the batch shows in
+    other = run_plan(plan_run(laid_over(config, quant), "pack"), Recorder())
+    resources = config.resources.model_copy(update={"inference_batch": 3})
+    run = replace(run, config=config.model_copy(update={"resources": resources}))
     champion, measure = other.finished(Package), measure_of(config.task.name)
-    stage = contest.against(champion.record.digest, champion.folder_uri, run.step(Tokens).key)
+    stage = contest.against(champion.record.digest, champion.folder_uri, run.step(Tokens).key, TENSOR_RANGE_ROWS)
     beside = plan_step(stage, run.pinned, {step.name: step for step in run.steps})
     planned = [
         replace(step, record=finished_task.record(step.name)) for step in run.steps if step.name in beside.inputs

@@ -114,15 +114,22 @@ def test_a_namespace_is_a_store_of_its_own(bitmill: Command) -> None:
 
 
 def test_a_rollback_and_the_history_of_a_name(bitmill: Command, tmp_path: Path) -> None:
-    bitmill("retrain", "CONFIG")
+    for _ in range(3):
+        bitmill("retrain", "CONFIG")
     back = bitmill("rollback", NAME, "--reason", "it rhymes", "--json")
     assert back.exit_code == 0, back.stderr
     assert json.loads(back.stdout)["champion"] == 1
     shown = bitmill("history", NAME, "--json")
-    decisions = json.loads(shown.stdout)["decisions"]
+    decisions, since = json.loads(shown.stdout)["decisions"], json.loads(shown.stdout)["unchanged"]
+    assert ([d["unchanged"] and d["unchanged"]["ticks"] for d in decisions], since) == ([None, None, 2], None)
+    assert "2 ticks found nothing new, the last at 20" in shown.stderr
     assert [d["decision"] for d in decisions] == ["promoted", "promoted", "rolled back"]
     assert "it rhymes" in shown.stderr
     assert "perplexity" in shown.stderr
+    bitmill("retrain", "CONFIG")
+    again = bitmill("history", NAME, "--json")
+    assert json.loads(again.stdout)["unchanged"]["ticks"] == 1
+    assert "nothing new" in again.stderr.partition("rolled back")[2]
     drawn = tmp_path / "trend.png"
     assert bitmill("history", NAME, "--out", str(drawn)).exit_code == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")
@@ -167,7 +174,7 @@ def test_versions_of_one_teacher_share_it(bitmill: Command, undecided: Schedule)
 
 
 def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule) -> None:
-    bitmill("retrain", "CONFIG")
+    bitmill("retrain", "CONFIG", "--set", "retrain.keep=1")
     with Decisions.of(NAME, undecided.config().resources).held() as deciding:  # which nothing shows of version 1
         deciding.append(Decision(decision="rolled back", reason="", name=NAME, at=now(), champion=2))
         deciding.put_aliases()
@@ -175,6 +182,11 @@ def test_garbage_is_planned_and_collected(bitmill: Command, undecided: Schedule)
     planned = bitmill("gc", "--plan", "--keep", "1", "--grace", "0", "--json")
     assert planned.exit_code == 0, planned.stderr
     document = json.loads(planned.stdout)
+    by_schedule = bitmill("gc", "--plan", "--grace", "0", "--json")
+    assert json.loads(by_schedule.stdout)["bytes"] == document["bytes"]
+    assert "tiny: retrain.keep is 1: so many of its newest versions keep all" in by_schedule.stderr
+    bitmill("retrain", "CONFIG", "--set", "retrain.keep=2")  # unchanged, and the last word
+    assert json.loads(bitmill("gc", "--plan", "--grace", "0", "--json").stdout)["garbage"] == []
     assert not document["deleted"]
     assert document["stages"].keys() == {"tokenize", "finetune", "cache", "distill"}
     assert document["bytes"] == sum(item["bytes"] for item in document["garbage"]) > 0

@@ -33,6 +33,16 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+def test_it_may_be_given_again(given: list[list[str]], tmp_path: Path) -> None:
+    for left in ("text/slice-9.jsonl", "store/mlflow.db"):
+        path = tmp_path / "bitmill-demo" / left
+        path.parent.mkdir(parents=True)
+        path.write_text("of an earlier one")
+    demo.main()
+    assert not (tmp_path / "bitmill-demo" / "store").exists()  # before the commands make one
+    assert len([*(tmp_path / "bitmill-demo" / "text").iterdir()]) == 4
+
+
 def test_it_ends_with_a_rollback_and_the_lineage_of_both_versions(given: list[list[str]], tmp_path: Path) -> None:
     demo.main()
     assert [words[0] for words in given] == ["retrain"] * 4 + ["rollback", "history", "lineage", "lineage"]

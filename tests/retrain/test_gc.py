@@ -22,6 +22,8 @@ from pipeline.flow.run import run_plan
 from pipeline.retrain import gc
 from pipeline.retrain.decisions import Decision, Decisions, now
 from pipeline.retrain.gc import Collector, Garbage
+from pipeline.retrain.rollback import rollback
+from pipeline.retrain.tick import plan_tick
 from pipeline.store.objects import Directory
 from pipeline.store.records import Contest, SweepRecord
 from pipeline.store.step_store import RECORD, FinishedStep, StepDir
@@ -123,6 +125,18 @@ def test_what_made_a_version_is_known_for_ever(aged: Schedule) -> None:
         run_plan(plan_run(config, until="cache"), Recorder())
         age(aged)
     assert names(collector(aged).find()) == {(stage, before["records"][stage].key) for stage in HEAVY - {"distill"}}
+
+
+def test_a_version_whose_rows_went_becomes_no_champion_before_they_are_made_again(aged: Schedule) -> None:
+    collector(aged).delete(collector(aged).find())
+    before = [d.champion for d in aged.decisions]
+    said = r"tiny/1 cannot become champion: the rows that trained it \(step tokenize .*rollback tiny --to VERSION`"
+    with pytest.raises(ConfigError, match=said):
+        rollback(NAME, 1, "worse", aged.config().resources)
+    assert ([d.champion for d in aged.decisions], aged.aliases) == (before, {"champion": 2})
+    run_plan(plan_run(first_config(aged), until="tokenize"), Recorder())
+    assert rollback(NAME, 1, "worse", aged.config().resources).champion == 1
+    assert plan_tick(aged.config({"distill.steps": 3})).champion is not None  # which a challenger may meet
 
 
 def test_what_was_left_of_a_version_by_a_killed_collection_is_remembered_by_the_next(aged: Schedule) -> None:
@@ -233,6 +247,28 @@ def test_unfinished_and_unregistered_steps_go_and_sweeps_stay(aged: Schedule) ->
     found = collector(aged, keep=2).find()
     assert names(found) == {(planned.name, planned.key) for planned in plan.steps}
     assert {item.why for item in found} == {"no registered version was made of it"}
+
+
+def test_what_an_unfinished_tick_goes_on_from_stays_while_its_schedule_ticks(aged: Schedule) -> None:
+    plan = plan_run(shorter(aged), until="distill")
+    run_plan(plan, Recorder())
+    steps = tuple((planned.name, planned.key) for planned in plan.steps)
+    decisions = Decisions.of(NAME, aged.config().resources)
+    with decisions.held() as deciding:
+        deciding.note(unfinished=steps)
+    age(aged)
+    assert collector(aged, keep=2).find() == []
+    age(aged, hours=99 * 24)
+    assert collector(aged, keep=2).find() == []
+    age(aged, hours=101 * 24)
+    assert names(collector(aged, keep=2).find()) == {*steps}
+    for facts, left in (({"max_worker_hours": 1.0}, steps), ({}, ())):  # ended by worker-hours, and once and for all
+        with decisions.held() as deciding:
+            fields = {"reason": "a test", "name": NAME, "at": now(), "champion": 2, **facts}
+            deciding.append(Decision.model_validate({"decision": "rejected", **fields}))
+        assert decisions.notes().unfinished == left
+    age(aged)
+    assert names(collector(aged, keep=2).find()) == {*steps}
 
 
 def test_without_the_registry_of_the_store_nothing_goes(aged: Schedule, tmp_path: Path) -> None:

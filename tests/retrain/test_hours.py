@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.run import Config
 from pipeline.errors import OverBudgetError
 from pipeline.retrain import hours
+from pipeline.retrain.decisions import Decisions
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import WorkerHours
 from pipeline.retrain.tick import Verdict, run_tick
@@ -66,7 +67,9 @@ def capped(schedule: Schedule, most: float | None, workers: int = 0) -> Config:
 def slow(schedule: Schedule, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`slow(stage, most)`: run a tick of which a stage takes an hour a step; the verdict, and what was told."""
 
-    def tick(stage: str, most: float | None, evidence: Any = lambda *asked: Evidence()) -> tuple[Verdict, list[Slow]]:
+    def tick(
+        stage: str, most: float | None, evidence: Any = lambda *asked: Evidence(), force: bool = False
+    ) -> tuple[Verdict, list[Slow]]:
         told: list[Slow] = []
 
         def listener() -> Listener:
@@ -74,7 +77,7 @@ def slow(schedule: Schedule, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> A
             return told[-1]
 
         monkeypatch.setattr("tests.retrain.schedule.Recorder", listener)
-        return run_tick(capped(schedule, most), schedule.told, evidence), told
+        return run_tick(capped(schedule, most), schedule.told, evidence, force), told
 
     return tick
 
@@ -89,6 +92,9 @@ def test_training_ends_when_as_much_is_used_as_may_be_and_goes_on_once_it_may(sc
     assert verdict.decision.worker_seconds == 7 * HOUR
     assert [done for done, _ in told.notes] == [0, 0, 1, 2, 3, 4, 5]  # steps, of 30
     assert schedule.aliases == {"champion": 1}
+    decisions = Decisions.of(NAME, schedule.config().resources)
+    begun = {stage for stage, _ in decisions.notes().unfinished}
+    assert begun >= {"distill", "register"}
 
     assert slow("distill", 7)[0].outcome == "unchanged"
     assert slow("distill", 2)[0].outcome == "unchanged"
@@ -99,10 +105,14 @@ def test_training_ends_when_as_much_is_used_as_may_be_and_goes_on_once_it_may(sc
     assert verdict.decision.worker_seconds == 10 * HOUR
     assert [d.max_worker_hours for d in schedule.decisions] == [10, 7, None]
 
+    verdict, (told,) = slow("distill", 1, force=True)  # which counts from nothing
+    assert ([done for done, _ in told.notes], verdict.decision.worker_seconds) == ([7], HOUR)
+
     verdict, (told, contest) = slow("distill", None)
     assert verdict.outcome == "promoted", verdict.reason
     assert told.notes[0] == (7, "resumed")
-    assert verdict.decision.worker_seconds == (10 + len(told.notes)) * HOUR
+    assert verdict.decision.worker_seconds == (11 + len(told.notes)) * HOUR
+    assert decisions.notes().unfinished == ()
     assert contest.events[-1] == ("done", "contest")
     assert slow("distill", 7)[0].outcome == "unchanged"
 
@@ -142,6 +152,7 @@ def test_hours_of_all_attempts_count_and_those_of_waiting_do_not(schedule: Sched
         clock.now_s += HOUR
     second = attempt(2)
     assert first.spent_s == 8 * HOUR
+    assert WorkerHours(NAME, "key", 3, capped(schedule, 1).resources, again=True).spent_s == 0  # of a decision anew
     with suppress(ZeroDivisionError), second.counted("it"):
         clock.now_s += HOUR
         raise ZeroDivisionError

@@ -15,14 +15,16 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import BusyError, ConfigError, RunError
 from pipeline.retrain import decisions
-from pipeline.retrain.decisions import Deciding, Decisions
+from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
-from pipeline.retrain.tick import plan_tick
+from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.objects import Directory
 from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 KILLED = 9
+AWAY = "http://127.0.0.1:9"
 MOVED = {"champion": 2, "previous": 1}
 EFFECTS = [
     *((Directory, name) for name in ("write", "create", "swap")),
@@ -63,10 +65,10 @@ def killed_before(effect: int, work: Callable[[], Any]) -> bool:
     def child() -> None:
         append = Deciding.append
 
-        def deciding(self: Deciding, decision: decisions.Decision) -> None:
+        def deciding(self: Deciding, decision: decisions.Decision) -> decisions.Decision:
             for kind, name in EFFECTS:
                 setattr(kind, name, counted(getattr(kind, name)))
-            append(self, decision)
+            return append(self, decision)
 
         Deciding.append = deciding  # type: ignore[method-assign]
         work()
@@ -130,10 +132,58 @@ def test_a_rollback_of_what_is_no_name_is_refused(undecided: Schedule, name: str
         rollback(name, 1, "", undecided.config().resources)
 
 
-def test_a_rollback_waits_for_no_tick_and_says_what_can_be_done(undecided: Schedule) -> None:
-    resources = undecided.config().resources
-    with Decisions.of(NAME, resources).held(), pytest.raises(BusyError, match="a tick keeps the name until it has"):
-        rollback(NAME, 2, "worse", resources)
+def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_nothing(undecided: Schedule) -> None:
+    config, heard = undecided.config(BETTER), list[str]()
+
+    def proves(*asked: Any) -> Evidence:
+        assert rollback(NAME, 2, "mine", config.resources).champion == 2
+        assert undecided.aliases == {"champion": 2, "previous": 1}
+        return Evidence()
+
+    verdict = run_tick(config, undecided.told, proves, notifies=lambda decision: not heard.append(decision.decision))
+    assert (verdict.outcome, verdict.champion, verdict.previous) == ("superseded", 2, 1)
+    assert verdict.reason.startswith("tiny/2 was made champion meanwhile, at ")
+    assert verdict.reason.endswith(
+        "by a rollback (mine); what was trained is kept, and the next tick meets that champion"
+    )
+    assert [d.decision for d in undecided.decisions] == ["superseded", "rolled back", "promoted"]
+    assert heard == ["rolled back", "superseded"]
+    assert undecided.aliases == {"champion": 2, "previous": 1}
+    with pytest.raises(ConfigError, match="tiny/2 is champion since"):  # a rollback still
+        rollback(NAME, None, "worse", config.resources)
+    assert undecided.tick(BETTER).outcome == "unchanged"  # it is that champion
+
+
+def test_a_rollback_while_a_tick_tells_of_its_decision_takes_that_back(undecided: Schedule) -> None:
+    heard, resources = list[str](), undecided.config().resources
+
+    def notified(decision: decisions.Decision) -> bool:
+        heard.append(decision.decision)
+        if decision.champion == 2:
+            rollback(NAME, None, "at once", resources)
+        return True
+
+    verdict = run_tick(undecided.config(BETTER), undecided.told, lambda *asked: Evidence(), notifies=notified)
+    assert (verdict.outcome, heard) == ("promoted", ["promoted"])
+    assert undecided.aliases == {"champion": 1, "previous": 2}
+    with decisions.Decisions.of(NAME, resources).held() as deciding:
+        deciding.tell(undecided.notified)
+    assert [d.decision for d in undecided.heard] == ["promoted", "rolled back"]  # twice, for it was not written down
+
+
+def test_a_tick_that_a_rollback_supersedes_says_so_even_if_another_has_the_name(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proves(*asked: Any) -> Evidence:
+        rollback(NAME, 2, "mine", undecided.config().resources)
+        monkeypatch.setattr(decisions.Decisions, "held", busy)
+        return Evidence()
+
+    def busy(self: decisions.Decisions) -> Any:
+        raise BusyError("The retraining of tiny is being run by process 7.")
+
+    assert run_tick(undecided.config(BETTER), undecided.told, proves).outcome == "superseded"
+    assert [d.decision for d in undecided.decisions] == ["rolled back", "promoted"]
 
 
 def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +202,34 @@ def test_a_server_that_is_away_leaves_nothing_half_done(undecided: Schedule, mon
     assert undecided.tick(BETTER).outcome == "unchanged"
     assert undecided.aliases == MOVED
     assert len(undecided.decisions) == 2
+
+
+def test_a_server_that_cannot_be_reached_any_more_is_a_fault_and_keeps_the_decision(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Deciding.append
+
+    def last_that_is_heard(self: Deciding, decision: decisions.Decision) -> decisions.Decision:
+        kept = append(self, decision)
+        self.decisions.uri = AWAY
+        return kept
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Deciding, "append", last_that_is_heard)
+        said = "MLflow at http://127.0.0.1:9 refused .* The decision is kept in the store, and the next command"
+        with pytest.raises(RunError, match=said):  # which is status 1
+            undecided.tick(BETTER)
+    assert undecided.aliases == {"champion": 1}
+    assert undecided.tick(BETTER).outcome == "unchanged"
+    assert (undecided.aliases, len(undecided.decisions)) == (MOVED, 2)
+
+
+def test_a_tick_that_died_is_known_by_what_it_goes_on_from(undecided: Schedule) -> None:
+    known = decisions.Decisions.of(NAME, undecided.config().resources)
+    plan = plan_tick(undecided.config(BETTER)).challengers[0][1]
+    assert known.notes().unfinished == tuple((step.name, step.key) for step in plan.steps)
+    undecided.tick(BETTER)
+    assert known.notes().unfinished == ()
 
 
 def test_a_decision_that_was_not_told_is_told_by_the_next_tick(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,14 @@ from rich.console import Console
 from jobs.schedule.lineage import lineage
 from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, FencedOffError, RunError
+from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import step_dirs_of, steps_behind
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
+from pipeline.retrain.rows import refuse_what_measured
 from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.journal import _entry
 from pipeline.store.objects import Directory
@@ -255,13 +258,39 @@ def test_splits_that_are_given_where_they_were_drawn_are_refused(schedule: Sched
         plan_tick(schedule.config())
 
 
-def test_another_vocabulary_is_refused(schedule: Schedule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["vocabulary", "order of merges"])
+def test_a_tokenizer_that_cuts_otherwise_is_refused(schedule: Schedule, tmp_path: Path, other: str) -> None:
     schedule.grow(2)
-    train_bpe(schedule.documents[:50], 280, (END_OF_TEXT,)).save_pretrained(tmp_path)
+    tokens = plan_tick(schedule.config()).challengers[0][1].pinned.tokenizer
+    assert tokens is not None
+    shutil.copytree(tokens.folder, tmp_path, dirs_exist_ok=True)
     fields = schedule.config().model_dump(mode="json", by_alias=True)
     fields["model"]["tokenizer"] = str(tmp_path)
-    with pytest.raises(ConfigError, match=r"model.tokenizer is .*, with another vocabulary"):
+    plan_tick(Config.model_validate(fields))  # the same in another place
+    if other == "vocabulary":
+        train_bpe(schedule.documents[:50], 280, (END_OF_TEXT,)).save_pretrained(tmp_path)
+    else:
+        path = tmp_path / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["merges"][-2:] = content["model"]["merges"][:-3:-1]
+        path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"model.tokenizer is .*, which cuts text in another way"):
         plan_tick(Config.model_validate(fields))
+
+
+def test_rows_that_do_not_show_documents_are_refused(schedule: Schedule, tmp_path: Path) -> None:
+    fields = schedule.config().model_dump(mode="json", by_alias=True)
+    fields["name"] = "other"  # of which there is no champion
+    words = train_bpe(schedule.documents[:50], 300, (END_OF_TEXT,))
+    words.eos_token = None
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: .* has no end-of-text token, so that rows do not show"):
+        plan_tick(Config.model_validate({**fields, "model": {**fields["model"], "tokenizer": str(tmp_path)}}))
+    text = tmp_path / "running.txt"
+    text.write_text("\n".join(schedule.documents))
+    data = {"source": str(text), "unit": "line"}
+    with pytest.raises(ConfigError, match=r"data\.unit is 'line', running text that has no documents"):
+        plan_tick(Config.model_validate({**fields, "data": data}))
 
 
 def test_a_champion_whose_rows_are_gone_is_not_challenged(schedule: Schedule, tmp_path: Path) -> None:
@@ -298,14 +327,15 @@ def splits(with_splits: Schedule) -> Iterator[Schedule]:
 
 def test_documents_that_trained_either_do_not_measure(splits: Schedule) -> None:
     ours, theirs, new = splits.documents[130:133], splits.documents[:4], splits.documents[320:350]
+    chose = splits.documents[300:302]
     splits.write("text/0.jsonl", [*splits.documents[4:130]])  # without what the champion alone was trained on
     splits.write("text/1.jsonl", splits.documents[130:150])
-    splits.splits["test"] = splits.write("test-2.jsonl", [*theirs, *ours, *new])
+    splits.splits["test"] = splits.write("test-2.jsonl", [*theirs, *ours, *chose, *new])
     verdict = splits.tick({"distill.steps": 1})
     assert verdict.decision is not None
     whole, fresh = verdict.decision.gains["whole"], verdict.decision.gains["fresh"]
-    assert (whole.left_out, whole.documents, fresh.documents) == (7, 30, 10)
-    assert "; 7 that trained one of the two were left out" in verdict.decision.rulings[0].said
+    assert (whole.left_out, whole.documents, fresh.documents) == (9, 30, 10)
+    assert "; 9 that trained one of the two, or chose its checkpoint, were left out" in verdict.decision.rulings[0].said
 
 
 def test_a_test_of_nothing_but_what_trained_the_champion_decides_nothing(splits: Schedule) -> None:
@@ -336,6 +366,24 @@ def test_a_file_that_crosses_splits_is_refused(splits: Schedule, split: str, tak
     (splits.folder / moved).write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         plan_tick(splits.config())
+
+
+def test_documents_that_measured_the_champion_train_no_challenger_in_another_file(splits: Schedule) -> None:
+    measured, new = splits.documents[320:340], splits.documents[130:150]
+    splits.splits["test"] = splits.write("test-2.jsonl", splits.documents[340:360])
+    splits.write("text/1.jsonl", [*reversed(measured), *new])
+    with pytest.raises(ConfigError, match=r"data\.source has 20 of the 20 documents of the test split of the champion"):
+        splits.tick(SPOILT)
+    assert splits.trained == {"tokenize"}
+    splits.write("text/1.jsonl", [*measured[10:], *new])  # no more than may be in two splits of one configuration
+    tick = plan_tick(splits.config(SPOILT))
+    assert tick.champion is not None
+    ((_, plan),) = tick.challengers
+    refuse_what_measured(plan, tick.champion, Recorder(), Engine(plan.config.resources))
+    splits.splits["validation"] = splits.write("validation-2.jsonl", splits.documents[360:380])
+    splits.write("text/1.jsonl", [*splits.documents[300:311], *new])
+    with pytest.raises(ConfigError, match=r"has 11 of the 20 documents of the validation split"):
+        splits.tick(SPOILT)
 
 
 def test_running_text_is_refused_where_its_splits_would_move(schedule: Schedule, corpus: Any) -> None:
@@ -463,3 +511,30 @@ def test_a_tick_reads_no_more_decisions_than_it_takes_and_each_once(
     _entry.cache_clear()
     assert schedule.tick().outcome == "unchanged"
     assert len(seen) == len(set(seen)) == 4
+
+
+def test_what_was_taken_back_is_not_promoted_again_whatever_was_decided_since(undecided: Schedule) -> None:
+    config = undecided.config(recipes=[BETTER, SPOILT])
+    better, spoilt = plan_tick(config).run_keys
+
+    def decide(decision: str, champion: int, *run_keys: str, **facts: Any) -> None:
+        fields = {"name": NAME, "reason": "a test", "at": now(), "key": "of another champion", **facts}
+        with Decisions.of(NAME, config.resources).held() as deciding:
+            deciding.append(Decision(decision=decision, champion=champion, run_keys=run_keys, **fields))
+            deciding.put_aliases()
+
+    decide("promoted", 2, better, challenger=2, previous=1)
+    decide("rolled back", 1, previous=2, key="")
+    decide("rejected", 1, "another recipe")
+    again = undecided.tick(BETTER)
+    assert (again.outcome, again.champion, undecided.listeners) == ("unchanged", 1, [])
+    tick = plan_tick(config)
+    assert (tick.decided, [plan.run_key for _, plan in tick.challengers]) == (None, [spoilt])
+    decide("rejected", 1, spoilt)
+    assert plan_tick(config).decided is None  # it met this champion, not as one of the two
+    decide("rolled back", 1, key="")
+    assert plan_tick(config).decided is not None
+    forced = undecided.tick(BETTER, force=True)
+    assert (forced.outcome, forced.champion) == ("promoted", 2)
+    undecided.grow(3)
+    assert plan_tick(undecided.config(BETTER)).decided is None  # new data

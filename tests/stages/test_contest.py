@@ -38,8 +38,8 @@ def test_of_whom_nothing_is_known_may_not_be_met(finished: Ran) -> None:
         known_to(job)
     own = replace(job, recipe={"champions_tokens": finished.record("tokenize").key})
     known = known_to(own)
-    assert known.fresh == [False] * len(known.trained)
-    assert known.trained == [False] * len(known.trained)  # of a split that is drawn nobody is asked
+    assert known.fresh == [False] * len(known.before)
+    assert known.before == [False] * len(known.before)  # of a split that is drawn nobody is asked
 
 
 @pytest.mark.parametrize("turns", [1, 4, 30])

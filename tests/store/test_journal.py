@@ -54,6 +54,25 @@ def test_what_was_told_is_not_told_again(journal: Journal) -> None:
     assert journal.head().count == 4
 
 
+def test_notes_change_and_go_with_the_entry_that_takes_them(journal: Journal) -> None:
+    with pytest.raises(KeyError):
+        journal.written()
+    journal.claim(1)
+    assert journal.head().notes == {}
+    journal.note({"keep": 1, "steps": [["a", "b"]]}, 1)
+    written = journal.written()
+    journal.append({"number": 0}, 1)
+    journal.tell(1, 1)
+    assert journal.head().notes == {"keep": 1, "steps": [["a", "b"]]}
+    journal.append({"number": 1}, 1, {"keep": 1})
+    assert (journal.head().notes, journal.head().count) == ({"keep": 1}, 2)
+    assert journal.written() >= written
+    journal.claim(2)
+    with pytest.raises(FencedOffError):
+        journal.note({}, 1)
+    assert journal.head().notes == {"keep": 1}
+
+
 def test_an_older_token_appends_nothing_once_a_newer_one_claimed(journal: Journal) -> None:
     journal.claim(1)
     journal.append({"by": 1}, 1)

@@ -105,6 +105,15 @@ def test_a_holder_writes_and_leaves_the_step_to_the_next(step_dir):
         assert content(second, "a") == b"x"
 
 
+def test_who_seizes_the_lease_waits_for_no_live_owner_which_writes_nothing_more(step_dir, tmp_path):
+    with step_dir.hold(wait=False, waiting=never) as old:
+        with step_dir._lease.hold(wait=False, waiting=never, seize=True) as fence:
+            assert fence == old.fence + 1
+            assert_fenced_off(old, tmp_path)
+        assert lease_of(step_dir).owner is None
+    assert lease_of(step_dir).fence == fence  # the old one let go of nothing
+
+
 def test_the_lease_is_released_when_the_step_fails(step_dir):
     with pytest.raises(ZeroDivisionError), step_dir.hold(False, never):
         raise ZeroDivisionError

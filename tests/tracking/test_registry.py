@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ConfigError, RunError
 from pipeline.tracking import registry, runs
 
 
@@ -73,3 +74,13 @@ def test_what_an_interrupted_registration_logged_is_used(client, folder, tmp_pat
     assert registry.find_version(client, "interrupted", "a" * 32) is None
     (logged,) = client.search_logged_models([run.info.experiment_id])
     assert registry.register_package(client, run, "interrupted", "a" * 32, folder, {}, {})[1] == logged.model_id
+
+
+def test_a_server_that_went_away_is_a_fault_and_no_setting():
+    away = "http://127.0.0.1:9"
+    said = r"MLflow refused the verdict on chat/1: API request to http://127\.0\.0\.1:9/.*Connection refused"
+    with pytest.raises(RunError, match=said) as refused:  # the command reached it when it began
+        registry.keep_verdict(away, "chat/1", "gguf", True, {})
+    assert "tracking_uri" not in str(refused.value)
+    with pytest.raises(RunError, match=r"^Nobody asks: tags\. Again\.$"), runs.refusal("Nobody asks", "Again."):
+        raise ConfigError("tags")
