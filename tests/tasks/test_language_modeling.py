@@ -6,7 +6,8 @@ from itertools import starmap
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.distill.losses import valid_tokens
 from pipeline.tasks import language_modeling
@@ -217,16 +218,13 @@ def test_a_tokenizer_without_end_of_text_puts_none(tokenizer):
 
 
 def test_a_token_takes_few_bytes_until_it_is_stored(monkeypatch):
-    class Words:
-        eos_token_id = 50_000
-
-        def __call__(self, texts, add_special_tokens):
-            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
-
+    numbers = Tokenizer(models.WordLevel({str(number): number for number in range(50_001)}))
+    numbers.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=numbers, eos_token="50000")
     monkeypatch.setattr(language_modeling, "ENCODE_CHARACTERS", 5000)
     words = " ".join(str(10_000 + i) for i in range(99))
     tracemalloc.start()
-    ids, lengths, _ = encode((words for _ in range(2000)), Words(), 64, "document")
+    ids, lengths, _ = encode((words for _ in range(2000)), tokenizer, 64, "document")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (lengths.sum(), ids[0, 1], ids[-1, lengths[-1] - 1]) == (200_000, 10_001, 50_000)
