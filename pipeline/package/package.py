@@ -44,6 +44,7 @@ def write_package(
 ) -> dict[str, Any]:
     """Write all but tokenizer files; `facts` has name, metrics, lineage, teacher_bytes. Return the manifest."""
     tensors, described = encode(frozen, encoding)
+    digest = frozen.digest()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone, and a store is shared
     fields = config.to_diff_dict() | {"model_type": config.model_type, "architectures": config.architectures}
@@ -53,7 +54,7 @@ def write_package(
         "format_version": FORMAT_VERSION,
         "family": family,
         "quant": quant.model_dump(mode="json"),
-        "digest": frozen.digest(),
+        "digest": digest,
         **described,
     }
     _write_json(folder / CONFIG, fields)
@@ -63,7 +64,7 @@ def write_package(
         "format_version": FORMAT_VERSION,
         "bits": quant.bits,
         "quantizer": quant.quantizer,
-        "digest": frozen.digest(),
+        "digest": digest,
         "size": size.model_dump(),
         **{name: facts[name] for name in ("name", "lineage", "metrics")},
     }

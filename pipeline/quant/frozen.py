@@ -58,7 +58,7 @@ class FrozenTensors:
                 tensor = tensors[name].detach().contiguous().cpu()
                 header = (group, name, self.bits.get(name, 0), str(tensor.dtype), tuple(tensor.shape))
                 sha.update(repr(header).encode())
-                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
 

@@ -32,9 +32,12 @@ def pack(codes: Tensor, bits: int, encoding: Encoding = "dense", levels: Levels 
     if codes.ndim != 2:
         raise ValueError(f"codes of shape {tuple(codes.shape)} are not a matrix")
     _check(codes, grid(levels, bits), bits)
-    digits = torch.nn.functional.pad(codes.to(torch.int16) + offset, (0, -codes.shape[1] % per_byte))
-    places = base ** torch.arange(per_byte, dtype=torch.int16)
-    return (digits.reshape(len(codes), -1, per_byte) * places).sum(-1).to(torch.uint8)
+    digits = codes.contiguous().view(torch.uint8) + offset  # a negative code wraps around to its digit
+    digits = torch.nn.functional.pad(digits, (0, -codes.shape[1] % per_byte)).reshape(len(codes), -1, per_byte)
+    packed = digits[..., 0].clone()
+    for place in range(1, per_byte):
+        packed += digits[..., place] * base**place
+    return packed
 
 
 def unpack(

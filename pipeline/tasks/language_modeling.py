@@ -18,6 +18,7 @@ from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Encoded, Task
+from pipeline.tasks.tokenizers import encoded
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,8 +73,8 @@ def encode(
     text_bytes = 0
     for batch in _batches(texts, tokenizer, unit):
         text_bytes += sum(len(text.encode()) for text in batch)
-        for encoded in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            ids.extend(encoded)
+        for tokens in encoded(tokenizer, batch):
+            ids.extend(tokens)
             if unit == "document" and tokenizer.eos_token_id is not None:
                 ids.append(tokenizer.eos_token_id)
     rows = -(-len(ids) // block_length)

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CANDIDATES, CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.task import Encoded, Task
+from pipeline.tasks.tokenizers import encoded
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedTokenizerBase
@@ -243,6 +244,5 @@ class _Encoder:
     def _turn(self, text: str) -> list[int]:
         """Return the tokens of a turn and end-of-text."""
         if text not in self._known:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._known[text] = [*ids, self.tokenizer.eos_token_id]
+            self._known[text] = [*encoded(self.tokenizer, [text])[0], self.tokenizer.eos_token_id]
         return self._known[text]

@@ -9,15 +9,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.distill.losses import logit_distillation_loss, target_nats
 from pipeline.models.hidden_states import last_states, logits_of
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import candidate_scores
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel
+
+CACHED_VALUES = 2**18  # of a table of logits
 
 
 @dataclass
@@ -70,23 +72,22 @@ class Scores:
         for name, values in of_rows.items():
             self.of_rows.setdefault(name, []).extend(values)
 
-    def add(self, logits: Tensor, batch: Batch, bytes_of: Tensor, documents: Documents) -> None:
-        """Add next-token nats and bytes of each row's reference, and accuracy where a row has candidates."""
+    def add(self, nats: Tensor, logits: Tensor, batch: Batch, bytes_of: Tensor, documents: Documents) -> None:
+        """Add next-token nats, those of `token_nats`, and bytes of each row's reference, and accuracy where a row has
+        candidates."""
         first = batch.references()
-        nats = target_nats(logits[:: batch.group], first.targets) * first.supervised
+        nats = nats[:, : first.targets.shape[1]] * first.supervised
         self.append(documents.sums(nats.double()), documents.sums(first.supervised.long()), documents.goes_on)
         self.bytes += int(bytes_of[first.targets][first.supervised].sum())
         if batch.group > 1:
             self.measure({"accuracy": chosen(candidate_scores(logits, batch))})
 
-    def compare(self, logits: Tensor, teacher: Tensor, batch: Batch) -> None:
+    def compare(self, cross: Tensor, entropy: Tensor, agreed: Tensor, distilled: Tensor) -> None:
         """Add KL(teacher || model) and agreement at the distilled positions of each row's reference."""
-        logits, teacher, batch = logits[:: batch.group], teacher[:: batch.group], batch.references()
-        cross, count = logit_distillation_loss(logits, teacher, batch.distilled)
-        entropy, _ = logit_distillation_loss(teacher, teacher, batch.distilled)
+        cross, entropy = ((nats * distilled).sum(dtype=torch.float64) for nats in (cross, entropy))
         self.kl_nats += float(cross - entropy)
-        self.agreed += int(((logits.argmax(-1) == teacher.argmax(-1)) & batch.distilled).sum())
-        self.compared += int(count)
+        self.agreed += int((agreed & distilled).sum())
+        self.compared += int(distilled.sum())
 
 
 COUNTS = ("bytes", "kl_nats", "agreed", "compared")  # of `Scores`, which add up
@@ -136,13 +137,38 @@ def score_tokens(
     for batch in batches:
         documents = documents_of(batch, end_of_text)  # before a GPU has the batch, which would have to wait
         batch = batch.to(model.device)
-        logits = logits_for(model, batch)
-        scores.add(logits, batch, bytes_of, documents)
-        if teacher is not None and teacher_scores is not None:
-            reference = logits_for(teacher, batch)
-            teacher_scores.add(reference, batch, bytes_of, documents)
-            scores.compare(logits, reference, batch)
+        first, logits = batch.references(), logits_for(model, batch)
+        reference = logits_for(teacher, batch) if teacher is not None else None
+        beside = None if reference is None else reference[:: batch.group]
+        nats, *compared = token_nats(logits[:: batch.group], beside, first.targets)
+        scores.add(nats, logits, batch, bytes_of, documents)
+        if reference is not None and teacher_scores is not None:
+            teacher_nats, cross, entropy, agreed = compared
+            teacher_scores.add(teacher_nats, reference, batch, bytes_of, documents)
+            scores.compare(cross, entropy, agreed, first.distilled)
     return scores, teacher_scores
+
+
+def token_nats(logits: Tensor, teacher: Tensor | None, targets: Tensor) -> list[Tensor]:
+    """Return the nats of the target that each position predicts; beside a teacher the teacher's too, the cross-entropy
+    of model and teacher, the teacher's entropy, nats, and whether both have the same first token: (batch, length) each.
+
+    Each distribution is made once, on a CPU of so few tokens at a time that it stays in the cache. What the positions
+    say that have no target is of none.
+    """
+    ids = F.pad(targets, (0, logits.shape[1] - targets.shape[1])).flatten().unsqueeze(1)
+    at_once = len(ids) if logits.is_cuda else max(1, CACHED_VALUES // logits.shape[-1])
+    tables = [table.flatten(0, 1).split(at_once) for table in (logits, teacher) if table is not None]
+    parts = []
+    for target, *rows in zip(ids.split(at_once), *tables, strict=True):
+        logs = [row.float().log_softmax(-1) for row in rows]
+        part = [-log.gather(1, target).squeeze(1) for log in logs]
+        if teacher is not None:
+            likely = rows[1].float().softmax(-1)
+            part += [-(likely * log).sum(-1) for log in logs]
+            part.append(rows[0].argmax(-1) == rows[1].argmax(-1))
+        parts.append(part)
+    return [torch.cat(column).view(logits.shape[:2]) for column in zip(*parts, strict=True)]
 
 
 def chosen(scores: Tensor) -> list[float]:

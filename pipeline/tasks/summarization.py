@@ -24,7 +24,7 @@ from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.scoring import Scores, score_tokens
 from pipeline.tasks.task import Encoded, Task
-from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, token_bytes
+from pipeline.tasks.tokenizers import END_OF_TEXT, PADDING, encoded, token_bytes
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,8 +92,8 @@ class Summarization(Task):
         start = end if self.start is None else self.start
         for first in range(0, len(pairs), ENCODE_DOCUMENTS):
             sources, targets = zip(*pairs[first : first + ENCODE_DOCUMENTS], strict=True)
-            encoded = zip(tokenizer(list(sources))["input_ids"], tokenizer(list(targets))["input_ids"], strict=True)
-            for row, (source, target) in enumerate(encoded, start=first):
+            both = (encoded(tokenizer, list(texts), special_tokens=True) for texts in (sources, targets))
+            for row, (source, target) in enumerate(zip(*both, strict=True), start=first):
                 source = ended(source, end, source_length)
                 target = [start, *ended(target, end, target_length - 1)]
                 ids[row, : len(source)] = source

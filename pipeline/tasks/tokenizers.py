@@ -34,6 +34,16 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool = False) -> list[list[int]]:
+    """Return the ids of each text as `tokenizer(texts)` has them, without the masks and places that cost a quarter more
+    to make beside them."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special_tokens)]
+
+
 def train_bpe(
     texts: Iterable[str], size: int, special_tokens: tuple[str, ...] = (END_OF_TEXT,)
 ) -> PreTrainedTokenizerBase:

@@ -16,18 +16,21 @@ from safetensors.torch import load_file
 
 import pipeline
 from pipeline.config.quant import Quant
+from pipeline.config.resources import Resources
 from pipeline.export.dequantized import plain_model
 from pipeline.flow.line import STAGES
 from pipeline.models.build import build, read_config
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, load_parameters, make_student
 from pipeline.package.package import read_package, write_package
-from pipeline.quant.frozen import freeze
+from pipeline.quant.frozen import FrozenTensors, freeze
 from pipeline.quant.packing import unpack
+from pipeline.stages import pack
 from pipeline.stages.scorer import batches
-from pipeline.store.records import Student, Tokens
+from pipeline.stages.stage import StepJob
+from pipeline.store.records import Package, Student, Tokens
 from pipeline.store.shards import Rows
-from pipeline.store.step_store import checksum
+from pipeline.store.step_store import StepDir, checksum
 from pipeline.tasks.language_modeling import score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
 from tests.packages import WIDE, package, packed_logits
@@ -66,6 +69,22 @@ def frozen(finished):
 def packed(folder, frozen, config, quant, encoding="dense"):
     folder.mkdir()
     return write_package(folder, frozen, config, quant, encoding, config.model_type, FACTS)
+
+
+def test_tensors_are_hashed_once_as_they_are_written_and_once_as_they_are_read(tmp_path, frozen, finished, monkeypatch):
+    hashed, digest = [], FrozenTensors.digest
+    monkeypatch.setattr(FrozenTensors, "digest", lambda tensors: hashed.append(tensors) or digest(tensors))
+    job = StepJob(
+        finished.record("pack").recipe,
+        {name: finished.outcome.steps[name] for name in finished.plan.step(Package).inputs},
+        StepDir(str(tmp_path), "pack", "0" * 32, str(tmp_path / "scratch")),
+        Resources(),
+        {},
+    )
+    with job.dir.hold(False, print) as held:
+        manifest, _ = pack._pack(replace(job, dir=held))
+    assert manifest["digest"] == finished.record("pack").digest
+    assert len(hashed) == 2
 
 
 def test_the_files_are_those_of_the_contract(finished):

@@ -1,15 +1,18 @@
 import copy
 import math
 import tracemalloc
+from collections import Counter
 from itertools import starmap
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.distill.losses import valid_tokens
-from pipeline.tasks import language_modeling
+from pipeline.tasks import language_modeling, scoring
 from pipeline.tasks.language_modeling import LanguageModeling, encode, score
 from pipeline.tasks.scoring import score_tokens
 from pipeline.tasks.tokenizers import train_bpe
@@ -217,17 +220,39 @@ def test_a_tokenizer_without_end_of_text_puts_none(tokenizer):
 
 
 def test_a_token_takes_few_bytes_until_it_is_stored(monkeypatch):
-    class Words:
-        eos_token_id = 50_000
-
-        def __call__(self, texts, add_special_tokens):
-            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
-
+    numbers = Tokenizer(models.WordLevel({str(number): number for number in range(50_001)}))
+    numbers.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=numbers, eos_token="50000")
     monkeypatch.setattr(language_modeling, "ENCODE_CHARACTERS", 5000)
     words = " ".join(str(10_000 + i) for i in range(99))
     tracemalloc.start()
-    ids, lengths, _ = encode((words for _ in range(2000)), Words(), 64, "document")
+    ids, lengths, _ = encode((words for _ in range(2000)), tokenizer, 64, "document")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (lengths.sum(), ids[0, 1], ids[-1, lengths[-1] - 1]) == (200_000, 10_001, 50_000)
     assert peak / ids.size < 10
+
+
+class Distributions(TorchDispatchMode):
+    """Counts the values of distributions that are made, and those of the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.largest = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name in ("_log_softmax", "_softmax") and returned.shape[-1] == VOCABULARY:
+            self.made[name] += returned.numel()
+            self.largest = max(self.largest, returned.numel())
+        return returned
+
+
+def test_each_distribution_is_made_once_and_of_few_tokens_at_a_time(monkeypatch, model, teacher, rows):
+    monkeypatch.setattr(scoring, "CACHED_VALUES", 3 * VOCABULARY)
+    ids, lengths = rows
+    with Distributions() as distributions:
+        score([(ids, lengths)], model, BYTES_OF, teacher)
+    assert distributions.made == {"_log_softmax": 2 * ids.numel() * VOCABULARY, "_softmax": ids.numel() * VOCABULARY}
+    assert distributions.largest == 3 * VOCABULARY

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
-from pipeline.tasks.tokenizers import END_OF_TEXT, read_tokenizer, token_bytes, train_bpe
+from pipeline.tasks.tokenizers import END_OF_TEXT, encoded, read_tokenizer, token_bytes, train_bpe
 
 CORPUS = ["Hello world, größe naïve über straße.\n" * 3, "日本語 text 🙂 and more text, the cat"] * 20
 # Special tokens stand for no bytes; the metaspace sign itself and spelled-out byte tokens are ambiguous by design.
@@ -135,3 +135,17 @@ def test_a_folder_without_a_sound_tokenizer_is_refused(byte_level, tmp_path, con
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=r"model\.tokenizer: .* holds no tokenizer"):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_texts_are_encoded_as_the_tokenizer_encodes_them(byte_level, metaspace, special_tokens):
+    texts = [*CORPUS[:3], "", f"an end{END_OF_TEXT}", "<s> and </s>"]
+    for tokenizer in (byte_level, metaspace):
+        expected = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+        tokenizer.backend_tokenizer.enable_padding(length=99)  # as a file may ask
+        tokenizer.backend_tokenizer.enable_truncation(2)
+        assert encoded(tokenizer, texts, special_tokens) == expected
+    before = encoded(byte_level, texts)
+    byte_level.split_special_tokens = True
+    assert encoded(byte_level, texts) == byte_level(texts, add_special_tokens=False)["input_ids"] != before
+    byte_level.split_special_tokens = False
