@@ -148,7 +148,9 @@ class _Functions(TorchFunctionMode):
         return _placed(func(*args, **kwargs, device=CPU), CPU if device.type == CPU.type else SECOND)
 
 
-def _moved(func: Any, tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+def _moved(
+    func: Any, tensor: Tensor, *args: Any, copy: bool = False, non_blocking: bool = False, **kwargs: Any
+) -> Tensor:
     """Do what Tensor.to, cpu and cuda do."""
     given = [*args, *kwargs.values()]
     device = {Tensor.cpu: CPU, Tensor.cuda: SECOND}.get(func)
@@ -165,6 +167,8 @@ def _moved(func: Any, tensor: Tensor, *args: Any, copy: bool = False, **kwargs: 
         return cast.clone() if copy and cast is tensor else cast
     if device.type == CPU.type:
         _reads.append("copy to the CPU")
+    elif not non_blocking:
+        _reads.append("copy from the CPU")
     moved: Tensor = _Move.apply(cast, CPU if device.type == CPU.type else SECOND)
     return moved
 

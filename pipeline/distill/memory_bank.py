@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.distill.transfer import sent
+
 Gather = Callable[[Tensor], list[Tensor]]
 
 
@@ -23,8 +25,13 @@ class MemoryBank:
         self.momentum = momentum
         self.states = torch.zeros(vocabulary, hidden, device=device)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.seen_ids = torch.zeros(0, dtype=torch.int64)  # the same as ids, in order, on the host
+        self._seen_on_host = torch.zeros(vocabulary, dtype=torch.bool)
         self._added: list[tuple[Tensor, Tensor]] = []  # ids and states of this step
+
+    @property
+    def seen_ids(self) -> Tensor:
+        """Return the ids that were seen, in order, on the host."""
+        return self._seen_on_host.nonzero()[:, 0]
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
         """Return the queries q (batch, length, hidden) for ids (batch, length) and the student's states."""
@@ -35,7 +42,7 @@ class MemoryBank:
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
         """Add one micro-batch's valid states to the sums of this step; ids and mask (batch, length) are the host's."""
         places = valid.flatten().nonzero()[:, 0]
-        self._added.append((ids.flatten()[places], states.flatten(0, 1)[places.to(states.device)].float()))
+        self._added.append((ids.flatten()[places], states.flatten(0, 1)[sent(places, states.device)].float()))
 
     @torch.no_grad()
     def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
@@ -49,11 +56,11 @@ class MemoryBank:
     def _move(self, ids: Tensor, sums: Tensor, counts: Tensor) -> None:
         """Move the bank towards the means of the states of each id; ids, distinct, and counts are the host's."""
         device = self.states.device
-        moved, mean = ids.to(device), sums / counts.to(device).unsqueeze(1)
+        moved, mean = sent(ids, device), sums / sent(counts, device).unsqueeze(1)
         known = self.momentum * self.states[moved] + (1 - self.momentum) * mean
         self.states[moved] = torch.where(self.seen[moved].unsqueeze(1), known, mean)
         self.seen[moved] = True
-        self.seen_ids = torch.cat([self.seen_ids, ids]).unique()
+        self._seen_on_host[ids] = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the bank as it goes into a checkpoint, between two steps."""
@@ -63,11 +70,11 @@ class MemoryBank:
         """Restore the bank from its `state_dict`."""
         self.states.copy_(state["states"])
         self.seen.copy_(state["seen"])
-        self.seen_ids = state["seen"].cpu().nonzero()[:, 0]
+        self._seen_on_host.copy_(state["seen"])
 
 
 def _summed(ids: Tensor, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the distinct ids (host), and the sums of states (device) and counts (host) that belong to each."""
     unique, inverse = ids.unique(return_inverse=True)
-    sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, inverse.to(states.device), states)
+    sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, sent(inverse, states.device), states)
     return unique, sums, counts.new_zeros(len(unique)).index_add_(0, inverse, counts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.distill.random import draw
+from pipeline.distill.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def pooled(pools: Sequence[Tensor]) -> Negatives:
 
 def _padded(draws: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return draws side by side, filled up with zeros, and which are none of these."""
-    return pad_sequence(list(draws), batch_first=True).to(device), _taken([*map(len, draws)], device)
+    return sent(pad_sequence(list(draws), batch_first=True), device), _taken([*map(len, draws)], device)
 
 
 def _taken(counts: Sequence[int], device: torch.device) -> Tensor:
     """Return the mask (sequences, 1, most) of so many negatives each."""
     mask = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
-    return mask.unsqueeze(1).to(device)
+    return sent(mask.unsqueeze(1), device)
 
 
 def draw_offsets(seed: int, step: int, row_id: int, length: int, negatives: int) -> Tensor:

@@ -46,7 +46,7 @@ class Stack:
             for name, _ in first.named_parameters()
         }
         # As a tensor it is no constant of what is compiled.
-        blend = first.blend if first.blend == 1.0 else torch.tensor(first.blend)
+        blend = first.blend if first.blend == 1.0 else torch.full((), first.blend, device=folded[0].device)
         return quantize(_OfFolded(first), _joined(folded), parameters, blend)
 
     def hold(self, levels: Tensor) -> list[Tensor]:

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distill.losses import valid_tokens
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, which the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+from pipeline.distill.transfer import sent
 
 
 @dataclass(frozen=True)

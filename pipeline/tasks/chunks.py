@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from pipeline.models.hidden_states import head_input
 from pipeline.tasks.batch import Batch
 
-CHUNK_LOGITS = 2**27  # of a chunk: 512 MiB in fp32
+CHUNK_LOGITS = {"cpu": 2**27, "cuda": 2**28}  # of a chunk, by the kind of device: 0.5 and 1 GiB in fp32
 
 Part = tuple[slice, slice]  # sequences and positions of a batch
 Losses = Callable[[Tensor, Batch, Part], dict[str, Tensor]]  # sums in nats, of what the head multiplies
 
 
-def parts_of(batch: Batch, vocabulary: int, limit: int = CHUNK_LOGITS) -> Iterator[Part]:
+def parts_of(batch: Batch, vocabulary: int, limit: int | None = None) -> Iterator[Part]:
     """Yield the parts of a batch whose logits are at most `limit`: whole rows, as many in each where their number can
     be divided so, for every shape has to be compiled; positions of one sequence where a single one is too long."""
     sequences, length = batch.ids.shape
+    limit = CHUNK_LOGITS[batch.ids.device.type] if limit is None else limit
     rows, positions = sequences // batch.group, max(1, limit // vocabulary)
     most = min(rows, positions // (length * batch.group))
     if most or batch.group > 1:

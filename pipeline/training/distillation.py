@@ -12,6 +12,7 @@ from pipeline.config.training import Distill
 from pipeline.distill import negatives
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
+from pipeline.distill.transfer import sent
 from pipeline.errors import RunError
 from pipeline.store.shards import StoredStates
 from pipeline.tasks.batch import Batch
@@ -84,7 +85,7 @@ class Distillation:
         if chosen == "vocabulary":
             seen = self.bank.seen_ids
             draws = [seen[negatives.draw_ids(seed, step, sequence, len(seen), count + 1)] for sequence in sequences]
-            drawn = torch.stack(draws).to(batch.ids.device)
+            drawn = sent(torch.stack(draws), batch.ids.device)
             return negatives.other_tokens(self.bank.states[drawn], batch.ids, drawn)
         pools = [self._of_partner(step, rows, row, place, read) for row in row_ids for place in range(batch.group)]
         return negatives.pooled([teacher[0, :0] if pool is None else pool for pool in pools])
@@ -98,4 +99,4 @@ class Distillation:
         _, states = self.teacher_states(others, cached)
         sequence, length = row * others.group + place, int(others.on_host.lengths[place])
         positions = negatives.draw_positions(self.recipe.seed, step, sequence, length, self.recipe.negatives)
-        return states[place, positions.to(states.device)]
+        return states[place, sent(positions, states.device)]

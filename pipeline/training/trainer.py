@@ -22,6 +22,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
 from pipeline.distill.random import draw
+from pipeline.distill.transfer import sent
 from pipeline.errors import RunError
 from pipeline.models.compiled import compile_layers, compiled
 from pipeline.models.hidden_states import WithStates, head_input, head_of, head_product, last_states
@@ -163,7 +164,7 @@ class Trainer:
         counted = self.job.task.counts(self.rows.lengths([row for micro in micros for row in micro]))
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
-        weights = torch.tensor([self._weight(name) for name in names], dtype=torch.float64).to(self.device)
+        weights = sent(torch.tensor([self._weight(name) for name in names], dtype=torch.float64), self.device)
         shares = dict(zip(names, weights / counts, strict=True))
         means = torch.zeros_like(counts)
         with self.stacks.quantized_once():
@@ -315,7 +316,7 @@ class Trainer:
 
     def _all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over all workers, on the device."""
-        moved = tensor.to(self.device)
+        moved = tensor if tensor.device == self.device else sent(tensor, self.device)
         if self.world > 1:
             dist.all_reduce(moved)
         return moved
