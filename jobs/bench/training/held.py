@@ -18,7 +18,7 @@ from pipeline.stages.stage import StepJob, training_job, upload_folder
 from pipeline.store.records import Shard, Split, SplitName, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.task import Task
-from pipeline.training.trainer import Trainer, TrainingJob
+from pipeline.training.trainer import TrainingJob
 
 Recipe = Finetune | Distill
 
@@ -79,10 +79,8 @@ def job_of(
 
 
 def resources_for(device: torch.device, compiled: bool | None, **given: Any) -> Resources:
-    """Return resources by which all is computed on the device; `compiled` None leaves it to the product."""
-    if compiled is not None and "compile" in Resources.model_fields:
-        given["compile"] = compiled
-    return Resources(workers=0, gpus_per_worker=int(device.type == "cuda"), **given)
+    """Return resources by which all is computed on the device; `compiled` as `resources.compile`."""
+    return Resources(workers=0, gpus_per_worker=int(device.type == "cuda"), compile=compiled, **given)
 
 
 def chosen_device(name: str) -> torch.device:
@@ -94,10 +92,3 @@ def chosen_device(name: str) -> torch.device:
     if name == "cuda" and device.type != "cuda":
         raise ConfigError("--device is 'cuda', and torch sees no GPU here; use auto or cpu")
     return device
-
-
-def end_reading(trainer: Trainer) -> None:
-    """End what a trainer reads ahead, where its steps were taken by hand."""
-    close = getattr(trainer.rows, "close", None)
-    if close is not None:
-        close()

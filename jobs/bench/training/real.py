@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from jobs.bench.documents import Documents, bootstrapped
 from jobs.bench.rows import REFERENCE, named
-from jobs.bench.training.held import OwnStore, end_reading, resources_for
+from jobs.bench.training.held import OwnStore, resources_for
 from jobs.bench.training.measures import described, seconds_a_step, wait
 from jobs.display import print_table
 from pipeline.config.data import Evaluate
@@ -329,7 +329,7 @@ class RealBench:
         warm_up_s = time.perf_counter() - begun
         step_s = seconds_a_step(trainer.train_step, WARM_UP, TIMED, self.device)
         validation_s = seconds_a_step(lambda step: trainer.validate(), 0, 1, self.device)
-        end_reading(trainer)
+        trainer.rows.close()
         student.load_state_dict(before)
         if bank is not None:
             bank.load_state_dict(empty)

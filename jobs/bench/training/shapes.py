@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from jobs.bench.sizes import MODELS
-from jobs.bench.training.held import OwnStore, end_reading, job_of, resources_for, teacher_step, tokens_step
+from jobs.bench.training.held import OwnStore, job_of, resources_for, teacher_step, tokens_step
 from jobs.bench.training.measures import described, wait
 from jobs.display import print_table
 from pipeline.config.data import TaskSettings
@@ -95,7 +95,7 @@ def _trained(source: dict[str, Any], extent: Extent, device: torch.device, compi
             losses.append(trainer.train_step(step)["loss"])
             wait(device)
             seconds.append(time.perf_counter() - begun)
-        end_reading(trainer)
+        trainer.rows.close()
         each = min(seconds[1:])
         return {
             "parameters": parameters(model),

@@ -24,7 +24,7 @@ from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Shard, Teacher, TeacherCache, Tokens
-from pipeline.store.shards import SHARD_TOKENS, rows_per_shard, store_shard, write_tokens
+from pipeline.store.shards import rows_per_shard, store_shard, write_tokens
 from pipeline.store.step_store import FinishedStep
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.training.trainer import Trainer
@@ -75,7 +75,8 @@ class Steps:
         self.store, self.shape, self.device, self.compiled = store, shape, device, compiled
         self.task = LanguageModeling(TaskSettings(block_length=shape.length))
         step_dir, random = store.hold(Tokens.stage, "0" * 32), np.random.default_rng(0)
-        per_shard, shards = min(rows_per_shard(shape.length), max(shape.batch, SHARD_TOKENS // shape.length // 4)), []
+        most = rows_per_shard(shape.length) if device.type == "cuda" else 2 * shape.batch  # which a CPU is long at
+        per_shard, shards = max(shape.batch, most), []
         for number in range(SHARDS + 1):
             ids = random.integers(shape.vocab, size=(per_shard, shape.length)).astype(np.int32)
             lengths = np.full(per_shard, shape.length, np.int32)

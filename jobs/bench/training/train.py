@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 
 from jobs.bench.training import steps as kinds
-from jobs.bench.training.held import OwnStore, end_reading
+from jobs.bench.training.held import OwnStore
 from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
+from jobs.bench.training.peers import fake_quantization
 from jobs.bench.training.steps import ROWS, Case, Shape, Steps
+from jobs.bench.training.workers import of_two
 from jobs.display import print_table
 from pipeline.errors import ConfigError
 from pipeline.training.checkpoints import write_checkpoint
@@ -34,6 +36,12 @@ SHOWN = 500  # characters of an error
 HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB", "first, s")
 GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
 CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
+QUANTIZING, WORKERS = "fake-quantization", "two workers"
+OF_TORCHAO, OF_IDEAL = "fake-quantization, of torchao's", "two workers, of the ideal"
+BESIDE: dict[str, Callable[[Shape, int], dict[str, Any]]] = {  # the rows, on a CPU
+    QUANTIZING: lambda shape, rounds: fake_quantization(shape.width, shape.tokens, rounds),
+    WORKERS: of_two,
+}
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,18 @@ class Extent:
 
     def names(self, baseline: str) -> list[str]:
         """Return the rows that are measured, in the order of the table; the baseline always is, as the first."""
-        return [baseline, *(name for name in ROWS if name != baseline and (not self.only or name in self.only))]
+        return [baseline, *(name for name in ROWS if name != baseline and self.wants(name))]
+
+    def wants(self, name: str) -> bool:
+        """Tell whether something is measured, where it is chosen what is."""
+        return not self.only or name in self.only
 
 
 def chosen_rows(only: Sequence[str] | None) -> tuple[str, ...]:
     """Return the rows by name. Raises ConfigError for a name that is none."""
     for name in only or ():
-        if name not in ROWS:
-            raise ConfigError(f"--only {name!r} is no row of this bench; valid: {'; '.join(ROWS)}")
+        if name not in (*ROWS, *BESIDE):
+            raise ConfigError(f"--only {name!r} is no row of this bench; valid: {'; '.join((*ROWS, *BESIDE))}")
     return tuple(only or ())
 
 
@@ -89,6 +101,11 @@ def compare(
             document["ratios"] = ratios(document)  # written after each row, lest a time limit leaves nothing
             (out / "train.json").write_text(json.dumps(document, indent=1) + "\n")
             (out / "train.md").write_text(_markdown(document))
+    if device.type == "cpu":
+        document |= {name: work(shape, extent.rounds) for name, work in BESIDE.items() if extent.wants(name)}
+        document["ratios"] = ratios(document)
+        (out / "train.json").write_text(json.dumps(document, indent=1) + "\n")
+        (out / "train.md").write_text(_markdown(document))
     print_table(console, HEADER, _cells(document), title=document["device"])
     for name, value in document["ratios"].items():
         console.print(f"{name}: {value:.3f}")
@@ -126,7 +143,7 @@ def _measured(name: str, steps: Steps, beside: Case | None, extent: Extent, out:
     if case.trainer is not None:
         if name == kinds.CACHED:
             row |= _beside_steps(case.trainer, device)
-        end_reading(case.trainer)
+        case.trainer.rows.close()
     return case, row
 
 
@@ -174,6 +191,9 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     ):
         if {cached, online} <= set(times):
             given[f"cached of what it could be: {preset}"] = (times[online] - spared) / times[cached]
+    for name, measure, ratio in ((QUANTIZING, "of_torchao", OF_TORCHAO), (WORKERS, "of_ideal", OF_IDEAL)):
+        if measure in document.get(name, {}):
+            given[ratio] = document[name][measure]
     return given
 
 
@@ -244,6 +264,8 @@ def _markdown(document: dict[str, Any]) -> str:
         "",
         f"The teacher's states: {teacher['cache_tokens_per_s']:,.0f} tokens/s into the cache, "
         f"{teacher['forward_tokens_per_s']:,.0f} by its bare forward pass. {_besides(document)}",
+        "",
+        *(f"{name}: {json.dumps(document[name])}" for name in BESIDE if name in document),
         "",
         "| ratio | |",
         "|---|---|",

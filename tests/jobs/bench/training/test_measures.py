@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import json
+from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from jobs.bench.training import peers, workers
 from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, top_table
+from jobs.bench.training.steps import Shape
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -41,3 +48,32 @@ def test_the_profile_names_what_takes_longest() -> None:
 def test_the_device_is_named_and_its_peak_is_positive() -> None:
     assert described(CPU)["kind"] == "cpu"
     assert peak_flops(CPU) > 1e8
+
+
+def test_our_fake_quantization_is_timed_beside_plain_layers_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    measured = peers.fake_quantization(32, 8, 2)
+    assert measured["torchao"] == peers.NOT_RUN
+    assert set(measured) == {"plain_ms", "ours_ms", "torchao"}
+
+
+def test_a_worker_says_how_long_its_steps_and_exchanges_take(tmp_path: Path) -> None:
+    shape, threads, exchange = Shape(1, 32, 2, 64, 16, 4, 4), torch.get_num_threads(), dist.all_reduce
+    try:
+        workers._worker(0, 1, str(tmp_path), shape, 2)
+    finally:
+        torch.set_num_threads(threads)
+    step, exchanged = json.loads((tmp_path / "0.json").read_text())
+    assert step > 0
+    assert exchanged == 0  # of one worker
+    assert dist.all_reduce is exchange
+
+
+def test_exchanges_are_timed_where_there_are_workers(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with workers._timed_exchanges() as seconds:
+            dist.all_reduce(torch.ones(2))
+    finally:
+        dist.destroy_process_group()
+    assert len(seconds) == 1
