@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def compiled(function: F) -> F:
     """Return a function that is compiled for each shape that it is called with."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(function, dynamic=False)
+    return cast(F, torch.compile(function, dynamic=False))
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -100,6 +100,7 @@ class BiasedHead(nn.Module):
     def __init__(self, head: nn.Module, bias: Tensor) -> None:
         super().__init__()
         self.head = head
+        self.bias: Tensor
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, states: Tensor) -> Any:

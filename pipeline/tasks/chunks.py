@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,6 @@ def backward_by_parts(
         leaf = prepared[part].detach().requires_grad_()
         of_part = losses(leaf, batch.part(*part), part)
         torch.stack([shares[name] * loss for name, loss in of_part.items()]).sum().backward()
-        gradient[part] = leaf.grad
+        gradient[part] = cast(Tensor, leaf.grad)
         sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in of_part.items()}
     return sums, prepared, gradient

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -168,7 +167,7 @@ class Trainer:
         shares = dict(zip(names, weights / counts, strict=True))
         means = torch.zeros_like(counts)
         with self.stacks.quantized_once():
-            for micro, then in pairwise([*micros, *(self._micro_batches(step + 1)[:1] or [()])]):
+            for micro, then in zip(micros, [*micros[1:], *self._micro_batches(step + 1)[:1]], strict=True):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, micro[0]).initial_seed())
                 losses = self._backward(step, micro, then, shares)

@@ -75,7 +75,6 @@ class Example:
         distillation = Distillation(self.recipe, self.head, None, self.bank)
         cached = torch.cat([self.states[row] for row in rows])
         everything = torch.tensor(self.rows if of is None else of)
-        # Two sequences a row would be candidates of next_utterance, whose scores are tested elsewhere.
         batch = self.batch(rows)
         _, teacher = distillation.teacher_states(batch, cached)
         return distillation.contrast(STEP, everything, rows, batch, teacher, student, read)
@@ -120,12 +119,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize(("momentum", "negatives"), [(0.5, 3), (0.0, 1), (0.9, 64)])
 def test_the_contrast_and_its_gradient_match_the_definition(
-    source: str, group: int, momentum: float, negatives: int, monkeypatch: pytest.MonkeyPatch
+    source: str, group: int, momentum: float, negatives: int
 ) -> None:
-    if group > 1:
-        monkeypatch.setattr(
-            "pipeline.training.distillation.distilling_losses", lambda *_: {}
-        )  # candidates: tested elsewhere
     example = Example(group, source, momentum, negatives)
     given = torch.cat([example.student[row] for row in example.rows])
     student, exact = given.clone().requires_grad_(), given.double().requires_grad_()
@@ -201,9 +196,8 @@ def test_a_bank_that_has_seen_nothing_gives_no_negatives() -> None:
 def test_neither_states_nor_a_teacher_is_an_error_of_ours() -> None:
     example = Example(1, "teacher")
     distillation = Distillation(example.recipe, example.head, None, example.bank)
-    student, rows = example.student[20], torch.tensor(example.rows)
     with pytest.raises(RunError, match="neither cached states nor a teacher"):
-        distillation.losses(STEP, rows, [20], example.batch([20]), None, student, torch.zeros(1, WIDTH, IDS), None)
+        distillation.teacher_states(example.batch([20]), None)
 
 
 def primed(loop: Trainer) -> Trainer:

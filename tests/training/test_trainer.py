@@ -265,7 +265,7 @@ def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
     assert online.teacher is not None
     assert states is not None
     assert int(ids.max()) < VOCABULARY
-    torch.testing.assert_close(states, online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.to(ids.device).float(), online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_best_file_is_stored_whole(case: Case) -> None:

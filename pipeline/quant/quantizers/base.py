@@ -76,7 +76,7 @@ class WeightQuantizer(nn.Module, ABC):
 def after_step(moved: Iterable[tuple[WeightQuantizer, Tensor, Tensor | None]]) -> None:
     """Have quantizers take note of an optimizer step: each with its weight, and the weight's second moment in Adam, if
     it has one."""
-    ratios = []
+    ratios: list[Tensor] = []
     for quantizer, weight, second_moment in moved:
         fold = quantizer.granularity.fold
         quantizer.refresh(fold(weight), None if second_moment is None else fold(second_moment))

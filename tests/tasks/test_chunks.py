@@ -1,0 +1,95 @@
+"""Logits part by part: every position once, never more than the limit, and the gradients of the whole."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.config.data import TaskSettings
+from pipeline.tasks import chunks
+from pipeline.tasks.batch import Batch
+from pipeline.tasks.chunks import backward_by_parts, parts_of
+from pipeline.tasks.language_modeling import LanguageModeling
+from pipeline.tasks.losses import losses_of_logits
+from tests.operations import Launches
+
+VOCABULARY, HIDDEN = 40, 8
+SHARE = torch.tensor(0.25, dtype=torch.float64)
+
+
+def batch_of(sequences: int, length: int, group: int = 1) -> Batch:
+    ids = torch.arange(sequences * length).reshape(sequences, length) % VOCABULARY
+    lengths = torch.tensor([length - n % 3 for n in range(sequences)]).clamp(min=1)
+    batch = LanguageModeling(TaskSettings(block_length=max(8, length))).batch(ids, lengths)
+    return Batch(**{**vars(batch), "group": group})
+
+
+@given(st.integers(1, 9), st.integers(2, 12), st.sampled_from([1, 2, 4]), st.integers(1, 600))
+def test_parts_hold_every_position_once_and_no_more_logits_than_the_limit(
+    rows: int, length: int, group: int, limit: int
+) -> None:
+    batch = batch_of(rows * group, length, group)
+    times = torch.zeros(rows * group, length)
+    for part in parts_of(batch, VOCABULARY, limit):
+        times[part] += 1
+        sequences, positions = times[part].shape
+        assert sequences % group == 0
+        assert sequences * positions * VOCABULARY <= max(
+            limit, group * length * VOCABULARY if group > 1 else VOCABULARY
+        )
+    assert (times == 1).all()
+
+
+def test_rows_that_can_be_divided_are_all_of_one_shape() -> None:
+    assert {part[0].stop - part[0].start for part in parts_of(batch_of(12, 4), VOCABULARY, 5 * 4 * VOCABULARY)} == {4}
+
+
+@pytest.mark.parametrize("distils", [False, True])
+@pytest.mark.parametrize("limit", [3 * VOCABULARY, 20 * VOCABULARY])
+def test_losses_and_gradients_are_those_of_the_whole_table(
+    monkeypatch: pytest.MonkeyPatch, distils: bool, limit: int
+) -> None:
+    torch.manual_seed(0)
+    batch, head, teacher = batch_of(4, 9), nn.Linear(HIDDEN, VOCABULARY), nn.Linear(HIDDEN, VOCABULARY)
+    states, taught = torch.randn(4, 9, HIDDEN), torch.randn(4, 9, HIDDEN)
+    largest = []
+
+    def losses(prepared: torch.Tensor, part: Batch, at: Any) -> dict[str, torch.Tensor]:
+        largest.append(prepared.shape[:-1].numel() * VOCABULARY)
+        return losses_of_logits(head, prepared, part, (teacher, taught[at]) if distils else None, False)
+
+    def learn(size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", size)
+        largest.clear()
+        head.zero_grad()
+        given = states.clone().requires_grad_()
+        shares = dict.fromkeys(("next_token_nats", "distillation_nats"), SHARE)
+        sums, prepared, gradient = backward_by_parts(head, VOCABULARY, given, batch, losses, shares)
+        prepared.backward(gradient)
+        assert given.grad is not None
+        assert head.weight.grad is not None
+        return sums, given.grad, head.weight.grad.clone()
+
+    whole, parts = learn(2**20), learn(limit)
+    assert max(largest) <= limit
+    assert whole[0].keys() == parts[0].keys()
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts[1:], whole[1:], rtol=1e-5, atol=1e-7)
+    direct = losses_of_logits(head, states, batch, (teacher, taught) if distils else None, False)
+    torch.testing.assert_close(whole[0], {name: loss.detach() for name, loss in direct.items()})
+
+
+def test_a_gpus_table_is_filled_up_to_whole_tiles() -> None:
+    from pipeline.models.hidden_states import head_product
+    from tests.second_device import second_device
+
+    head, states = nn.Linear(HIDDEN, VOCABULARY), torch.randn(2, 3, HIDDEN)
+    expected = head(states)
+    with second_device() as device, Launches() as launched:
+        logits = head_product(head.to(device), states.to(device))
+        assert logits.shape == expected.shape
+    assert "constant_pad_nd" in launched.names
+    torch.testing.assert_close(logits.detach(), expected.detach())
