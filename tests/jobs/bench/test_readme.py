@@ -110,6 +110,21 @@ def table(text: str, begins: str) -> list[str]:
     return after.partition("\n\n")[2].partition("\n\n")[0].splitlines()[2:]
 
 
+def test_steps_on_a_gpu_took_what_was_measured():
+    rows = json.loads((RESULTS / "train-h200.json").read_text(encoding="utf-8"))["rows"]
+    ratios = {name: row["of_baseline"] for name, row in rows.items()}
+    assert table(BENCH, "One NVIDIA H200") == [
+        f"| {name} | {row['ms']['median']:.1f} "
+        f"| {ratios[name]['median']:.2f} ({ratios[name]['least']:.2f}-{ratios[name]['most']:.2f}) "
+        f"| {row['tokens_per_s']:,.0f} | {row['launches']:,} | {row['waits']} | {row['busy_ms']:.1f} "
+        f"| {row['peak_bytes'] / 2**30:.1f} |"
+        for name, row in rows.items()
+    ]
+    again = json.loads((RESULTS / "train-h200-again.json").read_text(encoding="utf-8"))
+    later = {name: row["of_baseline"]["median"] for run in again for name, row in run["rows"].items()}
+    assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
+
+
 @pytest.mark.parametrize(
     ("begins", "expected"),
     [
