@@ -68,15 +68,14 @@ def nonzero(scale: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:
-        codes = nearest_codes(weight, scale, grid)
-        ctx.save_for_backward(weight, scale, codes)
+        ctx.save_for_backward(weight, scale)  # and no codes, which are sooner computed again than kept for all weights
         ctx.grid, ctx.reach = grid, reach
-        return dequantize(codes, scale, grid)
+        return dequantize(nearest_codes(weight, scale, grid), scale, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale, codes = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors
         grid, everywhere = ctx.grid, math.isinf(ctx.reach)
         reach = 0.0 if everywhere else ctx.reach
         lowest, highest = grid.low + grid.shift - reach, grid.high + grid.shift + reach
@@ -84,7 +83,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_weight = grad if everywhere else grad * inside
         if not ctx.needs_input_grad[1]:
             return grad_weight, None, None, None
-        error = codes + grid.shift - torch.where(inside, weight / nonzero(scale), 0)
+        error = nearest_codes(weight, scale, grid) + grid.shift - torch.where(inside, weight / nonzero(scale), 0)
         # A scale of zero stands for a row of zeros, which stays one.
         return grad_weight, (grad * error).sum_to_size(scale.shape) * (scale != 0), None, None
 

@@ -94,10 +94,12 @@ class Stacks:
             for stack in self._stacks:
                 for module in stack.modules:
                     module.held = None
-        reached = [(of_stack, _gradient(leaves, of_stack)) for of_stack, leaves in zip(levels, held, strict=True)]
-        ends = [(of_stack, gradient) for of_stack, gradient in reached if gradient is not None]
-        if ends:
-            torch.autograd.backward([end for end, _ in ends], [gradient for _, gradient in ends])
+        while levels:  # one after the other, each let go of before the next
+            of_stack, leaves = levels.pop(), held.pop()
+            gradient = _gradient(leaves, of_stack)
+            leaves.clear()
+            if gradient is not None:
+                of_stack.backward(gradient)
 
 
 def _does(quantizer: WeightQuantizer, weight: Tensor) -> Hashable:
