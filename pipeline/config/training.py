@@ -14,8 +14,8 @@ Schedule = Literal["linear", "cosine"]
 class Training(Closed):
     """What the trainer takes. Exactly one of `steps` and `epochs`; rates decay by `schedule` to 1e-6.
 
-    With `precision: bf16` a step's products are bf16 and so is what follows from them, logits included; levels and
-    codes of weights, the optimizer, validation and scoring are fp32.
+    With `precision: bf16` a step's products are bf16, a teacher's included, and so is what follows from them, logits
+    too; levels and codes of weights, the optimizer, validation and scoring are fp32.
     `lr` is Adam's; the scales say by what it is multiplied for some parameters. With `optimizer: muon` the matrices of
     the layers are moved by Muon instead, by about `muon_lr` times their own root mean square a step."""
 
