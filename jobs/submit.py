@@ -26,6 +26,7 @@ from pipeline.config.run import Config
 from pipeline.credentials import credentials_of, redacted
 from pipeline.errors import ConfigError, RunError
 from pipeline.execution.jobs import JobEnd, Jobs
+from pipeline.provenance import CODE_FILE, code_version
 from pipeline.store.locations import storage_uri, tracking_uri
 from pipeline.tracking.runs import sqlite_file
 
@@ -129,8 +130,9 @@ def _of_here(path: str, value: Any) -> Any:
 
 
 def code_files() -> dict[str, bytes]:
-    """Return the content of the product's own files by their paths, as they are imported here."""
-    files = {}
+    """Return the content of the product's own files by their paths, as they are imported here, and of one that says
+    which version they are: the machines of a cluster need the libraries alone."""
+    files = {CODE_FILE: json.dumps(code_version()).encode()}
     for package in (pipeline, jobs):
         folder = Path(package.__path__[0])
         for path in sorted(folder.rglob("*")):

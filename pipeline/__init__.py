@@ -21,6 +21,7 @@
        errors, metrics    the ground: what can go wrong, and each metric once
        credentials        user and password, taken off a URI where it enters
        bootstrap          intervals over documents
+       provenance         when and on what something ran, and what code it was
 
 `plugin` is a door: the public name of `package.hf_plugin`, which every model card prints.
 

@@ -1,4 +1,4 @@
-"""A Ray head that asks for a token, on ports of its own; and a proxy before it that a test cuts."""
+"""A Ray head that asks for a token and has no bitmill, on ports of its own; and a proxy before it that a test cuts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import os
 import shutil
 import socket
-import sys
+import sysconfig
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def head_with_token(**environment: str) -> Iterator[tuple[str, Path]]:
     """Yield the dashboard's address and Ray's own folder; the head has these variables. It ends with all it started."""
     root = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path, for the sockets in it
     port = free_port()
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {"HOME": str(root), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **environment}
+    python = _python_without_bitmill(root / "python")
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"HOME": str(root), "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **environment}
     options = [
         "--head",
         "--block",
@@ -49,11 +52,11 @@ def head_with_token(**environment: str) -> Iterator[tuple[str, Path]]:
         f"--ray-client-server-port={free_port()}",
         "--dashboard-agent-listen-port=0",
     ]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
+    command = [str(python), "-m", "ray.scripts.scripts", "start", *options]
     with open(root / "said", "w", encoding="utf-8") as said:
         head = start(
             [*command, "--min-worker-port=0", "--max-worker-port=0"],
-            env={**os.environ, **variables},
+            env=variables,
             cwd=root,
             stdout=said,
             stderr=said,
@@ -78,6 +81,16 @@ def head_with_token(**environment: str) -> Iterator[tuple[str, Path]]:
                 process.kill()
         psutil.wait_procs(left, timeout=20)
         shutil.rmtree(root)
+
+
+def _python_without_bitmill(folder: Path) -> Path:
+    """Return the interpreter of a new environment that has each package of this one, but for the product."""
+    venv.create(folder, symlinks=True)
+    libraries = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        if "bitmill" not in installed.name and installed.name != "__pycache__":
+            (libraries / installed.name).symlink_to(installed)
+    return folder / "bin" / "python"
 
 
 def _answers(address: str) -> bool:

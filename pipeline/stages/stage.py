@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -18,6 +15,7 @@ from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import Engine
 from pipeline.models.build import read_config
 from pipeline.models.family import Family
+from pipeline.provenance import provenance
 from pipeline.sources.files import SourceFile
 from pipeline.sources.models import ModelSource
 from pipeline.store.keys import recipe_of
@@ -32,7 +30,6 @@ if TYPE_CHECKING:  # which takes long to import, for those who only plan
 
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
-LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -205,20 +202,3 @@ def training_job(
     tokens = job.input(Tokens)
     train, validation = tokens.record.splits["train"].shards, tokens.record.splits["validation"].shards
     return TrainingJob(recipe, job.dir, tokens.dir, train, validation, job.resources, cache, job.task)
-
-
-def provenance() -> dict[str, str]:
-    """Return when and on what something ran, and versions of code and libraries; informative, never part of a key."""
-    when = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine()}
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {**when, "bitmill": metadata.version("bitmill"), "commit": _commit(), **versions}
-
-
-def _commit() -> str:
-    """Return the checked-out commit if the code runs from a checkout."""
-    git = Path(__file__).resolve().parents[2] / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        return (git / head.removeprefix("ref: ")).read_text().strip() if head.startswith("ref: ") else head
-    except OSError:
-        return "unknown"

@@ -22,7 +22,7 @@ from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import PASSING
 from pipeline.flow.plan import Once, RunPlan, find_start, plan_run, target_of
 from pipeline.flow.run import run_plan
-from pipeline.stages.stage import provenance
+from pipeline.provenance import provenance
 from pipeline.store import step_store
 from pipeline.store.keys import recipe_of, step_key
 from pipeline.store.locations import anchored, scratch_dir, storage_uri

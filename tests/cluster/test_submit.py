@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -109,6 +111,27 @@ def test_a_job_runs_once_and_gives_what_the_command_would_give_here(config_file,
     for secret in (TOKEN, KEY):
         assert secret not in record + first.stderr + first.stdout
         assert not [p for p in (head[1] / "r").rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+
+
+def test_a_job_works_where_bitmill_is_not_installed_and_its_records_say_which_it_was(
+    config_file, address, head, monkeypatch, tmp_path
+):
+    python = [str(head[1] / "python" / "bin" / "python"), "-I", "-c"]
+    libraries, product = (
+        subprocess.run([*python, f"from importlib import metadata; metadata.version({package!r})"], capture_output=True)
+        for package in ("torch", "bitmill")
+    )
+    assert (libraries.returncode, product.returncode) == (0, 1), libraries.stderr
+    assert b"No package metadata was found for bitmill" in product.stderr
+
+    told = {"bitmill": "9.8.7", "commit": "c0ffee"}
+    monkeypatch.setattr(submit, "code_version", lambda: told)
+    options = ["--set", "resources.workers=1", "--until", "tokenize", "--json"]
+    made = bitmill("submit", "compress", config_file, "--address", address, *options)
+    assert made.exit_code == 0, made.stderr
+    (record,) = (tmp_path / "store" / "tokenize").rglob("record.json")
+    provenance = json.loads(record.read_text())["provenance"]
+    assert provenance.items() >= {**told, "torch": version("torch")}.items()
 
 
 def test_a_job_that_fails_passes_its_words_and_its_exit_status_on(config_file, address):

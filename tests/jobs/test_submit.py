@@ -70,7 +70,10 @@ def test_code_and_a_configuration_are_sent_and_nothing_else(config_file, tmp_pat
     (tmp_path / "store" / "weights.safetensors").write_bytes(b"0" * 1000)
     document = planned(config_file)
     modules = {str(path.relative_to(ROOT)) for name in ("jobs", "pipeline") for path in (ROOT / name).rglob("*.py")}
-    assert set(document["files"]) == {"config.yaml", "jobs/report/page.html", "jobs/report/page.js"} | modules
+    assert (
+        set(document["files"])
+        == {"config.yaml", "bitmill.json", "jobs/report/page.html", "jobs/report/page.js"} | modules
+    )
     assert document["bytes"] == sum(document["files"].values()) < 2 * 2**20
     for_people = bitmill("submit", "compress", config_file, "--plan")
     assert (for_people.exit_code, for_people.stdout) == (0, "")
