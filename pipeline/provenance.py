@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "ray", "pyarrow", "mlflow")
-CODE_FILE = "bitmill.json"  # beside code that was sent, where neither a package's metadata nor git tell what it is
+CODE_FILE = "bitmill.json"  # beside code that was sent, and there alone
 UNKNOWN = "unknown"
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,14 +22,14 @@ def provenance() -> dict[str, str]:
 
 
 def code_version() -> dict[str, str]:
-    """Return the version of the product and the commit of its code, each as its installation or checkout says, else as
-    the file that was sent with the code; it can be "unknown"."""
+    """Return the version of the product and the commit of its code, as the file beside code that was sent says, else as
+    its installation and its checkout do; "unknown" where none does."""
     try:
         sent = json.loads((ROOT / CODE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         sent = {}
-    told = {"bitmill": _version("bitmill"), "commit": _commit()}
-    return {name: value or sent.get(name, UNKNOWN) for name, value in told.items()}
+    version = sent.get("bitmill") or _version("bitmill")
+    return {"bitmill": version or UNKNOWN, "commit": sent.get("commit") or _commit() or UNKNOWN}
 
 
 def _version(package: str) -> str | None:
