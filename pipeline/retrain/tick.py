@@ -197,7 +197,7 @@ def run_tick(
     with contextlib.ExitStack() as stack:
         try:
             deciding = stack.enter_context(decisions.held())
-        except BusyError as error:
+        except (BusyError, FencedOffError) as error:  # or a rollback took it before anything was begun
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
         try:
@@ -241,7 +241,7 @@ def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: 
         f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
         f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
     )
-    with contextlib.suppress(BusyError), decisions.held() as deciding:
+    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
         stands = decisions.last() or rollback
         fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
         deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))

@@ -15,10 +15,11 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import BusyError, ConfigError, RunError
 from pipeline.retrain import decisions
-from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.decisions import Deciding, Decision, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.journal import Journal
 from pipeline.store.objects import Directory
 from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, NAME, Schedule
@@ -152,6 +153,39 @@ def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_noth
     with pytest.raises(ConfigError, match="tiny/2 is champion since"):  # a rollback still
         rollback(NAME, None, "worse", config.resources)
     assert undecided.tick(BETTER).outcome == "unchanged"  # it is that champion
+
+
+def test_a_rollback_that_is_refused_leaves_the_tick_beside_it_alone(undecided: Schedule) -> None:
+    resources, refused = undecided.config().resources, list[str]()
+    with decisions.Decisions.of(NAME, resources).held() as deciding:
+        deciding.append(Decision(decision="rolled back", reason="a test", name=NAME, at=now(), champion=1))
+
+    def proves(*asked: Any) -> Evidence:
+        for to, said in ((None, "is champion since"), (1, "the champion already"), (9, "not in the registry")):
+            with pytest.raises(ConfigError, match=said):
+                rollback(NAME, to, "worse", resources)
+            refused.append(said)
+        return Evidence()
+
+    verdict = run_tick(undecided.config(BETTER), undecided.told, proves)
+    assert (verdict.outcome, verdict.champion, len(refused)) == ("promoted", 2, 3)
+
+
+def test_a_tick_whose_name_a_rollback_takes_before_it_begins_is_busy(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, resources = Journal.claim, undecided.config().resources
+
+    def late(self: Journal, fence: int) -> Any:
+        monkeypatch.setattr(Journal, "claim", claim)
+        rollback(NAME, 2, "mine", resources)
+        return claim(self, fence)
+
+    monkeypatch.setattr(Journal, "claim", late)
+    verdict = undecided.tick(BETTER)
+    assert (verdict.outcome, verdict.champion) == ("busy", 2)
+    assert verdict.reason.startswith("The history of tiny is no longer ours")
+    assert (undecided.aliases, len(undecided.decisions)) == (MOVED, 2)
 
 
 def test_a_rollback_while_a_tick_tells_of_its_decision_takes_that_back(undecided: Schedule) -> None:
