@@ -21,7 +21,9 @@ from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
 from pipeline.store.journal import Journal
 from pipeline.store.objects import Directory
-from pipeline.tracking import registry
+from pipeline.store.records import Contest, ModelVersion
+from pipeline.store.step_store import StepDir
+from pipeline.tracking import registry, runs
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 KILLED = 9
@@ -91,6 +93,37 @@ def test_killed_at_every_point_between_score_and_alias(undecided: Schedule, chal
         effect += 1
     assert effect >= 6  # entry, head, two aliases, the file, two tags
     assert outcomes == {"promoted", "unchanged"}  # before the head was swapped, and after
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "name", "of"),
+    [(MlflowClient, "create_model_version", object), (StepDir, "commit", ModelVersion), (StepDir, "commit", Contest)],
+    ids=["version", "its record", "contest"],
+)
+def test_killed_between_score_and_decision(
+    schedule: Schedule, scored: str, kind: type, name: str, of: type, after: bool
+) -> None:
+    schedule.put_back(scored)
+    whole = getattr(kind, name)
+
+    def killed(self: Any, first: Any, *others: Any, **named: Any) -> Any:
+        if not isinstance(first, of):
+            return whole(self, first, *others, **named)
+        if after:
+            whole(self, first, *others, **named)
+        os._exit(KILLED)
+
+    def child() -> None:
+        setattr(kind, name, killed)
+        schedule.tick(BETTER)
+
+    assert ended(in_a_process_of_its_own(child)) == KILLED
+    assert (schedule.aliases, len(schedule.decisions)) == ({"champion": 1}, 1)
+    assert schedule.tick(BETTER).outcome == "promoted"
+    assert schedule.trained <= {"register", "contest"}
+    assert (schedule.aliases, [d.challenger for d in schedule.decisions]) == (MOVED, [2, 1])
+    assert len(runs.client_of(schedule.uri).search_model_versions(f"name = '{NAME}'")) == 2
 
 
 def test_a_rollback_killed_at_every_point_is_done_or_not(undecided: Schedule, challenged: str) -> None:
