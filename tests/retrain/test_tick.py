@@ -346,6 +346,18 @@ def test_documents_that_trained_either_do_not_measure(splits: Schedule) -> None:
     assert "; 9 that trained one of the two, or chose its checkpoint, were left out" in verdict.decision.rulings[0].said
 
 
+def test_what_was_changed_is_said_to_be_new(splits: Schedule) -> None:
+    given = splits.documents[320:340]
+    changed = [f"{text} indeed" for text in given[:3]]
+    splits.splits["test"] = splits.write("test-2.jsonl", [*changed, *reversed(given[3:])])
+    verdict = splits.tick({"distill.steps": 1})
+    assert verdict.decision is not None
+    whole, fresh = verdict.decision.gains["whole"], verdict.decision.gains["fresh"]
+    assert (whole.documents, fresh.documents, whole.gone) == (20, 3, 3)
+    said = "on the 3 new ones; 3 that measured the champion are there no more (one that was changed is a new one)"
+    assert said in verdict.decision.rulings[0].said
+
+
 def test_a_test_of_nothing_but_what_trained_the_champion_decides_nothing(splits: Schedule) -> None:
     splits.write("text/0.jsonl", splits.documents[130:200])
     splits.splits["test"] = splits.write("test-2.jsonl", splits.documents[:20])
