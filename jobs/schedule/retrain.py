@@ -93,6 +93,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         style = {True: Text("passed", "green"), False: Text("failed", "red")}
         rows = [(ruling.rule, style[ruling.passed], ruling.said) for ruling in decision.rulings]
         print_table(console, ("rule", "", "what was measured"), rows)
+        console.print(f"decided by {decision.decided_by}")
     console.print(f"{verdict.outcome}: {verdict.reason}", soft_wrap=True)
     console.print(standing(verdict))
 

@@ -28,7 +28,7 @@ from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
 Outcome = Literal["promoted", "rejected", "rolled back", "superseded"]
-DECISION_FILE, FOLDER = "decision.json", "retrain/"
+DECISION_FILE, ROLLBACK_FILE, FOLDER = "decision.json", "rollback.json", "retrain/"
 C = TypeVar("C", bound=Closed)
 Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
 
@@ -69,9 +69,11 @@ class Decision(Closed):
     previous: int | None = None
     challenger: int | None = None  # the version that was registered, if one was
     others: tuple[int, ...] = ()  # versions of the other recipes, which validation found worse
+    unjudged: dict[str, str] = {}  # why, by run key of challengers that the gate was not asked of
     run_key: str = ""  # of the challenger
     run_keys: tuple[str, ...] = ()  # of all that were to be trained
     rulings: tuple[Ruling, ...] = ()
+    decided_by: str = ""  # the ruling whose reason this is
     gains: dict[str, Gain] = {}
     measure: str = ""  # what the task is measured by
     scores: dict[
@@ -228,8 +230,8 @@ def schedules(resources: Resources) -> list[Decisions]:
 
 
 def show(uri: str, place: str, decision: Decision) -> None:
-    """Show one decision of a place in the registry: aliases, and the reasons as tags of the versions, and a file of the
-    challenger's run."""
+    """Show one decision of a place in MLflow: aliases, and the reasons as tags of the versions, or of the
+    run of what the gate was not asked of, and a file of the run."""
     aliases = {CHAMPION: decision.champion, PREVIOUS: decision.previous}
     if decision.champion is None:  # what was registered since, by `compress`, is the first of the name, and crowned
         del aliases[CHAMPION]
@@ -244,6 +246,13 @@ def show(uri: str, place: str, decision: Decision) -> None:
         for version in decision.others:
             tags = _tags("rejected", f"version {decision.challenger}, of another recipe, is better on validation")
             registry.tell(client, decision.name, version, tags, {})
+        for key, reason in decision.unjudged.items():
+            runs.tell(client, key, _tags("rejected", reason), {DECISION_FILE: decision.told()})
+        if decision.decision == "rolled back":
+            for bearer, became in ((decision.previous, "rolled back"), (decision.champion, "rolled back to")):
+                if bearer is not None:
+                    tags = _tags(became, decision.reason)
+                    registry.tell(client, decision.name, bearer, tags, {ROLLBACK_FILE: decision.told()})
 
 
 def _tags(decision: str, reason: str) -> dict[str, str]:

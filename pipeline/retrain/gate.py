@@ -28,12 +28,13 @@ LANGUAGE = "perplexity"  # whose gain is of its logarithm: nats a token
 class Gain(Closed):
     """By how much the challenger is better, over some documents; `low` is what other documents would have given at
     least, at the gate's confidence (None: fewer than two, or no difference). `left_out` had trained one of the two, or
-    chosen its checkpoint."""
+    chosen its checkpoint; `gone` had measured the champion, and are there no more."""
 
     mean: float
     low: float | None
     documents: int
     left_out: int = 0
+    gone: int = 0
 
 
 class Ruling(Closed):
@@ -68,7 +69,7 @@ def gains(contest: FinishedStep[Contest], task: str, confidence: float) -> dict[
         weights = np.ones(len(better))
         fresh = None if fresh is None else [fresh[place] for place in rows["documents"]]
     whole = _gain(better, weights, confidence)
-    gained = {"whole": whole.model_copy(update={"left_out": documents["left_out"]})}
+    gained = {"whole": whole.model_copy(update={name: documents[name] for name in ("left_out", "gone")})}
     if fresh is not None and any(fresh):
         chosen = np.asarray(fresh, bool)
         gained["fresh"] = _gain(better[chosen], weights[chosen], confidence)
@@ -127,6 +128,8 @@ def _better(gate: PromotionGate, measure: str, gained: Mapping[str, Gain]) -> Ru
     if fresh is not None:
         said += f"; by {fresh.mean:+.4f} on the {fresh.documents:,} new ones"
         numbers |= {"fresh_mean": fresh.mean, "fresh_documents": fresh.documents}
+    if whole.gone:
+        said += f"; {whole.gone:,} that measured the champion are there no more (one that was changed is a new one)"
     if whole.left_out:
         said += f"; {whole.left_out:,} that trained one of the two, or chose its checkpoint, were left out"
     passed = whole.low is not None and whole.low > gate.min_gain

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from pipeline.config.base import checked_name
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError
+from pipeline.errors import BusyError, ConfigError, FencedOffError
 from pipeline.retrain.decisions import Decision, Decisions, now
 from pipeline.retrain.rows import rows_of
 from pipeline.store.locations import storage_uri
@@ -28,16 +30,15 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
     except ValueError as error:
         raise ConfigError(f"NAME: {error}") from error
     decisions = Decisions.of(name, resources)
-    _sides(decisions, to)  # before anything is written where there may be no such name
+    try:
+        _sides(decisions, to, resources)  # before the name is taken from a tick that is under way
+    except ConfigError:
+        if decisions.last() is not None:  # what a killed rollback left undone is done, though nothing more is
+            with contextlib.suppress(BusyError, FencedOffError), decisions.held():
+                pass
+        raise
     with decisions.held(seize=True) as deciding:
-        last = decisions.last_rollback()
-        if to is None and last is not None:
-            raise ConfigError(
-                f"{name}/{last.champion} is champion since {last.at} by a rollback ({last.reason}). To make another "
-                f"champion, name it: `bitmill rollback {name} --to VERSION`."
-            )
-        target, champion = _sides(decisions, to)
-        _refuse_without_rows(registry.registered_version(decisions.uri, name, target), resources)
+        target, champion = _sides(decisions, to, resources)
         there = champion is not None and registry.holds(decisions.uri, name, champion)
         decision = Decision(
             decision="rolled back",
@@ -52,11 +53,16 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
         return decision
 
 
-def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
+def _sides(decisions: Decisions, to: int | None, resources: Resources) -> tuple[int, int | None]:
     """Return the version that is to be champion, and the one that is, which may have been deleted. Raises ConfigError
     as `rollback` does."""
-    name, uri, last = decisions.name, decisions.uri, decisions.last()
     decisions.refuse_another_place()
+    name, uri, last, before = decisions.name, decisions.uri, decisions.last(), decisions.last_rollback()
+    if to is None and before is not None:
+        raise ConfigError(
+            f"{name}/{before.champion} is champion since {before.at} by a rollback ({before.reason}). To make another "
+            f"champion, name it: `bitmill rollback {name} --to VERSION`."
+        )
     if last is None or last.champion is None:
         bearer = registry.registered_version(uri, name, None)
         champion, previous = None if bearer is None else bearer.version, None if last is None else last.previous
@@ -76,6 +82,7 @@ def _sides(decisions: Decisions, to: int | None) -> tuple[int, int | None]:
         )
     if target == champion:
         raise ConfigError(f"--to is {target}, and {name}/{target} is the champion already.")
+    _refuse_without_rows(registry.registered_version(uri, name, target), resources)
     return target, champion
 
 

@@ -197,7 +197,7 @@ def run_tick(
     with contextlib.ExitStack() as stack:
         try:
             deciding = stack.enter_context(decisions.held())
-        except BusyError as error:
+        except (BusyError, FencedOffError) as error:  # or a rollback took it before anything was begun
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
         try:
@@ -241,7 +241,7 @@ def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: 
         f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
         f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
     )
-    with contextlib.suppress(BusyError), decisions.held() as deciding:
+    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
         stands = decisions.last() or rollback
         fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
         deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
@@ -269,7 +269,7 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
     told, proves = hours.watched(told), hours.counted("the measurements of the gate")(proves)
     engine, version = Engine(tick.config.resources), None
     ran: list[tuple[RunPlan, Outcome]] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     try:
         for recipe, plan in tick.challengers:
             with told(plan) as listener:
@@ -278,10 +278,11 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
                 try:
                     ran.append((plan, run_plan(plan, listener, True, engine)))
                 except NotRegisteredError as error:
-                    refused.append(f"{recipe}: {error}")
+                    refused[plan.run_key] = f"{recipe}: {error}"
             deciding.check()
         if not ran:
-            return _decision(tick, "rejected", None, reason=" ".join(refused), worker_seconds=hours.spent_s)
+            facts: dict[str, Any] = {"reason": " ".join(refused.values()), "decided_by": "register.gate"}
+            return _decision(tick, "rejected", None, unjudged=refused, worker_seconds=hours.spent_s, **facts)
         champions = None if tick.champion is None else tick.champion.key
         challengers = [(plan, outcome) for plan, outcome in ran if plan.run_key != champions]
         if not challengers:
@@ -291,7 +292,7 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
         version = outcome.finished(ModelVersion).record.version
         if tick.champion is None:
             alone = {"challenger": outcome.finished(Evaluation).record.student}
-            facts: dict[str, Any] = {"reason": f"{tick.name} had no other champion", "scores": alone}
+            facts = {"reason": f"{tick.name} had no other champion", "scores": alone}
             facts["decision"] = "promoted"
         else:
             facts = _contested(tick, tick.champion, plan, outcome, engine, told, proves)
@@ -299,14 +300,17 @@ def _decide(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Deci
             tick,
             version=version,
             others=[o.finished(ModelVersion).record.version for p, o in challengers if p.run_key != plan.run_key],
+            unjudged=refused,
             run_key=plan.run_key,
             packed_bytes=outcome.finished(Package).record.size.packed_bytes,
             worker_seconds=hours.spent_s,
             **facts,
         )
     except OverBudgetError as error:
-        facts = {"worker_seconds": hours.spent_s, "max_worker_hours": hours.cap}
-        return _decision(tick, "rejected", version, reason=str(error), **facts)
+        keys = {plan.run_key for _, plan in tick.challengers} - {tick.champion and tick.champion.key}
+        unjudged = {key: str(error) for key in sorted(keys)} | refused
+        facts = {"reason": str(error), "decided_by": "max_worker_hours", "max_worker_hours": hours.cap}
+        return _decision(tick, "rejected", version, unjudged=unjudged, worker_seconds=hours.spent_s, **facts)
     finally:
         engine.close()
 
@@ -328,10 +332,11 @@ def _contested(
     gained = gate.gains(contested, task, rules.confidence)
     evidence = proves(tick.config, package, outcome.finished(ModelVersion).record)
     rulings = gate.judge(rules, task, gained, evaluation, package.record, evidence)
-    promoted = all(ruling.passed for ruling in rulings)
+    deciding = gate.deciding(rulings)
     return {
-        "decision": "promoted" if promoted else "rejected",
-        "reason": gate.deciding(rulings).said,
+        "decision": "promoted" if deciding.passed else "rejected",
+        "reason": deciding.said,
+        "decided_by": deciding.rule,
         "rulings": rulings,
         "gains": gained,
         "scores": {"champion": contested.record.champion, "challenger": contested.record.challenger},

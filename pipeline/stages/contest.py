@@ -5,9 +5,10 @@ They meet on the documents of the test split that neither was trained on, nor ch
 others, by the hash that draws it; where one is given, documents of either's training and validation are left out.
 
 `documents.json` has each of them in its order: {"tokens": [...], "champion": [...], "challenger": [...], "fresh":
-[...], "left_out": number}, nats of both and whether the champion's own test split lacks it (null: its rows are not in
-this store any more). Where the task measures rows, `rows.json` has {"documents": [...], "champion": {"accuracy":
-[...]}, "challenger": {...}}: the places in `documents.json` of the rows that were measured, and what was.
+[...], "left_out": number, "gone": number}, nats of both and whether the champion's own test split lacks it (null: its
+rows are not in this store any more), and how many of that split are in it no more, such as one that was changed. Where
+the task measures rows, `rows.json` has {"documents": [...], "champion": {"accuracy": [...]}, "challenger": {...}}: the
+places in `documents.json` of the rows that were measured, and what was.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def against(digest: str, package_uri: str, tokens_key: str, batch: int | None) -
         recipe,
         run,
         locations=lambda run: {"package_uri": package_uri},
-        version=3,
+        version=4,
         unit="parts",
     )
 
@@ -83,6 +84,7 @@ def run(step: Step) -> Contest:
         "challenger": [theirs["student"][index] for index in new],
         "fresh": None if known.fresh is None else [known.fresh[index] for index in new],
         "left_out": len(scored.tokens) - len(new),
+        "gone": known.gone,
     }
     kept = {Contest.DOCUMENTS: step.dir.write(Contest.DOCUMENTS, json.dumps(documents).encode())}
     if scored.of_rows:
@@ -113,12 +115,13 @@ def champion_of(job: StepJob) -> PreTrainedModel:
 @dataclass(frozen=True)
 class Known:
     """Of each document of the test split, whether it is in the training or validation rows of champion or challenger
-    and, unless the champion's rows are gone, whether its own test split lacks it; and the places of those that are
-    measured as rows."""
+    and, unless the champion's rows are gone, whether its own test split lacks it; the places of those that are
+    measured as rows; and how many of the champion's test split are not among them."""
 
     before: list[bool]
     fresh: list[bool] | None
     measured: list[int]
+    gone: int
 
 
 def known_to(job: StepJob) -> Known:
@@ -129,19 +132,19 @@ def known_to(job: StepJob) -> Known:
     record = place.record(Tokens)
     if record is None:
         raise RunError(f"Nobody can say which documents trained the champion: its rows at {place.uri} are gone.")
-    champions, before, fresh = FinishedStep(record, place), set[bytes](), None
+    champions, before, fresh, gone = FinishedStep(record, place), set[bytes](), None, 0
     digests = [*document_digests(job.task, tokens, "test")]
     if any(tokens.record.recipe["data"][split] is not None for split in SPLITS[1:]):
         for rows, split in product((tokens, champions), SPLITS[:2]):
             before.update(document_digests(job.task, rows, split))
     if has_rows(champions, "test"):
         tested = set(document_digests(job.task, champions, "test"))
-        fresh = [digest not in tested for digest in digests]
+        fresh, gone = [digest not in tested for digest in digests], len(tested.difference(digests))
     most = Evaluate.model_validate(job.recipe.get("evaluate", {})).generated_rows
     measured = [*range(len(digests))]
     if most is not None:
         measured = Rows(tokens.dir, tokens.record.splits["test"].shards).drawn(most)
-    return Known([digest in before for digest in digests], fresh, measured)
+    return Known([digest in before for digest in digests], fresh, measured, gone)
 
 
 def trained_on(

@@ -127,6 +127,18 @@ def find_or_create_run(client: MlflowClient, experiment: str, key: str, name: st
         return tagged[0] if tagged else client.create_run(experiment, tags={KEY_TAG: key}, run_name=name)
 
 
+def tell(client: MlflowClient, key: str, tags: dict[str, str], texts: dict[str, str]) -> None:
+    """Tag the run of a key, in whatever experiment, and add files to it, unless the tags are there, or the run is
+    not."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1):
+        if any(run.data.tags.get(tag) != value for tag, value in tags.items()):
+            for file, text in texts.items():
+                client.log_text(run.info.run_id, text, file)
+            for tag, value in tags.items():  # last: where they are, all is
+                client.set_tag(run.info.run_id, tag, value)
+
+
 def log_run(
     client: MlflowClient,
     run: Run,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config.run import Config
-from pipeline.retrain.decisions import Deciding, Decision
+from pipeline.retrain.decisions import Deciding
 from pipeline.retrain.gate import Evidence
+from pipeline.tracking import registry
 from tests.retrain.schedule import BETTER, Schedule
 
 
@@ -29,10 +31,24 @@ def begun(
 
 
 @pytest.fixture(scope="session")
-def challenged(begun: tuple[Schedule, dict[str, object]]) -> str:
-    """The name of a state in which a better challenger was trained and met the champion, and nothing was decided."""
+def scored(begun: tuple[Schedule, dict[str, object]]) -> str:
+    """The name of a state in which a better challenger was trained and scored, and not registered."""
     schedule, _ = begun
     schedule.grow(2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(registry, "register_package", interrupted)
+        with pytest.raises(InterruptedError):
+            schedule.tick(BETTER)
+    schedule.keep("scored")
+    schedule.put_back("begun")
+    return "scored"
+
+
+@pytest.fixture(scope="session")
+def challenged(begun: tuple[Schedule, dict[str, object]], scored: str) -> str:
+    """The name of a state in which that challenger met the champion, and nothing was decided."""
+    schedule, _ = begun
+    schedule.put_back(scored)
     with pytest.MonkeyPatch.context() as patched, contextlib.suppress(InterruptedError):
         patched.setattr(Deciding, "append", interrupted)
         schedule.tick(BETTER)
@@ -41,7 +57,7 @@ def challenged(begun: tuple[Schedule, dict[str, object]]) -> str:
     return "challenged"
 
 
-def interrupted(self: Deciding, decision: Decision) -> None:
+def interrupted(*given: Any) -> None:
     raise InterruptedError
 
 

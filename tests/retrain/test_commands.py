@@ -57,7 +57,8 @@ def test_a_tick_tells_its_decision_and_is_unchanged_then(bitmill: Command, tmp_p
     document = json.loads(done.stdout)
     assert document.keys() == {"decision", "reason", "champion", "challenger", "details"}
     assert (document["decision"], document["champion"], document["challenger"]) == ("promoted", 2, 2)
-    assert "min_gain" in done.stderr
+    assert "decided by min_gain\n" in done.stderr
+    assert document["details"]["decided_by"] == "min_gain"
     assert "passed" in done.stderr
     assert "champion version 2, previous version 1" in done.stderr
     assert json.loads((tmp_path / "told.json").read_text()) == document["details"]

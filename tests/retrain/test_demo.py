@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from jobs.cli import app
 from jobs.schedule import demo
+from pipeline.tracking import runs
+from tests.conftest import ROOT
 
 DECISIONS = ["promoted", "promoted", "rejected", "unchanged"]
 
@@ -56,3 +59,21 @@ def test_it_stops_where_a_tick_decides_otherwise(given: list[list[str]], monkeyp
     monkeypatch.setattr(demo, "bitmill", lambda arguments: json.dumps({"decision": "rejected", "reason": "too small"}))
     with pytest.raises(SystemExit, match="was to be promoted, and was rejected: too small"):
         demo.main()
+
+
+def test_it_stops_where_a_tick_without_new_data_takes_too_long(
+    given: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, demo.UNCHANGED_S))  # each tick takes as long as this one may not
+    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(SystemExit, match=r"was to take less than 5 s, and took 5\.0 s"):
+        demo.main()
+    assert [words[0] for words in given] == ["retrain"] * 4
+
+
+def test_it_has_a_store_and_a_registry_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://mine")
+    monkeypatch.chdir(tmp_path)
+    runs.client_of(f"sqlite:///{tmp_path}/bitmill-demo/store/mlflow.db")  # makes it
+    assert json.loads(demo.bitmill(f"gc --plan --json {demo.STORE}"))["garbage"] == []

@@ -19,7 +19,7 @@ class Met:
     """A contest that was had, as the gate reads it."""
 
     def __init__(self, documents: dict[str, Any], rows: dict[str, Any] | None = None) -> None:
-        self.files = {Contest.DOCUMENTS: {"left_out": 0, **documents}, Contest.ROWS: rows}
+        self.files = {Contest.DOCUMENTS: {"left_out": 0, "gone": 0, **documents}, Contest.ROWS: rows}
 
     def read_json(self, name: str) -> Any:
         return json.loads(json.dumps(self.files[name]))

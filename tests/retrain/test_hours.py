@@ -12,12 +12,14 @@ import pytest
 
 from pipeline.config.run import Config
 from pipeline.errors import OverBudgetError
+from pipeline.flow.plan import target_of
 from pipeline.retrain import hours
 from pipeline.retrain.decisions import Decisions
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import WorkerHours
-from pipeline.retrain.tick import Verdict, run_tick
+from pipeline.retrain.tick import Verdict, plan_tick, run_tick
 from pipeline.store.lease import Owner
+from pipeline.tracking import runs
 from pipeline.tracking.listener import Listener
 from tests.conftest import Recorder
 from tests.retrain.schedule import BETTER, NAME, Schedule
@@ -84,11 +86,16 @@ def slow(schedule: Schedule, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> A
 
 def test_training_ends_when_as_much_is_used_as_may_be_and_goes_on_once_it_may(schedule: Schedule, slow: Any) -> None:
     schedule.grow(2)
+    ((_, plan),) = plan_tick(capped(schedule, 7)).challengers
+    begun = runs.find_run(target_of(plan, "tiny", None))  # as the command does, which has its curves there
     verdict, (told,) = slow("distill", 7)
     assert (verdict.outcome, verdict.champion) == ("rejected", 1)
     assert "at distill the tick had used 7 worker-hours, earlier attempts included, of the 7" in verdict.reason
     assert verdict.decision is not None
     assert (verdict.decision.challenger, verdict.decision.max_worker_hours) == (None, 7)
+    assert verdict.decision.decided_by == "max_worker_hours"
+    tags = runs.client_of(schedule.uri).get_run(begun.info.run_id).data.tags
+    assert (tags["bitmill.decision"], tags["bitmill.decision_reason"]) == ("rejected", verdict.reason)
     assert verdict.decision.worker_seconds == 7 * HOUR
     assert [done for done, _ in told.notes] == [0, 0, 1, 2, 3, 4, 5]  # steps, of 30
     assert schedule.aliases == {"champion": 1}

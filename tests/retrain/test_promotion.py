@@ -15,12 +15,15 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import BusyError, ConfigError, RunError
 from pipeline.retrain import decisions
-from pipeline.retrain.decisions import Deciding
+from pipeline.retrain.decisions import Deciding, Decision, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.rollback import rollback
 from pipeline.retrain.tick import plan_tick, run_tick
+from pipeline.store.journal import Journal
 from pipeline.store.objects import Directory
-from pipeline.tracking import registry
+from pipeline.store.records import Contest, ModelVersion
+from pipeline.store.step_store import StepDir
+from pipeline.tracking import registry, runs
 from tests.retrain.schedule import BETTER, NAME, Schedule
 
 KILLED = 9
@@ -92,6 +95,37 @@ def test_killed_at_every_point_between_score_and_alias(undecided: Schedule, chal
     assert outcomes == {"promoted", "unchanged"}  # before the head was swapped, and after
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("kind", "name", "of"),
+    [(MlflowClient, "create_model_version", object), (StepDir, "commit", ModelVersion), (StepDir, "commit", Contest)],
+    ids=["version", "its record", "contest"],
+)
+def test_killed_between_score_and_decision(
+    schedule: Schedule, scored: str, kind: type, name: str, of: type, after: bool
+) -> None:
+    schedule.put_back(scored)
+    whole = getattr(kind, name)
+
+    def killed(self: Any, first: Any, *others: Any, **named: Any) -> Any:
+        if not isinstance(first, of):
+            return whole(self, first, *others, **named)
+        if after:
+            whole(self, first, *others, **named)
+        os._exit(KILLED)
+
+    def child() -> None:
+        setattr(kind, name, killed)
+        schedule.tick(BETTER)
+
+    assert ended(in_a_process_of_its_own(child)) == KILLED
+    assert (schedule.aliases, len(schedule.decisions)) == ({"champion": 1}, 1)
+    assert schedule.tick(BETTER).outcome == "promoted"
+    assert schedule.trained <= {"register", "contest"}
+    assert (schedule.aliases, [d.challenger for d in schedule.decisions]) == (MOVED, [2, 1])
+    assert len(runs.client_of(schedule.uri).search_model_versions(f"name = '{NAME}'")) == 2
+
+
 def test_a_rollback_killed_at_every_point_is_done_or_not(undecided: Schedule, challenged: str) -> None:
     resources = undecided.config().resources
     undecided.tick(BETTER)
@@ -152,6 +186,39 @@ def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_noth
     with pytest.raises(ConfigError, match="tiny/2 is champion since"):  # a rollback still
         rollback(NAME, None, "worse", config.resources)
     assert undecided.tick(BETTER).outcome == "unchanged"  # it is that champion
+
+
+def test_a_rollback_that_is_refused_leaves_the_tick_beside_it_alone(undecided: Schedule) -> None:
+    resources, refused = undecided.config().resources, list[str]()
+    with decisions.Decisions.of(NAME, resources).held() as deciding:
+        deciding.append(Decision(decision="rolled back", reason="a test", name=NAME, at=now(), champion=1))
+
+    def proves(*asked: Any) -> Evidence:
+        for to, said in ((None, "is champion since"), (1, "the champion already"), (9, "not in the registry")):
+            with pytest.raises(ConfigError, match=said):
+                rollback(NAME, to, "worse", resources)
+            refused.append(said)
+        return Evidence()
+
+    verdict = run_tick(undecided.config(BETTER), undecided.told, proves)
+    assert (verdict.outcome, verdict.champion, len(refused)) == ("promoted", 2, 3)
+
+
+def test_a_tick_whose_name_a_rollback_takes_before_it_begins_is_busy(
+    undecided: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, resources = Journal.claim, undecided.config().resources
+
+    def late(self: Journal, fence: int) -> Any:
+        monkeypatch.setattr(Journal, "claim", claim)
+        rollback(NAME, 2, "mine", resources)
+        return claim(self, fence)
+
+    monkeypatch.setattr(Journal, "claim", late)
+    verdict = undecided.tick(BETTER)
+    assert (verdict.outcome, verdict.champion) == ("busy", 2)
+    assert verdict.reason.startswith("The history of tiny is no longer ours")
+    assert (undecided.aliases, len(undecided.decisions)) == (MOVED, 2)
 
 
 def test_a_rollback_while_a_tick_tells_of_its_decision_takes_that_back(undecided: Schedule) -> None:
@@ -365,18 +432,18 @@ def raced(schedule: Schedule, offsets: tuple[float, float]) -> list[int]:
     return sorted(map(ended, pids))
 
 
-def races(count: int) -> Iterator[tuple[float, float]]:
-    draw = random.Random(count)
+def races(count: int, seed: int) -> Iterator[tuple[float, float]]:
+    draw = random.Random(seed)
     for _ in range(count):
         yield 0.0, draw.uniform(0, 0.6)
 
 
-def check_races(schedule: Schedule, challenged: str, count: int) -> set[tuple[int, ...]]:
+def check_races(schedule: Schedule, challenged: str, count: int, seed: int) -> set[tuple[int, ...]]:
     seen = set()
-    for offsets in races(count):
+    for offsets in races(count, seed):
         schedule.put_back(challenged)
         ends = raced(schedule, offsets)
-        assert ends in ([10, 11], [10, 12]), f"offsets {offsets}: {ends}"
+        assert ends in ([10, 11], [10, 12]), f"seed {seed}, offsets {offsets}: {ends}"
         assert schedule.aliases == MOVED
         assert [d.challenger for d in schedule.decisions] == [2, 1]
         seen.add(tuple(ends))
@@ -384,9 +451,11 @@ def check_races(schedule: Schedule, challenged: str, count: int) -> set[tuple[in
 
 
 def test_of_two_ticks_one_promotes(undecided: Schedule, challenged: str) -> None:
-    check_races(undecided, challenged, 3)
+    check_races(undecided, challenged, 3, seed=3)
 
 
 @pytest.mark.soak
 def test_of_two_ticks_one_promotes_fifty_times(undecided: Schedule, challenged: str) -> None:
-    assert (10, 12) in check_races(undecided, challenged, 50)
+    seed = random.SystemRandom().getrandbits(32)  # other offsets in each soak
+    print(f"seed of the offsets: {seed}")  # shown by what fails
+    assert (10, 12) in check_races(undecided, challenged, 50, seed), f"seed {seed}"

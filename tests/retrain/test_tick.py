@@ -18,7 +18,7 @@ from pipeline.config.run import Config
 from pipeline.errors import BusyError, ConfigError, FencedOffError, RunError
 from pipeline.execution.engine import Engine
 from pipeline.flow.lineage import step_dirs_of, steps_behind
-from pipeline.flow.plan import plan_run
+from pipeline.flow.plan import plan_run, target_of
 from pipeline.flow.run import run_plan
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.retrain.gate import Evidence
@@ -60,6 +60,7 @@ def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Sc
     assert schedule.trained == LINE | {"contest"}
     assert schedule.aliases == {"champion": 2, "previous": 1}
     assert better.decision is not None
+    assert better.decision.decided_by == "min_gain"
     whole, fresh = better.decision.gains["whole"], better.decision.gains["fresh"]
     assert whole.low is not None
     assert 0.01 < whole.low < whole.mean
@@ -76,6 +77,12 @@ def test_better_is_promoted_worse_is_rejected_and_a_rollback_stands(schedule: Sc
     back = rollback(NAME, None, "it speaks worse", schedule.config().resources)
     assert (back.champion, back.previous, back.reason) == (1, 2, "it speaks worse")
     assert schedule.aliases == {"champion": 1, "previous": 2}
+    client = runs.client_of(schedule.uri)
+    for version, became in (("1", "rolled back to"), ("2", "rolled back")):
+        told = client.get_model_version(NAME, version)
+        assert (told.tags["bitmill.decision"], told.tags["bitmill.decision_reason"]) == (became, "it speaks worse")
+        run = client.get_run(told.run_id)
+        assert load_text(f"{run.info.artifact_uri}/rollback.json") == back.told()
     stands = schedule.tick({**BETTER, **SPOILT})  # decided on before, if against another champion
     assert (stands.outcome, stands.champion, stands.previous) == ("unchanged", 1, 2)
     again = rollback(NAME, 3, "try", schedule.config().resources)
@@ -158,6 +165,7 @@ def test_each_rule_can_decide(schedule: Schedule) -> None:
         assert verdict.decision is not None
         passed = {ruling.rule: ruling.passed for ruling in verdict.decision.rulings}
         assert passed == {"min_gain": True, rule: False}
+        assert verdict.decision.decided_by == rule
         assert schedule.trained == (LINE | {"contest"} if number == 0 else set())  # the same challenger
     asked: list[Any] = []
     config = schedule.config(BETTER, gate={"max_latency_ms": 1, "exports": ["onnx"]})
@@ -338,6 +346,18 @@ def test_documents_that_trained_either_do_not_measure(splits: Schedule) -> None:
     assert "; 9 that trained one of the two, or chose its checkpoint, were left out" in verdict.decision.rulings[0].said
 
 
+def test_what_was_changed_is_said_to_be_new(splits: Schedule) -> None:
+    given = splits.documents[320:340]
+    changed = [f"{text} indeed" for text in given[:3]]
+    splits.splits["test"] = splits.write("test-2.jsonl", [*changed, *reversed(given[3:])])
+    verdict = splits.tick({"distill.steps": 1})
+    assert verdict.decision is not None
+    whole, fresh = verdict.decision.gains["whole"], verdict.decision.gains["fresh"]
+    assert (whole.documents, fresh.documents, whole.gone) == (20, 3, 3)
+    said = "on the 3 new ones; 3 that measured the champion are there no more (one that was changed is a new one)"
+    assert said in verdict.decision.rulings[0].said
+
+
 def test_a_test_of_nothing_but_what_trained_the_champion_decides_nothing(splits: Schedule) -> None:
     splits.write("text/0.jsonl", splits.documents[130:200])
     splits.splits["test"] = splits.write("test-2.jsonl", splits.documents[:20])
@@ -468,8 +488,16 @@ def test_a_first_tick_that_is_rejected_leaves_the_name_free(
     first = Schedule(tmp_path, tiny_config, schedule.documents)
     first.grow(1)
     refused = {**SPOILT, "register.gate.max_perplexity_ratio": 1.0001}
+    ((_, plan),) = plan_tick(first.config(refused)).challengers
+    begun = runs.find_run(target_of(plan, "tiny", None))  # as the command does, which has its curves there
     verdict = first.tick(refused)
     assert (verdict.outcome, verdict.champion) == ("rejected", None)
+    assert verdict.decision is not None
+    assert verdict.decision.decided_by == "register.gate"
+    run = runs.client_of(first.uri).get_run(begun.info.run_id)
+    assert run.data.tags["bitmill.decision"] == "rejected"
+    assert run.data.tags["bitmill.decision_reason"] in verdict.reason
+    assert load_text(f"{run.info.artifact_uri}/decision.json") == verdict.decision.told()
     assert first.tick(refused).outcome == "unchanged"
     compressed = run_plan(plan_run(first.config().model_copy(update={"retrain": None})), Recorder(), True)
     assert compressed.finished(ModelVersion).record.aliases == ("champion",)

@@ -39,6 +39,7 @@ def test_of_whom_nothing_is_known_may_not_be_met(finished: Ran) -> None:
     own = replace(job, recipe={"champions_tokens": finished.record("tokenize").key})
     known = known_to(own)
     assert known.fresh == [False] * len(known.before)
+    assert known.gone == 0
     assert known.before == [False] * len(known.before)  # of a split that is drawn nobody is asked
 
 
