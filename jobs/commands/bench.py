@@ -191,7 +191,10 @@ def train(
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write what takes the most time of each row.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare with committed floors; exit with 1 if a ratio misses its own.")
+        bool,
+        typer.Option(
+            "--check", help="Compare with committed floors; exit with 1 if a ratio misses its own or is missing."
+        ),
     ] = False,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
 ) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def train(
     extent = Extent(steps or defaults["steps"], rounds, rows, profile)
     if width % heads:
         raise ConfigError(f"--heads {heads} does not divide --width {width}.")
-    floors = read_floors() if check else {}
+    floors = read_floors(place) if check else {}
     document = compare(shape, place, compiled, extent, Path(out), console)
     if document["failed"]:
         raise RunError(f"These rows failed, and {out}/train.json has the rest: {'; '.join(document['failed'])}")

@@ -80,7 +80,7 @@ def head_input(head: nn.Module, states: Tensor) -> Tensor:
 def head_product(head: nn.Module, prepared: Tensor) -> Tensor:
     """Return the logits of any part of what `head_input` gave, as the head itself would of its states.
 
-    A GPU multiplies by a table that is filled up to whole tiles, and is faster by half.
+    A GPU multiplies by a table that is filled up to whole tiles: of other widths it makes slower products.
     """
     if isinstance(head, BiasedHead):
         return head_product(head.head, prepared) + head.bias

@@ -198,23 +198,23 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
 
 
 def shortfalls(document: dict[str, Any], floors: dict[str, Any]) -> list[str]:
-    """Return a line for each ratio that misses its bound. Raises ConfigError if there are none for this kind of
-    device."""
-    kind, measured = document["kind"], document["ratios"]
-    if kind not in floors:
-        raise ConfigError(f"--check: {FLOORS.name} has no floors for {kind!r}; it has some for {', '.join(floors)}")
-    missed = [f"{name} failed" for name in document["failed"]]
+    """Return a line for each ratio that misses its bound, or was not measured."""
+    measured, missed = document["ratios"], [f"{name} failed" for name in document["failed"]]
     for bound, better in (("at_most", 1), ("at_least", -1)):
-        for name, limit in floors[kind][bound].items():
-            if name in measured and better * measured[name] > better * limit:
+        for name, limit in floors[bound].items():
+            if name not in measured:
+                missed.append(f"{name} was not measured, and must be {bound.replace('_', ' ')} {limit:g}")
+            elif better * measured[name] > better * limit:
                 missed.append(f"{name} is {measured[name]:.3f}, and must be {bound.replace('_', ' ')} {limit:g}")
     return missed
 
 
-def read_floors() -> dict[str, Any]:
-    """Return the committed floors: by kind of device, at_most and at_least by the names of ratios."""
-    floors: dict[str, Any] = json.loads(FLOORS.read_text(encoding="utf-8"))
-    return floors
+def read_floors(device: torch.device) -> dict[str, Any]:
+    """Return the bounds that ratios have on a device of this kind. Raises ConfigError if there are none."""
+    kind, floors = described(device)["kind"], json.loads(FLOORS.read_text(encoding="utf-8"))
+    if kind not in floors:
+        raise ConfigError(f"--check: {FLOORS.name} has no floors for {kind!r}; it has some for {', '.join(floors)}")
+    return dict(floors[kind])
 
 
 def _cells(document: dict[str, Any]) -> list[list[str]]:

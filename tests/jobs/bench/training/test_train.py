@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from jobs.bench.training import steps, train
 from jobs.cli import app
-from pipeline.errors import ConfigError
 
 SMALL = ("--layers", "2", "--width", "32", "--heads", "2", "--vocab", "64", "--length", "16", "--batch", "8")
 
@@ -73,7 +72,7 @@ def test_the_page_and_the_profiles_lie_beside_the_numbers(measured: Any) -> None
 
 
 def test_committed_floors_are_of_ratios_that_there_are() -> None:
-    floors = train.read_floors()
+    floors = json.loads(train.FLOORS.read_text())
     assert set(floors) == {"cpu", "H100", "H200"}
     rows = {
         name: {"of_baseline": {"median": 1.0}, "ms": {"median": 1.0}, "launches": 1, "peak_bytes": 1}
@@ -86,14 +85,26 @@ def test_committed_floors_are_of_ratios_that_there_are() -> None:
         assert {name for limits in bounds.values() for name in limits} <= set(names)
 
 
-def test_a_ratio_that_misses_its_bound_is_named() -> None:
-    floors = {"cpu": {"at_most": {"step": 1.3, "absent": 1.0}, "at_least": {"cache": 0.85}}}
-    document = {"kind": "cpu", "ratios": {"step": 1.31, "cache": 0.85}, "failed": {}}
+def test_a_ratio_that_misses_its_bound_or_was_not_measured_is_named() -> None:
+    floors = {"at_most": {"step": 1.3}, "at_least": {"cache": 0.85}}
+    document = {"ratios": {"step": 1.31, "cache": 0.85}, "failed": {}}
     assert train.shortfalls(document, floors) == ["step is 1.310, and must be at most 1.3"]
     document["ratios"] = {"step": 1.3, "cache": 0.84}
     assert train.shortfalls(document, floors) == ["cache is 0.840, and must be at least 0.85"]
-    with pytest.raises(ConfigError, match="no floors for 'T4'; it has some for cpu"):
-        train.shortfalls({**document, "kind": "T4"}, floors)
+    document["ratios"] = {"step": 1.3}
+    assert train.shortfalls(document, floors) == ["cache was not measured, and must be at least 0.85"]
+
+
+def test_a_device_without_floors_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floors = tmp_path / "floors.json"
+    floors.write_text(json.dumps({"H100": {"at_most": {}, "at_least": {}}}))
+    monkeypatch.setattr(train, "FLOORS", floors)
+    shown = bench(tmp_path / "out", "--check")
+    assert shown.exit_code == 2
+    assert "no floors for 'cpu'; it has some for H100" in " ".join(shown.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_ends_with_status_1_and_what_fell_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
