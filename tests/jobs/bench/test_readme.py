@@ -185,6 +185,8 @@ def test_the_quickstart_has_the_quality_that_was_measured():
         bits: [f"{m['perplexity']:.2f}", f"{m['kl_nats']:.4f}", f"{100 * m['top1_agreement']:.1f} %"]
         for bits, m in measured["students"].items()
     }
+    others = [f"{seed['perplexity']:.2f}" for seed in measured["other_seeds_at_2-2-8"].values()]
+    assert f"(two others at 2-2-8: {' and '.join(others)};" in README
 
 
 def test_the_quickstart_has_the_tokens_and_bytes_that_the_readme_says():
