@@ -89,6 +89,7 @@ class Memory:
 
     def peak_of(self, take: Take, step: int) -> int:
         """Return the most that a step holds, with all that was made for it."""
+        _let_go(self._device)  # an allocator may keep what was freed since, and it would count as the step's
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:

@@ -27,9 +27,13 @@ def test_memory_is_that_of_what_was_made_since_and_of_the_step() -> None:
 
 
 def test_a_peak_before_the_step_does_not_count() -> None:
+    blocks = [torch.ones(MIB // 64) for _ in range(16 * 256)]  # of 64 KiB: on the heap, which keeps the room
+    above = torch.ones(MIB // 64)  # so that it does not shrink
+    del blocks
     memory = Memory(CPU)
     torch.ones(128 * MIB // 4).sum()
     assert memory.peak_of(lambda step: None, 0) < 32 * MIB
+    assert len(above) > 0
 
 
 def test_operations_are_counted_and_views_are_not() -> None:
