@@ -44,9 +44,9 @@ def history(
     name: ModelName,
     out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw measure and bytes over time.")] = None,
 ) -> dict[str, Any]:
-    """Show every decision on a name: who became champion when, and why. The report of a run shows them too.
+    """Show every tick and decision on a name: who became champion when, and why. The report of a run shows them too.
 
-    Ticks that were `unchanged` are one line between two decisions; one that was `busy` left nothing.
+    Ticks in a row that decided nothing (`unchanged`, `busy`, or `failed`, with the error) are one line.
     """
     from jobs.schedule.history import history as run
 

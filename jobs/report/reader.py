@@ -16,6 +16,7 @@ from pipeline.flow.line import SHARED, STAGES
 from pipeline.flow.lineage import Steps, steps_behind
 from pipeline.metrics import gap_nats, measure_of
 from pipeline.retrain.decisions import Decisions
+from pipeline.retrain.ticks import TickLog
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.records import Evaluation, ModelVersion, Package, Student, SweepRecord, Teacher, Tokens, Trial
 from pipeline.store.step_store import FinishedStep, StepDir, records
@@ -92,8 +93,11 @@ class Reader:
             version: ModelVersion = steps[ModelVersion.stage].record
             name = version.name
             model = replace(model, version=f"{name}/{version.version}", aliases=version.aliases)
-        decisions = tuple(Decisions(name, self.storage_uri, "").all())[::-1] if model.version else ()
-        return replace(content(f"{name} at {quant['bits']}", "run", key, [model], steps), decisions=decisions)
+        told = content(f"{name} at {quant['bits']}", "run", key, [model], steps)
+        if not model.version:
+            return told
+        kept = Decisions(name, self.storage_uri, "")
+        return replace(told, decisions=tuple(kept.all())[::-1], ticks=tuple(TickLog(kept).all()))
 
     def _sweep(
         self, key: str, name: str, trials: Sequence[Trial], objectives: Sequence[str], chosen: frozenset[str] | None

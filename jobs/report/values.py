@@ -10,6 +10,7 @@ from typing import Any
 from jobs.report.latency import Latency
 from pipeline.metrics import minimised
 from pipeline.retrain.decisions import Decision
+from pipeline.retrain.ticks import Ticks, timeline
 from pipeline.sweep.pareto import pareto_front
 
 
@@ -109,6 +110,12 @@ class Content:
     provenance: dict[str, str] = field(default_factory=dict)
     chosen: frozenset[str] | None = None  # keys of the front by objectives other than these two
     decisions: tuple[Decision, ...] = ()  # on the name that a run was registered under, the first one first
+    ticks: tuple[Ticks, ...] = ()  # of that name, that decided nothing
+
+    @property
+    def timeline(self) -> list[Decision | Ticks]:
+        """Return decisions and ticks by time."""
+        return timeline(self.decisions, self.ticks)
 
     @property
     def best(self) -> list[Shown]:

@@ -1,8 +1,7 @@
-"""`bitmill history`: every decision on a registered name, and the ticks between two of them, as a table; a picture."""
+"""`bitmill history`: every tick of a registered name and what was decided, as a table; a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,29 @@ from jobs.display import print_table
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.metrics import printed
-from pipeline.retrain.decisions import Decision, Decisions, Unchanged
+from pipeline.retrain.decisions import Decision, Decisions
+from pipeline.retrain.ticks import TickLog, Ticks, timeline
 
 HEADER = ("when", "decision", "champion", "challenger", "measured on test", "bytes", "reason")
 
 
 def history(name: str, out: Path | None, resources: Resources, console: Console) -> dict[str, Any]:
-    """Print the decisions, the first one first, and draw them to `out`, a PNG; returns the document of `--json`. Raises
-    ConfigError if there are none, or the picture cannot be written."""
+    """Print ticks and decisions, the first one first, and draw them to `out`, a PNG; returns the document of `--json`.
+    Raises ConfigError if there are none, or the picture cannot be written."""
     if out is not None and out.suffix != ".png":
         raise ConfigError(f"--out is {str(out)!r}; it takes a name that ends in .png")
     kept = Decisions.of(name, resources)
-    decisions = [*kept.all()][::-1]
-    if not decisions:
+    decisions, ticks = [*kept.all()][::-1], TickLog(kept).all()
+    if not decisions and not ticks:
         raise ConfigError(
             f"Nothing was decided on {name!r} in this store yet. `bitmill retrain CONFIG` decides; --storage-uri and "
             "--namespace name the store."
         )
-    since = kept.notes().unchanged
-    print_table(console, HEADER, lines(decisions, since), title=name)
+    print_table(console, HEADER, map(cells, timeline(decisions, ticks)), title=name)
     document: dict[str, Any] = {
         "name": name,
         "decisions": [decision.model_dump(mode="json") for decision in decisions],
-        "unchanged": None if since is None else since.model_dump(mode="json"),  # since the last of them
+        "ticks": [line.model_dump(mode="json") for line in ticks],  # that decided nothing
     }
     if out is None:
         return document
@@ -49,22 +48,11 @@ def history(name: str, out: Path | None, resources: Resources, console: Console)
     return {**document, "picture": str(out)}
 
 
-def lines(decisions: Sequence[Decision], since: Unchanged | None) -> Iterator[tuple[str, ...]]:
-    """Yield a line of `HEADER` for each decision, after one for the ticks that were unchanged since the one before it;
-    `since` are those after the last."""
-    for decision in decisions:
-        yield from _quiet(decision.unchanged)
-        yield cells(decision)
-    yield from _quiet(since)
-
-
-def _quiet(ticks: Unchanged | None) -> Iterator[tuple[str, ...]]:
-    if ticks is not None:
-        yield (ticks.first, "unchanged", "", "", "", "", ticks.told())
-
-
-def cells(decision: Decision) -> tuple[str, ...]:
-    """Return the cells of `HEADER`: of the measure the champion's, then the challenger's."""
+def cells(decision: Decision | Ticks) -> tuple[str, ...]:
+    """Return the cells of `HEADER`: of the measure the champion's, then the challenger's; those of ticks that decided
+    nothing are of a line of them."""
+    if isinstance(decision, Ticks):
+        return (decision.at, decision.outcome, "", "", "", "", decision.told())
     scores = [
         decision.scores[side].get(decision.measure) for side in ("champion", "challenger") if side in decision.scores
     ]

@@ -66,7 +66,13 @@ def _document(ancestry: Lineage, resources: Resources) -> dict[str, Any]:
         "version": version.version,
         "digest": version.digest,
         "package_uri": version.package_uri,
-        "data": data_of(ancestry.steps.get(Tokens.stage)),
+        "data": {
+            split: [
+                {**file, "shared_with": [v.title for v in ancestry.sharing_text.get(file["content"], [])]}
+                for file in files
+            ]
+            for split, files in data_of(ancestry.steps.get(Tokens.stage)).items()
+        },
         "steps": {
             stage.name: {
                 "key": step.record.key,
@@ -107,7 +113,8 @@ def _tree(ancestry: Lineage, document: dict[str, Any]) -> Tree:
     for split, files in document["data"].items():
         texts = branch.add(f"data of {split}: {len(files)} files")
         for file in files:
-            texts.add(f"{file['content'][:SHORT]} ({file['format']})")
+            others = ", ".join(file["shared_with"])
+            texts.add(f"{file['content'][:SHORT]} ({file['format']}){others and f', shared with {others}'}")
     missing = [stage.name for stage in LINE if stage.name not in document["steps"]]
     if missing:
         root.add(f"not in this store: {', '.join(missing)}")

@@ -45,14 +45,15 @@ def steps_behind(step_dir_of: StepDirs, keys: Mapping[str, str], former: bool = 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A registered version, the steps behind it, those of them whose files are gone, and by stage the other versions
-    that share its step; the versions that its student was trained on from, the nearest first, and those that were
-    trained on from it."""
+    """A registered version, the steps behind it, those of them whose files are gone; the other versions that share a
+    step with it, by stage, and those that share a file of text, by its content; the versions that its student was
+    trained on from, the nearest first, and those that were trained on from it."""
 
     version: Registered
     steps: Steps
     gone: frozenset[str]
     shared: dict[str, list[Registered]]
+    sharing_text: dict[str, list[Registered]]
     ancestors: list[str]
     descendants: list[str]
 
@@ -61,15 +62,19 @@ def lineage_of(version: Registered, others: Sequence[Registered], step_dir_of: S
     """Return the lineage of a version among all that there are."""
     steps = steps_behind(step_dir_of, {ModelVersion.stage: version.key, **version.lineage}, former=True)
     gone = (stage for stage, step in steps.items() if step.dir.record(STAGES[stage].record) is None)
-    shared: dict[str, list[Registered]] = {}
+    texts = _contents(steps.get(Tokens.stage))
+    shared, sharing_text = dict[str, list[Registered]](), dict[str, list[Registered]]()
     for other in others:
         if (other.name, other.version) == (version.name, version.version):
             continue
-        for stage, step in steps_behind(step_dir_of, other.lineage, former=True).items():
+        behind = steps_behind(step_dir_of, other.lineage, former=True)
+        for stage, step in behind.items():
             if stage in steps and steps[stage].record.key == step.record.key:
                 shared.setdefault(stage, []).append(other)
+        for content in texts & _contents(behind.get(Tokens.stage)):
+            sharing_text.setdefault(content, []).append(other)
     ancestors, descendants = _ancestors(version.title, _starts(others)), trained_on_from([version], others)
-    return Lineage(version, steps, frozenset(gone), shared, ancestors, descendants)
+    return Lineage(version, steps, frozenset(gone), shared, sharing_text, ancestors, descendants)
 
 
 def trained_on_from(versions: Sequence[Registered], others: Sequence[Registered]) -> list[str]:
@@ -106,3 +111,7 @@ def data_of(tokens: FinishedStep[Tokens] | None) -> dict[str, list[dict[str, str
     """Return the files that rows were made of, by the split whose source they are: content and format of each."""
     data = {} if tokens is None else tokens.record.recipe["data"]
     return {split: data[split] for split in ("train", "validation", "test") if data.get(split)}
+
+
+def _contents(tokens: FinishedStep[Tokens] | None) -> set[str]:
+    return {file["content"] for files in data_of(tokens).values() for file in files}

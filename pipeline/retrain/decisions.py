@@ -33,25 +33,13 @@ C = TypeVar("C", bound=Closed)
 Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
 
 
-class Unchanged(Closed):
-    """Ticks in a row that found nothing new: how many, when the first was and when the last."""
-
-    ticks: int
-    first: str  # UTC
-    last: str
-
-    def told(self) -> str:
-        """Return it for people."""
-        return f"{self.ticks:,} ticks found nothing new, the last at {self.last}" if self.ticks > 1 else "nothing new"
-
-
 class Notes(Closed):
     """What is known of a schedule beside its decisions: `retrain.keep` of the last tick; stage and key of the steps of
-    a tick that was begun and not decided, or ended by worker-hours; the ticks since the last decision."""
+    a tick that was begun and not decided, or ended by worker-hours; when the tick began that is under way."""
 
     keep: int | None = None
     unfinished: tuple[tuple[str, str], ...] = ()
-    unchanged: Unchanged | None = None
+    running: str = ""  # UTC
 
 
 class Decision(Closed):
@@ -82,7 +70,6 @@ class Decision(Closed):
     packed_bytes: int | None = None  # of the challenger
     worker_seconds: float = 0.0  # of all attempts of the tick
     max_worker_hours: float | None = None  # None: it was not ended by them
-    unchanged: Unchanged | None = None  # ticks before it, since the decision before
 
     def told(self) -> str:
         """Return it as JSON, for people and commands."""
@@ -99,9 +86,9 @@ class Decisions:
 
     def __init__(self, name: str, store: str, tracking: str) -> None:
         self.name, self.store, self.uri = name, store, tracking
-        objects, folder = open_objects(store), f"{FOLDER}{name}/"
-        self._journal = Journal(objects, folder, f"history of {name}")
-        self._lease = LeaseFile(objects, folder, f"retraining of {name}")
+        objects, self.folder = open_objects(store), f"{FOLDER}{name}/"
+        self._journal = Journal(objects, self.folder, f"history of {name}")
+        self._lease = LeaseFile(objects, self.folder, f"retraining of {name}")
 
     @classmethod
     def of(cls, name: str, resources: Resources) -> Decisions:
@@ -113,9 +100,10 @@ class Decisions:
         return map(self._read, self._journal.entries())
 
     def _read(self, entry: dict[str, Any]) -> Decision:
-        return self._parsed(Decision, entry)
+        return self.parsed(Decision, entry)
 
-    def _parsed(self, kind: type[C], fields: dict[str, Any]) -> C:
+    def parsed(self, kind: type[C], fields: dict[str, Any]) -> C:
+        """Return what was kept of this name from its fields. Raises RunError if a newer bitmill wrote it."""
         try:
             return kind.model_validate(fields)
         except ValidationError as error:
@@ -135,11 +123,15 @@ class Decisions:
 
     def notes(self) -> Notes:
         """Return what is known beside the decisions. Raises RunError if a newer bitmill wrote it."""
-        return self._parsed(Notes, self._journal.head().notes)
+        return self.parsed(Notes, self._journal.head().notes)
 
     def ticked(self) -> float:
         """Return when a command last took the name, in seconds of the store's own clock. Raises KeyError: none did."""
         return self._journal.written()
+
+    def begun(self) -> bool:
+        """Tell whether a command ever took the name."""
+        return self._journal.head().fence > 0
 
     def refuse_another_place(self) -> None:
         """Raise ConfigError if the journal of another store decides on this name of the registry."""
@@ -191,16 +183,13 @@ class Deciding:
         if notes != before:
             self.decisions._journal.note(notes.model_dump(mode="json"), self.fence)
 
-    def append(self, decision: Decision) -> Decision:
-        """Write a decision down, once and for all, and return it as it is kept. Raises FencedOffError if another
-        process took over."""
+    def append(self, decision: Decision) -> None:
+        """Write a decision down, once and for all. Raises FencedOffError if another process took over."""
         self.check()
         notes = self.decisions.notes()
-        kept = decision.model_copy(update={"unchanged": notes.unchanged})
         ended = decision.decision in ("promoted", "rejected") and decision.max_worker_hours is None
-        since = notes.model_copy(update={"unchanged": None, "unfinished": () if ended else notes.unfinished})
-        self.decisions._journal.append(kept.model_dump(mode="json"), self.fence, since.model_dump(mode="json"))
-        return kept
+        since = notes.model_copy(update={"running": "", "unfinished": () if ended else notes.unfinished})
+        self.decisions._journal.append(decision.model_dump(mode="json"), self.fence, since.model_dump(mode="json"))
 
     def put_aliases(self) -> None:
         """Put the aliases where the last decision has them, read them back, and tell version and run of it. Raises

@@ -48,7 +48,7 @@ def rollback(name: str, to: int | None, reason: str, resources: Resources) -> De
             champion=target,
             previous=champion if there else None,
         )
-        decision = deciding.append(decision)
+        deciding.append(decision)
         deciding.put_aliases()
         return decision
 

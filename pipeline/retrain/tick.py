@@ -21,15 +21,16 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.laid_over import check_path, label, laid_over
 from pipeline.config.retrain import Retrain
 from pipeline.config.run import Config
-from pipeline.errors import BusyError, ConfigError, FencedOffError, NotRegisteredError, OverBudgetError
+from pipeline.errors import BitmillError, BusyError, ConfigError, FencedOffError, NotRegisteredError, OverBudgetError
 from pipeline.execution.engine import Engine
 from pipeline.flow.plan import Once, RunPlan, key_of_run, plan_run, plan_step
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import measure_of
 from pipeline.retrain import gate, rows
-from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, Unchanged, now
+from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import Tells, WorkerHours
+from pipeline.retrain.ticks import TickLog, under_way
 from pipeline.sources.models import STEP
 from pipeline.stages import contest
 from pipeline.store.keys import recipe_of, step_key
@@ -60,7 +61,7 @@ class Tick:
     @property
     def name(self) -> str:
         """Return the registered name."""
-        return self.config.register_.name or self.config.name
+        return _name(self.config)
 
     @property
     def key(self) -> str:
@@ -99,7 +100,7 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
         raise ConfigError(
             "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
         )
-    name = config.register_.name or config.name
+    name = _name(config)
     decisions = Decisions.of(name, config.resources)
     decisions.refuse_another_place()
     made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
@@ -124,6 +125,11 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     if decided is None:
         plans = tuple(plan for plan, key in zip(plans, tick.run_keys, strict=True) if key not in taken_back)
     return replace(tick, challengers=plans, decided=decided)
+
+
+def _name(config: Config) -> str:
+    """Return the name that a configuration registers under."""
+    return config.register_.name or config.name
 
 
 def _challengers(config: Config, once: Once) -> tuple[tuple[str, RunPlan], ...]:
@@ -192,6 +198,21 @@ def run_tick(
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
+    log = None if config.retrain is None else TickLog(Decisions.of(_name(config), config.resources))
+    try:
+        verdict = _held_tick(config, told, proves, force, notifies)
+    except BaseException as error:  # an interruption too
+        with contextlib.suppress(BitmillError, OSError):  # that the store is away must not replace it
+            if log is not None and not isinstance(error, FencedOffError):  # whoever took over said so
+                log.add("failed", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    if log is not None and verdict.outcome in ("unchanged", "busy"):
+        log.add(verdict.outcome, verdict.reason)
+    return verdict
+
+
+def _held_tick(config: Config, told: Tells, proves: Proves, force: bool, notifies: Notifies) -> Verdict:
+    """Run a tick as `run_tick` does, once the name is held."""
     tick = plan_tick(config, force)
     decisions = Decisions.of(tick.name, config.resources)
     with contextlib.ExitStack() as stack:
@@ -202,10 +223,11 @@ def run_tick(
         deciding.tell(notifies)
         try:
             tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
-            decision = _unless_decided(tick, deciding, told, proves)
+            with under_way(deciding):
+                decision = _unless_decided(tick, deciding, told, proves)
             if decision is None or decision == tick.decided:
                 return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-            decision = deciding.append(decision)
+            deciding.append(decision)
         except FencedOffError:
             rollback = decisions.last_rollback()
             if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
@@ -218,7 +240,7 @@ def run_tick(
 
 def _unless_decided(tick: Tick, deciding: Deciding, told: Tells, proves: Proves) -> Decision | None:
     """Return what was decided on a tick before, or is now, as `_decide` does; and note what it is about, so that
-    nothing which it goes on from is cleared away, or that it found nothing new."""
+    nothing which it goes on from is cleared away."""
     deciding.note(keep=tick.retrain.keep)
     decision = tick.decided
     if decision is None:
@@ -228,9 +250,6 @@ def _unless_decided(tick: Tick, deciding: Deciding, told: Tells, proves: Proves)
         if decision is not None:
             return decision
         deciding.note(unfinished=())
-    before, at = deciding.decisions.notes().unchanged, now()
-    ticks, first = (1, at) if before is None else (before.ticks + 1, before.first)
-    deciding.note(unchanged=Unchanged(ticks=ticks, first=first, last=at))
     return decision
 
 
@@ -241,11 +260,14 @@ def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: 
         f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
         f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
     )
-    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
-        stands = decisions.last() or rollback
-        fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
-        deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
-        deciding.tell(notifies)
+    try:
+        with decisions.held() as deciding:
+            stands = decisions.last() or rollback
+            fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
+            deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
+            deciding.tell(notifies)
+    except (BusyError, FencedOffError):
+        TickLog(decisions).add("busy", reason)
     last = decisions.last()
     return _verdict("superseded", reason, last, last)
 

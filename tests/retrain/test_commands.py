@@ -121,16 +121,17 @@ def test_a_rollback_and_the_history_of_a_name(bitmill: Command, tmp_path: Path) 
     assert back.exit_code == 0, back.stderr
     assert json.loads(back.stdout)["champion"] == 1
     shown = bitmill("history", NAME, "--json")
-    decisions, since = json.loads(shown.stdout)["decisions"], json.loads(shown.stdout)["unchanged"]
-    assert ([d["unchanged"] and d["unchanged"]["ticks"] for d in decisions], since) == ([None, None, 2], None)
-    assert "2 ticks found nothing new, the last at 20" in shown.stderr
+    decisions, ticks = json.loads(shown.stdout)["decisions"], json.loads(shown.stdout)["ticks"]
+    assert [(line["outcome"], line["count"]) for line in ticks[1:]] == [("unchanged", 2)]
+    assert (ticks[0]["outcome"], ticks[0]["reason"]) == ("failed", "InterruptedError")  # while all this was prepared
+    assert "2 ticks, the last at 20" in shown.stderr
     assert [d["decision"] for d in decisions] == ["promoted", "promoted", "rolled back"]
     assert "it rhymes" in shown.stderr
     assert "perplexity" in shown.stderr
     bitmill("retrain", "CONFIG")
     again = bitmill("history", NAME, "--json")
-    assert json.loads(again.stdout)["unchanged"]["ticks"] == 1
-    assert "nothing new" in again.stderr.partition("rolled back")[2]
+    assert [line["count"] for line in json.loads(again.stdout)["ticks"][1:]] == [2, 1]
+    assert "unchanged" in again.stderr.partition("rolled back")[2]
     drawn = tmp_path / "trend.png"
     assert bitmill("history", NAME, "--out", str(drawn)).exit_code == 0
     assert drawn.read_bytes().startswith(b"\x89PNG")
@@ -149,10 +150,13 @@ def test_lineage_goes_both_ways(bitmill: Command, undecided: Schedule) -> None:
     assert [*document["steps"]] == ["tokenize", "finetune", "cache", "distill", "evaluate", "pack", "register"]
     assert len(document["data"]["train"]) == 2
     assert document["shared"] == {}
+    assert [file["shared_with"] for file in document["data"]["train"]] == [[f"{NAME}/1"], []]
+    assert f"(jsonl), shared with {NAME}/1" in shown.stderr
     assert document["decisions"][0]["decision"] == "promoted"
     assert "data of train: 2 files" in shown.stderr
     first = json.loads(bitmill("lineage", f"{NAME}/1", "--json").stdout)
-    assert first["data"]["train"][0] in document["data"]["train"]
+    assert [file["shared_with"] for file in first["data"]["train"]] == [[f"{NAME}/2"]]
+    assert first["data"]["train"][0]["content"] == document["data"]["train"][0]["content"]
     text = undecided.folder / "text" / "0.jsonl"
     went = json.loads(bitmill("lineage", str(text), "--json").stdout)
     assert {*went[str(text)]["versions"]["train"]} == {f"{NAME}/1", f"{NAME}/2"}

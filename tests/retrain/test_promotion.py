@@ -68,10 +68,10 @@ def killed_before(effect: int, work: Callable[[], Any]) -> bool:
     def child() -> None:
         append = Deciding.append
 
-        def deciding(self: Deciding, decision: decisions.Decision) -> decisions.Decision:
+        def deciding(self: Deciding, decision: decisions.Decision) -> None:
             for kind, name in EFFECTS:
                 setattr(kind, name, counted(getattr(kind, name)))
-            return append(self, decision)
+            append(self, decision)
 
         Deciding.append = deciding  # type: ignore[method-assign]
         work()

@@ -26,6 +26,7 @@ from jobs.report.page import columns, page, row
 from jobs.report.reader import Reader
 from jobs.report.values import Content, Cost, Curve, Module, Shown, worker_hours
 from pipeline.retrain.decisions import Decision
+from pipeline.retrain.ticks import Ticks
 from pipeline.store.pieces import Pieces
 from pipeline.store.records import Student, SweepRecord, Trial, read_record
 from pipeline.store.step_store import StepDir
@@ -197,7 +198,10 @@ def test_hostile_names_stay_text(trade_off):
 @browser
 def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
     decisions = (decided(1, "promoted", 1, 30.0), decided(2, "rejected", 2, 31.0), decided(3, "rolled back", 2, 29.0))
-    write(replace(trade_off, decisions=decisions), tmp_path / "report.html")
+    quiet = Ticks(
+        outcome="failed", reason="the server is away", count=4, at=decisions[1].at, last=decisions[2].at, since=""
+    )
+    write(replace(trade_off, decisions=decisions, ticks=(quiet,)), tmp_path / "report.html")
     press = (
         "const press = (n) => document.querySelectorAll('#models th button')[n].click();"
         "press([...document.querySelectorAll('#models th')].findIndex((h) => h.innerText.startsWith('perplexity')));"
@@ -206,6 +210,9 @@ def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
     assert 'data-drawn="yes"' in dom
     assert dom.count('class="main-svg"') >= 9
     assert "challenger, rejected" in dom
+    decided_rows = re.findall(r"<td>(promoted|rejected|rolled back|failed)</td>", dom)
+    assert decided_rows == ["promoted", "rejected", "failed", "rolled back"]
+    assert f"4 ticks, the last at {quiet.last}: the server is away" in dom
     body = dom[dom.index("<tbody>") : dom.index("</tbody>")]
     assert re.findall(r">model (\d)<", body) == ["1", "2", "4", "3", "5"]  # what has no perplexity comes last
     assert 'aria-sort="ascending"' in dom
