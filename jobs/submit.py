@@ -180,6 +180,11 @@ def submit(
     log = Log(lambda line: console.out(line, end="", highlight=False))
     try:
         end = cluster.follow(job_id, log.take)
+    except LookupError:
+        raise RunError(
+            f"The cluster at {cluster.address} knows no job {job_id} any more: its head was lost, and with it what it "
+            "knew. What the job committed is kept; to go on, give the command again."
+        ) from None
     except KeyboardInterrupt:
         to_attach, to_stop = commands_of(job_id)
         console.print(

@@ -108,7 +108,7 @@ class Decisions:
             return kind.model_validate(fields)
         except ValidationError as error:
             raise RunError(
-                f"A decision of {self.name} was written by another version of bitmill, and cannot be read: "
+                f"What is kept of {self.name} was written by another version of bitmill, and cannot be read: "
                 f"{error.errors()[0]['loc']}. Upgrade bitmill."
             ) from error
 
@@ -129,9 +129,10 @@ class Decisions:
         """Return when a command last took the name, in seconds of the store's own clock. Raises KeyError: none did."""
         return self._journal.written()
 
-    def begun(self) -> bool:
-        """Tell whether a command ever took the name."""
-        return self._journal.head().fence > 0
+    def count(self) -> int | None:
+        """Count the decisions; None: no command ever took the name."""
+        head = self._journal.head()
+        return head.count if head.fence > 0 else None
 
     def refuse_another_place(self) -> None:
         """Raise ConfigError if the journal of another store decides on this name of the registry."""
@@ -188,7 +189,8 @@ class Deciding:
         self.check()
         notes = self.decisions.notes()
         ended = decision.decision in ("promoted", "rejected") and decision.max_worker_hours is None
-        since = notes.model_copy(update={"running": "", "unfinished": () if ended else notes.unfinished})
+        running = notes.running if decision.decision == "rolled back" else ""  # no tick's own word
+        since = notes.model_copy(update={"running": running, "unfinished": () if ended else notes.unfinished})
         self.decisions._journal.append(decision.model_dump(mode="json"), self.fence, since.model_dump(mode="json"))
 
     def put_aliases(self) -> None:

@@ -95,12 +95,7 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
         ConfigError: no section `retrain`, text whose splits are not a document's own, a champion that challengers
             cannot meet, or what `plan_run` refuses.
     """
-    retrain = config.retrain
-    if retrain is None:
-        raise ConfigError(
-            "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
-        )
-    name = _name(config)
+    retrain, name = _section(config), _name(config)
     decisions = Decisions.of(name, config.resources)
     decisions.refuse_another_place()
     made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
@@ -125,6 +120,15 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     if decided is None:
         plans = tuple(plan for plan, key in zip(plans, tick.run_keys, strict=True) if key not in taken_back)
     return replace(tick, challengers=plans, decided=decided)
+
+
+def _section(config: Config) -> Retrain:
+    """Return the section `retrain`. Raises ConfigError: there is none."""
+    if config.retrain is None:
+        raise ConfigError(
+            "The configuration has no section retrain; add one, such as retrain: {gate: {min_gain: 0.01}}"
+        )
+    return config.retrain
 
 
 def _name(config: Config) -> str:
@@ -198,23 +202,29 @@ def run_tick(
     Raises:
         BitmillError: the tick failed; the same command goes on where it was.
     """
-    log = None if config.retrain is None else TickLog(Decisions.of(_name(config), config.resources))
+    _section(config)
+    decisions = Decisions.of(_name(config), config.resources)
+    log = TickLog(decisions)
     try:
-        verdict = _held_tick(config, told, proves, force, notifies)
+        verdict = _held_tick(config, decisions, told, proves, force, notifies)
     except BaseException as error:  # an interruption too
         with contextlib.suppress(BitmillError, OSError):  # that the store is away must not replace it
-            if log is not None and not isinstance(error, FencedOffError):  # whoever took over said so
-                log.add("failed", " ".join(str(error).split()) or type(error).__name__)
+            if not (isinstance(error, FencedOffError) and decisions.notes().running):  # else the next one says so
+                reason = (
+                    str(error) if isinstance(error, BitmillError) else f"{type(error).__name__}: {error}".rstrip(": ")
+                )
+                log.add("failed", reason)
         raise
-    if log is not None and verdict.outcome in ("unchanged", "busy"):
+    if verdict.outcome in ("unchanged", "busy"):
         log.add(verdict.outcome, verdict.reason)
     return verdict
 
 
-def _held_tick(config: Config, told: Tells, proves: Proves, force: bool, notifies: Notifies) -> Verdict:
+def _held_tick(
+    config: Config, decisions: Decisions, told: Tells, proves: Proves, force: bool, notifies: Notifies
+) -> Verdict:
     """Run a tick as `run_tick` does, once the name is held."""
     tick = plan_tick(config, force)
-    decisions = Decisions.of(tick.name, config.resources)
     with contextlib.ExitStack() as stack:
         try:
             deciding = stack.enter_context(decisions.held())
@@ -222,12 +232,12 @@ def _held_tick(config: Config, told: Tells, proves: Proves, force: bool, notifie
             return _verdict("busy", str(error).partition(". ")[0] + ".", None, decisions.last())
         deciding.tell(notifies)
         try:
-            tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
             with under_way(deciding):
+                tick = plan_tick(config, force)  # aliases may have been put right, or moved meanwhile
                 decision = _unless_decided(tick, deciding, told, proves)
-            if decision is None or decision == tick.decided:
-                return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
-            deciding.append(decision)
+                if decision is None or decision == tick.decided:
+                    return _verdict("unchanged", _unchanged(decision), decision, decisions.last())
+                deciding.append(decision)
         except FencedOffError:
             rollback = decisions.last_rollback()
             if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
@@ -260,14 +270,11 @@ def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: 
         f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
         f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
     )
-    try:
-        with decisions.held() as deciding:
-            stands = decisions.last() or rollback
-            fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
-            deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
-            deciding.tell(notifies)
-    except (BusyError, FencedOffError):
-        TickLog(decisions).add("busy", reason)
+    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
+        stands = decisions.last() or rollback
+        fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
+        deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
+        deciding.tell(notifies)
     last = decisions.last()
     return _verdict("superseded", reason, last, last)
 

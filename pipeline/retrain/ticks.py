@@ -1,33 +1,37 @@
 """Ticks that decided nothing: unchanged, busy, or ended by a fault. They are a log beside the journal, a file a month.
 
 A busy tick holds no lease, and one that found its store away may hold it no longer: so the log is not fenced. Whoever
-adds to it swaps the file, and tries again if another was quicker. Alike ticks in a row are one line, so that a schedule
-that ticks every few minutes for years stays readable.
+adds to it swaps the file, and tries again if another was quicker. Alike ticks between two decisions are one line, so
+that a schedule that ticks every few minutes for years stays readable.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from pipeline.config.base import Closed
+from pipeline.credentials import redacted
 from pipeline.errors import BitmillError
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, now
 from pipeline.store.objects import open_objects
 
 LONGEST = 500  # characters of a reason
+MOST = 100  # lines of a month; then faults between two decisions are one line, whatever was their reason
 
 
 class Ticks(Closed):
-    """Ticks in a row with one outcome: how many, when the first was and when the last, and why the last was."""
+    """Ticks with one outcome, and of faults one reason, between two decisions: how many, when the first was and when
+    the last, and why that was. `after` counts the decisions before them."""
 
     outcome: str  # unchanged, busy or failed
     reason: str
     count: int
     at: str  # UTC, of the first
     last: str
-    since: str  # when the decision before them was made; empty: none was
+    after: int
 
     def told(self) -> str:
         """Return the reason for people, with the number of ticks."""
@@ -39,6 +43,20 @@ class Month(Closed):
 
     ticks: tuple[Ticks, ...] = ()
 
+    def with_one(self, outcome: str, reason: str, at: str, after: int) -> Month:
+        """Return the month with one more tick."""
+        ticks = {
+            (line.outcome, line.after, line.reason if line.outcome == "failed" else ""): line for line in self.ticks
+        }
+        alike = ticks.get((outcome, after, reason if outcome == "failed" else ""))
+        if alike is None and len(ticks) >= MOST:
+            alike = next((line for line in self.ticks if (line.outcome, line.after) == (outcome, after)), None)
+        if alike is None:
+            line = Ticks(outcome=outcome, reason=reason, count=1, at=at, last=at, after=after)
+            return Month(ticks=(*self.ticks, line))
+        more = alike.model_copy(update={"count": alike.count + 1, "last": at, "reason": reason})
+        return Month(ticks=tuple(more if line is alike else line for line in self.ticks))
+
 
 class TickLog:
     """The log of one registered name."""
@@ -48,26 +66,20 @@ class TickLog:
         self._objects, self._folder = open_objects(decisions.store), f"{decisions.folder}ticks/"
 
     def add(self, outcome: str, reason: str) -> None:
-        """Write a tick down, if ever one of this name came as far as to hold it. Raises OSError: the store is away."""
-        if not self._decisions.begun():
-            return
-        last, at = self._decisions.last(), now()
-        since, name = "" if last is None else last.at, f"{self._folder}{at[:7]}.json"
-        added = False
-        while not added:
-            try:
-                before = self._objects.read(name)
-            except FileNotFoundError:
-                before = None
-            ticks = () if before is None else self._month(before).ticks
-            *others, newest = ticks or (None,)
-            if newest is not None and (newest.outcome, newest.since) == (outcome, since):
-                line = newest.model_copy(update={"count": newest.count + 1, "last": at, "reason": reason[:LONGEST]})
-            else:
-                line = Ticks(outcome=outcome, reason=reason[:LONGEST], count=1, at=at, last=at, since=since)
-                others = [*ticks]
-            after = Month(ticks=(*others, line)).model_dump_json().encode()
-            added = self._objects.create(name, after) if before is None else self._objects.swap(name, before, after)
+        """Write a tick down, if ever one of this name came as far as to hold it. That the store is away is no reason
+        for a tick to fail, nor replaces the error of one that did."""
+        with contextlib.suppress(BitmillError, OSError):
+            after, at = self._decisions.count(), now()
+            reason = redacted(" ".join(reason.split()))[:LONGEST]
+            while after is not None and not self._added(f"{self._folder}{at[:7]}.json", outcome, reason, at, after):
+                pass  # another was quicker
+
+    def _added(self, name: str, *tick: Any) -> bool:
+        try:
+            before = self._objects.read(name)
+        except FileNotFoundError:
+            return self._objects.create(name, Month().with_one(*tick).model_dump_json().encode())
+        return self._objects.swap(name, before, self._month(before).with_one(*tick).model_dump_json().encode())
 
     def all(self) -> list[Ticks]:
         """Return the lines, the first one first. Raises RunError for one that a newer bitmill wrote."""
@@ -80,10 +92,12 @@ class TickLog:
 
 @contextlib.contextmanager
 def under_way(deciding: Deciding) -> Iterator[None]:
-    """Note, while inside, that a tick is under way; one that was killed meanwhile is written down by the next."""
+    """Note, while inside, that a tick is under way. One that leaves no word, as it was killed or overtaken, is written
+    down by the next."""
     began = deciding.decisions.notes().running
     if began:
-        TickLog(deciding.decisions).add("failed", f"it began at {began}, and was killed, or its machine or store lost")
+        reason = f"it began at {began} and left no word: it was killed or overtaken, or its machine or store lost"
+        TickLog(deciding.decisions).add("failed", reason)
     deciding.note(running=now())
     try:
         yield
@@ -92,6 +106,12 @@ def under_way(deciding: Deciding) -> Iterator[None]:
             deciding.note(running="")
 
 
-def timeline(decisions: Iterable[Decision], ticks: Iterable[Ticks]) -> list[Decision | Ticks]:
-    """Return decisions and ticks by time."""
-    return sorted([*decisions, *ticks], key=lambda line: line.at)
+def timeline(decisions: Sequence[Decision], ticks: Iterable[Ticks]) -> list[Decision | Ticks]:
+    """Return decisions, the first one first, with the ticks after each: clocks of two machines are not compared."""
+    behind: dict[int, list[Ticks]] = {}
+    for line in ticks:
+        behind.setdefault(line.after, []).append(line)
+    lines: list[Decision | Ticks] = [*behind.get(0, ())]
+    for number, decision in enumerate(decisions, 1):
+        lines += (decision, *behind.get(number, ()))
+    return lines

@@ -250,3 +250,24 @@ def test_an_end_is_a_document_or_the_error_of_its_exit_status():
     ):
         with pytest.raises(kind, match=said):
             submit.outcome("j", end, "", AGAIN)
+
+
+def test_a_cluster_that_forgot_the_job_is_told_with_what_to_do(config_file, monkeypatch):
+    class Forgetful:
+        address = "http://head:8265"
+
+        def __init__(self, *given):
+            pass
+
+        def next_id(self, job_id):
+            return job_id
+
+        def hand_over(self, *given):
+            return None
+
+        def follow(self, *given):
+            raise LookupError("no such job")
+
+    monkeypatch.setattr(submit, "Jobs", Forgetful)
+    said = refused("compress", config_file, "--address", "http://head:8265", "--id", "mine", status=1)
+    assert "knows no job mine any more" in said

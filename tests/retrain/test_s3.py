@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config.run import Config
+from pipeline.retrain.decisions import Decisions
 from pipeline.retrain.rollback import rollback
+from pipeline.retrain.ticks import TickLog
 from tests.retrain.schedule import NAME, Schedule
 from tests.store.test_step_store import serve_s3
 
@@ -25,5 +27,9 @@ def test_a_schedule_in_s3(tmp_path: Path, tiny_config: Callable[..., Config], co
         rollback(NAME, None, "worse", schedule.config().resources)
         stands = schedule.tick(better)
         assert (stands.outcome, stands.champion) == ("unchanged", 1)
+        assert schedule.tick(better).outcome == "unchanged"
+        assert [
+            (line.outcome, line.count) for line in TickLog(Decisions.of(NAME, schedule.config().resources)).all()
+        ] == [("unchanged", 2)]
         assert schedule.aliases == {"champion": 1, "previous": 2}
         assert [decision.decision for decision in schedule.heard] == ["promoted", "promoted", "rolled back"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, FencedOffError, RunError
 from pipeline.retrain import tick, ticks
-from pipeline.retrain.decisions import Decisions
+from pipeline.retrain.decisions import Deciding, Decisions
 from pipeline.retrain.rollback import rollback
-from pipeline.retrain.ticks import LONGEST, TickLog, Ticks, timeline
+from pipeline.retrain.ticks import LONGEST, MOST, Month, TickLog, Ticks, timeline
 from tests.retrain.schedule import BETTER, NAME, Schedule
 from tests.retrain.test_promotion import KILLED, ended, in_a_process_of_its_own
 
@@ -35,13 +35,13 @@ def test_ticks_in_a_row_are_one_line_and_a_decision_ends_it(undecided: Schedule)
     for _ in range(4):  # the first one decides
         undecided.tick(BETTER)
     (*_, line) = log_of(undecided).all()
-    assert (line.outcome, line.count, line.since) == ("unchanged", 3, undecided.decisions[0].at)
+    assert (line.outcome, line.count, line.after) == ("unchanged", 3, 2)
     assert line.told().startswith(f"3 ticks, the last at {line.last}: nothing is new since")
     rollback(NAME, None, "it rhymes", undecided.config().resources)
     undecided.tick(BETTER)
     assert told(undecided) == [*before, ("unchanged", 3), ("unchanged", 1)]
-    by_time = timeline(undecided.decisions[::-1], log_of(undecided).all()[len(before) :])
-    assert [line.outcome if isinstance(line, Ticks) else line.decision for line in by_time] == [
+    lines = timeline(undecided.decisions[::-1], log_of(undecided).all()[len(before) :])
+    assert [line.outcome if isinstance(line, Ticks) else line.decision for line in lines] == [
         *("promoted", "promoted", "unchanged", "rolled back", "unchanged")
     ]
 
@@ -54,40 +54,70 @@ def test_a_busy_tick_is_written_down_by_itself(schedule: Schedule) -> None:
     assert line.reason.startswith(f"The retraining of {NAME} is")
 
 
-def test_a_tick_that_fails_leaves_its_error(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tick_that_fails_leaves_its_error_without_its_secrets(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([RunError("https://me:s3cret@host is away.\n" + "x" * LONGEST), KeyError("x"), KeyError("x")])
+
     def away(*given: Any) -> None:
-        raise ConfigError("The text is away.\n" + "x" * LONGEST)
+        raise next(errors)
 
     with monkeypatch.context() as patched:
         patched.setattr(tick, "_decide", away)
         schedule.grow(2)
-        with pytest.raises(ConfigError):
-            schedule.tick(BETTER)  # once it held the name
+        for kind in (RunError, KeyError, KeyError):
+            with pytest.raises(kind):
+                schedule.tick(BETTER)  # once it held the name
     take_away_text(schedule)
     with pytest.raises(ConfigError, match="no file matches"):
         schedule.tick(BETTER)  # before
-    (line,) = log_of(schedule).all()
-    assert (line.outcome, line.count) == ("failed", 2)
-    assert len(line.reason) <= LONGEST
-    assert "\n" not in line.reason
     schedule.grow(1)
     schedule.tick()
-    assert told(schedule) == [("failed", 2), ("unchanged", 1)]  # not as one that was killed
+    *lines, _ = log_of(schedule).all()
+    assert told(schedule) == [("failed", 1), ("failed", 2), ("failed", 1), ("unchanged", 1)]  # none as killed
+    assert lines[0].reason.startswith("https://host is away. xxx")
+    assert len(lines[0].reason) == LONGEST
+    assert lines[1].reason == "KeyError: 'x'"
+    assert lines[2].reason.startswith("data.source is")
 
 
-def test_a_tick_that_was_killed_is_written_down_by_the_next(schedule: Schedule) -> None:
-    def child() -> None:
-        tick._decide = lambda *given: os._exit(KILLED)
-        schedule.grow(2)
+def test_a_step_that_another_command_took_is_a_fault_of_this_tick(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*given: Any) -> None:
+        raise FencedOffError("The distill step is no longer ours")
+
+    monkeypatch.setattr(tick, "_decide", taken)
+    schedule.grow(2)
+    with pytest.raises(FencedOffError):
         schedule.tick(BETTER)
+    assert told(schedule) == [("failed", 1)]
+
+
+@pytest.mark.parametrize("at", ["_decide", "append"])
+@pytest.mark.parametrize("rolled_back", [False, True], ids=["", "a rollback between"])
+def test_a_tick_that_was_killed_is_written_down_by_the_next(undecided: Schedule, at: str, rolled_back: bool) -> None:
+    before = told(undecided)
+    if rolled_back:
+        undecided.tick(BETTER)
+        undecided.grow(3)
+
+    def child() -> None:
+        if at == "append":
+            tick._decide = lambda *given: undecided.decisions[0]
+        holder: Any = tick if at == "_decide" else Deciding
+        setattr(holder, at, lambda *given: os._exit(KILLED))
+        undecided.tick(BETTER)
 
     assert ended(in_a_process_of_its_own(child)) == KILLED
-    assert told(schedule) == []
-    (schedule.folder / "text" / "1.jsonl").unlink()
-    schedule.tick()
-    failed, unchanged = log_of(schedule).all()
-    assert (failed.outcome, unchanged.outcome) == ("failed", "unchanged")
-    assert "was killed, or its machine" in failed.reason
+    assert told(undecided) == before
+    if rolled_back:
+        rollback(NAME, None, "it rhymes", undecided.config().resources)
+        (undecided.folder / "text" / "2.jsonl").unlink()
+    undecided.tick(BETTER)
+    line = log_of(undecided).all()[len(before)]
+    assert (line.outcome, line.count) == ("failed", 1)
+    assert "left no word" in line.reason
 
 
 def test_a_tick_that_a_rollback_ended_was_not_killed(undecided: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +142,32 @@ def test_a_name_that_no_tick_ever_held_has_no_log(schedule: Schedule) -> None:
     assert not (schedule.folder / "store" / "retrain" / "nobody").exists()
 
 
-def test_a_store_that_is_away_replaces_no_error(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*given: Any) -> None:
+def test_a_store_that_is_away_replaces_no_error_and_fails_no_tick(
+    schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*given: Any) -> bool:
         raise OSError("the store is away")
 
-    monkeypatch.setattr(TickLog, "add", away)
+    monkeypatch.setattr(TickLog, "_added", away)
+    assert schedule.tick().outcome == "unchanged"
     take_away_text(schedule)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="no file matches"):
         schedule.tick()
+
+
+def test_outcomes_in_turn_are_two_lines_and_a_month_of_faults_is_bounded() -> None:
+    month = Month()
+    for number in range(6):
+        month = month.with_one(("unchanged", "busy")[number % 2], f"for the {number}. time", "2026-11-30T00:00:00", 1)
+    assert [(line.outcome, line.count, line.reason[-7:]) for line in month.ticks] == [
+        ("unchanged", 3, "4. time"),
+        ("busy", 3, "5. time"),
+    ]
+    for number in range(3 * MOST):
+        month = month.with_one("failed", f"at {number}", "2026-11-30T00:00:00", 1)
+    assert len(month.ticks) == MOST
+    assert sum(line.count for line in month.ticks) == 6 + 3 * MOST
+    assert month.with_one("failed", "anew", "2026-11-30T00:00:00", 2).ticks[-1].after == 2
 
 
 def test_of_ticks_that_write_at_once_none_is_lost_and_each_month_has_a_file(

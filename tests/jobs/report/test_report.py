@@ -198,9 +198,8 @@ def test_hostile_names_stay_text(trade_off):
 @browser
 def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
     decisions = (decided(1, "promoted", 1, 30.0), decided(2, "rejected", 2, 31.0), decided(3, "rolled back", 2, 29.0))
-    quiet = Ticks(
-        outcome="failed", reason="the server is away", count=4, at=decisions[1].at, last=decisions[2].at, since=""
-    )
+    said = "the server is away"
+    quiet = Ticks(outcome="failed", reason=said, count=4, at=decisions[1].at, last=decisions[2].at, after=2)
     write(replace(trade_off, decisions=decisions, ticks=(quiet,)), tmp_path / "report.html")
     press = (
         "const press = (n) => document.querySelectorAll('#models th button')[n].click();"
@@ -216,6 +215,16 @@ def test_a_browser_draws_it_and_sorts_it(trade_off, tmp_path):
     body = dom[dom.index("<tbody>") : dom.index("</tbody>")]
     assert re.findall(r">model (\d)<", body) == ["1", "2", "4", "3", "5"]  # what has no perplexity comes last
     assert 'aria-sort="ascending"' in dom
+
+
+def test_ticks_alone_are_a_table_without_a_picture(trade_off, tmp_path):
+    quiet = Ticks(outcome="busy", reason=HOSTILE, count=1, at="2026-11-27", last="2026-11-27", after=0)
+    write(replace(trade_off, ticks=(quiet,)), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "What was decided" in text
+    assert 'id="history"' not in text
+    assert "<td>busy</td>" in text
+    assert HOSTILE not in text
 
 
 @browser
