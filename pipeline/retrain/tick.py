@@ -30,7 +30,7 @@ from pipeline.retrain import gate, rows
 from pipeline.retrain.decisions import Deciding, Decision, Decisions, Notifies, now
 from pipeline.retrain.gate import Evidence
 from pipeline.retrain.hours import Tells, WorkerHours
-from pipeline.retrain.ticks import TickLog, under_way
+from pipeline.retrain.ticks import TickLog, told_of, under_way
 from pipeline.sources.models import STEP
 from pipeline.stages import contest
 from pipeline.store.keys import recipe_of, step_key
@@ -210,10 +210,7 @@ def run_tick(
     except BaseException as error:  # an interruption too
         with contextlib.suppress(BitmillError, OSError):  # that the store is away must not replace it
             if not (isinstance(error, FencedOffError) and decisions.notes().running):  # else the next one says so
-                reason = (
-                    str(error) if isinstance(error, BitmillError) else f"{type(error).__name__}: {error}".rstrip(": ")
-                )
-                log.add("failed", reason)
+                log.add("failed", told_of(error))
         raise
     if verdict.outcome in ("unchanged", "busy"):
         log.add(verdict.outcome, verdict.reason)

@@ -90,6 +90,11 @@ class TickLog:
         return self._decisions.parsed(Month, json.loads(content))
 
 
+def told_of(error: BaseException) -> str:
+    """Return what an error says, and its kind where it was not foreseen."""
+    return str(error) if isinstance(error, BitmillError) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
 @contextlib.contextmanager
 def under_way(deciding: Deciding) -> Iterator[None]:
     """Note, while inside, that a tick is under way. One that leaves no word, as it was killed or overtaken, is written
