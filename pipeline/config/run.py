@@ -56,6 +56,17 @@ class Config(Closed):
             return fields  # an unknown preset is refused by its type
         return filled(fields, preset)
 
+    @property
+    def needs_states(self) -> str | None:
+        """Return why distillation needs more of the teacher than draws from its distribution, with the knob; None: it
+        does not."""
+        if self.distill.contrast_weight > 0:
+            weight = self.distill.contrast_weight
+            return f"distill.contrast_weight is {weight:g}, which contrasts hidden states: set it to 0"
+        if self.task.name == "next_utterance":
+            return "task.name is next_utterance, whose teacher gives each token of a candidate its probability"
+        return None
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         if self.pack.encoding == "base3" and not self.quant.ternary:
@@ -79,6 +90,11 @@ class Config(Closed):
             raise ValueError(
                 f"distill.contrast_layer is {self.distill.contrast_layer}, and cached states are those of the last "
                 "layer only (-1); set cache.mode: online"
+            )
+        if self.cache.mode == "logits" and self.needs_states:
+            raise ValueError(
+                f"cache.mode is logits, of which nothing but tokens drawn from the teacher are kept, and "
+                f"{self.needs_states}; or set cache.mode: states, or online"
             )
         for section, knobs, task in (
             ("evaluate", ("beams", "generated_rows"), "summarization"),

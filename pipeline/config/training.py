@@ -106,11 +106,20 @@ class Distill(Training):
 
 
 class Cache(Closed):
-    """`states`: hidden states are stored; `online`: the teacher runs in each step; `auto`: states if each row is read
-    at least twice and all fit in `resources.max_cache_gib`. `dtype: int8` keeps codes with scales, half of what
-    float16 takes. `max_kl_nats` bounds KL(teacher || teacher from cache) a token; on a GPU the teacher's bf16, of some
-    5e-4, is part of it."""
+    """`states`: hidden states are stored; `logits`: so many `draws` a position from the teacher's distribution, which
+    is all that distillation without contrast learns from, in fewer bytes, and on average alone; `online`: the teacher
+    runs in each step; `auto`: states if each row is read at least twice and all fit in `resources.max_cache_gib`, else
+    online. `dtype: int8` keeps states as codes with scales, half of what float16 takes. `max_kl_nats` bounds
+    KL(teacher || teacher from cache) a token, or that draws are from; on a GPU the teacher's bf16, of some 5e-4, is
+    part of it."""
 
-    mode: Literal["states", "online", "auto"] = "auto"
+    mode: Literal["states", "logits", "online", "auto"] = "auto"
     dtype: FloatType | Literal["int8"] = "float16"
+    draws: Positive = 50
     max_kl_nats: NotNegative = 2e-3
+
+    @model_validator(mode="after")
+    def _knobs_of_the_mode(self) -> Cache:
+        for knob, value in self.changed("dtype" if self.mode == "logits" else "draws"):
+            raise ValueError(f"{knob} is {value} and has no effect, because mode is {self.mode}; leave it out")
+        return self

@@ -29,6 +29,14 @@ def logit_distillation_loss(student: Tensor, teacher: Tensor, valid: Tensor) -> 
     return (nats * valid).sum(dtype=torch.float64), valid.sum()
 
 
+def drawn_distillation_loss(student: Tensor, drawn: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `logit_distillation_loss` is expected to be over draws from the teacher, nats: the mean over the
+    tokens drawn at a position, int64 (batch, length, draws), of the student's cross-entropy. That of the same draws has
+    its minimum where the student gives their shares, below the teacher's entropy."""
+    nats = -student.float().log_softmax(-1).gather(-1, drawn).mean(-1)
+    return (nats * valid).sum(dtype=torch.float64), valid.sum()
+
+
 def contrastive_loss(
     query: Tensor, teacher: Tensor, valid: Tensor, negatives: Negatives, temperature: float
 ) -> tuple[Tensor, Tensor]:

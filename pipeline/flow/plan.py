@@ -70,15 +70,13 @@ class RunPlan:
 
     @property
     def cache_mode(self) -> tuple[str, str]:
-        """Return where the teacher's states come from, and why."""
+        """Return what of the teacher is cached, and why."""
         return decide_mode(self.pinned)
 
     @property
     def cache_bytes(self) -> int:
-        """Return the bytes of the states that are stored."""
-        run = self.pinned
-        size = cache_bytes(self.rows, run.task.states, run.hidden, self.config.cache.dtype)
-        return size if self.cache_mode[0] == "states" else 0
+        """Return the bytes of what is cached."""
+        return cache_bytes(self.pinned, self.cache_mode[0], self.rows)
 
     @property
     def run_key(self) -> str:

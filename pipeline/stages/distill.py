@@ -66,7 +66,7 @@ def _train(job: StepJob, device: torch.device, report: Advance) -> None:
     teacher, cache, step_dir = job.input(Teacher), job.input(TeacherCache), job.dir
     quant, family = Quant.model_validate(job.recipe["quant"]), teacher.record.family
     recipe = Distill.model_validate(job.recipe["distill"])
-    training = training_job(job, recipe, cache if cache.record.mode == "states" else None)
+    training = training_job(job, recipe, cache if cache.record.mode != "online" else None)
     latent = latent_weights(job.locations["start"]) if "start" in job.locations else None
     student, distillation = make(training, teacher.folder(), family, quant, device, latent)
     progress = train(student, training, distillation, device, report)
@@ -115,9 +115,10 @@ def make(
     def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return layer_states(teacher, recipe.compared_layer, *inputs)
 
+    head = None if job.cache is not None and job.cache.record.mode == "logits" else head_of(teacher)
     distillation = Distillation(
         recipe=recipe,
-        head=head_of(teacher) if job.cache is None else copy.deepcopy(head_of(teacher)),
+        head=head if job.cache is None else copy.deepcopy(head),
         teacher=states if job.cache is None else None,
         bank=MemoryBank(teacher.config.vocab_size, teacher.config.hidden_size, recipe.momentum, device),
         contrastive=compiled(contrastive_loss) if compiles else contrastive_loss,

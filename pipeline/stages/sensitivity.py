@@ -99,7 +99,7 @@ def _batches(job: StepJob, teacher: PreTrainedModel, device: torch.device) -> It
         if cached is None:
             yield batch, last_states(teacher, *batch.inputs)
         else:
-            yield batch, cached.to(device).float().reshape(*batch.ids.shape, -1)
+            yield batch, cached.to(device).wide().reshape(*batch.ids.shape, -1)
 
 
 def _divergence(batch: Batch, states: Tensor, teacher: PreTrainedModel, student: PreTrainedModel) -> float:

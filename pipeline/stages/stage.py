@@ -23,6 +23,7 @@ from pipeline.store.records import SPLITS, Advance, Overlap, Record, SplitName, 
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.task import Task
+from pipeline.tasks.tokenizers import read_tokenizer
 from pipeline.training.trainer import TrainingJob
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
@@ -89,6 +90,16 @@ class PinnedRun:
     def hidden(self) -> int:
         """Return the width of the model's hidden states."""
         return int(self.settings.hidden_size)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Return how many tokens the model tells apart."""
+        tokenizer = self.config.model.tokenizer
+        if self.model is None and isinstance(tokenizer, TrainBpe):
+            return tokenizer.train_bpe
+        if self.model is None and self.tokenizer is not None:
+            return len(read_tokenizer(self.tokenizer.folder, self.tokenizer.gguf_file))
+        return int(self.settings.vocab_size)
 
     @property
     def estimated_rows(self) -> int:

@@ -169,20 +169,23 @@ class Student(Trained):
 
 
 class TeacherCache(Record):
-    """The teacher's last hidden states beside the training rows; empty when the teacher runs online."""
+    """The teacher's last hidden states beside the training rows, or tokens drawn from its distributions, some `draws`
+    a position; empty when the teacher runs online."""
 
     stage: ClassVar[str] = "cache"
-    mode: Literal["states", "online"]
-    dtype: str
+    mode: Literal["states", "logits", "online"]
+    dtype: str  # of a value that is stored: of a state or a token
+    draws: int | None = None
     hidden: int
     shards: tuple[Shard, ...] = ()
     bytes: int = 0
-    kl_nats: float | None = None  # KL(teacher in fp32 || teacher from cache), nats per token, on a probe
+    # KL(teacher in fp32 || teacher from cache, or that tokens were drawn from), nats per token, on a probe
+    kl_nats: float | None = None
     precision: Precision = "fp32"  # of the teacher's pass: bf16 on a GPU
 
     @property
     def stored(self) -> dict[str, StoredFile]:
-        """Return the files of the states."""
+        """Return the files of what is cached."""
         return self.files | {shard.name: shard.file for shard in self.shards}
 
 

@@ -1,4 +1,4 @@
-"""Shards of rows: token ids in Parquet, hidden states in Arrow IPC that training maps. The only pyarrow schemas.
+"""Shards of rows: token ids in Parquet, a teacher's cache in Arrow IPC that training maps. The only pyarrow schemas.
 
 A shard that does not match its checksum is never read: whoever finds it raises DamagedError, and the stage that made it
 makes it again, in a file of another attempt.
@@ -10,11 +10,12 @@ import hashlib
 import json
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,6 @@ from pipeline.store.records import Shard, TeacherCache
 from pipeline.store.step_store import FinishedStep, StepDir
 
 SHARD_TOKENS = 65_536
-COLUMNS = ["states", "scales", "channels"]  # of a shard of states
 Places = NDArray[np.int64]
 
 
@@ -64,11 +64,41 @@ def _matrix(table: pa.Table, name: str) -> NDArray[np.int32]:
 
 
 @dataclass(frozen=True)
-class StoredStates:
-    """Hidden states of rows as a cache keeps them: floats, or int8 codes with a scale for each token, and for each
-    channel of a row, of which some are far larger than the others. A state is the product of the three."""
+class Stored(ABC):
+    """Tensors of rows as a cache keeps them."""
 
-    values: Tensor  # (rows, length, hidden), or (rows, sequences, length, hidden)
+    COLUMNS: ClassVar[tuple[str, ...]]  # of a shard, as many as there are tensors
+    values: Tensor  # (rows, length, width), or (rows, sequences, length, width)
+
+    @property
+    def dtype(self) -> str:
+        """Return the name of what is kept of a value."""
+        return str(self.values.dtype).removeprefix("torch.")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the values, and what else belongs to them."""
+        return tuple(tensor for tensor in vars(self).values() if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return what `change` makes of each tensor."""
+        return type(self)(*map(change, self.tensors))
+
+    def to(self, device: torch.device) -> Self:
+        """Return them on a device; the host does not wait for the copy if they are pinned."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @abstractmethod
+    def wide(self) -> Tensor:
+        """Return the values as they are computed with, widened where they lie."""
+
+
+@dataclass(frozen=True)
+class StoredStates(Stored):
+    """Hidden states: floats, or int8 codes with a scale for each token, and for each channel of a row, of which some
+    are far larger than the others. A state is the product of the three, fp32."""
+
+    COLUMNS = ("states", "scales", "channels")
     scales: Tensor | None = None  # of codes: fp32 (rows, length), or (rows, sequences, length)
     channels: Tensor | None = None  # of codes: fp32 (rows, hidden)
 
@@ -82,31 +112,27 @@ class StoredStates:
         scales = _or_one(level.abs().amax(-1)) / 127
         return cls((level / scales.unsqueeze(-1)).round().to(torch.int8), scales, channels)
 
-    @property
-    def dtype(self) -> str:
-        """Return the name of what is kept of a value."""
-        return str(self.values.dtype).removeprefix("torch.")
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return values, and of codes their scales."""
-        every = (self.values, self.scales, self.channels)
-        return tuple(tensor for tensor in every if tensor is not None)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> StoredStates:
-        """Return what `change` makes of each tensor."""
-        return StoredStates(*map(change, self.tensors))
-
-    def to(self, device: torch.device) -> StoredStates:
-        """Return them on a device; the host does not wait for the copy if they are pinned."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def float(self) -> Tensor:
-        """Return the states, widened where they lie, fp32 as `values`."""
+    def wide(self) -> Tensor:
         widened = self.values.float()
         if self.scales is None or self.channels is None:
             return widened
         return widened * self.scales.unsqueeze(-1) * _beside(self.channels, widened)
+
+
+@dataclass(frozen=True)
+class StoredDraws(Stored):
+    """Tokens that were drawn from the teacher's distribution at each position, each as often as it was drawn, in the
+    smallest unsigned integers that hold the vocabulary; int64 to compute with."""
+
+    COLUMNS = ("draws",)
+
+    def wide(self) -> Tensor:
+        return self.values.long()
+
+
+def dtype_of_ids(vocabulary: int) -> str:
+    """Return the name of the smallest unsigned integer that holds every id below so many."""
+    return next(f"uint{bits}" for bits in (8, 16, 32) if vocabulary <= 2**bits)
 
 
 def _or_one(magnitudes: Tensor) -> Tensor:
@@ -117,40 +143,45 @@ def _beside(channels: Tensor, states: Tensor) -> Tensor:
     return channels.view(len(channels), *(1,) * (states.ndim - 2), -1)
 
 
-class MappedStates(NamedTuple):
-    """The tensors of a shard's states in its file, read-only, and their dtype: numpy has no bfloat16, whose words are
-    uint16."""
+class Mapped(NamedTuple):
+    """The tensors of a shard of a cache in its file, read-only, and the dtype of their values: numpy has no bfloat16,
+    whose words are uint16."""
 
     dtype: str
     arrays: tuple[NDArray[Any], ...]
 
 
-def write_states(path: Path, states: StoredStates) -> None:
-    """Write states as one uncompressed record batch, for mapping."""
-    arrays, columns = [_words(tensor) for tensor in states.tensors], []
+def write_stored(path: Path, stored: Stored) -> None:
+    """Write what a cache keeps of rows as one uncompressed record batch, for mapping."""
+    arrays, columns = [_words(tensor) for tensor in stored.tensors], []
     for array in arrays:
         columns.append(pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), int(np.prod(array.shape[1:]))))
-    batch = pa.record_batch(columns, names=COLUMNS[: len(columns)])
+    batch = pa.record_batch(columns, names=list(stored.COLUMNS[: len(columns)]))
     shapes = json.dumps([array.shape for array in arrays])
-    schema = batch.schema.with_metadata({"shapes": shapes, "dtype": states.dtype})
+    schema = batch.schema.with_metadata({"shapes": shapes, "dtype": stored.dtype})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
 
 
-def map_states(path: Path) -> MappedStates:
-    """Return a view of what `write_states` wrote."""
+def map_stored(path: Path) -> Mapped:
+    """Return a view of what `write_stored` wrote."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
     batch, metadata = file.get_batch(0), file.schema.metadata
     columns: Any = batch.columns
     flat = (column.flatten().to_numpy(zero_copy_only=True) for column in columns)
     arrays = tuple(a.reshape(shape) for a, shape in zip(flat, json.loads(metadata[b"shapes"]), strict=True))
-    return MappedStates(metadata[b"dtype"].decode(), arrays)
+    return Mapped(metadata[b"dtype"].decode(), arrays)
 
 
-def to_states(dtype: str, arrays: Sequence[NDArray[Any]]) -> StoredStates:
-    """Return rows of what `map_states` gave in memory."""
+def to_stored(dtype: str, arrays: Sequence[NDArray[Any]]) -> Stored:
+    """Return rows of what `map_stored` gave in memory."""
     words = [torch.from_numpy(np.array(array)) for array in arrays]
-    return StoredStates(words[0].view(torch.bfloat16) if dtype == "bfloat16" else words[0], *words[1:])
+    return _kind(dtype)(words[0].view(torch.bfloat16) if dtype == "bfloat16" else words[0], *words[1:])
+
+
+def _kind(dtype: str) -> type[Stored]:
+    """Return what values of a dtype are: states have signs, and tokens have none."""
+    return StoredDraws if dtype.startswith("uint") else StoredStates
 
 
 def _words(tensor: Tensor) -> NDArray[Any]:
@@ -183,11 +214,11 @@ def open_shard(step_dir: StepDir, shard: Shard) -> Path:
 
 @dataclass(frozen=True)
 class _Open:
-    """A shard of token rows in memory, and the states that belong to it, mapped."""
+    """A shard of token rows in memory, and what is cached beside it, mapped."""
 
     ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
-    states: MappedStates | None
+    cached: Mapped | None
 
 
 class Rows:
@@ -204,19 +235,19 @@ class Rows:
         self.shards = list(shards)
         self.rows = sum(shard.rows for shard in shards)
         self._tokens, self._cache = tokens, cache
-        self._states = {shard.name: shard for shard in (cache.record.shards if cache is not None else ())}
+        self._cached = {shard.name: shard for shard in (cache.record.shards if cache is not None else ())}
         self._first = np.cumsum([0, *(shard.rows for shard in shards)])
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._limit, self._lock = open_shards, threading.Lock()
 
-    def get(self, row_ids: Sequence[int], pin: bool = False) -> tuple[Tensor, Tensor, StoredStates | None]:
-        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, states as they are kept;
+    def get(self, row_ids: Sequence[int], pin: bool = False) -> tuple[Tensor, Tensor, Stored | None]:
+        """Return ids (batch, width), lengths (batch,) or (batch, several) and, of a cache, what it keeps, as it does;
         with `pin`, in memory that a GPU of this process copies from while the host goes on."""
         parts, count = self._parts(row_ids), len(row_ids)
         ids = _gathered([(places, shard.ids[rows]) for places, rows, shard in parts], count, pin)
         lengths = _gathered([(places, shard.lengths[rows]) for places, rows, shard in parts], count, pin)
-        mapped = [(places, rows, shard.states) for places, rows, shard in parts if shard.states is not None]
-        return ids, lengths, _states_of(mapped, count, pin) if mapped else None
+        mapped = [(places, rows, shard.cached) for places, rows, shard in parts if shard.cached is not None]
+        return ids, lengths, _stored_of(mapped, count, pin) if mapped else None
 
     def drawn(self, count: int) -> list[int]:
         """Return the ids, in order, of the `count` rows whose contents hash lowest; all ids if there are no more.
@@ -244,10 +275,10 @@ class Rows:
     def _shard(self, index: int) -> _Open:
         with self._lock:
             if index not in self._open:
-                shard, cache, states = self.shards[index], self._cache, None
+                shard, cache, cached = self.shards[index], self._cache, None
                 if cache is not None:
-                    states = map_states(open_shard(cache.dir, self._states[states_name(shard.name)]))
-                self._open[index] = _Open(*read_tokens(open_shard(self._tokens, shard)), states)
+                    cached = map_stored(open_shard(cache.dir, self._cached[cached_name(shard.name)]))
+                self._open[index] = _Open(*read_tokens(open_shard(self._tokens, shard)), cached)
                 if len(self._open) > self._limit:
                     self._open.popitem(last=False)
             self._open.move_to_end(index)
@@ -262,19 +293,20 @@ def _gathered(parts: Sequence[tuple[Places, NDArray[np.int32]]], count: int, pin
     return gathered
 
 
-def _states_of(parts: Sequence[tuple[Places, Places, MappedStates]], count: int, pin: bool) -> StoredStates:
-    """Return mapped states, each row copied once to its place among so many; fp32 where shards hold several dtypes."""
-    dtypes, arrays = {states.dtype for *_, states in parts}, parts[0][2].arrays
+def _stored_of(parts: Sequence[tuple[Places, Places, Mapped]], count: int, pin: bool) -> Stored:
+    """Return what is mapped, each row copied once to its place among so many; fp32 where shards hold several dtypes."""
+    dtypes, arrays = {mapped.dtype for *_, mapped in parts}, parts[0][2].arrays
     several = len(dtypes) > 1
     kinds = [torch.float32] if several else [getattr(torch, *dtypes), torch.float32, torch.float32]
     shapes = ((count, *array.shape[1:]) for array in arrays)
-    gathered = StoredStates(*(_empty(shape, kind, pin) for shape, kind in zip(shapes, kinds, strict=False)))
+    tensors = (_empty(shape, kind, pin) for shape, kind in zip(shapes, kinds, strict=False))
+    gathered = _kind(parts[0][2].dtype)(*tensors)
     words = [_words(tensor) for tensor in gathered.tensors]
-    for places, rows, states in parts:
+    for places, rows, whole in parts:
         for place, row in zip(places, rows, strict=True):
-            mapped = [array[row : row + 1] for array in states.arrays]
+            mapped = [array[row : row + 1] for array in whole.arrays]
             if several:
-                mapped = [to_states(states.dtype, mapped).float().numpy()]
+                mapped = [to_stored(whole.dtype, mapped).wide().numpy()]
             for into, array in zip(words, mapped, strict=True):
                 into[place] = array
     return gathered
@@ -300,6 +332,6 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
-def states_name(tokens_name: str) -> str:
+def cached_name(tokens_name: str) -> str:
     """Return the name of the cache's shard that belongs to a shard of token rows."""
     return tokens_name.removesuffix(".parquet") + ".arrow"

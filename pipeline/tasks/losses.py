@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.distill.losses import logit_distillation_loss, target_loss, target_nats
+from pipeline.distill.losses import drawn_distillation_loss, logit_distillation_loss, target_loss, target_nats
 from pipeline.models.hidden_states import head_product
 from pipeline.tasks.batch import Batch
 
@@ -21,16 +21,21 @@ DISTILLING = (DISTILLATION, CONTRAST, CANDIDATES)
 
 
 def losses_of_logits(
-    head: nn.Module, prepared: Tensor, batch: Batch, teacher: tuple[nn.Module, Tensor] | None, bf16: bool
+    head: nn.Module, prepared: Tensor, batch: Batch, teacher: tuple[nn.Module | None, Tensor] | None, bf16: bool
 ) -> dict[str, Tensor]:
     """Return the losses that are computed from logits, of what `head_input` gave for the student's head; with a
-    teacher, its head and last states, they are those of distillation. `bf16` has both products so."""
+    teacher, its head and last states, or no head and tokens drawn from it, they are those of distillation. `bf16` has
+    both products so."""
     with torch.autocast(prepared.device.type, torch.bfloat16, enabled=bf16):
         logits = head_product(head, prepared)
-        if teacher is not None:
-            with torch.no_grad():
-                reference = head_product(*teacher)
-    return teaching_losses(logits, batch) if teacher is None else distilling_losses(logits, reference, batch)
+    if teacher is None:
+        return teaching_losses(logits, batch)
+    teachers_head, given = teacher
+    if teachers_head is None:
+        return {DISTILLATION: drawn_distillation_loss(logits, given, batch.distilled)[0]}
+    with torch.no_grad(), torch.autocast(prepared.device.type, torch.bfloat16, enabled=bf16):
+        reference = head_product(teachers_head, given)
+    return distilling_losses(logits, reference, batch)
 
 
 def teaching_losses(logits: Tensor, batch: Batch) -> dict[str, Tensor]:

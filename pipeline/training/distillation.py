@@ -14,10 +14,10 @@ from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.transfer import sent
 from pipeline.errors import RunError
-from pipeline.store.shards import StoredStates
+from pipeline.store.shards import Stored
 from pipeline.tasks.batch import Batch
 
-ReadRow = Callable[[int], tuple[Batch, StoredStates | None]]  # a row by its id, with its states where they are cached
+ReadRow = Callable[[int], tuple[Batch, Stored | None]]  # a row by its id, with what is cached of the teacher
 
 
 @dataclass
@@ -25,25 +25,27 @@ class Distillation:
     """What turns next-token training into distillation.
 
     `teacher` gives the last states and those of the contrast layer, (sequences, length, hidden) each, for a batch's
-    inputs where they are not cached; `head` turns last states into the teacher's logits. `contrastive` is
-    `contrastive_loss`, compiled or as it is.
+    inputs where nothing is cached; `head` turns last states into the teacher's logits, and is None where tokens drawn
+    from them are cached. `contrastive` is `contrastive_loss`, compiled or as it is.
     """
 
     recipe: Distill
-    head: nn.Module
+    head: nn.Module | None
     teacher: Callable[..., tuple[Tensor, Tensor]] | None
     bank: MemoryBank
     contrastive: Callable[..., tuple[Tensor, Tensor]] = contrastive_loss
 
     @torch.no_grad()
-    def teacher_states(self, batch: Batch, cached: StoredStates | None) -> tuple[Tensor, Tensor]:
-        """Return the teacher's last states of a micro-batch and those of the contrast layer, cached or computed now."""
+    def taught(self, batch: Batch, cached: Stored | None) -> tuple[Tensor, Tensor]:
+        """Return what is known of the teacher at each position of a micro-batch, (sequences, length, width): its last
+        states and those of the contrast layer, cached or computed now; or, twice, the tokens cached that were drawn
+        from it, where nothing is contrasted."""
         if self.teacher is not None:
             return self.teacher(*batch.inputs)
         if cached is None:
-            raise RunError("Distillation has neither cached states nor a teacher to run.")
-        states = cached.to(batch.ids.device).float().reshape(*batch.ids.shape, -1)
-        return states, states
+            raise RunError("Distillation has neither a cache nor a teacher to run.")
+        values = cached.to(batch.ids.device).wide().reshape(*batch.ids.shape, -1)
+        return values, values
 
     def contrast(
         self, step: int, rows: Tensor, row_ids: list[int], batch: Batch, teacher: Tensor, states: Tensor, read: ReadRow
@@ -96,7 +98,7 @@ class Distillation:
         if partner is None:
             return None
         others, cached = read(partner)
-        _, states = self.teacher_states(others, cached)
+        _, states = self.taught(others, cached)
         sequence, length = row * others.group + place, int(others.on_host.lengths[place])
         positions = negatives.draw_positions(self.recipe.seed, step, sequence, length, self.recipe.negatives)
         return states[place, sent(positions, states.device)]

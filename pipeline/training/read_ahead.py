@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from pipeline.store.shards import Rows, StoredStates
+from pipeline.store.shards import Rows, Stored
 
-Read = tuple[Tensor, Tensor, StoredStates | None]  # what `Rows.get` returns
+Read = tuple[Tensor, Tensor, Stored | None]  # what `Rows.get` returns
 
 
 class ReadAhead:

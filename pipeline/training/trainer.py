@@ -30,7 +30,7 @@ from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.stacks import Stacks, on_grid
 from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
-from pipeline.store.shards import Rows, StoredStates
+from pipeline.store.shards import Rows, Stored
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.chunks import Part, backward_by_parts, parts_of
@@ -192,7 +192,7 @@ class Trainer:
         distillation, bf16 = self.distillation, self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             last, states = self.model(*batch.inputs)
-            taught = None if distillation is None else distillation.teacher_states(batch, cached)
+            taught = None if distillation is None else distillation.taught(batch, cached)
 
         def of_part(prepared: Tensor, part: Batch, at: Part) -> dict[str, Tensor]:
             teacher = None if distillation is None or taught is None else (distillation.head, taught[0][at])
@@ -209,9 +209,9 @@ class Trainer:
         torch.autograd.backward([*ends], [*ends.values()])
         return losses
 
-    def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, StoredStates | None]:
-        ids, lengths, states = self.rows.get(row_ids, then)
-        return self.job.task.batch(ids, lengths).to(self.device), states
+    def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, Stored | None]:
+        ids, lengths, cached = self.rows.get(row_ids, then)
+        return self.job.task.batch(ids, lengths).to(self.device), cached
 
     def _after_step(self, steps: int) -> None:
         progress, step = self.progress, self.progress.step

@@ -44,9 +44,33 @@ NOTHING = {"name": "n", "model": {"source": "a/b"}, "data": {"source": "*.txt"},
         ({"distill": {"steps": 3, "negatives_from": "batch", "batch_size": 1}}, "no other sequence"),
         ({"evaluate": {"beams": 3}}, "evaluate.beams is 3 and has no effect"),
         ({"data": {"source": "*.txt", "candidates_column": "c"}}, "data.candidates_column is 'c'"),
+        ({"cache": {"mode": "states", "draws": 12}}, "draws is 12 and has no effect, because mode is states"),
+        ({"cache": {"mode": "online", "draws": 12}}, "draws is 12 and has no effect, because mode is online"),
+        ({"cache": {"mode": "auto", "draws": 12}}, "draws is 12 and has no effect, because mode is auto"),
+        ({"cache": {"mode": "logits", "dtype": "int8"}}, "dtype is int8 and has no effect, because mode is logits"),
     ],
     ids=str,
 )
 def test_what_would_do_nothing_is_refused(sections, needle):
     with pytest.raises(ValueError, match=needle):
         Config.model_validate({**NOTHING, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "needle"),
+    [
+        ({}, r"cache\.mode is logits.*distill\.contrast_weight is 0\.1.*set it to 0; or set cache\.mode: states"),
+        (
+            {"task": {"name": "next_utterance"}, "distill": {"steps": 3, "contrast_weight": 0}},
+            r"cache\.mode is logits.*task\.name is next_utterance.*cache\.mode: states, or online",
+        ),
+    ],
+    ids=["contrast", "candidates"],
+)
+def test_what_draws_do_not_tell_is_refused(sections, needle):
+    with pytest.raises(ValueError, match=needle):
+        Config.model_validate({**NOTHING, "cache": {"mode": "logits"}, **sections})
+    for mode in ("states", "online", "auto"):
+        Config.model_validate({**NOTHING, "cache": {"mode": mode}, **sections})
+    fields = {**NOTHING, "cache": {"mode": "logits", "draws": 12}, "distill": {"steps": 3, "contrast_weight": 0}}
+    assert Config.model_validate(fields).cache.draws == 12

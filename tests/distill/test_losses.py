@@ -6,6 +6,7 @@ import torch
 
 from pipeline.distill.losses import (
     contrastive_loss,
+    drawn_distillation_loss,
     logit_distillation_loss,
     target_loss,
     valid_tokens,
@@ -24,6 +25,7 @@ def example():
         "teacher": torch.randn(4, WIDTH, VOCABULARY, generator=generator) * 2,
         "query": torch.randn(4, WIDTH, HIDDEN, generator=generator),
         "states": torch.randn(4, WIDTH, HIDDEN, generator=generator),
+        "drawn": torch.randint(0, VOCABULARY, (4, WIDTH, 5), generator=generator),
     }
 
 
@@ -48,13 +50,17 @@ def soft(data, rows):
     return logit_distillation_loss(data["student"][rows], data["teacher"][rows], valid_tokens(LENGTHS[rows], WIDTH))
 
 
+def sampled(data, rows):
+    return drawn_distillation_loss(data["student"][rows], data["drawn"][rows], valid_tokens(LENGTHS[rows], WIDTH))
+
+
 def contrast(data, rows):
     negatives = negatives_of(data["states"][rows], LENGTHS[rows], rows)
     valid = valid_tokens(LENGTHS[rows], WIDTH)
     return contrastive_loss(data["query"][rows], data["states"][rows], valid, negatives, TAU)
 
 
-LOSSES = {"hard": hard, "soft": soft, "contrast": contrast}
+LOSSES = {"hard": hard, "soft": soft, "sampled": sampled, "contrast": contrast}
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 EVERY_ROW = [0, 1, 2, 3]
 
@@ -88,6 +94,24 @@ def test_distillation_loss_matches_the_reference():
     assert count.item() == len(places) == 14
     expected = -sum(np.exp(log_softmax(t[p])) @ log_softmax(s[p]) for p in places)
     assert total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_drawn_tokens_teach_what_the_distribution_of_their_shares_does():
+    data, totals, grads = example(), [], []
+    shares = torch.nn.functional.one_hot(data["drawn"], VOCABULARY).double().mean(2)
+    for loss, given in ((sampled, data["drawn"]), (soft, shares.log())):
+        student = data["student"].clone().requires_grad_()
+        changed = {**data, "student": student, ("drawn" if loss is sampled else "teacher"): given}
+        total, count = loss(changed, EVERY_ROW)
+        total.backward()
+        assert count.item() == 14
+        totals.append(total.item())
+        grads.append(student.grad)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+    torch.testing.assert_close(grads[0], grads[1])
+    least, _ = sampled({**data, "student": shares.log().clamp(min=-30)}, EVERY_ROW)
+    entropy = -(shares * shares.clamp(min=1e-300).log()).sum(-1)[valid_tokens(LENGTHS, WIDTH)].sum()
+    assert least.item() == pytest.approx(entropy.item(), rel=1e-6)
 
 
 def test_contrastive_loss_matches_the_reference():
@@ -154,6 +178,7 @@ def test_wider_padding_changes_nothing(loss):
     total, count = {
         hard: lambda: next_tokens(narrow["student"], narrow["ids"], lengths),
         soft: lambda: logit_distillation_loss(narrow["student"], narrow["teacher"], valid_tokens(lengths, 4)),
+        sampled: lambda: drawn_distillation_loss(narrow["student"], narrow["drawn"], valid_tokens(lengths, 4)),
         contrast: lambda: contrastive_loss(
             narrow["query"],
             narrow["states"],
@@ -182,7 +207,7 @@ def test_a_row_of_one_token_adds_nothing_without_a_context_or_a_negative(loss):
     total, count = loss(example(), [1])
     assert torch.isfinite(total)
     assert count.item() == (0 if loss is hard else 1)
-    assert (total.item() == 0) == (loss is not soft)
+    assert (total.item() == 0) == (loss not in (soft, sampled))
 
 
 def test_contrastive_loss_falls_as_the_positives_cosine_rises():

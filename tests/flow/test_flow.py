@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 
+from jobs.compress import plan_document
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.flow.line import LINE, STAGES
 from pipeline.flow.plan import plan_run, reasons
@@ -122,6 +123,7 @@ def test_a_second_run_reuses_everything_and_starts_nothing(finished, run_flow):
         ({"register": {"gate": {"max_perplexity_ratio": 9.0}}}, ["register"]),
         ({"cache": {"dtype": "float32"}}, ["cache", *FROM_DISTILL]),
         ({"cache": {"mode": "online"}}, ["cache", *FROM_DISTILL]),
+        ({"cache": {"mode": "logits"}, "distill": {"contrast_weight": 0.0}}, ["cache", *FROM_DISTILL]),
         ({"finetune": {"lr": 1e-3}}, ["finetune", "cache", *FROM_DISTILL]),
         ({"task": {"block_length": 16}}, ALL),
         ({"data": {"holdout": 0.06}}, ALL),
@@ -288,6 +290,45 @@ def test_auto_stores_states_that_are_read_twice_and_fit(tiny_config, tmp_path):
     assert mode(epochs=2, layer=-2) == "online"  # the states of the last layer are stored
     size = rows * 32 * 32 * 4 / 2**30
     assert (mode(size, epochs=2), mode(size * 0.999, epochs=2)) == ("states", "online")
+
+
+def test_auto_tells_what_draws_would_take_where_they_would_do(tiny_config, tmp_path):
+    def reason(most_gib, weight=0.0, epochs=3):
+        distill = {"steps": None, "epochs": epochs, "contrast_weight": weight}
+        plan = plan_run(
+            tiny_config(tmp_path, cache={"mode": "auto"}, distill=distill, resources={"max_cache_gib": most_gib})
+        )
+        return plan.cache_mode[1]
+
+    positions = plan_run(tiny_config(tmp_path)).pinned.estimated_rows * 32
+    told = f"; cache.mode: logits takes about {positions * 50 * 2 / 2**30:.2f} GiB"  # of a vocabulary of 300
+    assert reason(1e-6).startswith("online: ")
+    assert told in reason(1e-6)
+    for other in (reason(50.0), reason(1e-6, weight=0.1), reason(1e-6, epochs=1)):
+        assert "logits" not in other
+    plan = plan_run(tiny_config(tmp_path, cache={"mode": "logits", "draws": 8}, distill={"contrast_weight": 0.0}))
+    assert plan.cache_bytes == plan.rows * 32 * 8 * 2
+    assert plan.step(TeacherCache).recipe == {"cache": {"mode": "logits", "draws": 8, "max_kl_nats": 2e-3}}
+
+
+def test_draws_distil_to_a_like_student(finished, tiny_config, run_flow, cloned):
+    config = tiny_config(cloned, cache={"mode": "logits", "draws": 60}, distill={"contrast_weight": 0.0})
+    planned = plan_document(plan_run(config))
+    ran = run_flow(config)
+    assert statuses(ran) == ["reused"] * 2 + ["done"] * 5
+    record, rows = ran.record("cache"), ran.record("tokenize").splits["train"].rows
+    assert (record.mode, record.dtype, record.draws, record.kl_nats) == ("logits", "uint16", 60, 0.0)
+    tokens = rows * 32 * 60 * 2
+    assert planned["cache_bytes"] == tokens < record.bytes < tokens + 4096 * len(record.shards)
+    assert planned["cache_mode"] == "logits: as configured"
+    history = json.loads((ran.folder("distill") / "history.json").read_text())
+    online = run_flow(tiny_config(cloned, cache={"mode": "online"}, distill={"contrast_weight": 0.0}), until="distill")
+    exact = json.loads((online.folder("distill") / "history.json").read_text())
+    for name in ("distillation_nats", "validation_nats"):  # of the same loss, of which draws give an estimate
+        ours, theirs = ([point[name] for point in points if name in point] for points in (history, exact))
+        assert ours == pytest.approx(theirs, rel=0.02)
+    stored = finished.record("evaluate").student["perplexity"]
+    assert ran.record("evaluate").student["perplexity"] == pytest.approx(stored, rel=0.02)
 
 
 def test_online_distills_without_a_cache_to_a_like_student(finished, tiny_config, run_flow, cloned):

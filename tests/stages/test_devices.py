@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from pipeline.config.resources import Resources
+from pipeline.errors import RunError
+from pipeline.execution.engine import Engine
 from pipeline.models.build import build, read_config
 from pipeline.models.device import device_for
 from pipeline.stages import cache, sensitivity
 from pipeline.stages.evaluate import SCORED, student_of
+from pipeline.stages.kept import Kept, KeptDraws, KeptStates
 from pipeline.stages.scorer import Scorer
-from pipeline.stages.stage import StepJob
+from pipeline.stages.stage import Step, StepJob
 from pipeline.store.records import Evaluation, Shard
-from pipeline.store.shards import map_states, open_shard, to_states
+from pipeline.store.shards import map_stored, open_shard, to_stored
 from tests.conftest import Ran
 from tests.second_device import SECOND, host_reads, product_devices
-from tests.training.cases import ARCHITECTURE, Case
+from tests.training.cases import ARCHITECTURE, VOCABULARY, Case
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +32,19 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def states(job: StepJob, case: Case) -> Any:
-    shard = Shard.model_validate_json(cache.CacheShard(job, "float32")(case.train[0]))
-    return to_states(*map_states(open_shard(job.dir, shard))).values
+    shard = Shard.model_validate_json(cache.CacheShard(job, KeptStates("float32"))(case.train[0]))
+    return to_stored(*map_stored(open_shard(job.dir, shard))).values
+
+
+def draws(job: StepJob, case: Case) -> Any:
+    """The share of the draws that each token has, over all positions."""
+    shard = Shard.model_validate_json(cache.CacheShard(job, KeptDraws("uint8", 50))(case.train[0]))
+    tokens = to_stored(*map_stored(open_shard(job.dir, shard))).wide()
+    return tokens.flatten().bincount(minlength=VOCABULARY) / tokens.numel()
 
 
 def probe(job: StepJob, case: Case) -> Any:
-    return cache.probe(job, "bfloat16")[1]
+    return cache.probe(job, KeptStates("bfloat16"))[1]
 
 
 def measured(job: StepJob, case: Case, cached: bool = False) -> Any:
@@ -43,6 +53,7 @@ def measured(job: StepJob, case: Case, cached: bool = False) -> Any:
 
 WORK: dict[str, Callable[[StepJob, Case], Any]] = {
     "states": states,
+    "draws": draws,
     "probe": probe,
     "sensitivity": measured,
     "sensitivity from the cache": measured,
@@ -61,7 +72,7 @@ def test_work_is_done_on_the_gpu_that_is_asked_for_and_comes_to_the_same(
         with product_devices() as used:
             given[gpus] = WORK[work](job, case)
         assert used == {device.type if gpus else "cpu"}
-    in_bf16 = {"states": 2e-2, "probe": 1e-3}  # the teacher's pass, on a GPU
+    in_bf16 = {"states": 2e-2, "draws": 1e-3, "probe": 1e-3}  # the teacher's pass, on a GPU
     torch.testing.assert_close(given[1], given[0], rtol=1e-3, atol=in_bf16.get(work, 1e-6))
 
 
@@ -73,14 +84,25 @@ def test_the_teacher_of_a_cache_is_in_bf16_on_a_gpu_and_its_cost_is_measured(
     on_gpu, on_cpu = (case.step_job({}, gpus_per_worker=gpus) for gpus in (1, 0))
     bf16, fp32 = states(on_gpu, case), states(on_cpu, case)
     assert 1e-3 < float((bf16 - fp32).abs().max()) < 0.2
-    (_, cost, precision), (_, nothing, exact) = (cache.probe(job, "float32") for job in (on_gpu, on_cpu))
-    assert (precision, exact) == ("bf16", "fp32")
-    assert nothing < 1e-6 < 1e-5 < cost < 1e-2
+    for kept in (KeptStates("float32"), KeptDraws("uint8", 50)):
+        (_, cost, precision), (_, nothing, exact) = (cache.probe(job, kept) for job in (on_gpu, on_cpu))
+        assert (precision, exact) == ("bf16", "fp32")
+        assert nothing < 1e-6 < 1e-5 < cost < 1e-2
 
 
-def test_a_gpu_is_waited_for_once_a_shard(case: Case, device: torch.device) -> None:
-    """Of seven passes none waits; the states go to the host while the host goes on."""
-    make = cache.CacheShard(case.step_job({}, gpus_per_worker=1, inference_batch=3), "float16")
+def test_draws_of_a_teacher_in_bf16_that_cost_too_much_are_refused(case: Case, device: torch.device) -> None:
+    section = {"cache": {"mode": "logits", "draws": 50, "max_kl_nats": 0}}
+    job = case.step_job(section, workers=0, gpus_per_worker=1)
+    step = Step(**vars(job), version=1, engine=Engine(job.resources), advance=lambda done, total, note, points=(): None)
+    message = r"in bf16, kept as 50 drawn tokens a position, costs .* Set resources\.gpus_per_worker: 0, or raise cache"
+    with pytest.raises(RunError, match=message):
+        cache.run(step)
+
+
+@pytest.mark.parametrize("kept", [KeptStates("float16"), KeptDraws("uint8", 50)], ids=["states", "draws"])
+def test_a_gpu_is_waited_for_once_a_shard(case: Case, device: torch.device, kept: Kept) -> None:
+    """Of seven passes none waits; what is kept goes to the host while the host goes on."""
+    make = cache.CacheShard(case.step_job({}, gpus_per_worker=1, inference_batch=3), kept)
     with host_reads() as reads:
         make(case.train[0])
     assert reads == (["event"] if device == SECOND and not torch.version.cuda else [])

@@ -13,17 +13,19 @@ from pipeline.store.records import TeacherCache
 from pipeline.store.shards import (
     SHARD_TOKENS,
     Rows,
+    StoredDraws,
     StoredStates,
+    cached_name,
     drawn_shards,
+    dtype_of_ids,
     is_sound,
-    map_states,
+    map_stored,
     open_shard,
     read_tokens,
     rows_per_shard,
-    states_name,
     store_shard,
-    to_states,
-    write_states,
+    to_stored,
+    write_stored,
     write_tokens,
 )
 from pipeline.store.step_store import FinishedStep, StepDir, _digest_of, _matches, checksum
@@ -57,8 +59,8 @@ def stored(step_dir):
         name = f"rows/train-{number}.parquet"
         tokens = int(lengths[here].sum())
         shards.append(store_shard(step_dir, name, rows, tokens, lambda p, h=here: write_tokens(p, ids[h], lengths[h])))
-        write = partial(write_states, states=StoredStates.of(states[here], "bfloat16"))
-        states_shards.append(store_shard(step_dir, states_name(name), rows, tokens, write))
+        write = partial(write_stored, stored=StoredStates.of(states[here], "bfloat16"))
+        states_shards.append(store_shard(step_dir, cached_name(name), rows, tokens, write))
         start += rows
     whole = torch.from_numpy(ids).long(), torch.from_numpy(lengths), states.bfloat16().float()
     return shards, states_shards, whole
@@ -109,14 +111,14 @@ def test_states_survive_in_every_bit(tmp_path, dtype):
     finest = torch.finfo(DTYPES[dtype])
     states = torch.randn(5, BLOCK, HIDDEN, generator=torch.Generator().manual_seed(1))
     states[0, 0] = torch.tensor([-0.0, finest.tiny, finest.max, finest.smallest_normal / 2])
-    write_states(tmp_path / "a.arrow", StoredStates.of(states, dtype))
-    found, (mapped,) = map_states(tmp_path / "a.arrow")
+    write_stored(tmp_path / "a.arrow", StoredStates.of(states, dtype))
+    found, (mapped,) = map_stored(tmp_path / "a.arrow")
     assert (found, mapped.shape) == (dtype, (5, BLOCK, HIDDEN))
     expected = states.to(DTYPES[dtype])
     words = torch.from_numpy(mapped.copy())
     assert torch.equal(words.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(to_states(dtype, [mapped]).values, expected)
-    assert torch.equal(to_states(dtype, [mapped[3]]).values, expected[3])
+    assert torch.equal(to_stored(dtype, [mapped]).values, expected)
+    assert torch.equal(to_stored(dtype, [mapped[3]]).values, expected[3])
 
 
 def test_codes_have_a_scale_for_each_token_and_for_each_channel_of_a_row(tmp_path):
@@ -130,13 +132,13 @@ def test_codes_have_a_scale_for_each_token_and_for_each_channel_of_a_row(tmp_pat
     assert stored.values.abs().amax(-1)[states.any(-1)].min() == 127
     assert not stored.values[1, 0, 3].any()
     steps = stored.scales.unsqueeze(-1) * stored.channels.view(5, 1, 1, HIDDEN)
-    torch.testing.assert_close(stored.float(), stored.values * steps)
-    assert ((stored.float() - states).abs() <= 0.5001 * steps).all()
+    torch.testing.assert_close(stored.wide(), stored.values * steps)
+    assert ((stored.wide() - states).abs() <= 0.5001 * steps).all()
     assert steps[..., 1].min() > 50 * steps[..., 0].max()
-    write_states(tmp_path / "a.arrow", stored)
-    mapped = map_states(tmp_path / "a.arrow")
+    write_stored(tmp_path / "a.arrow", stored)
+    mapped = map_stored(tmp_path / "a.arrow")
     assert mapped.dtype == stored.dtype == "int8"
-    for found, expected in zip(to_states(*mapped).tensors, stored.tensors, strict=True):
+    for found, expected in zip(to_stored(*mapped).tensors, stored.tensors, strict=True):
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected)
 
@@ -145,28 +147,49 @@ def test_rows_of_codes_are_widened_on_the_device(device, step_dir, corpus):
     shards, *_, states = corpus
     ends, codes = np.cumsum(SIZES), []
     for shard, end in zip(shards, ends, strict=True):
-        write = partial(write_states, states=StoredStates.of(states[end - shard.rows : end], "int8"))
-        codes.append(store_shard(step_dir, states_name(shard.name), shard.rows, 9, write))
+        write = partial(write_stored, stored=StoredStates.of(states[end - shard.rows : end], "int8"))
+        codes.append(store_shard(step_dir, cached_name(shard.name), shard.rows, 9, write))
     wanted = [14, 0, 3, 3, 2]
     stored = Rows(step_dir, shards, finished(step_dir, codes)).get(wanted)[2]
     assert {str(tensor.dtype) for tensor in stored.tensors} == {"torch.int8", "torch.float32"}
-    widened = stored.to(device).float()
+    widened = stored.to(device).wide()
     assert widened.device == device
-    assert torch.equal(widened.cpu(), StoredStates.of(states[wanted], "int8").float())
+    assert torch.equal(widened.cpu(), StoredStates.of(states[wanted], "int8").wide())
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [(256, "uint8"), (257, "uint16"), (2**16, "uint16"), (2**17, "uint32")]
+)
+def test_drawn_tokens_are_kept_in_the_smallest_integers(device, step_dir, corpus, vocabulary, dtype):
+    shards, ends, drawn = corpus[0], np.cumsum(SIZES), []
+    assert dtype_of_ids(vocabulary) == dtype
+    tokens = torch.randint(vocabulary, (sum(SIZES), BLOCK, 7), generator=torch.Generator().manual_seed(1))
+    tokens[0, 0, 0] = vocabulary - 1
+    stored = StoredDraws(tokens.to(getattr(torch, dtype)))
+    for shard, end in zip(shards, ends, strict=True):
+        write = partial(write_stored, stored=stored.each(lambda t, e=end, s=shard: t[e - s.rows : e]))
+        drawn.append(store_shard(step_dir, cached_name(shard.name), shard.rows, 9, write))
+    wanted = [14, 0, 3, 3, 2]
+    found = Rows(step_dir, shards, finished(step_dir, drawn)).get(wanted)[2]
+    assert (type(found), found.dtype) == (StoredDraws, dtype)
+    assert found.values.nbytes == len(wanted) * BLOCK * 7 * np.dtype(dtype).itemsize
+    widened = found.to(device).wide()
+    assert widened.device == device
+    assert torch.equal(widened.cpu(), tokens[wanted])
 
 
 def test_states_that_do_not_lie_in_order_are_written_in_order(tmp_path):
     states = torch.randn(HIDDEN, BLOCK, 3).transpose(0, 2)
-    write_states(tmp_path / "a.arrow", StoredStates(states))
-    assert torch.equal(to_states(*map_states(tmp_path / "a.arrow")).values, states)
+    write_stored(tmp_path / "a.arrow", StoredStates(states))
+    assert torch.equal(to_stored(*map_stored(tmp_path / "a.arrow")).values, states)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_are_mapped_and_not_copied(tmp_path, dtype):
     path = tmp_path / "a.arrow"
-    write_states(path, StoredStates.of(torch.ones(64, BLOCK, HIDDEN), dtype))
+    write_stored(path, StoredStates.of(torch.ones(64, BLOCK, HIDDEN), dtype))
     allocated = pa.total_allocated_bytes()
-    (mapped,) = map_states(path).arrays
+    (mapped,) = map_stored(path).arrays
     assert pa.total_allocated_bytes() - allocated < mapped.nbytes / 4
     assert not mapped.flags.writeable
     data = path.read_bytes()
@@ -187,7 +210,7 @@ def test_rows_are_found_across_shards(step_dir, corpus, cache):
         found = rows.get(wanted)
         assert torch.equal(found[0], ids[wanted])
         assert torch.equal(found[1], lengths[wanted])
-        assert torch.equal(found[2].float(), states[wanted])
+        assert torch.equal(found[2].wide(), states[wanted])
         assert torch.equal(rows.lengths(wanted), lengths[wanted])
     assert found[0].dtype == torch.int64
     assert found[2].values.dtype == torch.bfloat16  # as stored: a device widens them
@@ -199,19 +222,19 @@ def test_shards_of_several_dtypes_are_read_together(step_dir, corpus, stored):
     wanted = [4, 0, 2, 14]
     for dtype in ("float16", "int8"):
         here = StoredStates.of(states[: SIZES[0]], dtype)
-        write = partial(write_states, states=here)
-        mixed = [store_shard(step_dir, states_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
+        write = partial(write_stored, stored=here)
+        mixed = [store_shard(step_dir, cached_name(shards[0].name), SIZES[0], 9, write), *stored[1][1:]]
         rows = Rows(step_dir, shards, finished(step_dir, mixed))
-        expected = torch.cat([here.float(), states[SIZES[0] :]])[wanted]
-        assert torch.equal(rows.get(wanted)[2].float(), expected)
+        expected = torch.cat([here.wide(), states[SIZES[0] :]])[wanted]
+        assert torch.equal(rows.get(wanted)[2].wide(), expected)
         assert rows.get([0, 2])[2].dtype == dtype
 
 
 def test_states_are_copied_once_straight_to_their_place(step_dir):
     """Neither torch nor numpy makes anything of them on the way."""
     shards = committed(step_dir, "wide", *random_rows(12), 6)
-    write = partial(write_states, states=StoredStates(torch.ones(6, 1, 4096).bfloat16()))
-    wide = [store_shard(step_dir, states_name(shard.name), 6, 9, write) for shard in shards]
+    write = partial(write_stored, stored=StoredStates(torch.ones(6, 1, 4096).bfloat16()))
+    wide = [store_shard(step_dir, cached_name(shard.name), 6, 9, write) for shard in shards]
     rows = Rows(step_dir, shards, finished(step_dir, wide))
     with Launches() as launches:
         states = rows.get(range(12))[2].values
@@ -237,7 +260,7 @@ def test_rows_are_the_same_in_pinned_memory(device, step_dir, corpus, cache):
     pinned = Rows(step_dir, shards, cache).get([3, 0, 9], pin=True)
     assert torch.equal(pinned[0], ids[[3, 0, 9]])
     assert torch.equal(pinned[1], lengths[[3, 0, 9]])
-    there = pinned[2].to(device).float()
+    there = pinned[2].to(device).wide()
     assert there.device == device
     assert torch.equal(there.cpu(), states[[3, 0, 9]])
 
@@ -254,7 +277,7 @@ def test_rows_are_read_by_two_threads(step_dir, corpus, cache):
         for found in pool.map(read, (0, 1)):
             for row, (found_ids, _, found_states) in found:
                 assert torch.equal(found_ids[0], ids[row])
-                assert torch.equal(found_states.float()[0], states[row])
+                assert torch.equal(found_states.wide()[0], states[row])
 
 
 def test_rows_without_a_cache_have_no_states(step_dir, corpus):
@@ -335,7 +358,7 @@ def test_a_bounded_number_of_shards_stays_open(step_dir, corpus, cache, limit):
     for row in order * 2:
         found = rows.get([row])
         assert torch.equal(found[0][0], ids[row])
-        assert torch.equal(found[2].float()[0], states[row])
+        assert torch.equal(found[2].wide()[0], states[row])
         with open("/proc/self/maps") as maps:
             assert len({line.split()[-1] for line in maps if step_dir.key in line}) <= limit
 

@@ -13,7 +13,7 @@ from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.stages.sensitivity import ROWS
 from pipeline.store.records import Sensitivity, TeacherCache
-from pipeline.store.shards import states_name
+from pipeline.store.shards import cached_name
 from pipeline.sweep import bit_budget
 from tests.conftest import Recorder
 
@@ -89,7 +89,7 @@ def test_a_damaged_shard_of_the_cache_is_made_again(measured, tiny_config, tmp_p
     other = tiny_config(tmp_path)
     shards = outcome.steps["tokenize"].record.splits["train"].shards
     cache = bit_budget.plan_sensitivities(other).step(TeacherCache).dir
-    path = tmp_path / "store" / "cache" / cache.key / "1" / states_name(shards[0].name)
+    path = tmp_path / "store" / "cache" / cache.key / "1" / cached_name(shards[0].name)
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
     _, made, _ = run(other)
     assert made.steps["sensitivity"].record.kl_nats == outcome.steps["sensitivity"].record.kl_nats

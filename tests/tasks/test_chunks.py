@@ -47,19 +47,20 @@ def test_rows_that_can_be_divided_are_all_of_one_shape() -> None:
     assert {part[0].stop - part[0].start for part in parts_of(batch_of(12, 4), VOCABULARY, 5 * 4 * VOCABULARY)} == {4}
 
 
-@pytest.mark.parametrize("distils", [False, True])
+@pytest.mark.parametrize("learned", ["targets", "states", "draws"])
 @pytest.mark.parametrize("limit", [3 * VOCABULARY, 20 * VOCABULARY])
 def test_losses_and_gradients_are_those_of_the_whole_table(
-    monkeypatch: pytest.MonkeyPatch, distils: bool, limit: int
+    monkeypatch: pytest.MonkeyPatch, learned: str, limit: int
 ) -> None:
     torch.manual_seed(0)
     batch, head, teacher = batch_of(4, 9), nn.Linear(HIDDEN, VOCABULARY), nn.Linear(HIDDEN, VOCABULARY)
-    states, taught = torch.randn(4, 9, HIDDEN), torch.randn(4, 9, HIDDEN)
+    states, taught, tokens = torch.randn(4, 9, HIDDEN), torch.randn(4, 9, HIDDEN), torch.randint(VOCABULARY, (4, 9, 6))
+    whole_of = {"targets": None, "states": (teacher, taught), "draws": (None, tokens)}[learned]
     largest = []
 
     def losses(prepared: torch.Tensor, part: Batch, at: Any) -> dict[str, torch.Tensor]:
         largest.append(prepared.shape[:-1].numel() * VOCABULARY)
-        return losses_of_logits(head, prepared, part, (teacher, taught[at]) if distils else None, False)
+        return losses_of_logits(head, prepared, part, whole_of and (whole_of[0], whole_of[1][at]), False)
 
     def learn(size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
         monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", size)
@@ -78,7 +79,7 @@ def test_losses_and_gradients_are_those_of_the_whole_table(
     assert whole[0].keys() == parts[0].keys()
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(parts[1:], whole[1:], rtol=1e-5, atol=1e-7)
-    direct = losses_of_logits(head, states, batch, (teacher, taught) if distils else None, False)
+    direct = losses_of_logits(head, states, batch, whole_of, False)
     torch.testing.assert_close(whole[0], {name: loss.detach() for name, loss in direct.items()})
 
 

@@ -25,6 +25,7 @@ from pipeline.models.build import build, load_model, read_config, set_dropout
 from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
+from pipeline.stages.kept import Kept, KeptDraws, KeptStates
 from pipeline.stages.stage import StepJob, upload_folder
 from pipeline.store.lease import Owner
 from pipeline.store.pieces import Pieces
@@ -100,14 +101,21 @@ class Case:
 
     def cache(self, dtype: str) -> FinishedStep[TeacherCache]:
         """The teacher's states of all training rows."""
+        return self._cache("states", KeptStates(dtype))
+
+    def draws(self, count: int = 50) -> FinishedStep[TeacherCache]:
+        """Tokens drawn from the teacher at all positions of all training rows."""
+        return self._cache("logits", KeptDraws("uint8", count))
+
+    def _cache(self, mode: Any, kept: Kept) -> FinishedStep[TeacherCache]:
         self.runs += 1
-        step_dir = fenced(self.root, "cache", f"{dtype}-{self.runs}")
+        step_dir = fenced(self.root, "cache", f"{kept.dtype}-{self.runs}")
         worker = CacheShard.__new__(CacheShard)
-        worker.dir, worker.tokens, worker.task, worker.dtype, worker.batch = step_dir, self.tokens, self.task, dtype, 7
+        worker.dir, worker.tokens, worker.task, worker.kept, worker.batch = step_dir, self.tokens, self.task, kept, 7
         worker.device, worker.model = torch.device("cpu"), load_model(self.teacher).eval()
         worker.made = Pieces(step_dir, "parts/")
         shards = [Shard.model_validate_json(worker(shard)) for shard in self.train]
-        record = TeacherCache(**ORIGIN, recipe={}, mode="states", dtype=dtype, hidden=HIDDEN, shards=tuple(shards))
+        record = TeacherCache(**ORIGIN, recipe={}, mode=mode, dtype=kept.dtype, hidden=HIDDEN, shards=tuple(shards))
         return FinishedStep(record, step_dir)
 
     def step_job(

@@ -22,6 +22,7 @@ from pipeline.flow.plan import plan_run
 from pipeline.models.build import build, load_model, read_config
 from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.store.records import TeacherCache
+from pipeline.store.shards import StoredStates
 from pipeline.tasks.batch import Batch
 from pipeline.training.distillation import Distillation
 from pipeline.training.trainer import Trainer
@@ -68,15 +69,15 @@ class Example:
         return Batch(ids, lengths, ids[:, 1:], every[:, 1:], every, group=self.group)
 
     def loss(self, rows: list[int], student: Tensor, of: list[int] | None = None) -> Tensor:
-        def read(row: int) -> tuple[Batch, Tensor]:
+        def read(row: int) -> tuple[Batch, StoredStates]:
             self.read.append(row)
-            return self.batch([row]), self.states[row]
+            return self.batch([row]), StoredStates(self.states[row])
 
         distillation = Distillation(self.recipe, self.head, None, self.bank)
-        cached = torch.cat([self.states[row] for row in rows])
+        cached = StoredStates(torch.cat([self.states[row] for row in rows]))
         everything = torch.tensor(self.rows if of is None else of)
         batch = self.batch(rows)
-        _, teacher = distillation.teacher_states(batch, cached)
+        _, teacher = distillation.taught(batch, cached)
         return distillation.contrast(STEP, everything, rows, batch, teacher, student, read)
 
     def reference(self, rows: list[int], student: Tensor) -> Tensor:
@@ -196,8 +197,8 @@ def test_a_bank_that_has_seen_nothing_gives_no_negatives() -> None:
 def test_neither_states_nor_a_teacher_is_an_error_of_ours() -> None:
     example = Example(1, "teacher")
     distillation = Distillation(example.recipe, example.head, None, example.bank)
-    with pytest.raises(RunError, match="neither cached states nor a teacher"):
-        distillation.teacher_states(example.batch([20]), None)
+    with pytest.raises(RunError, match="neither a cache nor a teacher"):
+        distillation.taught(example.batch([20]), None)
 
 
 def primed(loop: Trainer) -> Trainer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {"steps": 3, "batch_size": 2, "eval_every": 1, "eval_rows": 2, "lr": 2e-3}
 DISTILLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cached": ({"negatives": 4}, {}),
+    "draws": ({"contrast_weight": 0.0}, {}),
     "student": (
         {"negatives_from": "student", "contrast_layer": -2},
         {"quantizer": "pact", "attention": "qkv_probabilities", "activation_range": "tensor"},
@@ -63,7 +65,7 @@ def interrupted(train: Callable[..., None], job: StepJob, device: torch.device, 
 def test_a_distillation_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.device, kind: str) -> None:
     options, quant = DISTILLATIONS[kind]
     recipe = {"distill": recipe_of(Distill(**COMMON, **options)), "quant": recipe_of(Quant(**quant))}
-    cache = case.cache("float16") if kind == "cached" else None
+    cache = {"cached": partial(case.cache, "float16"), "draws": case.draws}.get(kind, lambda: None)()
     jobs = [case.step_job(recipe, cache=cache, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
     ours = interrupted(distill._train, jobs[0], device)
     theirs = interrupted(distill._train, jobs[1], CPU, stop_at=None)
@@ -107,6 +109,7 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "student": ({"negatives_from": "student"}, {"quantizer": "pact"}),
     "vocabulary": DISTILLATIONS["vocabulary"],
     "batch": ({"negatives_from": "batch"}, {}),
+    "draws": DISTILLATIONS["draws"],
 }
 
 
@@ -115,9 +118,8 @@ def test_no_step_waits_for_a_value_of_the_device(case: Case, kind: str) -> None:
     options, quant = STEPS[kind]  # clipping asks the stand-in where gradients are, and is told that on the CPU
     with second_device() as device:
         recipe = Distill(**{**COMMON, "steps": 9, "clip_norm": None, **options})
-        loop = case.loop(
-            case.run(recipe, f"reads-{kind}", case.cache("float16"), micro_batch=1), Quant(**quant), device
-        )
+        cache = case.draws() if kind == "draws" else case.cache("float16")
+        loop = case.loop(case.run(recipe, f"reads-{kind}", cache, micro_batch=1), Quant(**quant), device)
         loop.train_step(0)
         with host_reads() as reads:
             loop.train_step(1)

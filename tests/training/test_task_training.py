@@ -12,7 +12,7 @@ import torch
 from pipeline.config.data import TaskSettings
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill, Finetune
-from pipeline.store.shards import map_states, open_shard
+from pipeline.store.shards import map_stored, open_shard
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from tests.conftest import ARCHITECTURES
@@ -106,9 +106,17 @@ def test_states_of_the_cache_are_those_of_the_teacher(case: Case) -> None:
     online = gradients(case.loop(case.run(RECIPES["distill"], "online"), LOW))
     assert states[0] == pytest.approx(online[0], rel=1e-6)
     assert relative(states[1], online[1]) < 1e-4
-    (stored,) = map_states(open_shard(cache.dir, cache.record.shards[0])).arrays
+    (stored,) = map_stored(open_shard(cache.dir, cache.record.shards[0])).arrays
     assert stored.shape[0] == 20
     assert np.prod(stored.shape[1:-1]) == case.task.states
+
+
+def test_a_summary_is_learned_from_draws_too(tmp_path: Path) -> None:
+    case = Case.of(tmp_path, *ROWS["summarization"]())
+    recipe = RECIPES["distill"].model_copy(update={"contrast_weight": 0.0})
+    online, _ = gradients(case.loop(case.run(recipe, "online"), LOW))
+    draws, _ = gradients(case.loop(case.run(recipe, "draws", case.draws()), LOW))
+    assert draws == pytest.approx(online, rel=5e-3)
 
 
 def test_losses_are_means_over_their_own_counts(case: Case) -> None:

@@ -134,6 +134,32 @@ def test_online_and_cached_fp32_states_give_the_same_first_step(case: Case) -> N
     assert relative(states[1], online[1]) < 1e-4
 
 
+def test_draws_give_the_first_step_of_the_whole_distribution_on_average(case: Case) -> None:
+    """Its gradient comes the nearer the more tokens are drawn, and the teacher's head is not asked for."""
+    recipe = Distill(**DISTILL, contrast_weight=0.0)
+    loss, grads = gradients(case.loop(case.run(recipe, "whole"), LOW))
+    apart = []
+    for count in (5, 50, 5000):
+        loop = case.loop(case.run(recipe, f"drawn{count}", case.draws(count)), LOW)
+        assert loop.distillation is not None
+        assert loop.distillation.head is None
+        drawn_loss, drawn = gradients(loop)
+        assert drawn_loss == pytest.approx(loss, rel=0.03 / count**0.5)
+        flat, whole = (torch.cat([g[name].flatten() for name in grads]) for g in (drawn, grads))
+        apart.append(float((flat - whole).norm() / whole.norm()))
+    assert apart[2] < 0.05
+    assert apart[2] < apart[1] / 20 < apart[0] / 40
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 5), (2, 3)])
+def test_steps_by_draws_do_not_depend_on_workers_or_micro_batch(case: Case, world: int, micro: int) -> None:
+    recipe, draws = Distill(**DISTILL, contrast_weight=0.0), case.draws()
+    reference = steps_of(case.loop(case.run(recipe, f"draws{world}", draws, micro_batch=12), FULL), 12)["losses"]
+    run = case.run(recipe, f"shared-draws{world}", draws, micro_batch=micro)
+    for losses in with_workers(world, case.root, lambda rank: steps_of(case.loop(run, FULL), 12)["losses"]):
+        assert losses == pytest.approx(reference, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrower_states_stay_close(case: Case, dtype: str) -> None:
     online, _ = gradients(case.loop(case.run(Distill(**DISTILL), f"online{dtype}"), LOW))
@@ -176,6 +202,15 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
     name = f"{type(recipe).__name__}{stop_at[0]}"
     undisturbed = weights_after(case, case.run(recipe, f"u{name}", checkpoint_steps=15), LOW)
     disturbed = weights_after(case, case.run(recipe, f"d{name}", checkpoint_steps=15), LOW, stop_at)
+    assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
+
+
+def test_a_run_by_draws_that_is_interrupted_ends_bit_for_bit_as_an_undisturbed_one(case: Case) -> None:
+    recipe, draws = Distill(**{**DISTILL, "steps": 15}, contrast_weight=0.0), case.draws()
+    undisturbed, disturbed = (
+        weights_after(case, case.run(recipe, name, draws, checkpoint_steps=5), LOW, stop_at)
+        for name, stop_at in (("u-draws", ()), ("d-draws", (7,)))
+    )
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
 
 
@@ -265,7 +300,7 @@ def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
     assert online.teacher is not None
     assert states is not None
     assert int(ids.max()) < VOCABULARY
-    torch.testing.assert_close(states.to(ids.device).float(), online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.to(ids.device).wide(), online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_best_file_is_stored_whole(case: Case) -> None:

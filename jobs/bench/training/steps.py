@@ -22,6 +22,7 @@ from pipeline.models.build import build, load_model, parameters, read_config, se
 from pipeline.models.hidden_states import WithStates
 from pipeline.stages import distill as distill_stage
 from pipeline.stages.cache import CacheShard
+from pipeline.stages.kept import KeptStates
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Shard, Teacher, TeacherCache, Tokens
 from pipeline.store.shards import rows_per_shard, store_shard, write_tokens
@@ -100,7 +101,7 @@ class Steps:
         of the bare forward pass in what the device is fast at."""
         resources = resources_for(self.device, self.compiled, inference_batch=self.shape.batch)
         step_dir = self.store.hold(TeacherCache.stage, "0" * 32)
-        worker = CacheShard(StepJob({}, self.inputs, step_dir, resources, {}), CACHE_DTYPE)
+        worker = CacheShard(StepJob({}, self.inputs, step_dir, resources, {}), KeptStates(CACHE_DTYPE))
         train = self.tokens.record.splits["train"].shards
         lines: list[str] = []
 

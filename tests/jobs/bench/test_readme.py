@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -219,6 +220,34 @@ def test_warm_starts_save_what_was_measured():
         + " |"
         for steps in (25, 50, 100, 150, 250)
     ]
+
+
+def test_caches_cost_what_was_measured():
+    document = json.loads((RESULTS / "cache-modes.json").read_text(encoding="utf-8"))
+    caches: dict[str, list[dict[str, Any]]] = {}
+    for student in document["students"]:
+        name = "`states`, float16" if student["mode"] == "states" else f"`logits`, {student['draws']} draws"
+        caches.setdefault(name, []).append(student)
+    exact = [student["test"]["gap_nats"] for student in caches["`states`, float16"]]
+
+    def line(name: str, students: list[dict[str, Any]]) -> str:
+        gaps, kls, same = (
+            [s["test"][metric] for s in students] for metric in ("gap_nats", "kl_nats", "top1_agreement")
+        )
+        apart = [gap - other for gap, other in zip(gaps, exact, strict=True)]
+        more = f"{mean(apart):+.4f} ({min(apart):+.4f} to {max(apart):+.4f})" if any(apart) else ""
+        size = students[0]["bytes_a_token"]
+        return f"| {name} | {size} | {mean(gaps):.4f} | {more} | {mean(kls):.4f} | {mean(same):.1%} |".replace(
+            "%", " %"
+        )
+
+    assert [s["seed"] for students in caches.values() for s in students] == [0, 1, 2] * len(caches)
+    expected = [line(name, students).replace("|  |", "| |") for name, students in caches.items()]
+    assert table(BENCH, "    bitmill compress configs/quickstart.yaml --preset best --set cache.mode") == expected
+    many = document["shares"][-1]
+    ratio = many["equal_distances"] / many["independent"]
+    assert f"{ratio:.2f} of what independent draws would" in BENCH
+    assert f"{many['distinct']:.0f} of 50 are distinct" in BENCH
 
 
 @pytest.mark.parametrize("name", ["README.md", "pipeline/sweep/README.md", "pipeline/retrain/README.md"])
