@@ -28,7 +28,7 @@ class Resources(Closed):
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False
     compile: bool | None = None  # layers and losses of a training step; null: on GPUs
-    checkpoint_steps: Positive = 100
+    checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     local_cache_gib: Rate = 100  # of copies that a node keeps of what it reads from S3; those used longest ago go

@@ -8,15 +8,16 @@ with and without Ray.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
@@ -29,7 +30,7 @@ from pipeline.models.student import load_parameters
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.stacks import Stacks, on_grid
-from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
+from pipeline.store.records import Advance, Shard, TeacherCache, never
 from pipeline.store.shards import Rows, StoredStates
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
@@ -38,7 +39,7 @@ from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, losses_of_logits, reference_nats
 from pipeline.tasks.task import Task
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Progress, under, weights
+from pipeline.training.checkpoints import CheckpointWriter, Progress, copied, under, weights
 from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
@@ -47,7 +48,7 @@ from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
-READ_EVERY = 10  # steps: a GPU that is asked for a loss waits until it has caught up
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: a GPU that is asked for a loss waits until it has caught up
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,16 @@ class TrainingJob:
 
 
 def train(
-    model: WithStates, job: TrainingJob, distillation: Distillation | None, device: torch.device, report: Advance
+    model: WithStates,
+    job: TrainingJob,
+    distillation: Distillation | None,
+    device: torch.device,
+    report: Advance,
+    ending: Callable[[], bool] = never,
 ) -> Progress | None:
     """Train to the last step, resuming from the last checkpoint. On rank 0, `model` ends with its best weights and
-    the progress is returned; other ranks return None."""
-    trainer = Trainer(model, job, distillation, device, report)
+    the progress is returned; other ranks return None. `ending` tells whether this worker is about to be ended."""
+    trainer = Trainer(model, job, distillation, device, report, ending)
     trainer.run()
     return trainer.progress if trainer.rank == 0 else None
 
@@ -92,6 +98,7 @@ class Trainer:
         distillation: Distillation | None,
         device: torch.device,
         report: Advance,
+        ending: Callable[[], bool] = never,
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -110,6 +117,10 @@ class Trainer:
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
         self.progress, self.watch = Progress(), Watch()
+        self.best: dict[str, Tensor] = {}  # weights, on the host of rank 0
+        self.writer, self.clock = CheckpointWriter(job.dir, device), time.monotonic
+        self.kept_step, self.kept_s = 0, 0.0  # when the last checkpoint was made
+        self.ending, self.announced = ending, False
         self.unread: list[dict[str, Tensor]] = []  # losses of the last steps, sums of this worker, on the device
 
     def run(self) -> None:
@@ -117,20 +128,17 @@ class Trainer:
         self._resume()
         steps = self.job.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
-        if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be the best
-            self._validate()
-            if self.rank == 0:
-                self.report(0, steps, "", list(self.progress.history))
-        try:
+        with contextlib.closing(self.rows), self.writer:
+            if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be best
+                self._validate()
+                if self.rank == 0:
+                    self.report(0, steps, "", list(self.progress.history))
             while self.progress.step < steps:
                 self.unread.append(self.train_step(self.progress.step))
                 self.progress.step += 1
                 self._after_step(steps)
-        finally:
-            self.rows.close()
         if self.rank == 0:
-            best = self.job.dir.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
-            load_parameters(self.model.model, load_file(best))
+            load_parameters(self.model.model, self.best)
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         """Take one optimizer step over one global batch; return the mean losses in nats, of this worker's part."""
@@ -147,12 +155,18 @@ class Trainer:
             self.distillation.bank.update(self._gather)
         return losses
 
-    def _refuse_divergence(self, nats: float, what: str, step: int) -> None:
-        if not math.isfinite(nats):
+    def _refuse_divergence(self, value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
+            self.writer.wait()
             raise RunError(
-                f"The {what} is {nats} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
-                "use precision: fp32. The last checkpoint is kept."
+                f"The {what} is {value} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
+                f"use precision: fp32. {self._kept}"
             )
+
+    @property
+    def _kept(self) -> str:
+        step = self.kept_step
+        return f"The last checkpoint, of step {step}, is kept." if step else "There was no checkpoint yet."
 
     def backward(self, step: int) -> dict[str, Tensor]:
         """Compute the gradients of one global batch, micro-batch by micro-batch; return what this worker adds to the
@@ -216,33 +230,50 @@ class Trainer:
     def _after_step(self, steps: int) -> None:
         progress, step = self.progress, self.progress.step
         validates = step == steps or step % self.recipe.eval_every == 0
-        keeps = validates or step % self.job.resources.checkpoint_steps == 0
-        if not keeps and len(self.unread) < READ_EVERY:
+        if not validates and len(self.unread) < READ_EVERY[self.device.type]:
             return
         known = len(progress.history)
-        note = f"loss {self._read_losses(steps):.3f}"
+        loss, due, ending = self._read_losses(steps)
+        note = f"loss {loss:.3f}"
         if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
-        if keeps:
-            if self.rank == 0:
-                checkpoints.write_checkpoint(self.job.dir, self._tensors(), progress)
-            self._barrier()
+        announced, self.announced = ending and not self.announced and step < steps, ending
+        if announced or (due and step < steps):
+            self._keep()
+        if announced:
+            self.writer.wait()
+            note += ", checkpoint before the end that was announced"
+        self.writer.look()
         if self.rank == 0:
             self.report(step, steps, note, progress.history[known:])
 
-    def _read_losses(self, steps: int) -> float:
-        """Take the losses of the steps since the last time into the history; return the last one. Raises RunError for
-        one that is no number."""
+    def _keep(self) -> None:
+        """Make a checkpoint, which is stored while training goes on."""
+        tensors = self._tensors()
+        moving = [t for name, t in tensors.items() if t.is_floating_point() and not name.startswith("best.")]
+        size = get_total_norm(moving)
+        self._refuse_divergence(float(size), "norm of what a checkpoint holds", self.progress.step)
+        self.kept_step, self.kept_s = self.progress.step, self.clock()
+        if self.rank == 0:
+            self.writer.begin(tensors, self.progress)
+
+    def _read_losses(self, steps: int) -> tuple[float, bool, bool]:
+        """Take the losses of the steps since the last time into the history; return the last one, and what the workers
+        agree upon: whether a checkpoint is due by the clock of rank 0, and whether any of them is about to be ended.
+        Raises RunError for a loss that is no number."""
         names = list(self.unread[0])
         sums = torch.stack([torch.stack(list(losses.values())) for losses in self.unread])
         first = self.progress.step - len(self.unread)
         self.unread.clear()
-        rows = self._all_reduce(sums).tolist()
+        due = self.rank == 0 and self.clock() - self.kept_s >= 60 * self.job.resources.checkpoint_minutes
+        flags = sent(torch.tensor([due, self.ending()], dtype=sums.dtype), self.device)
+        *losses, due, ending = self._all_reduce(torch.cat([sums.flatten(), flags])).tolist()
+        rows = [losses[start : start + len(names)] for start in range(0, len(losses), len(names))]
         for step, row in enumerate(rows, first):
             self._refuse_divergence(row[0], "loss", step)
             if step + 1 == steps or (step + 1) % max(1, steps // HISTORY_POINTS) == 0:
                 self.progress.history.append({"step": step + 1, **dict(zip(names, row, strict=True))})
-        return float(rows[-1][0])
+        return rows[-1][0], due > 0, ending > 0
 
     def _validate(self) -> float:
         """Score the validation split, write it down, and keep the weights if they are the best so far."""
@@ -258,10 +289,8 @@ class Trainer:
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
-            progress.best_file = f"attempt/best-{step}.safetensors"
             if self.rank == 0:
-                stored = checkpoints.store_tensors(self.job.dir, progress.best_file, weights(self.model))
-                progress.best_stored = stored.model_dump()
+                self.best, _ = copied(weights(self.model), self.device)
         return nats
 
     @torch.no_grad()
@@ -283,9 +312,10 @@ class Trainer:
         return nats / tokens, cosine / max(1.0, rows_of_two)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that the next step depends on."""
+        """Return every tensor that the next step depends on, and the best weights so far."""
         tensors = {f"model.{name}": parameter for name, parameter in weights(self.model).items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.tensors().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         if self.distillation is not None:
             tensors |= {f"bank.{name}": tensor for name, tensor in self.distillation.bank.state_dict().items()}
             tensors |= {f"codes.{name}": tensor for name, tensor in self.watch.codes.items()}
@@ -301,8 +331,10 @@ class Trainer:
             self.optimizers.load(under("optimizer.", tensors))
             if self.distillation is not None:
                 self.distillation.bank.load_state_dict(under("bank.", tensors))
-            self.watch.codes = under("codes.", tensors)
+            if self.rank == 0:
+                self.watch.codes, self.best = under("codes.", tensors), under("best.", tensors)
             self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
+        self.kept_step, self.kept_s = self.progress.step, self.clock()
         self._barrier()
 
     def _sum_gradients(self) -> None:
