@@ -23,6 +23,8 @@ from pipeline.models.hidden_states import WithStates
 from pipeline.store.records import StoredFile
 from pipeline.store.step_store import StepDir
 
+MICRO_BATCH = "attempt/micro-batch.json"
+
 
 @dataclass
 class Progress:
@@ -112,6 +114,19 @@ def latest_checkpoint(step_dir: StepDir) -> dict[str, Any] | None:
             continue
         return fields
     return None
+
+
+def note_micro_batch(step_dir: StepDir, given: int, fits: int) -> None:
+    """Store how many rows fit into memory at once where `given` did not, for whoever begins again."""
+    step_dir.write(MICRO_BATCH, json.dumps({"given": given, "fits": fits}).encode())
+
+
+def noted_micro_batch(step_dir: StepDir, given: int) -> int:
+    """Return how many rows fit into memory at once where `given` are asked for, as far as attempts found out."""
+    for place in reversed(step_dir.sizes(MICRO_BATCH)):
+        note = json.loads(step_dir.read(place))
+        return int(note["fits"]) if note["given"] == given else given
+    return given
 
 
 def load_checkpoint(step_dir: StepDir, fields: dict[str, Any]) -> tuple[dict[str, Tensor], Progress]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,10 @@ from pipeline.training.read_ahead import ReadAhead
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: a GPU that is asked for a loss waits until it has caught up
+
+
+class BeginAgainError(Exception):
+    """The workers of a training group are to begin again from the last checkpoint, with what one of them found out."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class Trainer:
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
         self.progress, self.watch = Progress(), Watch()
+        self.micro_batch = job.resources.micro_batch  # unless memory is too small
         self.best: dict[str, Tensor] = {}  # weights, on the host of rank 0
         self.writer, self.clock = CheckpointWriter(job.dir, device), time.monotonic
         self.kept_step, self.kept_s = 0, 0.0  # when the last checkpoint was made
@@ -128,7 +134,7 @@ class Trainer:
         self._resume()
         steps = self.job.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
-        with contextlib.closing(self.rows), self.writer:
+        with contextlib.closing(self.rows), self.writer, self._memory_explained():
             if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be best
                 self._validate()
                 if self.rank == 0:
@@ -146,7 +152,7 @@ class Trainer:
             faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.job.steps))
             for _, _, quantizer in quantizers(self.model):
                 quantizer.blend = faded_in
-        losses = self.backward(step)
+        losses = self._backward_in_memory(step)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
         self.optimizers.step(step, self.job.steps)
@@ -167,6 +173,48 @@ class Trainer:
     def _kept(self) -> str:
         step = self.kept_step
         return f"The last checkpoint, of step {step}, is kept." if step else "There was no checkpoint yet."
+
+    def _backward_in_memory(self, step: int) -> dict[str, Tensor]:
+        """Do what `backward` does, with as many rows at once as memory holds: where it is too small for them, half."""
+        while True:
+            try:
+                return self.backward(step)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            given, fits = self.job.resources.micro_batch, self.micro_batch // 2
+            checkpoints.note_micro_batch(self.job.dir, given, fits)
+            if self.world > 1:  # the others wait for gradients of this one
+                raise BeginAgainError(f"memory is too small for micro_batch {self.micro_batch}; next is {fits}")
+            self._take_micro_batch(fits)
+            if self.distillation is not None:
+                self.distillation.bank.forget()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _take_micro_batch(self, rows: int) -> None:
+        """Pass so many rows at once from here on, and say so where all can read it: in the record's history."""
+        self.micro_batch = rows
+        point = {"step": float(self.progress.step), "micro_batch": float(rows)}
+        self.progress.history.append(point)
+        if self.rank == 0:
+            note = f"micro_batch is {rows} from here on, as memory allows"
+            self.report(self.progress.step, self.job.steps, note, [point])
+
+    @contextlib.contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """Say which knobs there are where memory is too small even so."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            resources = self.job.resources
+            checkpointing = "" if resources.activation_checkpointing else ", or set activation_checkpointing: true"
+            raise RunError(
+                f"Memory is too small at step {self.progress.step}: {str(error).splitlines()[0]} Training passed rows "
+                f"{self.micro_batch} at a time (resources.micro_batch is {resources.micro_batch}), validation "
+                f"{resources.inference_batch}. Lower resources.micro_batch or resources.inference_batch, at least 1 "
+                f"each{checkpointing}. {self._kept}"
+            ) from error
 
     def backward(self, step: int) -> dict[str, Tensor]:
         """Compute the gradients of one global batch, micro-batch by micro-batch; return what this worker adds to the
@@ -195,7 +243,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> list[list[int]]:
         """Return the rows of a step that are this worker's, as many at a time as go through the model at once."""
         rows = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        return [micro.tolist() for micro in rows.split(self.job.resources.micro_batch)]
+        return [micro.tolist() for micro in rows.split(self.micro_batch)]
 
     def _backward(
         self, step: int, row_ids: list[int], then: Sequence[int], shares: dict[str, Tensor]
@@ -322,11 +370,15 @@ class Trainer:
         return tensors
 
     def _resume(self) -> None:
-        newest = [checkpoints.latest_checkpoint(self.job.dir) if self.rank == 0 else None]
+        begin: list[Any] = [None, self.micro_batch]
+        if self.rank == 0:
+            fits = checkpoints.noted_micro_batch(self.job.dir, self.micro_batch)
+            begin = [checkpoints.latest_checkpoint(self.job.dir), fits]
         if self.world > 1:  # rank 0 chooses, so that all go on from the same step
-            dist.broadcast_object_list(newest)
-        if newest[0] is not None:
-            tensors, self.progress = checkpoints.load_checkpoint(self.job.dir, newest[0])
+            dist.broadcast_object_list(begin)
+        newest, fits = begin
+        if newest is not None:
+            tensors, self.progress = checkpoints.load_checkpoint(self.job.dir, newest)
             load_parameters(self.model.model, under("model.", tensors))
             self.optimizers.load(under("optimizer.", tensors))
             if self.distillation is not None:
@@ -334,6 +386,11 @@ class Trainer:
             if self.rank == 0:
                 self.watch.codes, self.best = under("codes.", tensors), under("best.", tensors)
             self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
+            self.micro_batch = next(
+                (int(p["micro_batch"]) for p in self.progress.history[::-1] if "micro_batch" in p), self.micro_batch
+            )
+        if fits != self.micro_batch:
+            self._take_micro_batch(fits)
         self.kept_step, self.kept_s = self.progress.step, self.clock()
         self._barrier()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_one_copy_of_what_trains_is_made_at_a_time(case: Case, monkeypatch: pyte
     assert told == ["copied", "stored"] * 11
 
 
-@pytest.mark.parametrize("minutes", [4, 11], ids=["while it trains", "at the end"])
+@pytest.mark.parametrize("minutes", [7, 11], ids=["while it trains", "at the end"])
 def test_a_lease_that_is_lost_while_a_checkpoint_is_stored_ends_training(
     case: Case, minutes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +121,7 @@ def test_a_lease_that_is_lost_while_a_checkpoint_is_stored_ends_training(
     folder, ended, write = Path(job.dir.uri), threading.Event(), checkpoints.write_checkpoint
 
     def writing(*given: Any) -> None:
-        assert minutes == 4 or ended.wait(WAIT_S)
+        assert minutes == 7 or ended.wait(WAIT_S)
         (folder / "lease.json").write_bytes(Lease(None, 2).to_json())
         write(*given)
 
@@ -128,7 +129,12 @@ def test_a_lease_that_is_lost_while_a_checkpoint_is_stored_ends_training(
         if done == 12:
             ended.set()
 
+    def written() -> None:
+        if minutes == 7:
+            wait([future for future in [loop.writer._writing] if future is not None])
+
     monkeypatch.setattr(checkpoints, "write_checkpoint", writing)
+    before_step(loop, 9, written)
     loop.report = report
     with pytest.raises(FencedOffError):
         loop.run()
@@ -238,3 +244,64 @@ def test_weights_that_are_no_numbers_are_not_kept(case: Case) -> None:
     tensors, progress = load_checkpoint(job.dir, fields)
     assert progress.step == 6
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def too_large(loop: Trainer, fits: int, of_first: int) -> None:
+    """Memory holds so many rows, and so many of the first ones of a batch."""
+    backward = loop._backward
+
+    def limited(step: int, row_ids: list[int], then: Any, shares: Any) -> Any:
+        if len(row_ids) > (of_first if row_ids == loop._micro_batches(step)[0] else fits):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore that nobody reads.")
+        return backward(step, row_ids, then, shares)
+
+    loop._backward = limited  # type: ignore[method-assign]
+
+
+def test_rows_that_memory_does_not_hold_are_halved_and_the_batch_stays(case: Case) -> None:
+    recipe = DISTILL.model_copy(update={"batch_size": 12})
+    job = case.run(recipe, "halved", micro_batch=5, checkpoint_minutes=4)
+    loop, notes = case.loop(job, LOW), list[str]()
+    loop.report = lambda done, total, note, points=(): notes.append(note)
+    too_large(loop, fits=3, of_first=5)
+    loop.run()
+    small = case.loop(other := case.run(recipe, "small", micro_batch=2, checkpoint_minutes=4), LOW)
+    small.run()
+    ours, theirs = (load_checkpoint(run.dir, latest_checkpoint(run.dir) or {})[0] for run in (job, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [point for point in loop.progress.history if "micro_batch" in point] == [{"step": 0, "micro_batch": 2}]
+    assert "micro_batch is 2 from here on, as memory allows" in notes
+    again, wider = case.loop(job, LOW), case.loop(job, LOW)
+    again._resume()
+    assert (again.micro_batch, again.progress.step) == (2, 8)
+    assert [point for point in again.progress.history if "micro_batch" in point] == [{"step": 0, "micro_batch": 2}]
+    wider.micro_batch = 4  # who asks for others has them tried
+    wider._resume()
+    assert wider.micro_batch == 4
+
+
+def test_one_row_that_memory_does_not_hold_ends_training(case: Case) -> None:
+    loop = case.loop(case.run(FINETUNE, "nothing", micro_batch=4), LOW)
+    too_large(loop, fits=0, of_first=0)
+    with pytest.raises(RunError) as caught:
+        loop.run()
+    said = str(caught.value)
+    assert "at step 0: CUDA out of memory. Tried to allocate 2 GiB. Training" in said
+    assert "passed rows 1 at a time (resources.micro_batch is 4)" in said
+    assert all(knob in said for knob in ("resources.inference_batch", "activation_checkpointing: true"))
+
+
+def test_workers_of_which_one_has_too_little_memory_begin_again_with_half(case: Case) -> None:
+    job = case.run(FINETUNE, "group", micro_batch=2)
+
+    def work(rank: int) -> list[Any]:
+        loop = case.loop(job, LOW)
+        if rank == 1:
+            too_large(loop, fits=1, of_first=1)
+        loop.run()
+        return [loop.micro_batch, [point for point in loop.progress.history if "micro_batch" in point]]
+
+    with pytest.raises(Exception, match="BeginAgainError: memory is too small for micro_batch 2; next is 1"):
+        with_workers(2, case.root, work)
+    assert with_workers(2, case.root, work) == [[1, [{"step": 0, "micro_batch": 1}]]] * 2

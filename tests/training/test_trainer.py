@@ -161,12 +161,14 @@ def test_bf16_trains_close_to_fp32(case: Case) -> None:
 
 
 def weights_after(case: Case, run: TrainingJob, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Train to the end, stopped after each step of `stop_at` and started again with nothing but the store."""
+    """The best weights, and the losses of all steps, of a training that is stopped after each step of `stop_at` and
+    started again with nothing but the store."""
     for step in stop_at:
         run_until(case.loop(run, quant), step)
     loop = case.loop(run, quant)
     loop.run()
-    return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    losses = torch.tensor([entry["loss"] for entry in loop.progress.history if "loss" in entry], dtype=torch.float64)
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters()} | {"losses": losses}
 
 
 @pytest.mark.parametrize("recipe", [Distill(**DISTILL), FINETUNE], ids=["distill", "finetune"])
