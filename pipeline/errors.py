@@ -29,6 +29,10 @@ class LostError(RunError):
     """A worker died, or a disk or a network failed it; trying again may help."""
 
 
+class FullDiskError(LostError, OSError):
+    """A disk takes no more; an OSError too, by which whoever can do without a write passes over it."""
+
+
 class UnforeseenError(RunError):
     """Code failed in a way that was not foreseen."""
 
@@ -50,4 +54,5 @@ class BusyError(RunError):
 
 
 _KINDS: list[type[BitmillError]] = [BitmillError, *BitmillError.__subclasses__(), *RunError.__subclasses__()]
+_KINDS += LostError.__subclasses__()
 ERRORS = {kind.__name__: kind for kind in _KINDS}

@@ -24,11 +24,11 @@ class Resources(Closed):
     workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
     cpus_per_worker: Rate = 1
     gpus_per_worker: NotNegative = 0  # 0: all is computed on CPUs, whatever there is
-    micro_batch: Positive = 8  # rows a worker passes through the model at once while training
+    micro_batch: Positive = 8  # rows a worker passes through the model at once while training; half if memory is full
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False
     compile: bool | None = None  # layers and losses of a training step; null: on GPUs
-    checkpoint_steps: Positive = 100
+    checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     local_cache_gib: Rate = 100  # of copies that a node keeps of what it reads from S3; those used longest ago go

@@ -62,6 +62,10 @@ class MemoryBank:
         self.seen[moved] = True
         self._seen_on_host[ids] = True
 
+    def forget(self) -> None:
+        """Forget the sums of a step that is begun again."""
+        self._added.clear()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the bank as it goes into a checkpoint, between two steps."""
         return {"states": self.states, "seen": self.seen}

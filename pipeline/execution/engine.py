@@ -20,6 +20,7 @@ from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.execution.progress_actor import LOOK_S, Lookout, ProgressActor, asked, delivered, send
+from pipeline.execution.signals import Signals
 from pipeline.store.records import Advance
 from pipeline.store.step_store import StepDir
 
@@ -30,7 +31,7 @@ Item = TypeVar("Item", bound=Closed)
 class Worker(Protocol):
     """The work that every rank of a training group runs."""
 
-    def __call__(self, *, device: Any, report: Advance) -> None: ...
+    def __call__(self, *, device: Any, report: Advance, ending: Callable[[], bool]) -> None: ...
 
 
 class Engine:
@@ -80,7 +81,9 @@ class Engine:
             yield partial(send, actor, 0, 0)
 
     def train(self, worker: Worker, step_dir: StepDir, advance: Advance) -> None:
-        """Run `worker(device=..., report=...)` on every rank of a training group.
+        """Run `worker(device=..., report=..., ending=...)` on every rank of a training group. `ending` tells that the
+        worker is about to be ended, which is then for it to use: the node goes away, or this process was asked to end,
+        which it does once the worker has reported again.
 
         Raises:
             FencedOffError: the step was taken over; its workers are ended, as they are by an error that `advance`
@@ -101,7 +104,8 @@ class Engine:
         # A folder of this attempt: our checkpoints say where to go on, and a killed driver's workers may still write.
         run = RunConfig(storage_path=path, storage_filesystem=filesystem, name="ray")
         actor = None
-        work: Callable[[], Callable[..., None]] = partial(partial, worker, report=advance)
+        signals = Signals(advance)
+        work: Callable[[], Callable[..., None]] = partial(partial, worker, report=signals.report, ending=signals.came)
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self.start()
@@ -115,7 +119,8 @@ class Engine:
             }
             run.failure_config = FailureConfig(max_failures=resources.max_failures)
         config = {"work": work, "threads": self._threads(), "resources": resources}
-        with quiet(), delivered(actor, advance, self.groups, step_dir), explained(step_dir), _told(actor):
+        held_back = signals if actor is None else contextlib.nullcontext()
+        with quiet(), delivered(actor, advance, self.groups, step_dir), explained(step_dir), _told(actor), held_back:
             scaling = ScalingConfig(**workers)
             Trainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
 
@@ -312,10 +317,19 @@ def _guarded(worker: Worker, actor: Any, device: Any) -> None:
     if (group := get_current_placement_group()) is not None:
         actor.runs_in.remote(group.id.hex())  # for whoever stops this from outside to remove it; Ray Train leaves it
     try:
-        worker(device=device, report=partial(send, actor))
+        worker(device=device, report=partial(send, actor), ending=_leaves)
     except BitmillError as error:
         asked(actor.fail.remote(error))
         raise
+
+
+def _leaves() -> bool:
+    """Tell whether the node of a worker of this group goes away: it is drained, as Kubernetes' and clouds' notices make
+    Ray do. Ray Train restarts the group once it is gone, and counts that as no failure."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    # `ray.train.get_preemption_info` says the same, and has all workers wait for one another.
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +78,10 @@ def check(run: PinnedRun, start: Start, config: PreTrainedConfig, rows: StepDir,
             f"version whose weights are kept, or leave {KNOB} out."
         )
     packed = FinishedStep(package, start.package)
-    with tempfile.TemporaryDirectory(dir=start.package.scratch_dir()) as folder:
+    with start.package.scratch_folder() as folder:
         for file in (name for name in package.files if not name.endswith(".safetensors")):
-            shutil.copyfile(packed.local(file), Path(folder, Path(file).name))
-        own, theirs = _settings(run, config), _settings(run, read_config(Path(folder)))
+            shutil.copyfile(packed.local(file), folder / Path(file).name)
+        own, theirs = _settings(run, config), _settings(run, read_config(folder))
         if differing := sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name]):
             listed = ", ".join(f"{name} is {own[name]} here and {theirs[name]} there" for name in differing)
             raise ConfigError(

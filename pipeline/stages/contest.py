@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.data import Evaluate
@@ -101,8 +99,8 @@ def champion_of(job: StepJob) -> PreTrainedModel:
     from pipeline.package.package import load  # transformers, for those who only plan
 
     uri, digest = job.locations["package_uri"], job.recipe["champion"]
-    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as scratch:
-        folder = Path(scratch) / "package"
+    with job.dir.scratch_folder() as scratch:
+        folder = scratch / "package"
         try:
             pull(from_store(uri), folder, uri)
         except ConfigError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Start, Step, StepJob, always, training_job
 from pipeline.store.keys import recipe_of
-from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Tokens
+from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Tokens, never
 from pipeline.training.checkpoints import finish, store_tensors, weights
 from pipeline.training.diagnostics import weight_histograms
 from pipeline.training.distillation import Distillation
@@ -62,20 +62,20 @@ def run(step: Step) -> Student:
 STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=5, unit="steps")
 
 
-def _train(job: StepJob, device: torch.device, report: Advance) -> None:
+def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable[[], bool] = never) -> None:
     teacher, cache, step_dir = job.input(Teacher), job.input(TeacherCache), job.dir
     quant, family = Quant.model_validate(job.recipe["quant"]), teacher.record.family
     recipe = Distill.model_validate(job.recipe["distill"])
     training = training_job(job, recipe, cache if cache.record.mode != "online" else None)
     latent = latent_weights(job.locations["start"]) if "start" in job.locations else None
     student, distillation = make(training, teacher.folder(), family, quant, device, latent)
-    progress = train(student, training, distillation, device, report)
+    progress = train(student, training, distillation, device, report, ending)
     if progress is None:  # another rank stores what there is
         return
     frozen = freeze_student(student.model.cpu(), quant, family_named(family))
-    with tempfile.TemporaryDirectory(dir=step_dir.scratch_dir()) as folder:
-        save_frozen(frozen, Path(folder) / "frozen")
-        files = {Student.FROZEN: step_dir.upload(Student.FROZEN, Path(folder) / "frozen")}
+    with step_dir.scratch_folder() as folder:
+        save_frozen(frozen, folder / "frozen")
+        files = {Student.FROZEN: step_dir.upload(Student.FROZEN, folder / "frozen")}
     files[Student.WEIGHTS] = store_tensors(step_dir, Student.WEIGHTS, weights(student))
     histograms = json.dumps(weight_histograms(student.model)).encode()
     files["histograms.json"] = step_dir.write("histograms.json", histograms)

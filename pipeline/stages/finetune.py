@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, training_job, upload_folder
 from pipeline.store.keys import recipe_of
-from pipeline.store.records import Advance, Record, StoredFile, Teacher, Tokens
+from pipeline.store.records import Advance, Record, StoredFile, Teacher, Tokens, never
 from pipeline.training.checkpoints import finish
 from pipeline.training.trainer import train
 
@@ -59,14 +58,14 @@ def run(step: Step) -> Teacher:
 STAGE = Stage(Teacher, inputs, recipe, run, locations, version=4, shared=True, unit="steps")
 
 
-def _train(job: StepJob, device: torch.device, report: Advance) -> None:
+def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable[[], bool] = never) -> None:
     recipe = Finetune.model_validate(job.recipe["finetune"])
     training = training_job(job, recipe)
     model = _checkpoint(job) if job.locations["model"] is not None else _new_model(job, recipe.seed)
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     keep_all_layers(model)
-    progress = train(WithStates(model), training, None, device, report)
+    progress = train(WithStates(model), training, None, device, report, ending)
     if progress is not None:
         finish(job.dir, progress, training.steps, _save(model, job))
 
@@ -94,9 +93,9 @@ def _import(job: StepJob) -> dict[str, StoredFile]:
 
 def _save(model: PreTrainedModel, job: StepJob) -> dict[str, StoredFile]:
     """Store the teacher as a Hugging Face folder of its own."""
-    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as folder:
+    with job.dir.scratch_folder() as folder:
         model.save_pretrained(folder)
-        files = upload_folder(job.dir, Path(folder), Teacher.FOLDER)
+        files = upload_folder(job.dir, folder, Teacher.FOLDER)
     count, family = parameters(model), job.recipe["model"]["family"]
     facts = {"parameters": count, "fp32_bytes": fp32_bytes(model), "hidden": model.config.hidden_size, "family": family}
     job.dir.write("attempt/facts.json", json.dumps(facts).encode())

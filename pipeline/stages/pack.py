@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,7 @@ def _pack(job: StepJob) -> tuple[dict[str, Any], dict[str, StoredFile]]:
     }
     quant, encoding = Quant.model_validate(student.record.recipe["quant"]), job.recipe["encoding"]
     frozen, config = load_frozen(student.local(Student.FROZEN)), read_config(teacher.folder())
-    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as name:
-        folder = Path(name)
+    with job.dir.scratch_folder() as folder:
         for file in tokens.record.files:
             shutil.copyfile(tokens.local(file), folder / Path(file).name)
         manifest = write_package(folder, frozen, config, quant, encoding, student.record.family, facts)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.base import Closed
@@ -204,10 +202,10 @@ def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, Stored
         tokenizer = train_bpe(strings, job.recipe["tokenizer"]["train_bpe"], task.special_tokens)
     else:
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
-    with tempfile.TemporaryDirectory(dir=job.dir.scratch_dir()) as folder:
+    with job.dir.scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        read_tokenizer(Path(folder)).save_pretrained(folder)  # which is how it is written ever after: the same content
-        return upload_folder(job.dir, Path(folder), Tokens.FOLDER)
+        read_tokenizer(folder).save_pretrained(folder)  # which is how it is written ever after: the same content
+        return upload_folder(job.dir, folder, Tokens.FOLDER)
 
 
 def _collect(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.store.disk import writing_to
 
 COPIES, UNFINISHED, LOCK = "copies", "unfinished", ".lock"
 IN_USE_S = 600.0  # half of it where the disk is short
@@ -41,9 +42,10 @@ class Copies:
             _use(path)
             return path
         temporary = self._folder / UNFINISHED / uuid.uuid4().hex
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fetch(temporary)
+            with writing_to(temporary, "resources.local_cache_dir"):
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                fetch(temporary)
             self._fetched_bytes += temporary.stat().st_size
             with self._locked(fcntl.LOCK_SH):
                 _use(temporary)  # it may have taken long

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 from pipeline.credentials import taking_none
 from pipeline.errors import ConfigError, RunError
+from pipeline.store.disk import writing_to
 
 TEMPORARY = ".tmp"
+KNOB = "resources.storage_uri"
 
 
 class Stat(NamedTuple):
@@ -105,7 +107,7 @@ class Directory:
         path = self._path(name)
         if not path.exists():
             return False
-        with open(_lock_of(path), "w") as lock:
+        with writing_to(path, KNOB), open(_lock_of(path), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 if path.read_bytes() != expected:
@@ -190,15 +192,16 @@ class Directory:
     def _put(self, name: str, fill: Callable[[Path], object], place: Callable[[Path, Path], None]) -> bool:
         """Fill a temporary file and put it in the object's place, whole; False if `place` refuses an object there."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
         try:
-            fill(temporary)
-            _sync(temporary)
-            try:
-                place(temporary, path)
-            except FileExistsError:
-                return False
+            with writing_to(path, KNOB):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fill(temporary)
+                _sync(temporary)
+                try:
+                    place(temporary, path)
+                except FileExistsError:
+                    return False
             return True
         finally:
             temporary.unlink(missing_ok=True)

@@ -23,6 +23,11 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int, note: str, points: Sequence[Point] = ()) -> None: ...
 
 
+def never() -> bool:
+    """Tell that nobody announced an end."""
+    return False
+
+
 class Checksum(Closed):
     """The size and SHA-256 of a file."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -192,8 +191,8 @@ def _words(tensor: Tensor) -> NDArray[Any]:
 
 def store_shard(step_dir: StepDir, name: str, rows: int, tokens: int, write: Callable[[Path], None]) -> Shard:
     """Write a shard to a temporary file, and store it."""
-    with tempfile.TemporaryDirectory(dir=step_dir.scratch_dir()) as folder:
-        path = Path(folder) / name.replace("/", "-")
+    with step_dir.scratch_folder() as folder:
+        path = folder / name.replace("/", "-")
         write(path)
         return Shard(name=name, rows=rows, tokens=tokens, file=step_dir.upload(name, path))
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from typing import Any, Generic, TypeVar
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, DamagedError, RunError
 from pipeline.store.copies import copies_in
+from pipeline.store.disk import writing_to
 from pipeline.store.lease import LEASE, LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
@@ -211,6 +213,13 @@ class StepDir:
         """Return a folder for temporary files on this node."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch
+
+    @contextlib.contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """Yield a temporary folder of its own on this node; a full disk is said as such."""
+        scratch = self.scratch_dir()
+        with writing_to(scratch, "resources.local_cache_dir"), tempfile.TemporaryDirectory(dir=scratch) as folder:
+            yield Path(folder)
 
     def run_folder(self) -> tuple[str, Any]:
         """Return where Ray keeps this attempt's state: a path that all nodes share, and a pyarrow file system."""

@@ -8,15 +8,17 @@ with and without Ray.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
 from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
@@ -29,7 +31,7 @@ from pipeline.models.student import load_parameters
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import after_step
 from pipeline.quant.stacks import Stacks, on_grid
-from pipeline.store.records import Advance, Shard, StoredFile, TeacherCache
+from pipeline.store.records import Advance, Shard, TeacherCache, never
 from pipeline.store.shards import Rows, Stored
 from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks.batch import Batch
@@ -38,7 +40,7 @@ from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.losses import CONTRAST, DISTILLING, TEACHING, losses_of_logits, reference_nats
 from pipeline.tasks.task import Task
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Progress, under, weights
+from pipeline.training.checkpoints import CheckpointWriter, Progress, copied, under, weights
 from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
@@ -47,7 +49,11 @@ from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
-READ_EVERY = 10  # steps: a GPU that is asked for a loss waits until it has caught up
+READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: a GPU that is asked for a loss waits until it has caught up
+
+
+class BeginAgainError(Exception):
+    """The workers of a training group are to begin again from the last checkpoint, with what one of them found out."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,16 @@ class TrainingJob:
 
 
 def train(
-    model: WithStates, job: TrainingJob, distillation: Distillation | None, device: torch.device, report: Advance
+    model: WithStates,
+    job: TrainingJob,
+    distillation: Distillation | None,
+    device: torch.device,
+    report: Advance,
+    ending: Callable[[], bool] = never,
 ) -> Progress | None:
     """Train to the last step, resuming from the last checkpoint. On rank 0, `model` ends with its best weights and
-    the progress is returned; other ranks return None."""
-    trainer = Trainer(model, job, distillation, device, report)
+    the progress is returned; other ranks return None. `ending` tells whether this worker is about to be ended."""
+    trainer = Trainer(model, job, distillation, device, report, ending)
     trainer.run()
     return trainer.progress if trainer.rank == 0 else None
 
@@ -92,6 +103,7 @@ class Trainer:
         distillation: Distillation | None,
         device: torch.device,
         report: Advance,
+        ending: Callable[[], bool] = never,
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -110,6 +122,11 @@ class Trainer:
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
         self.progress, self.watch = Progress(), Watch()
+        self.micro_batch = job.resources.micro_batch  # unless memory is too small
+        self.best: dict[str, Tensor] = {}  # weights, on the host of rank 0
+        self.writer, self.clock = CheckpointWriter(job.dir, device), time.monotonic
+        self.kept_step, self.kept_s = 0, 0.0  # when the last checkpoint was made
+        self.ending, self.announced = ending, False
         self.unread: list[dict[str, Tensor]] = []  # losses of the last steps, sums of this worker, on the device
 
     def run(self) -> None:
@@ -117,20 +134,17 @@ class Trainer:
         self._resume()
         steps = self.job.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
-        if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be the best
-            self._validate()
-            if self.rank == 0:
-                self.report(0, steps, "", list(self.progress.history))
-        try:
+        with contextlib.closing(self.rows), self.writer, self._memory_explained():
+            if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be best
+                self._validate()
+                if self.rank == 0:
+                    self.report(0, steps, "", list(self.progress.history))
             while self.progress.step < steps:
                 self.unread.append(self.train_step(self.progress.step))
                 self.progress.step += 1
                 self._after_step(steps)
-        finally:
-            self.rows.close()
         if self.rank == 0:
-            best = self.job.dir.local(self.progress.best_file, StoredFile(**self.progress.best_stored))
-            load_parameters(self.model.model, load_file(best))
+            load_parameters(self.model.model, self.best)
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         """Take one optimizer step over one global batch; return the mean losses in nats, of this worker's part."""
@@ -138,7 +152,7 @@ class Trainer:
             faded_in = min(1.0, step / (self.distillation.recipe.fade_in * self.job.steps))
             for _, _, quantizer in quantizers(self.model):
                 quantizer.blend = faded_in
-        losses = self.backward(step)
+        losses = self._backward_in_memory(step)
         if self.recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.optimizers.clipped, self.recipe.clip_norm)
         self.optimizers.step(step, self.job.steps)
@@ -147,12 +161,60 @@ class Trainer:
             self.distillation.bank.update(self._gather)
         return losses
 
-    def _refuse_divergence(self, nats: float, what: str, step: int) -> None:
-        if not math.isfinite(nats):
+    def _refuse_divergence(self, value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
+            self.writer.wait()
             raise RunError(
-                f"The {what} is {nats} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
-                "use precision: fp32. The last checkpoint is kept."
+                f"The {what} is {value} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
+                f"use precision: fp32. {self._kept}"
             )
+
+    @property
+    def _kept(self) -> str:
+        step = self.kept_step
+        return f"The last checkpoint, of step {step}, is kept." if step else "There was no checkpoint yet."
+
+    def _backward_in_memory(self, step: int) -> dict[str, Tensor]:
+        """Do what `backward` does, with as many rows at once as memory holds: where it is too small for them, half."""
+        while True:
+            try:
+                return self.backward(step)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            given, fits = self.job.resources.micro_batch, self.micro_batch // 2
+            checkpoints.note_micro_batch(self.job.dir, given, fits)
+            if self.world > 1:  # the others wait for gradients of this one
+                raise BeginAgainError(f"memory is too small for micro_batch {self.micro_batch}; next is {fits}")
+            self._take_micro_batch(fits)
+            if self.distillation is not None:
+                self.distillation.bank.forget()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _take_micro_batch(self, rows: int) -> None:
+        """Pass so many rows at once from here on, and say so where all can read it: in the record's history."""
+        self.micro_batch = rows
+        point = {"step": float(self.progress.step), "micro_batch": float(rows)}
+        self.progress.history.append(point)
+        if self.rank == 0:
+            note = f"micro_batch is {rows} from here on, as memory allows"
+            self.report(self.progress.step, self.job.steps, note, [point])
+
+    @contextlib.contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """Say which knobs there are where memory is too small even so."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            resources = self.job.resources
+            checkpointing = "" if resources.activation_checkpointing else ", or set activation_checkpointing: true"
+            raise RunError(
+                f"Memory is too small at step {self.progress.step}: {str(error).splitlines()[0]} Training passed rows "
+                f"{self.micro_batch} at a time (resources.micro_batch is {resources.micro_batch}), validation "
+                f"{resources.inference_batch}. Lower resources.micro_batch or resources.inference_batch, at least 1 "
+                f"each{checkpointing}. {self._kept}"
+            ) from error
 
     def backward(self, step: int) -> dict[str, Tensor]:
         """Compute the gradients of one global batch, micro-batch by micro-batch; return what this worker adds to the
@@ -181,7 +243,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> list[list[int]]:
         """Return the rows of a step that are this worker's, as many at a time as go through the model at once."""
         rows = rank_rows(self.order.batch(step, self.recipe.batch_size), self.rank, self.world)
-        return [micro.tolist() for micro in rows.split(self.job.resources.micro_batch)]
+        return [micro.tolist() for micro in rows.split(self.micro_batch)]
 
     def _backward(
         self, step: int, row_ids: list[int], then: Sequence[int], shares: dict[str, Tensor]
@@ -216,33 +278,50 @@ class Trainer:
     def _after_step(self, steps: int) -> None:
         progress, step = self.progress, self.progress.step
         validates = step == steps or step % self.recipe.eval_every == 0
-        keeps = validates or step % self.job.resources.checkpoint_steps == 0
-        if not keeps and len(self.unread) < READ_EVERY:
+        if not validates and len(self.unread) < READ_EVERY[self.device.type]:
             return
         known = len(progress.history)
-        note = f"loss {self._read_losses(steps):.3f}"
+        loss, due, ending = self._read_losses(steps)
+        note = f"loss {loss:.3f}"
         if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
-        if keeps:
-            if self.rank == 0:
-                checkpoints.write_checkpoint(self.job.dir, self._tensors(), progress)
-            self._barrier()
+        announced, self.announced = ending and not self.announced and step < steps, ending
+        if announced or (due and step < steps):
+            self._keep()
+        if announced:
+            self.writer.wait()
+            note += ", checkpoint before the end that was announced"
+        self.writer.look()
         if self.rank == 0:
             self.report(step, steps, note, progress.history[known:])
 
-    def _read_losses(self, steps: int) -> float:
-        """Take the losses of the steps since the last time into the history; return the last one. Raises RunError for
-        one that is no number."""
+    def _keep(self) -> None:
+        """Make a checkpoint, which is stored while training goes on."""
+        tensors = self._tensors()
+        moving = [t for name, t in tensors.items() if t.is_floating_point() and not name.startswith("best.")]
+        size = get_total_norm(moving)
+        self._refuse_divergence(float(size), "norm of what a checkpoint holds", self.progress.step)
+        self.kept_step, self.kept_s = self.progress.step, self.clock()
+        if self.rank == 0:
+            self.writer.begin(tensors, self.progress)
+
+    def _read_losses(self, steps: int) -> tuple[float, bool, bool]:
+        """Take the losses of the steps since the last time into the history; return the last one, and what the workers
+        agree upon: whether a checkpoint is due by the clock of rank 0, and whether any of them is about to be ended.
+        Raises RunError for a loss that is no number."""
         names = list(self.unread[0])
         sums = torch.stack([torch.stack(list(losses.values())) for losses in self.unread])
         first = self.progress.step - len(self.unread)
         self.unread.clear()
-        rows = self._all_reduce(sums).tolist()
+        due = self.rank == 0 and self.clock() - self.kept_s >= 60 * self.job.resources.checkpoint_minutes
+        flags = sent(torch.tensor([due, self.ending()], dtype=sums.dtype), self.device)
+        *losses, due, ending = self._all_reduce(torch.cat([sums.flatten(), flags])).tolist()
+        rows = [losses[start : start + len(names)] for start in range(0, len(losses), len(names))]
         for step, row in enumerate(rows, first):
             self._refuse_divergence(row[0], "loss", step)
             if step + 1 == steps or (step + 1) % max(1, steps // HISTORY_POINTS) == 0:
                 self.progress.history.append({"step": step + 1, **dict(zip(names, row, strict=True))})
-        return float(rows[-1][0])
+        return rows[-1][0], due > 0, ending > 0
 
     def _validate(self) -> float:
         """Score the validation split, write it down, and keep the weights if they are the best so far."""
@@ -258,10 +337,8 @@ class Trainer:
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
-            progress.best_file = f"attempt/best-{step}.safetensors"
             if self.rank == 0:
-                stored = checkpoints.store_tensors(self.job.dir, progress.best_file, weights(self.model))
-                progress.best_stored = stored.model_dump()
+                self.best, _ = copied(weights(self.model), self.device)
         return nats
 
     @torch.no_grad()
@@ -283,26 +360,38 @@ class Trainer:
         return nats / tokens, cosine / max(1.0, rows_of_two)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that the next step depends on."""
+        """Return every tensor that the next step depends on, and the best weights so far."""
         tensors = {f"model.{name}": parameter for name, parameter in weights(self.model).items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.tensors().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         if self.distillation is not None:
             tensors |= {f"bank.{name}": tensor for name, tensor in self.distillation.bank.state_dict().items()}
             tensors |= {f"codes.{name}": tensor for name, tensor in self.watch.codes.items()}
         return tensors
 
     def _resume(self) -> None:
-        newest = [checkpoints.latest_checkpoint(self.job.dir) if self.rank == 0 else None]
+        begin: list[Any] = [None, self.micro_batch]
+        if self.rank == 0:
+            fits = checkpoints.noted_micro_batch(self.job.dir, self.micro_batch)
+            begin = [checkpoints.latest_checkpoint(self.job.dir), fits]
         if self.world > 1:  # rank 0 chooses, so that all go on from the same step
-            dist.broadcast_object_list(newest)
-        if newest[0] is not None:
-            tensors, self.progress = checkpoints.load_checkpoint(self.job.dir, newest[0])
+            dist.broadcast_object_list(begin)
+        newest, fits = begin
+        if newest is not None:
+            tensors, self.progress = checkpoints.load_checkpoint(self.job.dir, newest)
             load_parameters(self.model.model, under("model.", tensors))
             self.optimizers.load(under("optimizer.", tensors))
             if self.distillation is not None:
                 self.distillation.bank.load_state_dict(under("bank.", tensors))
-            self.watch.codes = under("codes.", tensors)
+            if self.rank == 0:
+                self.watch.codes, self.best = under("codes.", tensors), under("best.", tensors)
             self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
+            self.micro_batch = next(
+                (int(p["micro_batch"]) for p in self.progress.history[::-1] if "micro_batch" in p), self.micro_batch
+            )
+        if fits != self.micro_batch:
+            self._take_micro_batch(fits)
+        self.kept_step, self.kept_s = self.progress.step, self.clock()
         self._barrier()
 
     def _sum_gradients(self) -> None:

@@ -52,7 +52,7 @@ class Project:
             "resources": {
                 "workers": 2,
                 "storage_uri": str(self.store),
-                "checkpoint_steps": 10,
+                "checkpoint_minutes": 0.001,
                 "micro_batch": 4,
                 "inference_batch": 4,  # so that a cache takes long enough to be met half made
             },

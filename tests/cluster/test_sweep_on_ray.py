@@ -122,7 +122,7 @@ def test_a_trial_whose_worker_was_killed_is_tried_again_and_no_secret_is_told(
         config = tiny_config(
             with_shared_steps(tmp_path, finished),
             distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
-            resources={"workers": 1, "checkpoint_steps": 10, "tracking_uri": f"http://{LOGIN}@{address}"},
+            resources={"workers": 1, "checkpoint_minutes": 0.001, "tracking_uri": f"http://{LOGIN}@{address}"},
             sweep={"space": {"distill.seed": [1, 2]}},
         )
         killing = Killing()
@@ -255,7 +255,7 @@ def swept(folder: Path, tiny_fields: Callable[..., dict[str, Any]], workers: int
     return tiny_fields(
         folder,
         distill={"steps": 60, "eval_every": 10, "eval_rows": 8},
-        resources={"workers": workers, "checkpoint_steps": 5},
+        resources={"workers": workers, "checkpoint_minutes": 0.001},
         sweep={"space": {"quant.bits": BITS}, "max_concurrent": 2},
     )
 

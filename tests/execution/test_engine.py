@@ -77,7 +77,7 @@ def test_training_in_this_process_has_the_gpu_that_is_asked_for(
     monkeypatch.setattr(device, "this_device", lambda: torch.device("cuda", 0))  # Ray would try a GPU that is not there
     given: list[str] = []
 
-    def worker(*, device: Any, report: Any) -> None:
+    def worker(*, device: Any, report: Any, ending: Any) -> None:
         given.append(str(device))
 
     Engine(Resources(workers=0, gpus_per_worker=gpus)).train(worker, step_dir, lambda *progress, points=(): None)
@@ -200,7 +200,7 @@ def test_the_error_of_a_training_is_told_though_whoever_keeps_it_is_gone(two_cpu
     with pytest.raises(ValueError, match="what the worker died of"), _told(actor):
         raise ValueError("what the worker died of")
 
-    def worker(*, device: Any, report: Any) -> None:
+    def worker(*, device: Any, report: Any, ending: Any) -> None:
         raise ConfigError("of ours")
 
     with pytest.raises(ConfigError, match="of ours"):
@@ -225,7 +225,7 @@ def check_ended(folder: Path) -> None:
 
 
 def test_who_is_told_of_a_training_ends_it_by_an_error(two_cpus: None, step_dir: StepDir, tmp_path: Path) -> None:
-    def worker(*, device: Any, report: Any) -> None:
+    def worker(*, device: Any, report: Any, ending: Any) -> None:
         report(1, 2, "")
         waits(tmp_path)
 

@@ -128,7 +128,7 @@ def test_a_second_run_reuses_everything_and_starts_nothing(finished, run_flow):
         ({"task": {"block_length": 16}}, ALL),
         ({"data": {"holdout": 0.06}}, ALL),
         ({"model": {"tokenizer": {"train_bpe": 290}}}, ALL),
-        ({"resources": {"workers": 2, "micro_batch": 2, "inference_batch": 3, "checkpoint_steps": 7}}, []),
+        ({"resources": {"workers": 2, "micro_batch": 2, "inference_batch": 3, "checkpoint_minutes": 7}}, []),
         ({"resources": {"namespace": "elsewhere", "cpus_per_worker": 3, "max_failures": 0}}, []),
     ],
     ids=str,

@@ -264,11 +264,11 @@ BEST = PRESETS["best"]
 def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
     case: Case, options: dict[str, Any], values: dict[str, Any]
 ) -> None:
-    recipe = Distill(**{**DISTILL, **values, "steps": 14, "eval_every": 14})
+    recipe = Distill(**{**DISTILL, **values, "steps": 15, "eval_every": 15})
     quant = Quant(bits="2-2-8", **options)
     ended = []
     for name, stop_at in (("undisturbed", ()), ("disturbed", (6, 11))):
-        run = case.run(recipe, f"{name}-{quant.quantizer}", checkpoint_steps=4)
+        run = case.run(recipe, f"{name}-{quant.quantizer}", checkpoint_minutes=2)
         weights_after(case, run, quant, stop_at)
         found = latest_checkpoint(run.dir)
         assert found is not None

@@ -61,7 +61,7 @@ class Slow(Recorder):
 
 def capped(schedule: Schedule, most: float | None, workers: int = 0) -> Config:
     config = schedule.config(BETTER)
-    given = {"max_worker_hours": most, "workers": workers, "checkpoint_steps": 1}
+    given = {"max_worker_hours": most, "workers": workers, "checkpoint_minutes": 1e-9}
     return config.model_copy(update={"resources": config.resources.model_copy(update=given)})
 
 

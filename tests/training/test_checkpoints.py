@@ -9,9 +9,8 @@ import torch
 
 from pipeline.store.lease import Lease
 from pipeline.store.objects import open_objects
-from pipeline.store.records import StoredFile
 from pipeline.store.step_store import StepDir
-from pipeline.training.checkpoints import Progress, latest_checkpoint, load_checkpoint, store_tensors, write_checkpoint
+from pipeline.training.checkpoints import Progress, latest_checkpoint, load_checkpoint, write_checkpoint
 
 
 @pytest.fixture
@@ -19,14 +18,8 @@ def step(tmp_path: Path) -> StepDir:
     return StepDir(str(tmp_path / "store"), "distill", "0" * 32, str(tmp_path / "scratch"))
 
 
-def write(attempt: StepDir, step: int, best: Progress | None = None) -> Progress:
-    """A checkpoint at a step, which is the best so far unless another is given."""
-    name, tensors = f"attempt/best-{step}.safetensors", {"x": torch.tensor([step])}
-    if best is None:
-        best = Progress(best_file=name, best_stored=store_tensors(attempt, name, tensors).model_dump())
-    progress = Progress(step=step, best_file=best.best_file, best_stored=best.best_stored)
-    write_checkpoint(attempt, tensors, progress)
-    return progress
+def write(attempt: StepDir, step: int) -> None:
+    write_checkpoint(attempt, {"x": torch.tensor([step])}, Progress(step=step))
 
 
 def newest_step(step_dir: StepDir) -> int | None:
@@ -35,24 +28,19 @@ def newest_step(step_dir: StepDir) -> int | None:
         return None
     tensors, progress = load_checkpoint(step_dir, fields)
     assert tensors["x"].item() == progress.step
-    step_dir.local(progress.best_file, StoredFile(**progress.best_stored))
     return progress.step
 
 
 def test_an_attempt_goes_on_from_the_one_before_until_it_has_a_checkpoint_of_its_own(step: StepDir) -> None:
     with step.hold(False, print) as first:
         assert newest_step(first) is None
-        write_checkpoint(first, {"x": torch.tensor([5])}, Progress(step=5))  # before the first validation
-        assert latest_checkpoint(first) is not None
         write(first, 9)
-        best = write(first, 10)
+        write(first, 10)
         assert [*first.sizes("attempt/checkpoint-")] == ["1/attempt/checkpoint-000000010.json"]
     with step.hold(False, print) as second:
         assert newest_step(second) == 10
-        write(second, 12, best)
-        assert newest_step(second) == 12  # with the best weights of the first
-        assert {place.partition("/")[0] for place in second.sizes("attempt/best-")} == {"1"}
-        write(second, 15)
+        write(second, 12)
+        assert newest_step(second) == 12
         assert {place.partition("/")[0] for place in second.sizes()} == {"2"}
 
 

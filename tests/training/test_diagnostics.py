@@ -197,7 +197,7 @@ def test_a_teacher_has_neither(finished: Ran) -> None:
 
 def looks_of(case: Case, recipe: Distill, name: str, stop_at: tuple[int, ...] = ()) -> Any:
     """Looks and history of a run that is stopped after some steps and started again from the store."""
-    run = case.run(recipe, name, checkpoint_steps=9)
+    run = case.run(recipe, name, checkpoint_minutes=9)
     for stop in stop_at:
         run_until(case.loop(run, Quant(bits="2-2-8")), stop)
     loop = case.loop(run, Quant(bits="2-2-8"))

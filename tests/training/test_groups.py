@@ -71,8 +71,8 @@ def test_a_student_of_groups_trains_freezes_and_comes_back(
 @pytest.mark.parametrize("quantizer", ["lsq", "laq"])
 def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(case: Case, quantizer: str) -> None:
     recipe, quant = Distill(**{**DISTILL, "steps": 14, "eval_every": 14}), grouped(quantizer)
-    undisturbed = weights_after(case, case.run(recipe, f"u-{quantizer}", checkpoint_steps=4), quant)
-    disturbed = weights_after(case, case.run(recipe, f"d-{quantizer}", checkpoint_steps=4), quant, (6, 11))
+    undisturbed = weights_after(case, case.run(recipe, f"u-{quantizer}", checkpoint_minutes=4), quant)
+    disturbed = weights_after(case, case.run(recipe, f"d-{quantizer}", checkpoint_minutes=4), quant, (6, 11))
     assert undisturbed.keys() == disturbed.keys()
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
 

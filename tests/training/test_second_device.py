@@ -26,6 +26,7 @@ from tests.training.cases import Case
 from tests.training.test_task_training import ROWS
 
 CPU = torch.device("cpu")
+SOON = 1e-9  # minutes
 COMMON: dict[str, Any] = {"steps": 3, "batch_size": 2, "eval_every": 1, "eval_rows": 2, "lr": 2e-3}
 DISTILLATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cached": ({"negatives": 4}, {}),
@@ -66,7 +67,7 @@ def test_a_distillation_that_is_resumed_ends_as_on_the_cpu(case: Case, device: t
     options, quant = DISTILLATIONS[kind]
     recipe = {"distill": recipe_of(Distill(**COMMON, **options)), "quant": recipe_of(Quant(**quant))}
     cache = {"cached": partial(case.cache, "float16"), "draws": case.draws}.get(kind, lambda: None)()
-    jobs = [case.step_job(recipe, cache=cache, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
+    jobs = [case.step_job(recipe, cache=cache, micro_batch=1, checkpoint_minutes=SOON) for _ in range(2)]
     ours = interrupted(distill._train, jobs[0], device)
     theirs = interrupted(distill._train, jobs[1], CPU, stop_at=None)
     histories = [json.loads(job.dir.read("1/history.json")) for job in jobs]
@@ -83,7 +84,7 @@ def test_tasks_of_several_lengths_a_row_train_as_on_the_cpu(task: str, device: t
     case = Case.of(tmp_path, *ROWS[task]())
     recipe = {"distill": recipe_of(Distill(**COMMON)), "quant": recipe_of(Quant())}
     ours, theirs = (
-        interrupted(distill._train, case.step_job(recipe, micro_batch=1, checkpoint_steps=1), where, stop_at)
+        interrupted(distill._train, case.step_job(recipe, micro_batch=1, checkpoint_minutes=SOON), where, stop_at)
         for where, stop_at in ((device, 2), (CPU, None))
     )
     assert ours["validation_nats"] == pytest.approx(theirs["validation_nats"], rel=0 if device is SECOND else 0.02)
@@ -96,7 +97,7 @@ def test_a_teacher_that_is_resumed_ends_as_on_the_cpu(case: Case, device: torch.
         "model": {"content": {}, "family": "gpt2"},
     }
     locations = {"model": ModelSource(case.teacher, {}).location()}
-    jobs = [case.step_job(recipe, locations=locations, micro_batch=1, checkpoint_steps=1) for _ in range(2)]
+    jobs = [case.step_job(recipe, locations=locations, micro_batch=1, checkpoint_minutes=SOON) for _ in range(2)]
     ours = interrupted(finetune._train, jobs[0], device)
     theirs = interrupted(finetune._train, jobs[1], CPU, stop_at=None)
     exact = device is SECOND and optimizer == "adam"  # Muon orthogonalises in bf16 away from the CPU

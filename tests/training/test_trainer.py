@@ -21,6 +21,7 @@ from pipeline.config.training import Distill, Finetune
 from pipeline.errors import RunError
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers import base
+from pipeline.training.checkpoints import under
 from pipeline.training.trainer import TrainingJob, train
 from tests.training.cases import VOCABULARY, Case, gradients, run_until, steps_of, with_workers
 
@@ -186,12 +187,14 @@ def test_bf16_trains_close_to_fp32(case: Case) -> None:
 
 
 def weights_after(case: Case, run: TrainingJob, quant: Quant, stop_at: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Train to the end, stopped after each step of `stop_at` and started again with nothing but the store."""
+    """The best weights, and the losses of all steps, of a training that is stopped after each step of `stop_at` and
+    started again with nothing but the store."""
     for step in stop_at:
         run_until(case.loop(run, quant), step)
     loop = case.loop(run, quant)
     loop.run()
-    return {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    losses = torch.tensor([entry["loss"] for entry in loop.progress.history if "loss" in entry], dtype=torch.float64)
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters()} | {"losses": losses}
 
 
 @pytest.mark.parametrize("recipe", [Distill(**DISTILL), FINETUNE], ids=["distill", "finetune"])
@@ -200,15 +203,15 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(
     case: Case, recipe: Distill | Finetune, stop_at: tuple[int, ...]
 ) -> None:
     name = f"{type(recipe).__name__}{stop_at[0]}"
-    undisturbed = weights_after(case, case.run(recipe, f"u{name}", checkpoint_steps=15), LOW)
-    disturbed = weights_after(case, case.run(recipe, f"d{name}", checkpoint_steps=15), LOW, stop_at)
+    undisturbed = weights_after(case, case.run(recipe, f"u{name}", checkpoint_minutes=15), LOW)
+    disturbed = weights_after(case, case.run(recipe, f"d{name}", checkpoint_minutes=15), LOW, stop_at)
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
 
 
 def test_a_run_by_draws_that_is_interrupted_ends_bit_for_bit_as_an_undisturbed_one(case: Case) -> None:
     recipe, draws = Distill(**{**DISTILL, "steps": 15}, contrast_weight=0.0), case.draws()
     undisturbed, disturbed = (
-        weights_after(case, case.run(recipe, name, draws, checkpoint_steps=5), LOW, stop_at)
+        weights_after(case, case.run(recipe, name, draws, checkpoint_minutes=5), LOW, stop_at)
         for name, stop_at in (("u-draws", ()), ("d-draws", (7,)))
     )
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
@@ -217,7 +220,7 @@ def test_a_run_by_draws_that_is_interrupted_ends_bit_for_bit_as_an_undisturbed_o
 def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
     recipe = Distill(**DISTILL)
     whole = steps_of(case.loop(case.run(recipe, "whole"), LOW), 30)["rows"]
-    run = case.run(recipe, "parts", checkpoint_steps=10)
+    run = case.run(recipe, "parts", checkpoint_minutes=10)
     run_until(case.loop(run, LOW), 17)
     loop = case.loop(run, LOW)
     loop._resume()
@@ -226,7 +229,7 @@ def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
 
 
 def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
-    run = case.run(Distill(**DISTILL), "damaged", checkpoint_steps=10)
+    run = case.run(Distill(**DISTILL), "damaged", checkpoint_minutes=10)
     run_until(case.loop(run, LOW), 17)
     (state,) = Path(run.dir.uri).glob("1/attempt/state-*.safetensors")
     content = bytearray(state.read_bytes())
@@ -282,10 +285,10 @@ def test_the_checkpoint_is_chosen_on_rows_drawn_by_their_content_the_same_each_t
     assert validated(seed=1) == validated(seed=0, world=2) == validated(seed=0, turned=True) == [first, first]
 
 
-def test_a_diverged_loss_stops_the_run_and_keeps_the_checkpoint(case: Case) -> None:
+def test_a_diverged_loss_stops_the_run(case: Case) -> None:
     run = case.run(Finetune(steps=50, batch_size=12, lr=1e9, clip_norm=None, eval_every=1), "diverged")
     loop = case.loop(run, FULL)
-    with pytest.raises(RunError, match="Lower the learning rate"):
+    with pytest.raises(RunError, match=r"Lower the learning rate.*There was no checkpoint yet\."):
         loop.run()
 
 
@@ -303,17 +306,21 @@ def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
     torch.testing.assert_close(states.to(ids.device).wide(), online.teacher(ids)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_best_file_is_stored_whole(case: Case) -> None:
-    run = case.run(Distill(**DISTILL), "whole-best")
-    run_until(case.loop(run, LOW), 25)
-    (best,) = Path(run.dir.uri).glob("1/attempt/best-*.safetensors")
-    assert set(load_file(best)) == set(dict(case.loop(run, LOW).model.model.named_parameters()))
+def test_a_checkpoint_holds_the_best_weights_whole(case: Case) -> None:
+    run = case.run(Distill(**DISTILL), "whole-best", checkpoint_minutes=22)
+    loop = case.loop(run, LOW)
+    run_until(loop, 25)
+    (state,) = Path(run.dir.uri).glob("1/attempt/state-000000022.safetensors")
+    best, names = under("best.", load_file(state)), dict(case.loop(run, LOW).model.model.named_parameters())
+    assert best.keys() == names.keys()
+    assert all(torch.equal(best[name], weight) for name, weight in loop.best.items())
+    assert any(not torch.equal(best[name], weight) for name, weight in loop.model.model.named_parameters())
 
 
 def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
     recipe = Distill(**DISTILL)
     whole = steps_of(case.loop(case.run(recipe, "unkilled"), LOW), 30)["rows"]
-    run = case.run(recipe, "killed", checkpoint_steps=10)
+    run = case.run(recipe, "killed", checkpoint_minutes=10)
     log = case.root / "killed-rows"
     log.touch()
 
@@ -328,6 +335,7 @@ def test_rows_after_a_kill_neither_repeat_nor_skip(case: Case) -> None:
 
         def stepping(number: int) -> dict[str, torch.Tensor]:
             if number == kill_at:
+                loop.writer.wait()
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(number)
 

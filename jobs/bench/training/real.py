@@ -48,6 +48,7 @@ from pipeline.store.step_store import FinishedStep, StepDir
 from pipeline.tasks import task_of
 from pipeline.tasks.scoring import Scores
 from pipeline.tasks.tokenizers import read_tokenizer
+from pipeline.training.checkpoints import write_checkpoint
 from pipeline.training.trainer import Trainer, TrainingJob
 
 FINETUNE = "finetune"
@@ -344,16 +345,17 @@ class RealBench:
     ) -> dict[str, Any]:
         """Train as planned, from the last checkpoint if there is one; return how it went."""
         job = job_of(plan.steps)
-        every = max(1, int(KEEP_S / plan.step_s))
-        job = replace(job, resources=job.resources.model_copy(update={"checkpoint_steps": every}))
-        begun, first = time.perf_counter(), [0]
+        job = replace(job, resources=job.resources.model_copy(update={"checkpoint_minutes": KEEP_S / 60}))
+        begun, first, said_s = time.perf_counter(), [0], [0.0]
         most_memory = 0
 
         def say(done: int, total: int, note: str, points: Any = ()) -> None:
             if note == "resumed":
                 first[0] = done
-            if note and (note == "resumed" or "validation" in note or done % every == 0):
-                self.console.print(f"{name}: {done}/{total}, {time.perf_counter() - begun:.0f} s, {note}")
+            now_s = time.perf_counter() - begun
+            if note and (note == "resumed" or "validation" in note or now_s - said_s[0] >= KEEP_S):
+                said_s[0] = now_s
+                self.console.print(f"{name}: {done}/{total}, {now_s:.0f} s, {note}")
 
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -361,6 +363,7 @@ class RealBench:
         trainer.run()
         wait(self.device)
         seconds = time.perf_counter() - begun
+        write_checkpoint(job.dir, trainer._tensors(), trainer.progress)  # scoring takes long, and may be stopped
         if self.device.type == "cuda":
             most_memory = torch.cuda.max_memory_allocated(self.device)
         a_step = job.recipe.batch_size * self.task.settings.block_length

@@ -190,7 +190,6 @@ class Steps:
             self.compiled,
             micro_batch=max(1, self.shape.micro_batch // parts),
             inference_batch=self.shape.batch,
-            checkpoint_steps=STEPS,
         )
         stage = "distill" if isinstance(recipe, Distill) else "finetune"
         return job_of(self.store, stage, f"{self._made:032d}", recipe, resources, self.inputs, cached)

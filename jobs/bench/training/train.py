@@ -25,7 +25,7 @@ from jobs.bench.training.steps import ROWS, Case, Shape, Steps
 from jobs.bench.training.workers import of_two
 from jobs.display import print_table
 from pipeline.errors import ConfigError
-from pipeline.training.checkpoints import write_checkpoint
+from pipeline.training.checkpoints import CheckpointWriter
 from pipeline.training.trainer import Trainer
 
 FLOORS = Path(__file__).parent.parent / "results" / "train-floors.json"
@@ -148,13 +148,19 @@ def _measured(name: str, steps: Steps, beside: Case | None, extent: Extent, out:
 
 
 def _beside_steps(trainer: Trainer, device: torch.device) -> dict[str, float]:
-    """Return the seconds of a validation and of a checkpoint."""
+    """Return the seconds of a validation, of a second checkpoint, and those of it that training waits for."""
     seconds = {"validation_s": seconds_a_step(lambda step: trainer.validate(), 0, 1, device)}
+    with CheckpointWriter(trainer.job.dir, device) as writer:
 
-    def keep(step: int) -> None:
-        write_checkpoint(trainer.job.dir, trainer._tensors(), trainer.progress)
+        def keep(step: int) -> None:
+            writer.begin(trainer._tensors(), trainer.progress)
 
-    return seconds | {"checkpoint_s": seconds_a_step(keep, 0, 1, device)}
+        keep(0)  # which finds room for copies
+        writer.wait()
+        begun = time.perf_counter()
+        seconds["checkpoint_waits_s"] = seconds_a_step(keep, 0, 1, device)
+        writer.wait()
+        return seconds | {"checkpoint_s": time.perf_counter() - begun}
 
 
 def _rates(milliseconds: float, document: dict[str, Any], shape: Shape) -> dict[str, float]:
@@ -240,7 +246,8 @@ def _besides(document: dict[str, Any]) -> str:
     row = document["rows"].get(kinds.CACHED, {})
     said = [f"{name}: {error[:SHOWN]}" for name, error in document["failed"].items()]
     if "checkpoint_s" in row:
-        said.append(f"A validation takes {row['validation_s']:.2f} s, a checkpoint {row['checkpoint_s']:.2f} s.")
+        waits = f", of which training waits {row['checkpoint_waits_s']:.2f} s" if "checkpoint_waits_s" in row else ""
+        said.append(f"A validation takes {row['validation_s']:.2f} s, a checkpoint {row['checkpoint_s']:.2f} s{waits}.")
     return " ".join(said)
 
 

@@ -1,0 +1,86 @@
+"""A node that goes away says so before: training makes a checkpoint in time, and goes on from it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from pipeline.config.quant import Quant
+from pipeline.config.resources import Resources
+from pipeline.config.training import Distill
+from pipeline.execution.engine import Engine
+from pipeline.stages import distill
+from pipeline.stages.stage import StepJob
+from pipeline.store.keys import recipe_of
+from pipeline.training.trainer import Trainer
+from tests.training.cases import Case
+
+pytestmark = pytest.mark.timeout(900)
+GRACE_S = 5
+RECIPE = {"steps": 100, "batch_size": 4, "negatives": 4, "eval_every": 100, "eval_rows": 4, "lr": 2e-3}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that computes nothing, and two nodes for one worker."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    handler = signal.getsignal(signal.SIGTERM)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    signal.signal(signal.SIGTERM, handler)
+
+
+def slowly(job: StepJob, folder: Path, device: Any, report: Any, ending: Callable[[], bool]) -> None:
+    """Train at ten steps a second, so that the end of a node is met on the way."""
+    step = Trainer.train_step
+
+    def waiting(trainer: Trainer, number: int) -> Any:
+        time.sleep(0.1)
+        return step(trainer, number)
+
+    def told(done: int, total: int, note: str, points: Any = ()) -> None:
+        with open(folder / "told", "a") as file:  # for of many messages at once the driver takes the last
+            file.write(json.dumps([done, note]) + "\n")
+        report(done, total, note, points)
+
+    (folder / "node").write_text(ray.get_runtime_context().get_node_id())
+    Trainer.train_step = waiting  # type: ignore[method-assign]
+    distill._train(job, device, told, ending)
+
+
+def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    case = Case.make(tmp_path)
+    job = case.step_job({"distill": recipe_of(Distill(**RECIPE)), "quant": recipe_of(Quant())}, checkpoint_minutes=1000)
+    drained: list[int] = []
+
+    def advance(done: int, total: int, note: str, points: Any = ()) -> None:
+        if done > 0 and not drained:
+            drained.append(done)
+            deadline_ms = int(1000 * (time.time() + GRACE_S))
+            reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+            client = ray._raylet.GcsClient(address=cluster.address)
+            assert client.drain_node((tmp_path / "node").read_text(), reason, "taken back", deadline_ms)[0]
+
+    engine = Engine(Resources(workers=1, ray_address=cluster.address, max_failures=0))
+    engine.train(partial(slowly, job, tmp_path), job.dir, advance)
+    engine.close()
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    (announced,) = (done for done, note in told if note.endswith("checkpoint before the end that was announced"))
+    assert [done for done, note in told if note == "resumed"] == [announced]
+    assert announced > drained[0]
+    assert told[-1][0] == 100
+    assert (Path(job.dir.uri) / "1/attempt/result.json").exists()
