@@ -26,7 +26,8 @@ class Stat(NamedTuple):
 
 
 class Objects(Protocol):
-    """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached."""
+    """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached; then
+    nobody knows whether what was to be written is."""
 
     remote: bool  # so that `local` makes copies
 
@@ -197,8 +198,8 @@ class Directory:
             _sync(temporary)
             try:
                 place(temporary, path)
-            except FileExistsError:
-                return False
+            except FileExistsError:  # it is ours where only the answer of a file server was lost
+                return path.exists() and path.samefile(temporary)
             return True
         finally:
             temporary.unlink(missing_ok=True)
