@@ -30,24 +30,29 @@ KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]
 
 
-def bad_request(code):
-    return Response(f"<Error><Code>{code}</Code></Error>", 400)
+def refusal(code, status=400):
+    return Response(f"<Error><Code>{code}</Code></Error>", status)
 
 
 def atomic_s3():
     """moto's S3 as a WSGI application that checks a condition and writes the object in one, as S3 does: of sixteen
-    writers moto by itself lets two win now and then. And it refuses what was damaged on its way."""
-    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+    writers moto by itself lets two win now and then. It refuses what was damaged on its way, and forgets an upload once
+    that is complete, as some endpoints do."""
+    moto, lock, completed = DomainDispatcherApplication(create_backend_app), threading.Lock(), set()
 
     def answer(environ, start_response):
         try:
             body = get_input_stream(environ).read()
         except ClientDisconnected:
-            return bad_request("IncompleteBody")(environ, start_response)
+            return refusal("IncompleteBody")(environ, start_response)
         digest = base64.b64encode(hashlib.md5(body).digest()).decode()
         if environ.get("HTTP_CONTENT_MD5", digest) != digest:
-            return bad_request("BadDigest")(environ, start_response)
+            return refusal("BadDigest")(environ, start_response)
         with lock:
+            if environ["REQUEST_METHOD"] == "POST" and "uploadId" in (query := environ["QUERY_STRING"]):
+                if query in completed:
+                    return refusal("NoSuchUpload", 404)(environ, start_response)
+                completed.add(query)
             return list(moto({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
 
     return answer
