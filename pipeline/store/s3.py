@@ -27,6 +27,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from botocore.session import Session
 from botocore.utils import calculate_md5
+from urllib3.exceptions import HTTPError
 
 from pipeline.credentials import redacted
 from pipeline.errors import ConfigError, RunError
@@ -131,7 +132,7 @@ class Bucket:
                 answer["Body"] = answer["Body"].read()
                 _check(answer, wanted)
                 return answer
-            except BotoCoreError:  # the answer broke off, which boto3 does not mend once it has begun
+            except (BotoCoreError, HTTPError):  # the answer broke off, which boto3 does not mend once it has begun
                 if attempt >= self.patience.tries:
                     raise
             time.sleep(self.patience.pause_s(attempt))
@@ -246,10 +247,10 @@ class Bucket:
         return None
 
     def arrow(self, name: str) -> tuple[str, pyarrow.fs.FileSystem]:
-        filesystem = pyarrow.fs.S3FileSystem(  # each process finds the credentials by itself
-            region=self.client.meta.region_name, endpoint_override=self.client.meta.endpoint_url
+        meta = self.client.meta
+        return f"{self.bucket}/{self.prefix}{name}", ArrowFiles(
+            meta.region_name, meta.endpoint_url, self.patience.tries
         )
-        return f"{self.bucket}/{self.prefix}{name}", filesystem
 
     def flaw(self, name: str) -> str | None:
         try:
@@ -269,7 +270,7 @@ class Bucket:
         """Turn boto3's errors into S3Error, and the absence of the object `name` into FileNotFoundError."""
         try:
             yield
-        except (ClientError, BotoCoreError, Boto3Error) as error:
+        except (ClientError, BotoCoreError, Boto3Error, HTTPError) as error:
             if name is not None and _status(error) == 404 and _code(error) != "NoSuchBucket":
                 raise FileNotFoundError(name) from error
             said = str(error).rstrip(".")
@@ -279,6 +280,19 @@ class Bucket:
             elif isinstance(error, ConnectionError | HTTPClientError):
                 said += f". It was tried {self.patience.tries} times, or as often as AWS_MAX_ATTEMPTS says"
             raise S3Error(f"{said}.") from error
+
+
+class ArrowFiles(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
+    """S3 for readers through Arrow, which forgets how often to try when it is pickled. Each process finds the
+    credentials by itself."""
+
+    def __init__(self, region: str, endpoint: str, tries: int) -> None:
+        strategy = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=tries)
+        super().__init__(region=region, endpoint_override=endpoint, retry_strategy=strategy)
+        self._given = region, endpoint, tries
+
+    def __reduce__(self) -> tuple[type[ArrowFiles], tuple[str, str, int]]:
+        return ArrowFiles, self._given
 
 
 class _Ranges(io.RawIOBase):

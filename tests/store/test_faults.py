@@ -247,6 +247,24 @@ def test_the_standard_knob_says_how_often_is_tried(
         assert len(proxy.requests) == 2
 
 
+def test_arrow_tries_as_often_on_every_node(proxy: FaultProxy, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
+    path, filesystem = open_objects.__wrapped__(uri).arrow("a")
+    elsewhere = pickle.loads(pickle.dumps(filesystem))
+    with proxy.at(1.0, "503"), pytest.raises(OSError, match=r"SLOW_DOWN|SlowDown|503"):
+        elsewhere.open_input_stream(path)
+    assert len(proxy.requests) == 4
+
+
+def test_an_upload_that_another_has_ended_meanwhile_is_ended(proxy: FaultProxy, bucket: Any) -> None:
+    for name in "ab":
+        bucket.client.create_multipart_upload(Bucket=bucket.bucket, Key=f"{bucket.prefix}{name}")
+    with proxy.each("answer lost", lambda request: request[0] == "DELETE") as injected:
+        bucket.delete_unfinished("", lambda name: True)
+    assert injected["answer lost"] == 2
+    assert "Uploads" not in bucket.client.list_multipart_uploads(Bucket=bucket.bucket, Prefix=bucket.prefix)
+
+
 def test_waits_double_and_none_is_like_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_module, "FIRST_WAIT_S", 0.2)
     for attempts, most in ((1, 0.2), (2, 0.4), (5, 3.2), (9, 20.0)):
@@ -298,9 +316,15 @@ def test_credentials_are_those_of_the_standard_chain_and_nobody_else_learns_of_t
 
 
 UP_AND_DOWN = """
-import sys, tracemalloc
+import sys, time, tracemalloc
 from pathlib import Path
+from s3transfer.download import IOWriteTask
 from pipeline.store.objects import open_objects
+write = IOWriteTask._main
+def slowly(self, **chunk):
+    time.sleep(0.01)
+    write(self, **chunk)
+IOWriteTask._main = slowly  # a disk that is slower than the network
 bucket, scratch = open_objects(sys.argv[1]), Path(sys.argv[2])
 with open(scratch / "file", "wb") as file:
     file.truncate(int(sys.argv[3]))
@@ -318,4 +342,4 @@ def test_a_large_object_goes_up_and_down_in_the_memory_of_a_few_parts(uri: str, 
     up, down = map(int, done.stdout.split())
     print(f"peak of 40 MiB: {up / MIB:.1f} MiB up, {down / MIB:.1f} MiB down")
     assert up < 16 * MIB
-    assert down < 24 * MIB
+    assert down < 16 * MIB
