@@ -4,6 +4,17 @@ Every message says the cause, the offending value, the knob that changes it and 
 takes one string, so an error survives pickling between a worker and the driver.
 """
 
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class BitmillError(Exception):
     """A failure that is explained to the user without a traceback."""
@@ -56,3 +67,22 @@ class BusyError(RunError):
 _KINDS: list[type[BitmillError]] = [BitmillError, *BitmillError.__subclasses__(), *RunError.__subclasses__()]
 _KINDS += LostError.__subclasses__()
 ERRORS = {kind.__name__: kind for kind in _KINDS}
+
+
+@contextlib.contextmanager
+def writing_to(path: Path, knob: str) -> Iterator[None]:
+    """Turn what libraries raise inside, each in its own way, when the disk below a path takes no more."""
+    try:
+        yield
+    except BitmillError:
+        raise
+    except Exception as error:
+        reason = next((os.strerror(code) for code in FULL_DISK if os.strerror(code) in str(error)), None)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+        raise FullDiskError(
+            f"{path} cannot be written: {reason}; {free:,} bytes are free there. Make room (`bitmill gc --plan` tells "
+            f"what nobody needs), or set {knob} to a directory on another disk. What was committed is kept; the same "
+            "command goes on from there."
+        ) from error

@@ -108,9 +108,10 @@ class RunPlan:
 
 
 class Once:
-    """Remembers what was looked at, so that plans that are made in one go look at it once."""
+    """Remembers what was looked at, so that plans that are made in one go, perhaps `many`, look at it once."""
 
-    def __init__(self) -> None:
+    def __init__(self, many: bool = True) -> None:
+        self.many = many
         self._seen: dict[Hashable, Any] = {}
 
     def __call__(self, what: Hashable, look: Callable[[], T]) -> T:
@@ -129,7 +130,7 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
     Raises:
         ConfigError: anything that cannot work, said before any worker starts.
     """
-    look = once or Once()
+    look = once or Once(many=False)
     with _store_explained(config):
         run, start, steps = _plan_steps(config, until, look)
         config, pinned = run.config, _pinned(config)
@@ -210,15 +211,16 @@ def plan_step(
     step_dir = StepDir(
         storage_uri(resources), stage.name, key, scratch_dir(resources), local_cache_gib=resources.local_cache_gib
     )
-    record = (once or Once())(("record", step_dir), partial(step_dir.record, stage.record))
+    once = once or Once(many=False)
+    record = once(("record", step_dir), partial(step_dir.record, stage.record))
     if isinstance(record, ModelVersion) and not _registered(record, locations["uri"], once):
         record = None
     return PlannedStep(stage, recipe, inputs, step_dir, record, locations)
 
 
-def _registered(record: ModelVersion, uri: str, once: Once | None) -> bool:
+def _registered(record: ModelVersion, uri: str, once: Once) -> bool:
     """Tell whether a registry holds a version: one plan asks for it by its key, many for all keys of its name."""
-    if once is None:
+    if not once.many:
         return registry.registered(uri, record.name, record.key)
     return record.key in once(("registry", uri, record.name), partial(registry.held_keys, uri, record.name))
 

@@ -100,7 +100,7 @@ def plan_tick(config: Config, force: bool = False) -> Tick:
     decisions.refuse_another_place()
     made, last = decisions.all(), decisions.last()  # the last one first, of which no more are read than it takes
     crowned = None if last is None else last.champion
-    champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once()
+    champion, once = registry.registered_version(tracking_uri(config.resources), name, crowned), Once(many=False)
     if champion is not None and champion.key in {key_of_run(laid, once) for _, laid in _recipes(config)}:
         champion = champion if crowned is not None else None  # of a tick that was killed then, or of `compress`
     elif champion is not None:  # a tokenizer of its own is learned of other text

@@ -7,7 +7,6 @@ import fnmatch
 import glob
 import io
 import re
-import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # boto3, for those who read from S3
 
 FORMATS = {".txt": "txt", ".raw": "txt", ".tokens": "txt", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 AHEAD_BYTES = 2**20
-BUCKETS = threading.Lock()
 
 
 class SourceFile(Closed):
@@ -234,14 +232,9 @@ def _hub_explained(file: SourceFile) -> Iterator[None]:
         raise OSError(f"{file.uri} cannot be read: {error}") from error
 
 
-def s3_bucket(name: str) -> Bucket:
-    """Return a bucket by its name, the same for all that read from it, in any thread."""
-    with BUCKETS:  # boto3 makes clients for one thread at a time
-        return _s3_bucket(name)
-
-
 @lru_cache(maxsize=4)
-def _s3_bucket(name: str) -> Bucket:
+def s3_bucket(name: str) -> Bucket:
+    """Return a bucket by its name."""
     from pipeline.store.s3 import Bucket
 
     return Bucket(name, "")

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.errors import ConfigError
-from pipeline.store.disk import writing_to
+from pipeline.errors import ConfigError, writing_to
 
 COPIES, UNFINISHED, LOCK = "copies", "unfinished", ".lock"
 IN_USE_S = 600.0  # half of it where the disk is short

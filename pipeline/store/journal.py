@@ -113,10 +113,10 @@ class Journal:
         return head
 
     def _swap(self, head: Head, other: Head) -> bool:
-        """Put another head in the place of one; also where only the answer was lost."""
+        """Put another head in the place of one."""
         name = self.folder + HEAD
         made = head == Head() and self.objects.create(name, other.to_json())
-        return made or self.objects.swap(name, head.to_json(), other.to_json()) or self.head() == other
+        return made or self.objects.swap(name, head.to_json(), other.to_json())
 
     def _fenced_off(self, head: Head) -> FencedOffError:
         return FencedOffError(f"The {self.title} is no longer ours: its attempt {head.fence} took it over.")

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pipeline.store.records import attempt_of
 LEASE = "lease.json"
 HEARTBEAT_S, DEAD_AFTER_S = 15.0, 60.0
 POLL_S = 1.0
+_held: set[str] = set()  # the holds of this process, by the first part of their heartbeats
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Owner:
 
 @dataclass(frozen=True)
 class Lease:
-    """The content of a lease's file; without an owner it was let go. Each heartbeat is another value, of no clock."""
+    """The content of a lease's file; without an owner it was let go. Each heartbeat is another value, of no clock; what
+    is before its dash stays while the lease is held."""
 
     owner: Owner | None
     fence: int
@@ -58,6 +60,19 @@ class Lease:
     def to_json(self) -> bytes:
         """Return the bytes of the file."""
         return json.dumps(asdict(self)).encode()
+
+    @property
+    def hold(self) -> str:
+        """Return what names the hold among all there are."""
+        return self.heartbeat.partition("-")[0]
+
+    def beaten(self) -> Lease:
+        """Return the lease after another beat of the heart."""
+        return replace(self, heartbeat=f"{self.hold}-{uuid.uuid4().hex}")
+
+    def given_up(self) -> bool:
+        """Tell whether this very process took or held the lease and could not say that it does no more."""
+        return self.owner == Owner.this_process() and self.hold not in _held
 
     @classmethod
     def parse(cls, data: bytes) -> Lease:
@@ -75,14 +90,14 @@ class Watch:
         self._beats = False
 
     def dead(self, lease: Lease) -> bool:
-        """Tell whether nobody holds the lease any more. An owner on this host is asked; one elsewhere is dead once its
-        heart has not beaten for `DEAD_AFTER_S` seconds before our eyes."""
+        """Tell whether nobody holds the lease any more. An owner on this host is asked, this process remembers; one
+        elsewhere is dead once its heart has not beaten for `DEAD_AFTER_S` seconds before our eyes."""
         now = time.monotonic()
         if lease != self._seen:
             self._beats = self._seen is not None
             self._seen, self._since = lease, now
         if lease.owner is None or lease.owner.host == _this_host():
-            return lease.owner is None or lease.owner.gone()
+            return lease.owner is None or lease.owner.gone() or lease.given_up()
         return now - self._since >= DEAD_AFTER_S
 
     def doubtful(self, lease: Lease) -> bool:
@@ -151,6 +166,7 @@ class LeaseFile:
             finally:  # the heart beats until here, for that may take long
                 stop.set()
                 beat.join()
+                _held.discard(lease.hold)  # also where the store is away: then the next one here takes it over
                 with contextlib.suppress(*hidden):  # that the store is away must not replace an error under way
                     self._release(lease)
 
@@ -161,19 +177,15 @@ class LeaseFile:
 
     def _acquire(self, wait: bool, waiting: Callable[[Owner], None], sure: bool, seize: bool) -> Lease:
         told: Owner | None = None
-        mine: Lease | None = None
         watch = Watch()
         while True:
             current = self.read()
-            if mine is not None and current == mine:  # our write arrived, and only its answer was lost
-                return mine
-            newest = max(self.attempts(), default=0) if current is None else current.fence  # its file may be lost
-            mine = Lease(Owner.this_process(), newest + 1)
             if current is None:
-                if self.objects.create(self._name, mine.to_json()):
+                newest = max(self.attempts(), default=0)  # its file may be lost
+                if (mine := self._put(None, newest + 1)) is not None:
                     return mine
             elif seize or watch.dead(current):
-                if self.objects.swap(self._name, current.to_json(), mine.to_json()):
+                if (mine := self._put(current, current.fence + 1)) is not None:
                     return mine
             elif not wait and not (sure and watch.doubtful(current)):
                 raise BusyError(
@@ -186,10 +198,24 @@ class LeaseFile:
                     told = current.owner
                 time.sleep(POLL_S)
 
+    def _put(self, current: Lease | None, fence: int) -> Lease | None:
+        """Put a lease of this process where `current` is; return it, or None if another was quicker."""
+        mine, won = Lease(Owner.this_process(), fence), False
+        _held.add(mine.hold)  # before other threads see it
+        try:
+            if current is None:
+                won = self.objects.create(self._name, mine.to_json())
+            else:
+                won = self.objects.swap(self._name, current.to_json(), mine.to_json())
+        finally:
+            if not won:
+                _held.discard(mine.hold)
+        return mine if won else None
+
     def _beat(self, lease: Lease, stop: threading.Event) -> None:
         current = lease
         while not stop.wait(HEARTBEAT_S):
-            fresh = Lease(lease.owner, lease.fence)
+            fresh = current.beaten()
             try:
                 if self.objects.swap(self._name, current.to_json(), fresh.to_json()):
                     current = fresh

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.credentials import taking_none
-from pipeline.errors import ConfigError, RunError
-from pipeline.store.disk import writing_to
+from pipeline.errors import ConfigError, RunError, writing_to
 
 TEMPORARY = ".tmp"
 KNOB = "resources.storage_uri"
@@ -28,7 +27,8 @@ class Stat(NamedTuple):
 
 
 class Objects(Protocol):
-    """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached."""
+    """Named objects, each write atomic: a reader sees the old, the new, or none. OSError if it cannot be reached; then
+    nobody knows whether what was to be written is."""
 
     remote: bool  # so that `local` makes copies
 
@@ -200,8 +200,8 @@ class Directory:
                 _sync(temporary)
                 try:
                     place(temporary, path)
-                except FileExistsError:
-                    return False
+                except FileExistsError:  # it is ours where only the answer of a file server was lost
+                    return path.exists() and path.samefile(temporary)
             return True
         finally:
             temporary.unlink(missing_ok=True)

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.errors import ConfigError, DamagedError, RunError, writing_to
 from pipeline.store.copies import copies_in
-from pipeline.store.disk import writing_to
 from pipeline.store.lease import LEASE, LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record

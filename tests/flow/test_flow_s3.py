@@ -10,12 +10,16 @@ from pipeline.errors import ConfigError
 from pipeline.flow.line import LINE
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
+from pipeline.store import s3
 from tests.conftest import ARCHITECTURES, Recorder
+from tests.store.faults import FAULTS, FaultProxy
 from tests.store.test_step_store import serve_s3
 
 
-def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, finished):
-    with serve_s3() as bucket:
+def test_a_run_in_an_s3_with_faults_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, finished, monkeypatch):
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.001)
+    proxy = FaultProxy(seed=1)
+    with serve_s3(faults=proxy) as bucket, proxy.at(0.1) as injected:
         resources = {
             "storage_uri": f"{bucket}/project",
             "tracking_uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
@@ -36,6 +40,8 @@ def test_a_run_in_s3_is_the_run_in_a_directory(tmp_path, tiny_config, run_flow, 
         local = pipeline.load(finished.outcome.steps["pack"].folder_uri)
         assert torch.equal(model(ids).logits, local.eval()(ids).logits)
         assert not packed.dir.sizes("attempt/")
+        assert injected.total() >= 30
+        assert len(injected) >= len(FAULTS) - 2
 
 
 def test_what_a_run_learned_is_read_by_workers_with_caches_of_their_own(tmp_path, tiny_config, run_flow, monkeypatch):

@@ -226,3 +226,13 @@ def test_what_a_look_raises_is_raised_again() -> None:
         with pytest.raises(ConfigError, match="not yet"):
             once("it", look)
     assert [once("it", look), once("it", look), len(looks)] == [7, 7, 3]
+
+
+def test_one_plan_does_not_read_all_versions_there_are(finished: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_of_them(uri: str, name: str) -> None:
+        raise AssertionError(f"read all versions of {name}")
+
+    monkeypatch.setattr(registry, "held_keys", all_of_them)
+    assert not plan_run(finished.plan.config).left
+    with pytest.raises(AssertionError, match="all versions"):
+        plan_run(finished.plan.config, once=Once())  # of many plans the first does

@@ -53,7 +53,7 @@ def test_every_command_explains_itself(bitmill):
     assert {"compress", "sweep", "submit", "lookup", "report", "pull", "generate", "export", "evaluate"} <= set(
         top.commands
     )
-    assert set(benches) == {"quantizers", "paper", "sizes", "inference", "train", "real"}
+    assert set(benches) == {"quantizers", "paper", "sizes", "inference", "train", "real", "scale"}
     listed = bitmill("--help").stdout + bitmill("bench", "--help").stdout
     for name in names:
         assert name[-1] in listed

@@ -231,7 +231,7 @@ def test_an_object_that_changes_while_it_is_read_is_not_read_on(put, memo, big_p
 
 
 @pytest.mark.parametrize("broken", [2, 3])
-def test_a_connection_that_breaks_is_tried_again(put, memo, broken):
+def test_a_connection_that_breaks_is_tried_again(put, memo, broken, monkeypatch):
     class Broken:
         def read(self):
             raise ResponseStreamingError(error="broken")
@@ -242,7 +242,9 @@ def test_a_connection_that_breaks_is_tried_again(put, memo, broken):
 
     root, numbers = put("a.txt", b"one\n"), itertools.count()
     (part,) = parts(*pin_text(f"{root}/a.txt", "data.source", memo))
-    events = s3_bucket(root.removeprefix("s3://").partition("/")[0]).client.meta.events
+    bucket = s3_bucket(root.removeprefix("s3://").partition("/")[0])
+    monkeypatch.setattr(bucket.patience, "tries", 3)
+    events = bucket.client.meta.events
     events.register("after-call.s3.GetObject", break_some, "break")
     with contextlib.nullcontext() if broken == 2 else pytest.raises(OSError, match="broken"):
         assert list(documents(part, "document", "text")) == ["one\n"]

@@ -235,8 +235,8 @@ def test_a_folder_is_whole_though_it_takes_long_to_fetch_and_exceeds_the_budget(
         client: Any = open_objects(step.storage_uri)
         download = client.client.download_file
 
-        def slow(*arguments: Any) -> None:
-            download(*arguments)
+        def slow(*arguments: Any, **options: Any) -> None:
+            download(*arguments, **options)
             clock.now += 2 * IN_USE_S
 
         monkeypatch.setattr(client.client, "download_file", slow)

@@ -18,9 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.errors import ERRORS, FullDiskError, LostError, RunError
+from pipeline.errors import ERRORS, FullDiskError, LostError, RunError, writing_to
 from pipeline.store.copies import Copies
-from pipeline.store.disk import writing_to
 from pipeline.store.objects import open_objects
 from pipeline.store.step_store import StepDir
 

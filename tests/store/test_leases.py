@@ -20,7 +20,7 @@ from pipeline.store.lease import DEAD_AFTER_S, Lease, Owner
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Evaluation
 from pipeline.store.step_store import StepDir
-from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, serve_s3
+from tests.store.test_step_store import EVERYWHERE, KEY, at_once, content, evaluation, file_of, refuse, serve_s3
 
 NAME = f"{Evaluation.stage}/{KEY}/lease.json"
 DRIVER = """
@@ -62,7 +62,6 @@ def this_host(pid, started):
     return Owner(lease._this_host(), pid, started)
 
 
-THIS_PROCESS = this_host(os.getpid(), started_ticks(os.getpid()))
 PID_USED_AGAIN = this_host(os.getpid(), started_ticks(os.getpid()) - 100)
 ELSEWHERE = Owner("elsewhere", os.getpid(), started_ticks(os.getpid()))
 
@@ -197,8 +196,9 @@ def test_a_live_process_is_waited_for_until_it_is_done(step_dir):
     assert told == [Owner.this_process()]
 
 
-@pytest.mark.parametrize("owner", [THIS_PROCESS, ELSEWHERE], ids=["alive here", "who knows, elsewhere"])
-def test_whoever_does_not_wait_takes_over_from_nobody_who_may_live(step_dir, owner):
+@pytest.mark.parametrize("owner", ["alive here", ELSEWHERE], ids=["alive here", "who knows, elsewhere"])
+def test_whoever_does_not_wait_takes_over_from_nobody_who_may_live(step_dir, child, owner):
+    owner = this_host(child.pid, started_ticks(child.pid)) if owner == "alive here" else owner
     set_lease(step_dir, owner)
     needle = f"process {owner.pid} on {owner.host.split()[0]}.*--no-wait.*silent for 60 s"
     with pytest.raises(BusyError, match=needle), step_dir.hold(False, never):
@@ -235,16 +235,42 @@ def test_an_owner_elsewhere_is_taken_over_once_its_heart_was_seen_to_stand_still
         assert_fenced_off(replace(step_dir, fence=7), tmp_path)
 
 
-def test_an_owner_here_is_asked_and_its_heart_may_stand_still(step_dir, monkeypatch):
+def test_an_owner_here_is_asked_and_its_heart_may_stand_still(step_dir, child, monkeypatch):
     def meanwhile():
         if clock.slept == 30:
             set_lease(step_dir, None)
 
     monkeypatch.setattr(lease, "POLL_S", DEAD_AFTER_S / 3)
     clock = Clock(monkeypatch, meanwhile)
-    set_lease(step_dir, THIS_PROCESS)
+    set_lease(step_dir, this_host(child.pid, started_ticks(child.pid)))
     with step_dir.hold(True, lambda owner: None):
         assert clock.slept == 30
+
+
+@pytest.mark.parametrize("call", ["create", "swap"])
+def test_a_lease_that_this_process_has_and_does_not_know_of_is_taken_over(step_dir, monkeypatch, call):
+    objects = type(open_objects(step_dir.storage_uri))
+    sound = getattr(objects, call)
+
+    def answer_lost(self, *arguments):
+        sound(self, *arguments)
+        raise OSError("the store is away")
+
+    if call == "swap":
+        set_lease(step_dir, None, fence=0)
+    with monkeypatch.context() as away:  # when it was taken
+        away.setattr(objects, call, answer_lost)
+        with pytest.raises(OSError, match="away"), step_dir.hold(False, never):
+            pass
+    with (
+        monkeypatch.context() as away,
+        pytest.raises(OSError, match="not supported"),  # when it was let go
+        step_dir.hold(False, never) as second,
+    ):
+        away.setattr(objects, "swap", refuse)
+    assert lease_of(step_dir).owner == Owner.this_process()
+    with step_dir.hold(False, never) as third:
+        assert (second.fence, third.fence) == (2, 3)
 
 
 @pytest.mark.parametrize("skew_s", [-61.0, 0.0, 3600.0])

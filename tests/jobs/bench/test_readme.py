@@ -33,6 +33,7 @@ DOCUMENTS = {
         "pipeline/export/README.md",
         "pipeline/package/README.md",
         "pipeline/retrain/README.md",
+        "pipeline/store/README.md",
     )
 }
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]

@@ -1,0 +1,1 @@
+"""`bitmill bench scale`: text, stores and registries that grow."""

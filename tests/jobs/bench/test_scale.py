@@ -1,0 +1,59 @@
+"""`bitmill bench scale`, tiny; and what its committed results say."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.bench.scale.measure import LIMITS_S, MOST_MEMORY, MOST_TIME, STAGES, TIMES, cells, growth, measure
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "jobs" / "bench" / "results" / "scale.json"
+README = (ROOT / "pipeline" / "store" / "README.md").read_text(encoding="utf-8")
+
+
+def test_all_is_measured_and_drawn(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    document = measure(0.05, 300, 40, tmp_path, console, run=lambda work, *arguments: work(*arguments))
+    assert json.loads((tmp_path / "scale.json").read_text()) == document
+    assert (tmp_path / "scale.png").stat().st_size > 0
+    assert [row["stage"] for row in document["stages"]] == [*STAGES] * len(TIMES)
+    assert all(row["cpu_s"] > 0 and row["peak_mib"] > 0 for row in document["stages"])
+    rows = [row["rows"] for row in document["stages"] if row["stage"] == "tokenize"]
+    assert 9 < rows[-1] / rows[0] < 11
+    large = document["large"]
+    assert large["objects"] >= 300
+    assert large["versions"] == large["found"] == 40
+    assert large["left"] == 0
+    assert large["garbage"] >= large["deleted"] > 20
+    assert all(large[name]["cpu_s"] > 0 for name in LIMITS_S)
+    assert "40 versions" in console.file.getvalue()
+
+
+def test_growth_is_that_of_the_largest_over_the_smallest() -> None:
+    rows = [{"stage": s, "mib": m, "cpu_s": t, "peak_mib": p} for s in STAGES for m, t, p in ((1, 2, 50), (10, 22, 60))]
+    assert growth(rows) == {stage: {"time": 1.1, "memory": 1.2} for stage in STAGES}
+
+
+def test_what_was_measured_is_within_the_limits_and_is_what_the_readme_says() -> None:
+    document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    stages, large = document["stages"], document["large"]
+    assert document["growth"] == growth(stages)
+    assert max(row["mib"] for row in stages) >= 10 * min(row["mib"] for row in stages)
+    for grown in document["growth"].values():
+        assert grown["memory"] <= MOST_MEMORY
+        assert grown["time"] <= MOST_TIME
+    assert large["objects"] >= 100_000
+    assert large["versions"] >= 20_000
+    lines = [cells(row) for row in stages]
+    lines += [(name, f"{large[name]['cpu_s']:.2f}", f"{limit:g}") for name, limit in LIMITS_S.items()]
+    for line in lines:
+        assert f"| {' | '.join(line)} |" in README
+    grown = [f"{document['growth'][stage]['time']:.2f}" for stage in STAGES]
+    assert f"takes {grown[0]} times the seconds of one of the smallest in `tokenize` and {grown[1]}" in README
+    assert f"`gc` finds {large['garbage']:,} steps" in README
+    assert f"{large['deleted']} steps took {large['delete']['cpu_s']:.1f} s" in README
+    assert all(large[name]["cpu_s"] <= limit for name, limit in LIMITS_S.items())
