@@ -9,6 +9,7 @@ with and without Ray.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
 from pipeline.training.optimizers import Optimizers
+from pipeline.training.pace import Pace
 from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
@@ -109,7 +111,7 @@ class Trainer:
         self.validation = Rows(job.tokens, job.validation)
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
-        self.progress, self.watch = Progress(), Watch()
+        self.progress, self.watch, self.pace = Progress(), Watch(), Pace()
         self.unread: list[dict[str, Tensor]] = []  # losses of the last steps, sums of this worker, on the device
 
     def run(self) -> None:
@@ -121,6 +123,7 @@ class Trainer:
             self._validate()
             if self.rank == 0:
                 self.report(0, steps, "", list(self.progress.history))
+        self.pace.restart()
         try:
             while self.progress.step < steps:
                 self.unread.append(self.train_step(self.progress.step))
@@ -160,7 +163,9 @@ class Trainer:
         self.model.train()
         self.optimizers.zero_grad()
         micros = self._micro_batches(step)
-        counted = self.job.task.counts(self.rows.lengths([row for micro in micros for row in micro]))
+        lengths = self.rows.lengths([row for micro in micros for row in micro])
+        self.pace.steps, self.pace.tokens = self.pace.steps + 1, self.pace.tokens + int(lengths.sum()) * self.world
+        counted = self.job.task.counts(lengths)
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
         weights = sent(torch.tensor([self._weight(name) for name in names], dtype=torch.float64), self.device)
@@ -210,7 +215,9 @@ class Trainer:
         return losses
 
     def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, StoredStates | None]:
+        begun = time.perf_counter()
         ids, lengths, states = self.rows.get(row_ids, then)
+        self.pace.waited_s += time.perf_counter() - begun
         return self.job.task.batch(ids, lengths).to(self.device), states
 
     def _after_step(self, steps: int) -> None:
@@ -221,6 +228,7 @@ class Trainer:
             return
         known = len(progress.history)
         note = f"loss {self._read_losses(steps):.3f}"
+        pace = self.pace.point(step)
         if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
         if keeps:
@@ -228,7 +236,8 @@ class Trainer:
                 checkpoints.write_checkpoint(self.job.dir, self._tensors(), progress)
             self._barrier()
         if self.rank == 0:
-            self.report(step, steps, note, progress.history[known:])
+            self.report(step, steps, note, [*progress.history[known:], pace])
+        self.pace.restart()
 
     def _read_losses(self, steps: int) -> float:
         """Take the losses of the steps since the last time into the history; return the last one. Raises RunError for
