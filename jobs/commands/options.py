@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from jobs.log import JSON, LOG_FORMATS, TEXT, JsonLines, lines_of
 from pipeline.credentials import redacted
 from pipeline.errors import BitmillError, ConfigError
 
@@ -42,7 +43,11 @@ TrackingUri = Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", h
 Namespace = Annotated[str | None, typer.Option(help="The folder of the store, as resources.namespace.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LogFormat = Annotated[
+    str, typer.Option(envvar="BITMILL_LOG_FORMAT", help="What goes to stderr: text, or json, one object a line.")
+]
 
+WIDTH_OF_JSON = 10_000
 WIDTH_OF_LOGS = 120  # a terminal has its own; 80, which rich assumes elsewhere, cuts tables of figures
 VARIABLES = {"ray_address": "RAY_ADDRESS", "tracking_uri": "MLFLOW_TRACKING_URI", "storage_uri": "BITMILL_STORAGE_URI"}
 
@@ -61,21 +66,21 @@ STORE = [
     _option("storage_uri", StorageUri, "./bitmill-store"),
     _option("namespace", Namespace, None),
 ]
-COMMON = [_option("as_json", Json, False), _option("debug", Debug, False)]
+COMMON = [_option("as_json", Json, False), _option("log_format", LogFormat, TEXT), _option("debug", Debug, False)]
 
 
 def command(app: typer.Typer, foreign_options: bool = False) -> Callable[[Callable[..., Any]], None]:
     """Return a decorator that makes a command of a function, which returns the document of --json.
 
     Its parameters are the options, but for three that are given: `console`, for people, `resources`, as --tracking-uri,
-    --storage-uri and --namespace say, and `as_json`. Every command has --json and --debug. With `foreign_options`,
-    options that it does not have are among its arguments.
+    --storage-uri and --namespace say, and `as_json`. Every command has --json, --log-format and --debug. With
+    `foreign_options`, options that it does not have are among its arguments.
     """
 
     def register(work: Callable[..., Any]) -> None:
         own = signature(work, eval_str=True).parameters
 
-        def run(as_json: bool, debug: bool, **values: Any) -> None:
+        def run(as_json: bool, log_format: str, debug: bool, **values: Any) -> None:
             def act(console: Console) -> Any:
                 if "resources" in own:
                     from pipeline.config.load import load_resources
@@ -85,7 +90,7 @@ def command(app: typer.Typer, foreign_options: bool = False) -> Callable[[Callab
                     values["as_json"] = as_json
                 return work(console, **values)
 
-            execute(act, as_json, debug)
+            execute(act, as_json, debug, log_format)
 
         options = [parameter for name, parameter in own.items() if name not in ("console", "resources", "as_json")]
         options += [*(STORE if "resources" in own else ()), *COMMON]
@@ -97,9 +102,16 @@ def command(app: typer.Typer, foreign_options: bool = False) -> Callable[[Callab
     return register
 
 
-def open_console() -> Console:
-    """Return the console for people, on stderr. Text is text to it: neither `[extra]` nor `:key:` is markup."""
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+def open_console(log_format: str = TEXT) -> Console:
+    """Return the console for people, on stderr. Text is text to it: neither `[extra]` nor `:key:` is markup. Raises
+    ConfigError: there is no such format."""
+    if log_format not in LOG_FORMATS:
+        raise ConfigError(f"--log-format is {log_format!r}; valid: {', '.join(LOG_FORMATS)}")
+    style: Any = {"highlight": False, "markup": False, "emoji": False}
+    if log_format == JSON:  # whole lines, and no colours, whatever the environment says of terminals
+        file = cast("IO[str]", JsonLines(sys.stderr))
+        return Console(file=file, width=WIDTH_OF_JSON, force_terminal=False, color_system=None, **style)
+    console = Console(stderr=True, **style)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_LOGS
     return console
@@ -123,10 +135,11 @@ def interruptible() -> Iterator[None]:
             signal.signal(kind, signal.SIG_DFL)
 
 
-def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
+def execute(work: Callable[[Console], Any], as_json: bool, debug: bool, log_format: str = TEXT) -> None:
     """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
     console = open_console()
     try:
+        console = open_console(log_format)
         with interruptible():
             document = work(console)
     except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with the latter
@@ -139,7 +152,10 @@ def execute(work: Callable[[Console], Any], as_json: bool, debug: bool) -> None:
         if not isinstance(error, BitmillError):
             text = f"{type(error).__name__}: {text.strip() or 'no message'}\nThis was not foreseen. "
             text += "What was committed is kept; --debug shows the traceback."
-        console.print(Text.assemble(("error:", "bold red"), " ", redacted(text)), soft_wrap=True)
+        if (lines := lines_of(console)) is not None:
+            lines.tell("error", message=redacted(text))
+        else:
+            console.print(Text.assemble(("error:", "bold red"), " ", redacted(text)), soft_wrap=True)
         raise typer.Exit(Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED) from None
     if as_json:
         sys.stdout.write(json.dumps(document, indent=1) + "\n")

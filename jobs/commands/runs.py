@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from jobs.commands.options import AnyModel, ConfigFile, Overrides, Wait, command, environment
+from jobs.log import lines_of
 from pipeline.credentials import redacted
 from pipeline.errors import ConfigError
 
@@ -21,6 +22,16 @@ def _chosen(overrides: list[str] | None, bits: str | None = None, preset: str | 
     """Return as overrides all that options change of a configuration."""
     named = {"quant.bits": bits, "preset": preset}
     return [*(overrides or []), *(f"{key}={value}" for key, value in named.items() if value)]
+
+
+def _loaded(console: Console, config: str, overrides: list[str] | None) -> Any:
+    """Return the configuration of a file, and have a log of JSON name it from here on."""
+    from pipeline.config.load import load_config
+
+    loaded = load_config(config, overrides, environment())
+    if (lines := lines_of(console)) is not None:
+        lines.run = loaded.name
+    return loaded
 
 
 @command(commands)
@@ -45,9 +56,8 @@ def compress(
     it is given again. `--plan` starts nothing.
     """
     from jobs.compress import compress as run
-    from pipeline.config.load import load_config
 
-    loaded = load_config(config, _chosen(overrides, bits, preset), environment())
+    loaded = _loaded(console, config, _chosen(overrides, bits, preset))
     return run(loaded, config, console, until=until, only_plan=plan, wait=wait, page=report)
 
 
@@ -70,9 +80,8 @@ def sweep(
     interrupted, however hard, goes on where it was when the command is given again.
     """
     from jobs.sweep import sweep as run
-    from pipeline.config.load import load_config
 
-    loaded = load_config(config, overrides, environment())
+    loaded = _loaded(console, config, overrides)
     return run(loaded, console, only_plan=plan, wait=wait, retry_failed=retry_failed)
 
 
@@ -93,9 +102,8 @@ def retrain(
     was when the command is given again.
     """
     from jobs.schedule.retrain import retrain as run
-    from pipeline.config.load import load_config
 
-    return run(load_config(config, overrides, environment()), console, force=force, only_plan=plan)
+    return run(_loaded(console, config, overrides), console, force=force, only_plan=plan)
 
 
 @command(commands)
@@ -162,12 +170,11 @@ def submit(
     `bitmill submit compress my-model.yaml --address http://HEAD:8265 --id my-model-2026-11-27`
     """
     from jobs import submit as job
-    from pipeline.config.load import load_config
 
     if name not in SUBMITTED:
         raise ConfigError(f"COMMAND is {name!r}; what can be submitted: {', '.join(SUBMITTED)}")
     given, passed_on = _parsed(name, config, options or [])
-    loaded = load_config(config, _chosen(**given), environment())
+    loaded = _loaded(console, config, _chosen(**given))
     submission = job.prepare(name, loaded, passed_on, job_id, job.today())
     if plan:
         return job.print_plan(submission, loaded, console)
@@ -200,7 +207,7 @@ def _parsed(name: str, config: str, options: list[str]) -> tuple[dict[str, Any],
     passed_on = []
     for option in command.params:
         value = values[option.name]
-        if option.name in (*given, "config", "as_json", "debug") or value == option.default:
+        if option.name in (*given, "config", "as_json", "log_format", "debug") or value == option.default:
             continue
         if isinstance(value, bool):
             passed_on.append((option.opts if value else option.secondary_opts)[0])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import DamagedError
 from pipeline.execution.engine import Engine
+from pipeline.execution.gauges import published
 from pipeline.flow.plan import PlannedStep, RunPlan
 from pipeline.stages.stage import Step
 from pipeline.store.locations import storage_uri, tracking_uri
@@ -119,18 +120,20 @@ class _Runner:
                 return before, "reused"  # another process finished it while we waited
             held.announce(self._needed())
             begun = time.perf_counter()
-            record = step.stage.run(
-                Step(
-                    recipe=step.recipe,
-                    inputs={stage: self.outcome.steps[stage] for stage in step.inputs},
-                    dir=held,
-                    resources=self.engine.resources,
-                    locations=step.locations,
-                    version=step.stage.version,
-                    engine=self.engine,
-                    advance=partial(tell, self.listener, step.name),
+            told = partial(tell, self.listener, step.name)
+            with published(self.plan.config.name, step.name, step.key, told) as advance:
+                record = step.stage.run(
+                    Step(
+                        recipe=step.recipe,
+                        inputs={stage: self.outcome.steps[stage] for stage in step.inputs},
+                        dir=held,
+                        resources=self.engine.resources,
+                        locations=step.locations,
+                        version=step.stage.version,
+                        engine=self.engine,
+                        advance=advance,
+                    )
                 )
-            )
             if repair and before is not None:
                 record = record.model_copy(update={"provenance": before.provenance})
             elif held.fence == 1:  # in one go, so that the time says what the step costs

@@ -115,7 +115,12 @@ def run(step: Step) -> TeacherCache:
         )
     make, at_once = partial(CacheShard, step.job, kept), SHARDS_AT_ONCE if gpus else 1
     lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir, at_once)
-    shards = sorted((Shard.model_validate_json(line) for line in lines), key=lambda shard: shard.name)
+    shards: list[Shard] = []
+    for line in lines:
+        shards.append(Shard.model_validate_json(line))
+        point = {"step": float(len(shards)), "cache_bytes": float(sum(shard.file.bytes for shard in shards))}
+        step.advance(len(shards), len(split.shards), "", [point])
+    shards.sort(key=lambda shard: shard.name)
     return TeacherCache(
         **step.identity(),
         mode=mode,

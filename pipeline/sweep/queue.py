@@ -293,7 +293,9 @@ class TrialQueue:
         self._kept.put(trial.key, entry)
 
     def _say(self, note: str) -> None:
-        self.advance(self.ended_count, self.total, note)
+        ended, running = self.ended_count, len(self._running)
+        point = {"trials_running": float(running), "trials_waiting": float(max(0, self.total - ended - running))}
+        self.advance(ended, self.total, note, [{"step": float(ended), **point}])
 
 
 def described(plan: RunPlan, trial: Trial) -> Trial:

@@ -19,6 +19,7 @@ from pipeline.config.sweep import Sweep
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.execution import ray_tune
 from pipeline.execution.engine import Engine
+from pipeline.execution.gauges import published
 from pipeline.execution.ray_tune import PASSING
 from pipeline.flow.plan import Once, RunPlan, find_start, plan_run, target_of
 from pipeline.flow.run import run_plan
@@ -251,7 +252,8 @@ def _run(
             queue.charge(made.finished(TeacherCache).dir.key, made.worker_seconds)
     listener.started(TRIALS)
     if queue.left:
-        ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.max_concurrent)
+        with published(planned.config.name, TRIALS, planned.key, queue.advance) as queue.advance:
+            ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.max_concurrent)
 
 
 def _conclude(planned: SweepPlan, queue: TrialQueue, step_dir: StepDir) -> SweepResult:

@@ -45,6 +45,7 @@ from pipeline.training.data_order import DataOrder, rank_rows
 from pipeline.training.diagnostics import Watch, token_cosine
 from pipeline.training.distillation import Distillation
 from pipeline.training.optimizers import Optimizers
+from pipeline.training.pace import Pace
 from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
@@ -121,7 +122,7 @@ class Trainer:
         self.validation = Rows(job.tokens, job.validation)
         self.eval_rows = torch.tensor(self.validation.drawn(self.recipe.eval_rows))
         self.order = DataOrder([shard.rows for shard in job.train], self.recipe.seed)
-        self.progress, self.watch = Progress(), Watch()
+        self.progress, self.watch, self.pace = Progress(), Watch(), Pace()
         self.micro_batch = job.resources.micro_batch  # unless memory is too small
         self.best: dict[str, Tensor] = {}  # weights, on the host of rank 0
         self.writer, self.clock = CheckpointWriter(job.dir, device), time.monotonic
@@ -139,6 +140,7 @@ class Trainer:
                 self._validate()
                 if self.rank == 0:
                     self.report(0, steps, "", list(self.progress.history))
+            self.pace.restart()
             while self.progress.step < steps:
                 self.unread.append(self.train_step(self.progress.step))
                 self.progress.step += 1
@@ -222,7 +224,9 @@ class Trainer:
         self.model.train()
         self.optimizers.zero_grad()
         micros = self._micro_batches(step)
-        counted = self.job.task.counts(self.rows.lengths([row for micro in micros for row in micro]))
+        lengths = self.rows.lengths([row for micro in micros for row in micro])
+        self.pace.steps, self.pace.tokens = self.pace.steps + 1, self.pace.tokens + int(lengths.sum()) * self.world
+        counted = self.job.task.counts(lengths)
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
         weights = sent(torch.tensor([self._weight(name) for name in names], dtype=torch.float64), self.device)
@@ -272,7 +276,9 @@ class Trainer:
         return losses
 
     def _read(self, *row_ids: int, then: Sequence[int] = ()) -> tuple[Batch, Stored | None]:
+        begun = time.perf_counter()
         ids, lengths, cached = self.rows.get(row_ids, then)
+        self.pace.waited_s += time.perf_counter() - begun
         return self.job.task.batch(ids, lengths).to(self.device), cached
 
     def _after_step(self, steps: int) -> None:
@@ -282,7 +288,7 @@ class Trainer:
             return
         known = len(progress.history)
         loss, due, ending = self._read_losses(steps)
-        note = f"loss {loss:.3f}"
+        note, pace = f"loss {loss:.3f}", self.pace.point(step)
         if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
         announced, self.announced = ending and not self.announced and step < steps, ending
@@ -293,7 +299,8 @@ class Trainer:
             note += ", checkpoint before the end that was announced"
         self.writer.look()
         if self.rank == 0:
-            self.report(step, steps, note, progress.history[known:])
+            self.report(step, steps, note, [*progress.history[known:], pace])
+        self.pace.restart()
 
     def _keep(self) -> None:
         """Make a checkpoint, which is stored while training goes on."""

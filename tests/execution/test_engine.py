@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError, FencedOffError, LostError, OverBudgetError
 from pipeline.execution import engine as engine_module
-from pipeline.execution import progress_actor
+from pipeline.execution import gauges, progress_actor
 from pipeline.execution.engine import Engine, _guarded, _told
 from pipeline.models import device
 from pipeline.store.lease import Lease, Owner
@@ -99,9 +100,42 @@ def test_a_task_asks_for_the_gpus_it_is_given(monkeypatch: pytest.MonkeyPatch, s
 
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
+    with pytest.MonkeyPatch.context() as patch:  # metrics wait for ten seconds else
+        patch.setenv("RAY_metrics_report_interval_ms", "200")
+        ray.init(address="local", num_cpus=2, namespace="bitmill", log_to_driver=False, dashboard_host="127.0.0.1")
     yield
     ray.shutdown()
+
+
+def scraped(condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """What Prometheus would read of our gauges on this node, by their names, once the condition holds."""
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    end = time.monotonic() + 120
+    while True:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_bitmill_")]
+        read = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+        if condition(read):
+            labels = dict(zip(gauges.LABELS, ("chat", "distill", "f" * gauges.KEY_CHARACTERS), strict=True))
+            assert all(f'{name}="{value}"' in line for line in lines for name, value in labels.items())
+            return read
+        assert time.monotonic() < end, lines
+        time.sleep(0.1)
+
+
+def test_prometheus_reads_the_gauges_of_a_step_from_ray(two_cpus: None) -> None:
+    heard: list[Any] = []
+    point = {"step": 3.0, "other": 1.0, **{name: 100.0 + index for index, name in enumerate(gauges.OF_POINTS)}}
+    advance = lambda *progress: heard.append(progress)  # noqa: E731
+    with gauges.published("chat", "distill", "f" * 64, advance) as told:
+        told(3, 7, "loss 1.5", [point])
+        assert heard == [(3, 7, "loss 1.5", [point])]
+        read = scraped(lambda read: len(read) == len(gauges.GAUGES))
+        assert set(read) == {f"ray_{name}" for name in gauges.GAUGES}
+        assert [read[f"ray_{gauge}"] for gauge in gauges.OF_POINTS.values()] == [point[n] for n in gauges.OF_POINTS]
+        assert (read["ray_bitmill_running"], read["ray_bitmill_done"], read["ray_bitmill_total"]) == (1, 3, 7)
+        assert 0 < read["ray_bitmill_last_advance_timestamp_seconds"] <= time.time()
+    assert scraped(lambda read: read["ray_bitmill_running"] == 0)["ray_bitmill_done"] == 3
 
 
 def waits(folder: Path, **told: Any) -> None:

@@ -1,0 +1,85 @@
+"""`--log-format json`: each line on stderr is one object, with the run and, where there is one, the stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.commands.options import open_console
+from jobs.display import Display
+from jobs.log import FIELDS, JSON
+from pipeline.errors import ConfigError
+from pipeline.store.lease import Owner
+
+
+def lines(text):
+    documents = [json.loads(line) for line in text.splitlines()]
+    assert all(set(FIELDS) <= set(document) for document in documents)
+    return documents
+
+
+@pytest.fixture
+def written(tiny_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    fields = tiny_config(tmp_path / "store").model_dump(mode="json", by_alias=True)
+    path.write_text(yaml.safe_dump(fields))
+    return str(path)
+
+
+def test_a_run_is_told_as_objects(written, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    said = CliRunner().invoke(app, ["compress", written, "--until", "finetune", "--log-format", "json"])
+    assert said.exit_code == 0, said.stderr
+    told = lines(said.stderr)
+    name = yaml.safe_load(Path(written).read_text())["name"]
+    assert {line["run"] for line in told} == {name}
+    assert ("finetune", "started") in {(line["stage"], line["event"]) for line in told}
+    losses = [line for line in told if line["event"] == "measured" and line["loss"] is not None]
+    assert losses
+    assert all(line["stage"] == "finetune" and line["step"] > 0 for line in losses)
+    assert [line["status"] for line in told if line["event"] == "finished"] == ["done", "done"]
+
+
+def test_the_variable_sets_it_and_an_error_is_an_object_too(monkeypatch):
+    monkeypatch.setenv("BITMILL_LOG_FORMAT", "json")
+    said = CliRunner().invoke(app, ["compress", "no/such.yaml"])
+    assert said.exit_code == 2
+    (line,) = lines(said.stderr)
+    assert (line["event"], line["run"], line["stage"]) == ("error", None, None)
+    assert "no/such.yaml" in line["message"]
+
+
+def test_another_format_is_refused():
+    said = CliRunner().invoke(app, ["compress", "x.yaml", "--log-format", "xml"])
+    assert said.exit_code == 2
+    assert "--log-format is 'xml'; valid: text, json" in " ".join(said.stderr.split())
+    with pytest.raises(ConfigError, match="xml"):
+        open_console("xml")
+
+
+def test_validations_are_told_always_and_losses_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr("jobs.display.POINTS_S", float("inf"))
+    with Display(open_console(JSON)) as display:
+        display.measured("distill", [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.5}])
+        display.measured("distill", [{"step": 2.0, "validation_nats": 1.25}])
+        display.waiting("pack", Owner.this_process())
+    loss, validation, waiting = lines(capsys.readouterr().err)
+    assert (loss["step"], loss["loss"], validation["validation_nats"]) == (1.0, 2.0, 1.25)
+    assert (waiting["event"], waiting["stage"]) == ("waiting", "pack")
+
+
+def test_a_line_that_is_an_object_stays_as_it_is_and_a_part_waits_for_its_end(capsys):
+    console = open_console(JSON)
+    inner = json.dumps(dict.fromkeys(FIELDS) | {"run": "inner"})
+    console.out(inner, end="\n", highlight=False)
+    console.out("half ", end="")
+    console.out('and {"half"}\n', end="")
+    console.out('{"not ours": 1}')
+    told = lines(capsys.readouterr().err)
+    assert told[0] == json.loads(inner)
+    assert [line["message"] for line in told[1:]] == ['half and {"half"}', '{"not ours": 1}']
