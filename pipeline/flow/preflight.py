@@ -15,7 +15,7 @@ from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
 from pipeline.models.family import AUTO, Family, families, family_for
 from pipeline.models.hidden_states import WithStates
 from pipeline.models.student import check_spec, make_student
-from pipeline.models.values import described, from_described, refuse_not_finite, some_of, values_of
+from pipeline.models.values import refuse_not_finite, remembered_values, some_of
 from pipeline.package.size import layout
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_splits
@@ -64,8 +64,7 @@ def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
     dropped = check_tensors_fit(shape, run.model.folder, section.unused_tensors)
     for path in weight_files(run.model.folder):
-        read = memo.remembered(path, "values", lambda path=path: described(values_of(path)))  # type: ignore[misc]
-        refuse_not_finite(from_described(read), path)
+        refuse_not_finite(remembered_values(memo.remembered, path), path)
     if not dropped:
         return []
     return [

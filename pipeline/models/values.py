@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,13 @@ def values_of(path: Path) -> dict[str, Values]:
     return values
 
 
-def described(values: Mapping[str, Values]) -> str:
-    """Return values as JSON, which `from_described` reads."""
-    return json.dumps({name: asdict(value) for name, value in values.items()})
+def remembered_values(remembered: Callable[[Path, str, Callable[[], str]], str], path: Path) -> dict[str, Values]:
+    """Return `values_of` a file, by a memo's `remembered`, which finds out once."""
 
+    def find_out() -> str:
+        return json.dumps({name: asdict(values) for name, values in values_of(path).items()})
 
-def from_described(text: str) -> dict[str, Values]:
-    """Return the values that `described` wrote."""
-    return {name: Values(**fields) for name, fields in json.loads(text).items()}
+    return {name: Values(**fields) for name, fields in json.loads(remembered(path, "values", find_out)).items()}
 
 
 def refuse_not_finite(values: Mapping[str, Values], where: Path) -> None:
