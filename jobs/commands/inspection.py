@@ -14,8 +14,8 @@ MIB = 2**20
 
 def show(inspected: Inspection, console: Console) -> None:
     """Print a table of the matrices, one of sizes, what takes the model, and what is unusual."""
-    kind = inspected.model_type if inspected.model_type == inspected.family else f"{inspected.model_type} as"
-    kind += "" if inspected.model_type == inspected.family else f" {inspected.family}"
+    own = inspected.family == inspected.model_type
+    kind = inspected.family if own else f"{inspected.model_type} as {inspected.family}"
     console.print(f"{inspected.model}: {kind}, {inspected.parameters:,} parameters", soft_wrap=True, markup=False)
     numbers = [Column(name, justify="right") for name in ("matrices", "rows", "columns", "weights")]
     rows = (
