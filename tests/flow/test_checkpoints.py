@@ -167,6 +167,41 @@ def test_a_quantized_checkpoint_is_refused_with_advice(
         plan(changed(quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True}))
 
 
+def test_a_quantized_folder_whose_library_is_not_installed_cannot_be_loaded(changed: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*(optimum|gptqmodel)"):
+        load_model(changed(quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+@pytest.mark.parametrize("lacks", ["adapter", "pickled"])
+def test_a_repository_of_the_hub_is_told_what_it_is_as_a_folder_is(
+    changed: Callable[..., Path], plan: Callable[..., RunPlan], monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    folder, asked = changed(), list[str]()
+    if lacks == "adapter":
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    else:
+        (folder / WEIGHTS).unlink()  # and of the hub no .bin is fetched
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    message = r"adapter of 'org/base'" if lacks == "adapter" else r"holds no \*\.safetensors\. Valid: a folder with"
+    with pytest.raises(ConfigError, match=rf"model\.source: .*{message}"):
+        plan(Path("org/name@" + "a" * 40))
+    assert "adapter_config.json" in asked
+
+
+def test_weights_under_another_name_are_refused(changed: Callable[..., Path], plan: Callable[..., RunPlan]) -> None:
+    folder = changed()
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"holds consolidated\.safetensors, and transformers reads model\.safetensors"
+    ):
+        plan(folder)
+
+
 @pytest.mark.parametrize(("number", "counted"), [(float("nan"), "3 NaN, 0 infinite"), (float("-inf"), "0 NaN, 3 inf")])
 def test_a_tensor_that_holds_no_numbers_is_named_with_their_count(
     changed: Callable[..., Path], plan: Callable[..., RunPlan], number: float, counted: str
