@@ -1,4 +1,4 @@
-"""Commands on what was made: lookup, report, pull, generate, export."""
+"""Commands on models: inspect before anything, and lookup, report, pull, generate, export what was made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,27 @@ from rich.console import Console
 from jobs.commands.options import AnyModel, StorageUri, TrackingUri, command
 
 commands = typer.Typer()
+
+
+@command(commands)
+def inspect(
+    console: Console,
+    resources: Any,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.source: a directory, org/name@commit, ...")],
+    family: Annotated[str, typer.Option(help="As model.family.")] = "auto",
+) -> dict[str, Any]:
+    """Show what a model is before anything starts: family, matrices, sizes, what takes it, what is unusual.
+
+    Each number of the weights is read once, in about the time of a checksum, and remembered. Nothing is started.
+    """
+    from dataclasses import asdict
+
+    from jobs.commands.inspection import show
+    from pipeline.flow.inspection import inspect_model
+
+    inspected = inspect_model(model, family, resources)
+    show(inspected, console)
+    return asdict(inspected)
 
 
 @command(commands)

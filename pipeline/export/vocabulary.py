@@ -14,6 +14,27 @@ from pipeline.tasks.tokenizers import read_tokenizer
 
 GPT2 = {"type": "ByteLevel", "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
+WORDS = (  # with how many digits are together, as Llama 3 and Qwen 2 write it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DECIDES = ("type", "use_regex", "individual_digits", "pattern", "behavior", "invert")
+BYTES = {"type": "ByteLevel", "use_regex": False}
+
+
+def _cut_by(digits: str) -> list[dict[str, Any]]:
+    pattern = {"Regex": WORDS.replace("DIGITS", digits)}
+    return [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, BYTES]
+
+
+# llama.cpp's name, what cuts the text, whether a word that is a token is taken before any merge, normalizers.
+PRE_TOKENIZERS: tuple[tuple[str, list[dict[str, Any]], bool, tuple[Any, ...]], ...] = (
+    ("gpt-2", [GPT2], False, (None,)),
+    ("smollm", [DIGITS, GPT2], False, (None,)),
+    ("llama-bpe", _cut_by("{1,3}"), True, (None,)),
+    ("dbrx", _cut_by("{1,3}"), False, (None,)),
+    ("qwen2", _cut_by(""), False, (None, {"type": "NFC"})),  # llama.cpp takes text as composed as it comes
+)
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -43,8 +64,9 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
     """Return llama.cpp's name of the way a text is cut before merging."""
     cut = described["pre_tokenizer"] or {}
     parts = [_essential(part) for part in cut.get("pretokenizers", [cut])]
-    for name, wanted in (("gpt-2", [GPT2]), ("smollm", [DIGITS, GPT2])):
-        if parts == wanted and described["normalizer"] is None:
+    whole_words = bool(described["model"].get("ignore_merges"))
+    for name, wanted, takes_words, normalizers in PRE_TOKENIZERS:
+        if parts == wanted and whole_words == takes_words and described["normalizer"] in normalizers:
             return name
     raise _unknown(f"it cuts text by {json.dumps(cut)[:200]} after the normalizer {described['normalizer']}")
 
@@ -53,7 +75,7 @@ def _essential(part: dict[str, Any]) -> dict[str, Any]:
     """Return what of a pre-tokenizer decides where text is cut; all of it for one that also adds a space."""
     if part.get("add_prefix_space"):
         return part
-    return {name: part[name] for name in ("type", "use_regex", "individual_digits") if name in part}
+    return {name: part[name] for name in DECIDES if name in part}
 
 
 def _space_is_prefixed(described: dict[str, Any]) -> bool:
@@ -103,6 +125,6 @@ def _special(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
 def _unknown(reason: str) -> ConfigError:
     return ConfigError(
         f"The tokenizer cannot be exported to GGUF: {reason}, and no equal of that in llama.cpp is known. Valid: "
-        "byte-level BPE cut as GPT-2 or SmolLM do, and SentencePiece BPE with byte fallback. Formats onnx and "
-        "transformers take any tokenizer."
+        "byte-level BPE cut as GPT-2, SmolLM, Llama 3 or Qwen 2 do, and SentencePiece BPE with byte fallback. Formats "
+        "onnx and transformers take any tokenizer."
     )

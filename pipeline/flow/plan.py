@@ -56,6 +56,7 @@ class RunPlan:
     steps: tuple[PlannedStep, ...]
     parameters: int
     overlap: Overlap | None = None  # of the splits; None: not known before the text is read
+    notes: tuple[str, ...] = ()  # on the checkpoint
 
     @property
     def tokens(self) -> Tokens | None:
@@ -96,7 +97,7 @@ class RunPlan:
     @property
     def warnings(self) -> list[str]:
         """Return what will work and is not what one would expect of this machine, each with its knob."""
-        return preflight.warnings(self.config, {step.stage.record for step in self.left})
+        return [*self.notes, *preflight.warnings(self.config, {step.stage.record for step in self.left})]
 
     def step(self, kind: type[Record]) -> PlannedStep:
         """Return the step that makes a kind of record."""
@@ -136,11 +137,14 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         config, pinned = run.config, _pinned(config)
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
+        notes: list[str] = []
         if teacher is not None and not left:
             parameters = teacher.parameters
         else:
             model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
+            if teacher is None:  # one that is there was loaded
+                notes = look(("checkpoint", pinned), partial(preflight.check_checkpoint, run, model))
             if start is not None and Student.stage in {step.name for step in left}:
                 described = ("start fits", start, pinned)
                 rows = steps[Tokens.stage]
@@ -149,7 +153,7 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         tokens: Tokens | None = steps[Tokens.stage].record
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
-    return RunPlan(config, run, tuple(steps.values()), parameters, overlap)
+    return RunPlan(config, run, tuple(steps.values()), parameters, overlap, tuple(notes))
 
 
 def key_of_run(config: Config, once: Once) -> str:

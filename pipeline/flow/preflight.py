@@ -6,12 +6,17 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from pipeline.config.data import TrainBpe
+from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
+from pipeline.models.checkpoint import check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
-from pipeline.models.family import families, family_for
-from pipeline.models.student import check_spec
+from pipeline.models.family import AUTO, Family, families, family_for
+from pipeline.models.hidden_states import WithStates
+from pipeline.models.student import check_spec, make_student
+from pipeline.models.values import refuse_not_finite, remembered_values, some_of
+from pipeline.package.size import layout
 from pipeline.sources.content import ContentMemo
 from pipeline.sources.files import pin_splits
 from pipeline.sources.models import pin_models
@@ -47,6 +52,27 @@ def model_of(run: PinnedRun) -> PreTrainedModel:
     return skeleton(model_config(run))
 
 
+def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
+    """Return what people should know of the checkpoint of a run, whose model without memory is `shape`. Its numbers are
+    read once and remembered, as its checksums are; of a GGUF file they are not.
+
+    Raises:
+        ConfigError: its tensors are not the model's, or hold NaN or infinity.
+    """
+    if run.model is None or run.model.gguf_file is not None:
+        return []
+    section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
+    dropped = check_tensors_fit(shape, run.model.folder, section.unused_tensors)
+    for path in weight_files(run.model.folder):
+        refuse_not_finite(remembered_values(memo.remembered, path), path)
+    if not dropped:
+        return []
+    return [
+        f"model.unused_tensors is drop: {len(dropped)} tensors of {section.source}, which its config.json has no place "
+        f"for, are left out: {some_of(dropped)}."
+    ]
+
+
 def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
     """Return the number of the model's parameters, once model, tokenizer, task and quantization are checked to fit
     together; `shape` is what `model_of` gave, if it was asked before.
@@ -57,6 +83,8 @@ def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
     shape = model_of(run) if shape is None else shape
     config = shape.config
     check_spec(shape, run.family, run.config.quant.spec())
+    if run.family.name != config.model_type:
+        try_student(config, run.family, run.config.quant)
     given = run.config.model.source if isinstance(run.config.model.source, dict) else ()
     run.task.check_model(config, given, {name: family.encoder_decoder for name, family in families().items()})
     layers = int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
@@ -66,6 +94,21 @@ def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
             f"and the embedding; valid: -1 to {-layers - 1}."
         )
     return parameters(shape)
+
+
+def try_student(config: PreTrainedConfig, family: Family, quant: Quant) -> None:
+    """Make a student without memory of a model that is taken under another family's name, and lay out its package.
+    Raises ConfigError where its modules do not take that."""
+    try:
+        student = skeleton(config)
+        make_student(student, quant.spec(), family)
+        WithStates(student)
+        layout(skeleton(config), family, quant)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.family is {family.name}, and a {config.model_type} model does not work under that name: {error}. "
+            f"Valid for model.family: {AUTO}, {', '.join(families())}."
+        ) from error
 
 
 def warnings(config: Config, left: Collection[type[Record]]) -> list[str]:
@@ -114,6 +157,8 @@ def model_config(run: PinnedRun) -> PreTrainedConfig:
     if run.model is None:
         return read_config(section.source, vocab_size=size)
     config = run.settings
+    if run.model.gguf_file is None:
+        refuse_quantized(config, "model.source", str(section.source))
     # A model's own tokenizer may be smaller than its table, which many models pad; another one has to match.
     if size is not None and (size > config.vocab_size or (section.tokenizer and size != config.vocab_size)):
         raise ConfigError(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
@@ -87,7 +88,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_init_weights():  # which leaves out tying as well
             model: PreTrainedModel = auto_class(config).from_config(config)
-    except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
     model.tie_weights()
     return model
@@ -106,9 +107,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
-    """Load fp32 weights from a folder; safetensors (or GGUF) only, no remote code. Raises ConfigError for a tensor of
-    the model that is missing or has another shape."""
+def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE) -> PreTrainedModel:
+    """Load fp32 weights from a folder; safetensors (or GGUF) only, no remote code.
+
+    Raises:
+        ConfigError: a tensor of the model is missing or has another shape; or the folder has more than the model takes,
+            unless what is `unused` is to be dropped.
+    """
     from safetensors import SafetensorError
 
     kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
@@ -119,13 +124,15 @@ def load_model(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused by name
             **kind,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
-    if loading["missing_keys"]:
-        raise ConfigError(f"The model in {folder} lacks the tensors {', '.join(sorted(loading['missing_keys'])[:3])}.")
     loaded: PreTrainedModel = model
+    refuse_unfit(loaded, loading, folder, DROP if gguf_file else unused)
+    if not gguf_file:
+        loaded.tie_weights()  # as config.json has it, also where the folder has two tables
     loaded.hf_quantizer = None  # GGUF weights are dequantized by now, and a model that says otherwise cannot be saved
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config

@@ -99,13 +99,19 @@ class TiedEmbedding(nn.Module):
         self._embedding = (embedding,)
         self.padding_idx, self.embed_scale = own.padding_idx, embed_scale_of(own)
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """Return the table (vocabulary, hidden), which models that have no other name for it ask for here."""
+        return self._embedding[0].weight
+
     def forward(self, ids: Tensor) -> Tensor:
         return _look_up(ids, self._embedding[0].on_grid(), self.padding_idx, self.embed_scale)
 
 
 def embed_scale_of(embedding: nn.Module) -> float:
-    """Return the factor by which the model multiplies looked-up rows; 1 for most."""
-    return float(getattr(embedding, "embed_scale", 1.0) or 1.0)
+    """Return the factor by which the model multiplies looked-up rows; 1 for most. Gemma keeps it as a number, and as a
+    buffer that has no value on the meta device."""
+    return float(getattr(embedding, "scalar_embed_scale", None) or getattr(embedding, "embed_scale", None) or 1.0)
 
 
 def _look_up(ids: Tensor, table: Tensor, padding_idx: int | None, scale: float) -> Tensor:

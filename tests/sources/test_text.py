@@ -293,7 +293,7 @@ def test_a_model_is_told_by_the_content_of_its_files(tmp_path, memo):
 def test_pickled_weights_and_missing_models_are_refused(tmp_path, memo):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"holds no \*\.safetensors. Pickled weights are not loaded"):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors. It holds pickled weights \(pytorch_model\.bin\)"):
         pin_model(str(tmp_path), "model.source", memo)
     with pytest.raises(ConfigError, match=r"model\.tokenizer: .* holds none of tokenizer\*"):
         pin_model(str(tmp_path), "model.tokenizer", memo, TOKENIZER_FILES)

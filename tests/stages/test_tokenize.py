@@ -17,8 +17,8 @@ from pipeline.sources.files import pin_splits
 from pipeline.sources.splits import split_parts
 from pipeline.stages import tokenize
 from pipeline.stages.tokenize import documents_of
-from pipeline.store.records import SPLITS
-from pipeline.tasks.tokenizers import train_bpe
+from pipeline.store.records import SPLITS, Tokens
+from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 
 @pytest.fixture
@@ -179,3 +179,24 @@ def test_where_nothing_is_shared_nothing_is_said(sharing):
     said = io.StringIO()
     compress(sharing(0), "run.yaml", Console(file=said, width=200), until="tokenize", only_plan=False, wait=True)
     assert "split too" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "templates", ["{{ messages }}", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}], ids=["one", "several"]
+)
+def test_chat_templates_are_pinned_and_go_with_the_tokenizer(corpus, tmp_path, tiny_config, run_flow, templates):
+    words = train_bpe([corpus.read_text()], 300)
+    words.chat_template = templates
+    words.save_pretrained(tmp_path / "words")
+    model = {"source": {"architecture": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}}
+    config = tiny_config(tmp_path, model={**model, "tokenizer": str(tmp_path / "words")})
+    ran = run_flow(config, until="tokenize")
+    folder = ran.outcome.finished(Tokens).folder()
+    assert read_tokenizer(folder).chat_template == templates
+    again = tiny_config(tmp_path, model={**model, "tokenizer": f"step://{ran.record('tokenize').key}"})
+    assert (
+        read_tokenizer(run_flow(again, until="tokenize").outcome.finished(Tokens).folder()).chat_template == templates
+    )
+    name = "chat_template.jinja" if isinstance(templates, str) else "additional_chat_templates/tool_use.jinja"
+    (tmp_path / "words" / name).write_text("{{ another }}")
+    assert plan_run(config, "tokenize").left
