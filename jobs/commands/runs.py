@@ -98,8 +98,8 @@ def retrain(
     Safe to run from any scheduler, as often as it likes. Without new data the answer is `unchanged`, in seconds. Else a
     challenger is trained as `compress` would, meets the champion on test rows that neither was trained on, and the
     rules of `retrain.gate` decide; every decision is kept, with its numbers. `busy`: another tick of this name is at
-    it; `superseded`: a rollback took the name meanwhile. A tick that was interrupted, however hard, goes on where it
-    was when the command is given again.
+    it, or a rollback took the name meanwhile. A tick that was interrupted, however hard, goes on where it was when the
+    command is given again.
     """
     from jobs.schedule.retrain import retrain as run
 

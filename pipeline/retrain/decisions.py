@@ -27,7 +27,7 @@ from pipeline.store.objects import open_objects
 from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
-Outcome = Literal["promoted", "rejected", "rolled back", "superseded"]
+Outcome = Literal["promoted", "rejected", "rolled back"]
 DECISION_FILE, ROLLBACK_FILE, FOLDER = "decision.json", "rollback.json", "retrain/"
 C = TypeVar("C", bound=Closed)
 Notifies = Callable[["Decision"], bool]  # tells the world, and whether it arrived
@@ -45,8 +45,7 @@ class Notes(Closed):
 class Decision(Closed):
     """What a command decided of a name, and why. `champion` and `previous` are the versions that bear these aliases
     from then on; `key` is that of the tick, of which one decision is made ("": of no tick), or another once it may use
-    more than `max_worker_hours`, which ended it. One that is `superseded` says that a rollback took the name from a
-    tick, and leaves all as it was."""
+    more than `max_worker_hours`, which ended it."""
 
     decision: Outcome
     reason: str
@@ -117,9 +116,9 @@ class Decisions:
         return next(self.all(), None)
 
     def last_rollback(self) -> Decision | None:
-        """Return the last decision if, but for ticks that it superseded, it is a rollback."""
-        standing = next((decision for decision in self.all() if decision.decision != "superseded"), None)
-        return standing if standing is not None and standing.decision == "rolled back" else None
+        """Return the last decision if it is a rollback."""
+        last = self.last()
+        return last if last is not None and last.decision == "rolled back" else None
 
     def notes(self) -> Notes:
         """Return what is known beside the decisions. Raises RunError if a newer bitmill wrote it."""

@@ -17,8 +17,8 @@ from pipeline.tracking.registry import Registered
 
 def rollback(name: str, to: int | None, reason: str, resources: Resources) -> Decision:
     """Return the decision that made another version champion. It stands until new data, or another recipe, makes a
-    challenger that was not decided on before. A tick that is under way is superseded: it decides nothing, and what it
-    trained is kept for the next one.
+    challenger that was not decided on before. A tick that is under way decides nothing, and what it trained is kept for
+    the next one.
 
     Raises:
         ConfigError: the name is none, has no champion or no previous one, was rolled back already and `to` names no

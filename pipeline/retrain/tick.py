@@ -78,7 +78,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a tick: promoted, rejected, unchanged, busy or, by a rollback, superseded; where the aliases are;
+    """What became of a tick: promoted, rejected, unchanged or, where another has the name, busy; where the aliases are;
     and the decision that was made, now or, of `unchanged`, before."""
 
     outcome: str
@@ -239,7 +239,7 @@ def _held_tick(
             rollback = decisions.last_rollback()
             if not deciding.overtaken() or rollback is None or decisions.last() == tick.last:
                 raise
-            return _superseded(tick, decisions, rollback, notifies)
+            return _taken_back(tick, decisions, rollback, notifies)
         deciding.put_aliases()
         deciding.tell(notifies)
         return _verdict(decision.decision, decision.reason, decision, decision)
@@ -260,20 +260,16 @@ def _unless_decided(tick: Tick, deciding: Deciding, told: Tells, proves: Proves)
     return decision
 
 
-def _superseded(tick: Tick, decisions: Decisions, rollback: Decision, notifies: Notifies) -> Verdict:
-    """Write down, unless another process has the name by now, that a rollback took it from a tick, which decides
-    nothing."""
+def _taken_back(tick: Tick, decisions: Decisions, rollback: Decision, notifies: Notifies) -> Verdict:
+    """Return what became of a tick from which a rollback took the name: it decides nothing."""
+    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
+        deciding.note(running="")
+        deciding.tell(notifies)
     reason = (
         f"{tick.name}/{rollback.champion} was made champion meanwhile, at {rollback.at}, by a rollback "
         f"({rollback.reason}); what was trained is kept, and the next tick meets that champion"
     )
-    with contextlib.suppress(BusyError, FencedOffError), decisions.held() as deciding:
-        stands = decisions.last() or rollback
-        fields = {"name": tick.name, "at": now(), "champion": stands.champion, "previous": stands.previous}
-        deciding.append(Decision.model_validate({"decision": "superseded", "reason": reason, **fields}))
-        deciding.tell(notifies)
-    last = decisions.last()
-    return _verdict("superseded", reason, last, last)
+    return _verdict("busy", reason, None, decisions.last())
 
 
 def _verdict(outcome: str, reason: str, decision: Decision | None, last: Decision | None) -> Verdict:

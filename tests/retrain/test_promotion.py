@@ -166,7 +166,7 @@ def test_a_rollback_of_what_is_no_name_is_refused(undecided: Schedule, name: str
         rollback(name, 1, "", undecided.config().resources)
 
 
-def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_nothing(undecided: Schedule) -> None:
+def test_a_rollback_happens_at_once_and_the_tick_under_way_decides_nothing(undecided: Schedule) -> None:
     config, heard = undecided.config(BETTER), list[str]()
 
     def proves(*asked: Any) -> Evidence:
@@ -175,13 +175,13 @@ def test_a_rollback_happens_at_once_and_the_tick_that_it_supersedes_decides_noth
         return Evidence()
 
     verdict = run_tick(config, undecided.told, proves, notifies=lambda decision: not heard.append(decision.decision))
-    assert (verdict.outcome, verdict.champion, verdict.previous) == ("superseded", 2, 1)
+    assert (verdict.outcome, verdict.champion, verdict.previous) == ("busy", 2, 1)
     assert verdict.reason.startswith("tiny/2 was made champion meanwhile, at ")
     assert verdict.reason.endswith(
         "by a rollback (mine); what was trained is kept, and the next tick meets that champion"
     )
-    assert [d.decision for d in undecided.decisions] == ["superseded", "rolled back", "promoted"]
-    assert heard == ["rolled back", "superseded"]
+    assert [d.decision for d in undecided.decisions] == ["rolled back", "promoted"]
+    assert heard == ["rolled back"]
     assert undecided.aliases == {"champion": 2, "previous": 1}
     with pytest.raises(ConfigError, match="tiny/2 is champion since"):  # a rollback still
         rollback(NAME, None, "worse", config.resources)
@@ -238,7 +238,7 @@ def test_a_rollback_while_a_tick_tells_of_its_decision_takes_that_back(undecided
     assert [d.decision for d in undecided.heard] == ["promoted", "rolled back"]  # twice, for it was not written down
 
 
-def test_a_tick_that_a_rollback_supersedes_says_so_even_if_another_has_the_name(
+def test_a_tick_that_lost_its_name_to_a_rollback_says_so_even_if_another_has_it(
     undecided: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def proves(*asked: Any) -> Evidence:
@@ -249,7 +249,7 @@ def test_a_tick_that_a_rollback_supersedes_says_so_even_if_another_has_the_name(
     def busy(self: decisions.Decisions) -> Any:
         raise BusyError("The retraining of tiny is being run by process 7.")
 
-    assert run_tick(undecided.config(BETTER), undecided.told, proves).outcome == "superseded"
+    assert run_tick(undecided.config(BETTER), undecided.told, proves).outcome == "busy"
     assert [d.decision for d in undecided.decisions] == ["rolled back", "promoted"]
 
 

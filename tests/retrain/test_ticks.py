@@ -130,9 +130,9 @@ def test_a_tick_that_a_rollback_ended_was_not_killed(undecided: Schedule, monkey
         given[1].check()
 
     monkeypatch.setattr(tick, "_decide", taken)
-    assert undecided.tick(BETTER).outcome == "superseded"
+    assert undecided.tick(BETTER).outcome == "busy"
     assert Decisions.of(NAME, undecided.config().resources).notes().running == ""
-    assert told(undecided) == before
+    assert told(undecided) == [*before, ("busy", 1)]
 
 
 def test_a_name_that_no_tick_ever_held_has_no_log(schedule: Schedule) -> None:
