@@ -23,7 +23,7 @@ from tests.processes import start
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
-STEPS = 240
+STEPS = 150
 WORDS = ["the", "a", "red", "blue", "old", "cat", "dog", "bird", "sees", "likes", "finds", "and", "near", "today"]
 
 
@@ -46,9 +46,9 @@ class Project:
             "model": {"source": architecture, "tokenizer": {"train_bpe": 280}},
             "task": {"block_length": 32},
             "data": {"source": str(text)},
-            "finetune": {"steps": STEPS, "batch_size": 16, "lr": 3e-3, "eval_every": 40, "eval_rows": 32},
+            "finetune": {"steps": STEPS, "batch_size": 16, "lr": 3e-3, "eval_every": 30, "eval_rows": 32},
             "cache": {"mode": "states"},
-            "distill": {"steps": STEPS, "batch_size": 16, "lr": 1e-3, "eval_every": 40, "eval_rows": 32},
+            "distill": {"steps": STEPS, "batch_size": 16, "lr": 1e-3, "eval_every": 30, "eval_rows": 32},
             "resources": {
                 "workers": 2,
                 "storage_uri": str(self.store),

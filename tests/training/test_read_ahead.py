@@ -27,6 +27,7 @@ def test_the_next_rows_are_read_by_a_thread_and_once(case: Case) -> None:
         return get(row_ids, pin)
 
     rows.get = recording  # type: ignore[method-assign]
+    before = {*threading.enumerate()}  # those of trainers that other tests made, until they are collected, among them
     ahead = ReadAhead(rows, CPU)
     given = [ahead.get([1, 2], then=[50, 3]), ahead.get([50, 3], then=[7]), ahead.get([8]), ahead.get([7])]
     ahead.close()
@@ -35,4 +36,5 @@ def test_the_next_rows_are_read_by_a_thread_and_once(case: Case) -> None:
     for wanted, (ids, lengths, _) in zip(([1, 2], [50, 3], [8], [7]), given, strict=True):
         assert torch.equal(ids, get(wanted)[0])
         assert torch.equal(lengths, ahead.lengths(wanted))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    begun = {*threading.enumerate()} - before
+    assert not [thread for thread in begun if thread.name.startswith("read-ahead")]
