@@ -112,6 +112,17 @@ def test_nobody_gets_in_without_a_password_and_none_from_other_machines(project:
         assert "change-me" not in " ".join(services[name]["command"]), name
 
 
+def test_the_image_that_all_run_is_built_from_the_dockerfile(project: Any) -> None:
+    built = {name: service for name, service in project["services"].items() if "build" in service}
+    assert [*built] == ["smoke"]  # which the page builds
+    build = built["smoke"]["build"]
+    assert (Path(build["context"]), build["dockerfile"]) == (ROOT, "infra/Dockerfile")
+    assert set(build["args"]) == {*re.findall(r"^ARG (\w+)", (INFRA / "Dockerfile").read_text(), re.MULTILINE)}
+    assert {project["services"][name]["image"] for name in ("ray-head", "ray-worker", "bucket")} == {
+        built["smoke"]["image"]
+    }
+
+
 def test_each_password_is_asked_for(tmp_path: Path) -> None:
     lines = (INFRA / ".env.example").read_text().splitlines()
     secrets = [line for line in lines if "change-me" in line]
