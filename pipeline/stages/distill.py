@@ -36,7 +36,7 @@ from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Toke
 from pipeline.training.checkpoints import finish, store_tensors, weights
 from pipeline.training.diagnostics import weight_histograms
 from pipeline.training.distillation import Distillation
-from pipeline.training.trainer import TrainingJob, train
+from pipeline.training.trainer import Trainer, TrainingJob
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable
     training = training_job(job, recipe, cache if cache.record.mode != "online" else None)
     latent = latent_weights(job.locations["start"]) if "start" in job.locations else None
     student, distillation = make(training, teacher.folder(), family, quant, device, latent)
-    progress = train(student, training, distillation, device, report, ending)
+    progress = Trainer(student, training, distillation, device, report, ending).run()
     if progress is None:  # another rank stores what there is
         return
     frozen = freeze_student(student.model.cpu(), quant, family_named(family))

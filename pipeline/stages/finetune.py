@@ -18,7 +18,7 @@ from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, training_job,
 from pipeline.store.keys import recipe_of
 from pipeline.store.records import Advance, Record, StoredFile, Teacher, Tokens, never
 from pipeline.training.checkpoints import finish
-from pipeline.training.trainer import train
+from pipeline.training.trainer import Trainer
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     keep_all_layers(model)
-    progress = train(WithStates(model), training, None, device, report, ending)
+    progress = Trainer(WithStates(model), training, None, device, report, ending).run()
     if progress is not None:
         finish(job.dir, progress, training.steps, _save(model, job))
 

@@ -79,23 +79,8 @@ class TrainingJob:
         return max(1, math.ceil((self.recipe.epochs or 0) * rows / self.recipe.batch_size))
 
 
-def train(
-    model: WithStates,
-    job: TrainingJob,
-    distillation: Distillation | None,
-    device: torch.device,
-    report: Advance,
-    ending: Callable[[], bool] = never,
-) -> Progress | None:
-    """Train to the last step, resuming from the last checkpoint. On rank 0, `model` ends with its best weights and
-    the progress is returned; other ranks return None. `ending` tells whether this worker is about to be ended."""
-    trainer = Trainer(model, job, distillation, device, report, ending)
-    trainer.run()
-    return trainer.progress if trainer.rank == 0 else None
-
-
 class Trainer:
-    """State of one worker of one training job."""
+    """State of one worker of one training job. `ending` tells whether this worker is about to be ended."""
 
     def __init__(
         self,
@@ -130,8 +115,9 @@ class Trainer:
         self.ending, self.announced = ending, False
         self.unread: list[dict[str, Tensor]] = []  # losses of the last steps, sums of this worker, on the device
 
-    def run(self) -> None:
-        """Train as `train` does."""
+    def run(self) -> Progress | None:
+        """Train to the last step, resuming from the last checkpoint. On rank 0 the model ends with its best weights,
+        and the progress is returned; other ranks return None."""
         self._resume()
         steps = self.job.steps
         self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
@@ -145,8 +131,10 @@ class Trainer:
                 self.unread.append(self.train_step(self.progress.step))
                 self.progress.step += 1
                 self._after_step(steps)
-        if self.rank == 0:
-            load_parameters(self.model.model, self.best)
+        if self.rank != 0:
+            return None
+        load_parameters(self.model.model, self.best)
+        return self.progress
 
     def train_step(self, step: int) -> dict[str, Tensor]:
         """Take one optimizer step over one global batch; return the mean losses in nats, of this worker's part."""

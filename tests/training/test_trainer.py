@@ -22,7 +22,7 @@ from pipeline.errors import RunError
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers import base
 from pipeline.training.checkpoints import under
-from pipeline.training.trainer import TrainingJob, train
+from pipeline.training.trainer import Trainer, TrainingJob
 from tests.training.cases import VOCABULARY, Case, gradients, run_until, steps_of, with_workers
 
 FULL = Quant(bits="32-32-32")
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
 def test_the_best_weights_on_validation_ship(case: Case) -> None:
     run = case.run(Distill(**{**DISTILL, "lr": 5.0, "warmup_steps": 45, "eval_every": 5, "clip_norm": None}), "best")
     loop = case.loop(run, LOW)
-    progress = train(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None)
+    progress = Trainer(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None).run()
     assert progress is not None
     validated = {int(e["step"]): e["validation_nats"] for e in progress.history if "validation_nats" in e}
     assert progress.best_step == min(validated, key=lambda step: validated[step])
