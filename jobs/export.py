@@ -95,7 +95,9 @@ def _prove(
     with display.stage("verify") as advance:
         as_it_runs = _counted(module.open_logits(draft, threads), len(probes.rows), advance)
         in_fp32 = module.open_in_fp32(package, draft, threads) if hasattr(module, "open_in_fp32") else None
-        measured = measure(load_in_fp32(package), scored, as_it_runs, in_fp32, probes)
+        whole_steps = getattr(module, "whole_steps", lambda vocabulary, steps: None)
+        whole = whole_steps(scored.config.vocab_size, probes.rows.shape[1] - 1)
+        measured = measure(load_in_fp32(package), scored, as_it_runs, in_fp32, probes, whole)
     return Verdict(
         format=name,
         digest=check(package)["digest"],
@@ -150,7 +152,13 @@ def _show(verdict: Verdict, out: Path, console: Console) -> None:
         "beside the package as it was scored": (verdict.as_scored, None),
     }
     rows = [_row(name, measured, floors) for name, (measured, floors) in comparisons.items() if measured is not None]
-    columns = (f"{verdict.steps:,} tokens", "KL(package || export), nats", "same likeliest token", "perplexity")
+    whole = "" if verdict.whole_steps == verdict.steps else f" of {verdict.whole_steps:,}"
+    columns = (
+        f"{verdict.steps:,} tokens",
+        f"KL(package || export), nats{whole}",
+        "same likeliest token",
+        f"perplexity{whole}",
+    )
     print_table(console, columns, rows, title=f"{verdict.format}, verified by {verdict.runtime}: {out}")
     if verdict.read_back_error is not None:
         console.print(

@@ -3,7 +3,8 @@
 A format is a module of `check(config)`, which refuses before work what it cannot hold, `write(package, out) -> notes`
 and `open_logits(out, threads)`, which gives logits or log-probabilities (length, vocabulary) of a sequence of ids, for
 an encoder and decoder with the source's ids as second argument. Where the runtime rounds activations,
-`open_in_fp32(package, out, threads)` gives them without; some also `read_back` codes or have `serve_command`.
+`open_in_fp32(package, out, threads)` gives them without; where it tells of all logits at some steps alone,
+`whole_steps(vocabulary, steps)` says which; some also `read_back` codes or have `serve_command`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from pipeline.errors import ConfigError, UnfitExportError
 from pipeline.export.companions import refuse_groups, valid_for
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
+from pipeline.export.probes import PROMPTS
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.models.family import Gguf, family_with, names_with
 from pipeline.package.package import read_package
@@ -26,6 +27,7 @@ from pipeline.quant.granularity import row_scales
 from pipeline.quant.spec import grid
 
 FILE = "model.gguf"
+MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about a minute
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
 
@@ -161,7 +163,7 @@ def open_server(file: Path, threads: int) -> Any:
 
 def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:
     """Give llama.cpp's log-probabilities (length, vocabulary) of what follows each prefix of a sequence shorter than
-    the model's context.
+    the model's context; where `whole_steps` is false, of the likeliest token alone.
 
     Its server has no teacher forcing, so each prefix is asked for one token; the key-value cache keeps the rest. It
     withholds the probabilities of a token that is not whole text, so a bias, which they do not see, names a letter.
@@ -173,14 +175,26 @@ def open_logits(out: Path, threads: int) -> Callable[[list[int]], NDArray[np.flo
     letter = next(token for token, text in enumerate(tokens) if len(text) == 1 and text.isascii() and text.isalpha())
     server = open_server(out / FILE, threads)
 
-    def after(ids: list[int]) -> NDArray[np.float32]:
-        choice = _complete(server, ids, n_probs=len(tokens), logit_bias=[[letter, 1000.0]])
+    def after(ids: list[int], whole: bool) -> NDArray[np.float32]:
+        choice = _complete(server, ids, n_probs=len(tokens) if whole else 1, logit_bias=[[letter, 1000.0]])
         row = np.full(len(tokens), -np.inf, np.float32)
         for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
             row[entry["id"]] = entry["logprob"]
         return row
 
-    return lambda ids: np.stack([after(ids[: end + 1]) for end in range(len(ids))])
+    def logits(ids: list[int]) -> NDArray[np.float32]:
+        whole = whole_steps(len(tokens), len(ids))
+        return np.stack([after(ids[: end + 1], bool(whole[end])) for end in range(len(ids))])
+
+    return logits
+
+
+def whole_steps(vocabulary: int, steps: int) -> NDArray[np.bool_]:
+    """Return (steps,): at which steps of a row llama.cpp tells of its whole distribution. Its server writes each
+    probability down, so for a large vocabulary these are some, at equal distances."""
+    every = -(-PROMPTS * steps * vocabulary // MOST_PROBABILITIES)
+    whole: NDArray[np.bool_] = np.arange(steps) % every == min(every, steps) // 2
+    return whole
 
 
 def open_in_fp32(package: Path, out: Path, threads: int) -> Callable[[list[int]], NDArray[np.float32]]:

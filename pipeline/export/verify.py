@@ -20,7 +20,7 @@ at 93.7 % on SmolLM2-135M, whose activations have outliers, and 97.7 % elsewhere
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Floors(Closed):
 
 
 class Measured(Closed):
-    """What was measured of an export over `steps` tokens in all of `prompts` texts.
+    """What was measured of an export over `steps` tokens in all of `prompts` texts: at each of them which token is the
+    likeliest, at `whole_steps` of them whole distributions, for KL and perplexity.
 
     `exact` and `as_it_runs` compare with the package's weights under fp32 activations; `as_it_runs` is left out where
     the runtime rounds none. `as_scored` compares the export as it runs with the package as it was scored, each with its
@@ -84,6 +85,7 @@ class Measured(Closed):
 
     prompts: int
     steps: int
+    whole_steps: int
     exact: Comparison
     exact_floors: Floors = Floors()
     rounding: Comparison  # the package as it was scored, from the same under fp32 activations
@@ -115,7 +117,12 @@ class Verdict(Measured):
 
 
 def measure(
-    exact: PreTrainedModel, scored: PreTrainedModel, as_it_runs: Logits, in_fp32: Logits | None, probes: Probes
+    exact: PreTrainedModel,
+    scored: PreTrainedModel,
+    as_it_runs: Logits,
+    in_fp32: Logits | None,
+    probes: Probes,
+    whole: NDArray[np.bool_] | None = None,
 ) -> Measured:
     """Measure a runtime against the packed model, teacher-forced over the probes.
 
@@ -124,7 +131,10 @@ def measure(
         scored: the package as it was scored.
         as_it_runs: the runtime on the export.
         in_fp32: the runtime under fp32 activations; None if it rounds none anyway.
+        whole: (width - 1,) the steps of a row at which the runtime gives whole distributions; elsewhere only its
+            highest logit is looked at. None if everywhere.
     """
+    whole = np.ones(probes.rows.shape[1] - 1, bool) if whole is None else whole
     texts = []
     for index, row in enumerate(probes.rows):  # one at a time: a runtime may know no batches
         source = None if probes.sources is None else probes.sources[index]
@@ -133,12 +143,12 @@ def measure(
         theirs = _log_softmax(as_it_runs(*ids))
         theirs_in_fp32 = theirs if in_fp32 is None else _log_softmax(in_fp32(*ids))
         pairs = (ours, theirs_in_fp32), (ours, packed), (ours, theirs), (packed, theirs)
-        texts.append(np.stack([_per_step(*pair, row[1:].numpy()) for pair in pairs]))
-    steps = np.concatenate(texts, axis=-1)  # (pairs, numbers, steps)
-    in_fp32_too, rounding, running, as_scored = map(_comparison, steps.mean(axis=-1))
+        texts.append([_per_step(*pair, row[1:].numpy(), whole) for pair in pairs])
+    in_fp32_too, rounding, running, as_scored = (_comparison(of_texts) for of_texts in zip(*texts, strict=True))
     return Measured(
         prompts=len(texts),
-        steps=steps.shape[-1],
+        steps=len(texts) * len(whole),
+        whole_steps=len(texts) * int(whole.sum()),
         exact=in_fp32_too,
         rounding=rounding,
         as_it_runs=None if in_fp32 is None else running,
@@ -170,19 +180,24 @@ def _torch_log_probs(model: PreTrainedModel, ids: Tensor, source: Tensor | None)
     return _log_softmax(model(**given).logits[0].numpy())
 
 
-def _per_step(reference: LogProbs, model: LogProbs, following: NDArray[np.int64]) -> LogProbs:
-    """Return (numbers, steps): KL, whether the likeliest token is the same, log-probabilities of the token to come."""
+def _per_step(
+    reference: LogProbs, model: LogProbs, following: NDArray[np.int64], whole: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], LogProbs]:
+    """Return whether the likeliest token is the same at each step; and (3, whole steps): KL, log-probabilities of the
+    token to come."""
+    same = reference.argmax(axis=1) == model.argmax(axis=1)
+    reference, model, following = reference[whole], model[whole], following[whole]
     with np.errstate(invalid="ignore"):  # an infinite one is refused by name
         kl = (np.exp(reference) * (reference - model)).sum(axis=1)
-    same = reference.argmax(axis=1) == model.argmax(axis=1)
     places = np.arange(len(following)), following
-    return np.stack([kl, same, reference[places], model[places]])
+    return same, np.stack([kl, reference[places], model[places]])
 
 
-def _comparison(means: LogProbs) -> Comparison:
-    kl, same, reference, model = means
+def _comparison(texts: Sequence[tuple[NDArray[np.bool_], LogProbs]]) -> Comparison:
+    same, numbers = (np.concatenate(of_texts, axis=-1) for of_texts in zip(*texts, strict=True))
+    kl, reference, model = numbers.mean(axis=-1)
     perplexity, change = np.exp(-model), np.expm1(reference - model)
-    return Comparison(kl_nats=kl, agreement=same, perplexity=perplexity, perplexity_change=change)
+    return Comparison(kl_nats=kl, agreement=same.mean(), perplexity=perplexity, perplexity_change=change)
 
 
 def _log_softmax(values: NDArray[Any]) -> LogProbs:

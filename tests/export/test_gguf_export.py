@@ -63,6 +63,22 @@ def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_pa
     assert tokenize(out / "model.gguf", PROBE) == AutoTokenizer.from_pretrained(package)(PROBE).input_ids
 
 
+def test_of_a_large_vocabulary_whole_distributions_are_told_at_some_steps(trained, tmp_path, monkeypatch):
+    assert exporter.whole_steps(4096, 79).all()
+    assert exporter.whole_steps(2**20, 79).sum() == 1
+    exporter.write(trained("gpt2"), tmp_path)
+    logits, ids = exporter.open_logits(tmp_path, 1), list(range(5, 84))
+    of_all = logits(ids)
+    monkeypatch.setattr(exporter, "MOST_PROBABILITIES", 20 * 79 * 300 // 10)
+    of_some, whole = logits(ids), exporter.whole_steps(300, 79)
+    assert np.flatnonzero(whole).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
+    np.testing.assert_array_equal(of_some[whole], of_all[whole])
+    np.testing.assert_array_equal(of_some.argmax(axis=1), of_all.argmax(axis=1))
+    assert np.isfinite(of_some[~whole]).sum() == 71
+    verdict = export(str(trained("gpt2")), "gguf", tmp_path / "out", None, 1, Resources(), Console(quiet=True))
+    assert (verdict["steps"], verdict["whole_steps"], verdict["reasons"]) == (1580, 160, [])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @torch.no_grad()
 def test_with_fp32_activations_on_both_sides_logits_agree_to_a_thousandth(trained, family, tmp_path):

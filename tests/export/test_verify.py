@@ -55,6 +55,7 @@ def test_each_floor_is_missed_alone_and_said_with_its_numbers(exact, as_it_runs,
     measured = Measured(
         prompts=20,
         steps=1580,
+        whole_steps=1580,
         exact=CLOSE.model_copy(update=exact),
         rounding=ROUNDED,
         as_it_runs=ROUNDED.model_copy(update=as_it_runs),
@@ -73,8 +74,10 @@ def noise(shape, size):
     return size * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def test_a_runtime_is_measured_against_independent_arithmetic(finished):
-    """A runtime that shifts every logit and adds noise: the shift does not count, the noise does."""
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_runtime_is_measured_against_independent_arithmetic(finished, every):
+    """A runtime that shifts every logit and adds noise: the shift does not count, the noise does. Where it does not
+    tell whole distributions nothing but its highest logit counts."""
     scored, exact = load(finished.package), load_in_fp32(finished.package)
     probes = make_probes(scored, None)
     assert probes.rows.shape == (20, 32)
@@ -83,25 +86,28 @@ def test_a_runtime_is_measured_against_independent_arithmetic(finished):
     @torch.no_grad()
     def noisy(ids):
         logits = exact(torch.tensor([ids])).logits[0].numpy() + 3.0
-        return logits + noise(logits.shape, 0.1)
+        logits += noise(logits.shape, 0.1)
+        likeliest = np.where(logits == logits.max(axis=1, keepdims=True), logits, -np.inf)
+        return np.where(whole[:, None], logits, likeliest)
 
-    measured = measure(exact, scored, noisy, None, probes)
+    whole = np.arange(31) % every == 0
+    measured = measure(exact, scored, noisy, None, probes, None if every == 1 else whole)
     with torch.no_grad():
         logits = exact(probes.rows[:, :-1]).logits.double()
         packed = torch.log_softmax(scored(probes.rows[:, :-1]).logits.double(), -1)
     ours = torch.log_softmax(logits, -1)
     theirs = torch.log_softmax(logits + torch.from_numpy(noise(logits.shape[1:], 0.1)), -1)
     labels = probes.rows[:, 1:, None]
-    assert measured.steps == 62
+    assert (measured.steps, measured.whole_steps) == (62, 2 * int(whole.sum()))
     for found, reference, model in (
         (measured.exact, ours, theirs),
         (measured.rounding, ours, packed),
         (measured.as_scored, packed, theirs),
     ):
-        kl = torch.nn.functional.kl_div(model, reference, log_target=True, reduction="none").sum(-1).mean()
+        kl = torch.nn.functional.kl_div(model, reference, log_target=True, reduction="none").sum(-1)[:, whole].mean()
         assert found.kl_nats == pytest.approx(float(kl), rel=1e-4)
         assert found.agreement == pytest.approx(float((reference.argmax(-1) == model.argmax(-1)).double().mean()))
-        perplexities = [float(torch.exp(-each.gather(-1, labels).mean())) for each in (reference, model)]
+        perplexities = [float(torch.exp(-each.gather(-1, labels)[:, whole].mean())) for each in (reference, model)]
         assert found.perplexity == pytest.approx(perplexities[1], rel=1e-6)
         assert found.perplexity_change == pytest.approx(perplexities[1] / perplexities[0] - 1, rel=1e-3)
     assert measured.as_it_runs is None
