@@ -16,7 +16,6 @@ from pipeline.config.laid_over import label
 from pipeline.config.run import Config
 from pipeline.metrics import gap_nats
 from pipeline.store.locations import scratch_dir, storage_uri
-from pipeline.store.objects import open_objects
 from pipeline.store.records import Tokens, Trial
 from pipeline.sweep.cost import Estimate, estimate
 from pipeline.sweep.queue import PlannedTrial
@@ -48,9 +47,10 @@ def sweep(
 
 
 def show(planned: SweepPlan) -> str:
-    """Store the report on a finished sweep beside its record and in its MLflow run, once. Returns where it lies."""
-    objects = open_objects(planned.step_dir.uri)
-    if PAGE not in objects.sizes(""):
+    """Store the report on a finished sweep with its last attempt's files and in its MLflow run, once. Returns where it
+    lies. Raises FencedOffError if the sweep is being run again."""
+    last = planned.step_dir.last_attempt()
+    if last.place(PAGE) not in last.sizes(PAGE):
         from jobs.report import rendered  # draws, which a plan need not import
         from jobs.report.reader import Reader
 
@@ -60,8 +60,8 @@ def show(planned: SweepPlan) -> str:
         )
         runs.log_page(parent_of(planned), PAGE, files[".html"].decode())
         for suffix in (".png", ".csv", ".html"):  # the page last: where it is, all is
-            objects.write(f"report{suffix}", files[suffix])
-    return planned.step_dir.uri + PAGE
+            last.write(f"report{suffix}", files[suffix])
+    return last.uri + last.place(PAGE)
 
 
 def document(planned: SweepPlan, result: SweepResult, report_uri: str | None) -> dict[str, Any]:

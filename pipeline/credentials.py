@@ -12,7 +12,7 @@ _URI = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:(?P<login>[^/?#]*)@)?(?P<place>[^?#]*)(?P<query>.*)", re.I | re.S
 )
 _SHOWN = re.compile(  # hf://name@revision is no login; behind "user:" all is taken for the password, up to the last @
-    r"(?<![a-z0-9+.-])(?!hf:)([a-z][a-z0-9+.-]*://)(?:[^/\s'\":@]*:[^\s'\"]*|[^/\s'\"]*)@", re.I
+    r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)(?:[^/\s'\":@]*:[^\s'\"]*|(?<!hf://)[^/\s'\"]*)@", re.I
 )
 _PATH = re.compile(r"sqlite:|file:/(?!/[^/])|[./~]")  # in whose names an @ says nothing
 _ADDRESS = re.compile(r"(?!hf:|file:)[a-z0-9+.-]+:", re.I)

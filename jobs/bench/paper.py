@@ -15,7 +15,7 @@ from rich.table import Column
 
 from jobs.bench.rows import WITH_CONTRAST, Key, Row, named
 from jobs.bench.students import Score, bench_run, train_all
-from jobs.display import Display, print_table
+from jobs.display import Display, print_table, print_warnings
 from pipeline.config.run import Config
 from pipeline.errors import RunError
 from pipeline.flow.plan import plan_run
@@ -196,8 +196,10 @@ def _scored(table: PaperTable, base: Config, keys: Sequence[Key], console: Conso
     for method, bits in keys:
         tried = rows[method].own_try(bits)._replace(rate=base.distill.lr)
         runs.append(bench_run(base, rows[method], bits, tried, base.distill.seed))
+    plan = plan_run(base, TeacherCache.stage)
+    print_warnings(console, plan.warnings)
     with Display(console) as display:
-        shared = run_plan(plan_run(base, TeacherCache.stage), display)
+        shared = run_plan(plan, display)
         scores = train_all(runs, Score, base.resources, display, "table")
     sound = [score for score in scores if not score.failure]
     if not sound:

@@ -31,7 +31,8 @@ class Resources(Closed):
     checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
-    local_cache_gib: Rate = 100  # of copies that a node keeps of what it reads from S3; those used longest ago go
+    # of copies that a node keeps of what it reads from S3; those used longest ago go, but none of the last ten minutes
+    local_cache_gib: Rate = 100
     max_worker_hours: Rate | None = None  # a sweep starts no further trial once so much is used; a tick ends, rejected
     max_cache_gib: Rate = 50  # of a teacher's states: beyond it cache.mode auto runs the teacher in each step
 

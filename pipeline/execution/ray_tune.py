@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pipeline.config.resources import Resources
 from pipeline.errors import BitmillError, BusyError, FencedOffError, LostError
 from pipeline.execution.engine import Engine, explained, quiet, set_threads
-from pipeline.execution.progress_actor import remove_groups
+from pipeline.execution.progress_actor import Lookout, remove_groups
 from pipeline.store.lease import Owner
 from pipeline.store.step_store import StepDir
 
@@ -66,7 +66,7 @@ def run_trials(work: Work, source: TrialSource, engine: Engine, step_dir: StepDi
         return
     engine.start()
     with quiet(), explained(step_dir), own_folder() as folder:
-        _tune(work, source, engine, folder, at_once)
+        _tune(work, source, engine, folder, at_once, step_dir)
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def _is_left(folder: Path) -> bool:
         return False
 
 
-def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once: int | None) -> None:
+def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once: int | None, step_dir: StepDir) -> None:
     from ray import tune
 
     resources = engine.resources
@@ -101,7 +101,7 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once:
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
     in_driver = _InDriver(source)
-    watcher = _watcher(in_driver)
+    watcher = _watcher(in_driver, Lookout(step_dir))
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, work=work, threads=max(1, int(resources.cpus_per_worker))), needs),
         tune_config=tune.TuneConfig(
@@ -234,15 +234,20 @@ def _scheduler(source_of: _InDriver) -> Any:
     return Scheduler()
 
 
-def _watcher(source_of: _InDriver) -> Any:
+def _watcher(source_of: _InDriver, lookout: Lookout) -> Any:
     from ray import tune
 
     class Watcher(tune.Callback):  # type: ignore[misc]
         """Tells the source, and removes the placement groups of a trial that ended: Tune does not see those that Ray
-        Train made inside it, and they would keep their CPUs."""
+        Train made inside it, and they would keep their CPUs. While trials say nothing, it sees whether the sweep was
+        taken over."""
 
         def __init__(self) -> None:
             self._groups: dict[str, set[str]] = {}
+
+        def on_step_begin(self, iteration: int, trials: Any, **more: Any) -> None:
+            with source_of():
+                lookout.look()
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **more: Any) -> None:
             self._groups.setdefault(trial.trial_id, set()).update(result.get(GROUPS, ()))

@@ -24,6 +24,7 @@ from pipeline.store.journal import Journal
 from pipeline.store.lease import LeaseFile, Owner
 from pipeline.store.locations import storage_uri, tracking_uri
 from pipeline.store.objects import open_objects
+from pipeline.store.step_store import check_store
 from pipeline.tracking import registry, runs
 from pipeline.tracking.registry import CHAMPION, PLACE_TAG, PREVIOUS
 
@@ -151,8 +152,9 @@ class Decisions:
 
         Raises:
             BusyError: another process holds it, and lives.
-            ConfigError: another store decides on this name.
+            ConfigError: another store decides on this name, or two processes could both hold it in this one.
         """
+        check_store(self.store)
         self.refuse_another_place()
         with self._lease.hold(False, _never_told, sure=True, seize=seize) as fence:
             self._journal.claim(fence)

@@ -11,7 +11,10 @@ process holds a lease with a fencing token, and writes into a folder of that tok
 
 Every write checks the token first, so what the workers of a killed driver still try to write is refused; and what one
 writes that was stopped after its check, and taken over, lies in its own attempt's folder, where no record names it.
-What is made of a finished step, such as a report, may lie beside the record. Only this module knows how it is spelled.
+Where files were cleared away record.json holds the token of who did, in place of a record: a late one finds its place
+taken, and later attempts take up nothing of those before, of which a late deletion may still be on its way.
+The page on a sweep lies in its last attempt's folder, what was measured of a package beside its record. Only this
+module knows how all this is spelled.
 """
 
 from __future__ import annotations
@@ -30,13 +33,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, DamagedError, RunError, writing_to
+from pipeline.errors import ConfigError, DamagedError, FencedOffError, RunError, writing_to
 from pipeline.store.copies import copies_in
 from pipeline.store.lease import LEASE, LeaseFile, Owner
 from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import ROWS, Checksum, Record, StoredFile, place_of, read_record
 
 RECORD, FORMER = "record.json", "former.json"
+CLEARED_DIGITS = 32  # of the token of who cleared a step away; a record is longer
 LOOKS = 4  # for each record that is wanted
 PLAN = "attempt/plan.json"
 R = TypeVar("R", bound=Record)
@@ -46,7 +50,8 @@ R_co = TypeVar("R_co", bound=Record, covariant=True)
 @dataclass(frozen=True)
 class StepDir:
     """The files of one step, small and picklable. `fence` is the token of the attempt that may write; None reads. Of a
-    store in S3, a node keeps copies of what it reads in `scratch`, about `local_cache_gib` of them."""
+    store in S3, a node keeps copies of what it reads in `scratch`, about `local_cache_gib` of them. Attempts up to the
+    token `cleared` were cleared away."""
 
     storage_uri: str
     stage: str
@@ -54,6 +59,7 @@ class StepDir:
     scratch: str
     fence: int | None = None
     local_cache_gib: float = Resources().local_cache_gib
+    cleared: int = 0
 
     @property
     def uri(self) -> str:
@@ -87,6 +93,10 @@ class StepDir:
         return read_record(data, kind, self.uri + FORMER) if data is not None else None
 
     def _stored_record(self, name: str = RECORD) -> bytes | None:
+        data = self._content(name)
+        return None if data is None or _cleared_by(data) else data
+
+    def _content(self, name: str) -> bytes | None:
         try:
             return self._objects.read(self._prefix + name)
         except (FileNotFoundError, NotADirectoryError):
@@ -98,11 +108,11 @@ class StepDir:
         What the attempts so far kept for themselves goes, and files and shards of theirs that the record names in
         another, or in none.
         """
-        stored = self._stored_record()  # before the fence is checked: so it is replaced only if nobody did meanwhile
+        stored = self._content(RECORD)  # before the fence is checked: so it is replaced only if nobody did meanwhile
         self.check_fence()
         if stored is None:
             self._objects.create(self._prefix + RECORD, record.to_json())
-        elif instead_of is not None and read_record(stored, type(record), self.uri + RECORD) == instead_of:
+        elif _cleared_by(stored) or read_record(stored, type(record), self.uri + RECORD) == instead_of:
             self._objects.swap(self._prefix + RECORD, stored, record.to_json())
         winner = self.record(type(record))
         if winner is None:
@@ -118,8 +128,10 @@ class StepDir:
         return winner
 
     def _attempts(self) -> list[int]:
-        """Return the tokens of the attempts that stored something; to one that writes, those after it are nobody's."""
-        return [token for token in self._lease.attempts() if self.fence is None or token <= self.fence]
+        """Return the tokens of the attempts that stored something; to one that writes, those after it are nobody's, and
+        those that were cleared away."""
+        attempts = self._lease.attempts()
+        return [token for token in attempts if self.fence is None or self.cleared < token <= self.fence]
 
     def place(self, name: str) -> str:
         """Return where this attempt keeps the file of a name, below the step's folder."""
@@ -244,7 +256,13 @@ class StepDir:
     def hold(self, wait: bool, waiting: Callable[[Owner], None], sure: bool = False) -> Iterator[StepDir]:
         """Hold the step's lease as `LeaseFile.hold` does; yield the directory with its fencing token."""
         with self._lease.hold(wait, waiting, sure) as fence:
-            yield replace(self, fence=fence)
+            yield replace(self, fence=fence, cleared=_cleared_by(self._content(RECORD) or b""))
+
+    def last_attempt(self) -> StepDir:
+        """Return the directory with the token of its last attempt, over or not; what is written with it is refused once
+        there is another."""
+        lease = self._lease.read()
+        return replace(self, fence=lease.fence if lease is not None else None)
 
     def announce(self, steps: Iterable[StepDir]) -> None:
         """Say which steps the command that runs this one needs, so that none is cleared away meanwhile."""
@@ -262,21 +280,27 @@ class StepDir:
             return []
 
     def clear(self, remember: bool = False) -> None:
-        """Delete the record, then what names files, then the files: so that whoever dies in between leaves a step that
-        is to be run. The lease stays, so that tokens go on counting, and what the record said where it is to be
-        remembered: that of the first time, if the step was made again."""
-        record = self._stored_record() if remember else None
-        self.check_fence()
-        if record is not None:
-            self._objects.create(self._prefix + FORMER, record)
-        self.delete(RECORD)
+        """Put this attempt's token in the record's place, then delete what names files, then the files: so that whoever
+        dies in between leaves a step that is to be run. The lease stays, so that tokens go on counting, and what the
+        record said where it is to be remembered: that of the first time, if the step was made again.
+
+        Raises:
+            FencedOffError: another attempt holds the step, or has put a record there.
+        """
+        stored = self._content(RECORD)  # before the fence is checked, as in `commit`
+        fence = self.check_fence()
+        if remember and stored is not None and not _cleared_by(stored):
+            self._objects.create(self._prefix + FORMER, stored)
+        name, mark = self._prefix + RECORD, b"%0*d" % (CLEARED_DIGITS, fence)
+        if not (self._objects.create(name, mark) if stored is None else self._objects.swap(name, stored, mark)):
+            raise FencedOffError(f"The {self.stage} step {self.key} was finished by another attempt meanwhile.")
         places = [name.removeprefix(self._prefix) for name in self._objects.sizes(self._prefix)]
         for place in sorted(places, key=lambda place: not place.endswith(".json")):
-            if place not in (LEASE, FORMER):
+            if place not in (LEASE, FORMER, RECORD):
                 self.delete(place)
-        for fence in self._attempts():  # folders that are empty now, and what is hidden in them
-            self.check_fence()
-            self._objects.delete_below(self._prefix + place_of("", fence))
+        for attempt in self._lease.attempts():  # folders that are empty now, and what is hidden in them
+            if attempt <= self.check_fence():
+                self._objects.delete_below(self._prefix + place_of("", attempt))
         shutil.rmtree(self._links, ignore_errors=True)
 
 
@@ -329,12 +353,17 @@ def stored_steps(storage_uri: str, stage: str) -> dict[str, StoredStep]:
         step = steps.get(key, StoredStep())
         if place == LEASE:
             steps[key] = replace(step, leased=stat.written)
-        elif place and place != FORMER:
+        elif place and place != FORMER and not (place == RECORD and stat.bytes == CLEARED_DIGITS):
             written = max(step.written, stat.written)
             steps[key] = replace(
                 step, bytes=step.bytes + stat.bytes, done=step.done or place == RECORD, written=written
             )
     return steps
+
+
+def _cleared_by(content: bytes) -> int:
+    """Return the token of the attempt that cleared a step away, from what lies in its record's place; 0: a record."""
+    return int(content) if len(content) == CLEARED_DIGITS and content.isdigit() else 0
 
 
 def now_of(storage_uri: str) -> float:

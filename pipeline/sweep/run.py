@@ -50,7 +50,7 @@ from pipeline.tracking.runs import Target
 VERSION = 2
 NOT_IN_KEY = ("max_concurrent",)
 TRIALS = "trials"
-PAGE = "report.html"  # beside the record
+PAGE = "report.html"
 EXAMPLES = 20  # draws among which one must work
 
 
@@ -195,7 +195,8 @@ def _queue(planned: SweepPlan, step_dir: StepDir, outbox: Outbox, listener: List
     queue = TrialQueue(planned.config, planned.sweep, planned.key, step_dir, planned.known, outbox, advance, trials)
     for trial, there in zip([*trials.values()], held, strict=True):
         if not there or (planned.retry_failed and _failed(trial)):
-            step_dir.delete(PAGE)  # first: else a driver that is killed in between leaves a page of what is no more
+            for page in step_dir.sizes(PAGE):  # first: else a killed driver leaves a page of what is no more
+                step_dir.delete(page)
             queue.keep(_again(trial))
     return queue
 

@@ -26,9 +26,12 @@ from ray.util import placement_group_table
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import FencedOffError, LostError
+from pipeline.execution import progress_actor
 from pipeline.execution.engine import Engine
 from pipeline.execution.ray_tune import LOSS, STEP, run_trials
+from pipeline.store.lease import Lease, Owner
 from pipeline.store.locations import tracking_uri
+from pipeline.store.objects import open_objects
 from pipeline.store.step_store import StepDir
 from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
@@ -197,6 +200,24 @@ def test_a_sweep_that_was_taken_over_says_so(two_cpus: Path, tmp_path: Path) -> 
     step_dir, engine = StepDir(str(tmp_path), "sweep", "f" * 32, str(tmp_path)), Engine(Resources(workers=1))
     with pytest.raises(FencedOffError, match="no longer ours"):
         run_trials(reporting, TakenOver(), engine, step_dir, None)
+    assert_all_cpus_are_freed()
+
+
+def test_a_sweep_that_is_taken_over_ends_trials_that_report_nothing(
+    two_cpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_actor, "LOOK_S", 0.1)
+    step_dir, engine = StepDir(str(tmp_path), "sweep", "f" * 32, str(tmp_path)), Engine(Resources(workers=1))
+
+    def training(trial: Any, report: Any) -> None:
+        open_objects(str(tmp_path)).write(f"sweep/{'f' * 32}/lease.json", Lease(Owner("elsewhere", 1, 0), 9).to_json())
+        time.sleep(DEADLINE_S)
+
+    with (
+        step_dir.hold(False, print) as held,
+        pytest.raises(FencedOffError, match="held by process 1 on elsewhere"),
+    ):
+        run_trials(training, OneTrial(), engine, held, None)
     assert_all_cpus_are_freed()
 
 

@@ -70,6 +70,12 @@ def test_each_floor_is_missed_alone_and_said_with_its_numbers(exact, as_it_runs,
         assert re.search(reason, reasons[0])
 
 
+def test_what_a_package_rounds_away_allows_an_export_no_more_than_a_hundredth():
+    floors = floors_as_it_runs(ROUNDED.model_copy(update={"kl_nats": 0.058}))
+    assert floors.missed_by(ROUNDED.model_copy(update={"kl_nats": 0.0109})) == []
+    assert floors.missed_by(ROUNDED.model_copy(update={"kl_nats": 0.0111}))
+
+
 def noise(shape, size):
     return size * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 

@@ -184,13 +184,30 @@ def test_a_step_is_cleared_but_for_its_lease_the_record_first(uri, step_dir, mon
     delete = StepDir.delete
     monkeypatch.setattr(StepDir, "delete", lambda self, place: order.append(place) or delete(self, place))
     step_dir.clear()
-    assert order[:2] == ["record.json", "1/parts/weights.json"]
-    assert {*order[2:]} == {"1/weights", "report.html"}
+    assert order[0] == "1/parts/weights.json"
+    assert {*order[1:]} == {"1/weights", "report.html"}
+    assert step_dir.record(Evaluation) is None
     left = stored_steps(uri, Evaluation.stage)[KEY]
     assert left == StoredStep(leased=there.leased)
     with pytest.raises(DamagedError, match="lacks its file weights"):
         FinishedStep(record, step_dir).local("weights")
-    assert [*open_objects(uri).sizes("")] == [f"{Evaluation.stage}/{KEY}/lease.json"]
+    assert [*open_objects(uri).sizes("")] == [
+        f"{Evaluation.stage}/{KEY}/{name}" for name in ("lease.json", "record.json")
+    ]
+
+
+def test_a_step_that_was_cleared_is_made_again_from_nothing_of_before(uri, tmp_path):
+    step = StepDir(uri, Evaluation.stage, KEY, str(tmp_path / "scratch"))
+    with step.hold(False, print) as first:
+        first.write("rows/a", b"x")
+        first.clear()
+    open_objects(uri).write(f"{Evaluation.stage}/{KEY}/1/rows/late", b"whose deletion may be on its way")
+    for token in (2, 3):
+        with step.hold(False, print) as again:
+            assert (again.fence, again.cleared, again.newest()) == (token, 1, {})
+    record = again.commit(evaluation("again", weights=again.write("weights", b"w")))
+    assert step.record(Evaluation) == record
+    assert content(again, "weights") == b"w"
 
 
 def test_who_lost_a_step_clears_nothing_of_it(step_dir):

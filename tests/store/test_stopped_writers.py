@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BitmillError
+from pipeline.errors import BitmillError, FencedOffError, RunError
 from pipeline.store import objects as objects_module
 from pipeline.store.lease import Lease, Owner
 from pipeline.store.objects import Directory, open_objects
@@ -132,6 +132,28 @@ def test_a_late_record_is_not_put_in_place_of_another(dead: StepDir, stopped: St
         stopped.go(late)
         assert taken.record(Evaluation) == record
     assert (record.digest, weights(record, taken, tmp_path)) == ("ours", b"ours")
+
+
+def test_a_record_that_comes_after_its_files_were_cleared_away_is_none(dead: StepDir, stopped: Stopped) -> None:
+    theirs = evaluation("late", weights=written(dead, b"late"))
+    late = stopped.start(lambda: dead.commit(theirs))
+    with replace(dead, fence=None).hold(False, print) as taken:
+        taken.clear()
+        stopped.go(late)
+    assert isinstance(late.exception(), RunError)
+    assert dead.record(Evaluation) is None
+
+
+def test_who_clears_a_step_away_too_late_takes_no_record_of_another(
+    dead: StepDir, stopped: Stopped, tmp_path: Path
+) -> None:
+    written(dead, b"half made")
+    late = stopped.start(dead.clear)
+    with replace(dead, fence=None).hold(False, print) as taken:
+        record = taken.commit(evaluation("ours", weights=written(taken, b"ours")))
+    stopped.go(late)
+    assert isinstance(late.exception(), FencedOffError)
+    assert (taken.record(Evaluation), weights(record, taken, tmp_path)) == (record, b"ours")
 
 
 def test_a_late_record_that_is_the_first_is_adopted_whole(dead: StepDir, stopped: Stopped, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.run import Config
+from pipeline.errors import FencedOffError
 from pipeline.store.objects import open_objects
 from pipeline.store.records import Trial
 from pipeline.sweep.queue import TrialQueue, stored_sharing, stored_trials
@@ -59,12 +60,14 @@ def test_the_page_goes_before_what_it_shows(
     def killed(self: TrialQueue, trial: Trial) -> None:
         raise KeyboardInterrupt
 
-    page = open_objects(planned.step_dir.uri)
     with Outbox(tmp_path / "outbox") as outbox:
         with planned.step_dir.hold(False, print) as first:
             _queue(planned, first, outbox, Recorder()).keep(trial("a", "failed"))
-        page.write(PAGE, b"of a trial that failed")
+        late = planned.step_dir.last_attempt()
+        late.write(PAGE, b"of a trial that failed")
         monkeypatch.setattr(TrialQueue, "keep", killed)
         with pytest.raises(KeyboardInterrupt), planned.step_dir.hold(False, print) as second:
             _queue(planned, second, outbox, Recorder())
-    assert PAGE not in page.sizes("")
+    assert PAGE not in late.newest()
+    with pytest.raises(FencedOffError, match="no longer ours"):
+        late.write(PAGE, b"drawn before, by one that was stopped")

@@ -209,6 +209,9 @@ def test_so_is_one_that_no_configuration_holds():
     with pytest.raises(ConfigError, match=r"^--data: it takes no user or password.*AWS") as refused:
         pin_text(uri, "--data", None)
     assert "secret" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"^--data: it takes no user or password") as refused:
+        pin_text("hf://user:a-secret@org/name/x.txt", "--data", None)
+    assert "secret" not in str(refused.value)
     with pytest.raises(ConfigError, match="URI of a store or model cannot be used: it takes no user") as refused:
         open_objects(uri)
     assert "secret" not in str(refused.value)
@@ -232,4 +235,5 @@ def test_text_from_elsewhere_is_shown_without_them(bitmill):
     assert (said.exit_code, "secret" in said.stderr) == (2, False)
     assert redacted("hf://name@main/x and a@b, then http://a@c/d@e") == "hf://name@main/x and a@b, then http://c/d@e"
     assert redacted("'s3://a:b/c@d@bucket/x', ray://e:f@g") == "'s3://bucket/x', ray://g"
+    assert redacted("hf://user:a-secret@org/name") == "hf://org/name"
     assert redacted("http://host:5000/x of me@corp") == "http://host:5000/x of me@corp"

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,14 @@ CLONED = ("runs", "model_versions", "model_version_tags", "logged_models", "logg
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what work gives in a process of its own."""
+    """Return what work gives in a process of its own, which an interruption ends."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        try:
+            return pool.submit(work, *arguments).result()
+        except BaseException:
+            for process in active_children():  # else it would be waited for
+                process.kill()
+            raise
 
 
 def measure(
@@ -56,7 +61,11 @@ def measure(
     """Measure all, each by `run`, print it, and write scale.json and scale.png; returns the document of `--json`."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        stages = [row for times in TIMES for row in _stages(Path(folder) / str(times), times * mib, run)]
+        stages: list[dict[str, Any]] = []
+        for times in TIMES:
+            console.print(f"text of {times * mib:g} MiB: {' and '.join(STAGES)}")
+            stages += _stages(Path(folder) / str(times), times * mib, run)
+        console.print(f"a store of {objects:,} objects and a registry of {versions:,} versions")
         large = run(_large, Path(folder) / "large", objects, versions)
         document = {"provenance": provenance(), "stages": stages, "growth": growth(stages), "large": large}
         (out / "scale.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -186,8 +195,10 @@ def _large(folder: Path, objects: int, versions: int) -> dict[str, Any]:
     stored = _fill_store(Path(config.resources.storage_uri), [(step.name, step.key) for step in plan.steps], objects)
     _fill_registry(Path(str(sqlite_file(tracking_uri(config.resources)))), keys, versions)
     given: dict[str, Any] = {"objects": stored, "versions": versions}
+    said = Console(stderr=True, highlight=False)  # minutes pass
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
+        said.print(f"{name} of {stored:,} objects and {versions:,} versions")
         before = time.process_time(), time.perf_counter()
         answer = work()
         given[name] = {"cpu_s": time.process_time() - before[0], "wall_s": time.perf_counter() - before[1]}

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
+import pytest
 from rich.console import Console
 
 from jobs.bench.scale.measure import LIMITS_S, MOST_MEMORY, MOST_TIME, STAGES, TIMES, cells, growth, measure
 from tests.conftest import ROOT
+from tests.processes import start
 
 RESULTS = ROOT / "jobs" / "bench" / "results" / "scale.json"
 README = (ROOT / "pipeline" / "store" / "README.md").read_text(encoding="utf-8")
 
 
-def test_all_is_measured_and_drawn(tmp_path: Path) -> None:
+def test_all_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(file=io.StringIO(), width=200)
     document = measure(0.05, 300, 40, tmp_path, console, run=lambda work, *arguments: work(*arguments))
     assert json.loads((tmp_path / "scale.json").read_text()) == document
@@ -31,6 +39,28 @@ def test_all_is_measured_and_drawn(tmp_path: Path) -> None:
     assert large["garbage"] >= large["deleted"] > 20
     assert all(large[name]["cpu_s"] > 0 for name in LIMITS_S)
     assert "40 versions" in console.file.getvalue()
+    assert "text of 0.5 MiB: tokenize and cache" in console.file.getvalue()
+    said = capsys.readouterr().err
+    assert all(f"{name} of " in said for name in (*LIMITS_S, "delete"))
+
+
+def test_an_interruption_ends_the_process_that_works(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    modules = "from jobs.bench.scale.measure import alone; from tests.jobs.bench.test_scale import wait"
+    code = f"{modules}; alone(wait, {str(started)!r})"
+    with start([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=ROOT) as command:
+        while not (started.exists() and started.read_text()):
+            assert command.poll() is None
+            time.sleep(0.05)
+        command.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in command.stderr.read()
+    assert not psutil.pid_exists(int(started.read_text()))
+
+
+def wait(place: str) -> None:
+    """Work for ever, after a word of which process does."""
+    Path(place).write_text(str(os.getpid()))
+    time.sleep(600)
 
 
 def test_growth_is_that_of_the_largest_over_the_smallest() -> None:
