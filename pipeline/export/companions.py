@@ -23,11 +23,12 @@ def copy_companions(package: Path, out: Path) -> None:
             shutil.copyfile(package / name, out / name)
 
 
-def valid_for(config: PreTrainedConfig, groups: bool = False) -> str:
-    """Return the formats that take a model's family, for people; with `groups`, those that take scales of groups."""
+def valid_for(config: PreTrainedConfig, groups: bool = False, refused: str = "") -> str:
+    """Return the formats that take a model's family, for people, without the one that `refused` it; with `groups`,
+    those that take scales of groups."""
     family = families().get(config.model_type)
     names = family.formats if family is not None else ("transformers",)
-    return ", ".join(sorted(name for name in names if FORMATS[name].groups or not groups))
+    return ", ".join(sorted(name for name in names if name != refused and (FORMATS[name].groups or not groups)))
 
 
 def refuse_groups(frozen: FrozenTensors, config: PreTrainedConfig, name: str) -> None:

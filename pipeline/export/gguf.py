@@ -1,10 +1,11 @@
-"""GPT-2 and Llama as one GGUF file for llama.cpp: codes in blocks, the tokenizer, the rest in floating point."""
+"""A decoder alone as one GGUF file for llama.cpp: codes in blocks, the tokenizer, the rest in floating point. Names of
+tensors are those that the `gguf` package has for an architecture; what llama.cpp would compute otherwise is refused."""
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.export.companions import refuse_groups, valid_for
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.probes import PROMPTS
 from pipeline.export.vocabulary import write_vocabulary
+from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types
 from pipeline.models.family import Gguf, family_with, names_with
 from pipeline.package.package import read_package
 from pipeline.quant.frozen import FrozenTensors
@@ -31,40 +33,69 @@ MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
 
-def check(config: PreTrainedConfig) -> Gguf:
-    """Return what llama.cpp makes of a model's family. Raises ConfigError for one that it would compute otherwise."""
-    family = family_with("gguf", config.model_type)
-    if family is None or family.gguf is None:
-        raise ConfigError(
-            f"--format gguf takes {' and '.join(names_with('gguf'))} models, not {config.model_type}: llama.cpp has no "
-            f"such architecture. Valid for it: {valid_for(config)}."
-        )
-    reason = family.gguf.refuses(config)
+def check(config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a model whose architecture llama.cpp does not have, or would compute otherwise."""
+    gguf_of, blocks = _described(config)
+    differing = [name for name, value in gguf_of.requires.items() if getattr(config, name) != value]
+    reason = _computed_otherwise(config, gguf_of, numbers_of(config, blocks))
+    if differing:
+        name, valid = differing[0], gguf_of.requires[differing[0]]
+        reason = f"with {name} {valid!r}, not {getattr(config, name)!r}"
     if reason:
-        raise ConfigError(f"--format gguf {reason}.")
-    for name, value in family.gguf.requires.items():
-        if getattr(config, name) != value:
-            raise ConfigError(f"--format gguf needs {name} {value!r} in config.json, not {getattr(config, name)!r}.")
-    return family.gguf
+        raise ConfigError(
+            f"--format gguf: llama.cpp computes {reason}. Valid for it: {valid_for(config, refused='gguf')}."
+        )
+
+
+def _described(config: PreTrainedConfig) -> tuple[Gguf, Blocks]:
+    family = family_with("gguf", config.model_type)
+    if family is None or family.gguf is None or family.blocks is None:
+        raise ConfigError(
+            f"--format gguf takes {', '.join(names_with('gguf'))} models, not {config.model_type}: llama.cpp has no "
+            f"such architecture, or computes it otherwise. Valid for it: {valid_for(config)}."
+        )
+    return family.gguf, family.blocks
+
+
+def _computed_otherwise(config: PreTrainedConfig, of: Gguf, numbers: Numbers) -> str:
+    """Return what llama.cpp would compute that the configuration says otherwise; nothing where both agree."""
+    layers, longest = range(1, numbers.layers + 1), config.max_position_embeddings
+    kinds = rope_types(config) - {"default"}
+    scale = (config.hidden_size / numbers.heads if numbers.layers == of.largest else numbers.head_size) ** -0.5
+    windowed = [bool(of.window_every) and layer % of.window_every != 0 for layer in layers]
+    turned = [not of.unturned_every or layer % of.unturned_every != 0 for layer in layers]
+    angles = config.rope_parameters.get("sliding_attention", {}) if of.angles_in_window else {}
+    if numbers.activation not in of.activations:
+        return f"{of.activations[0]}, not the activation {numbers.activation!r}"
+    if kinds:
+        return f"plain rotary positions, not rope_type {min(kinds)!r}"
+    if [0 < window < longest for window in numbers.windows] != [w and _window(numbers) < longest for w in windowed]:
+        every = f"a window in all but every {of.window_every}th layer" if of.window_every else "no window"
+        return f"{every}, not sliding_window {_window(numbers)} in the layers that config.json says"
+    if of.angles_in_window and float(angles.get("rope_theta", 0)) != of.angles_in_window:
+        return f"layers with a window with a rope_theta of {of.angles_in_window:g}, not {angles.get('rope_theta')}"
+    if numbers.rotary.count(None) < numbers.layers and [kind is not None for kind in numbers.rotary] != turned:
+        return f"no positions in every {of.unturned_every}th layer, not in those of no_rope_layers"
+    if not of.scaled and abs(numbers.attention_scale / scale - 1) > 1e-6:
+        return f"scores times {scale:.6g}, not {numbers.attention_scale:.6g}"
+    if (bool(numbers.attention_cap), bool(numbers.logit_cap)) != (of.capped, of.capped):
+        return f"{'capped' if of.capped else 'no caps of'} scores and logits, unlike config.json"
+    return ""
+
+
+def _window(numbers: Numbers) -> int:
+    return max(numbers.windows)
 
 
 def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     """Write `out`/model.gguf; return what is not held as codes. With `widened` every tensor is in fp32, with the values
     that it would have else. Raises as `check` and `write_vocabulary` do."""
     frozen, config, _ = read_package(package)
-    family = check(config)
+    check(config)
     refuse_groups(frozen, config, "gguf")
-    writer = (_Widening if widened else GGUFWriter)(out / FILE, family.architecture)
-    settings = {
-        "name": package.resolve().name,
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "head_count": config.num_attention_heads,
-        **family.settings(config),
-    }
-    for setting, value in settings.items():
+    writer = (_Widening if widened else GGUFWriter)(out / FILE, _described(config)[0].architecture)
+    writer.add_name(package.resolve().name)
+    for setting, value in _settings(config).items():
         getattr(writer, f"add_{setting}")(value)
     write_vocabulary(writer, package, config.vocab_size)
     rest = [name for name in frozen.rest if not name.endswith(COMPUTED)]
@@ -89,6 +120,8 @@ def _add(writer: GGUFWriter, frozen: FrozenTensors, name: str, config: PreTraine
     if name not in frozen.codes:
         module, _, leaf = name.rpartition(".")
         values = _ordered(frozen.rest[name].float(), module, config).numpy()
+        if values.ndim == 1 and leaf == "weight":  # of a norm
+            values = values + np.float32(_described(config)[1].norm_offset)
         exact = values.ndim == 1 or frozen.rest[name].dtype != torch.float16
         writer.add_tensor(f"{gguf_name(module, config)}.{leaf}", values if exact else values.astype(np.float16))
         return []
@@ -111,20 +144,72 @@ def _add(writer: GGUFWriter, frozen: FrozenTensors, name: str, config: PreTraine
     return [f"{name}: {reason}, so its {rows} rows are {'F16' if fits else 'F32'}, {stored.nbytes:,} bytes"]
 
 
+def _settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what an architecture's layers compute with, by the part of GGUFWriter's method behind `add_`."""
+    of, blocks = _described(config)
+    numbers = numbers_of(config, blocks)
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": numbers.layers,
+        "head_count": numbers.heads,
+        "head_count_kv": numbers.kv_heads,
+        "feed_forward_length": numbers.inner,
+        "layer_norm_rms_eps" if hasattr(config, "rms_norm_eps") else "layer_norm_eps": numbers.epsilon,
+    }
+    if not blocks.positions:
+        angles = config.rope_parameters.get("full_attention", config.rope_parameters)
+        settings |= {
+            "key_length": numbers.head_size,
+            "value_length": numbers.head_size,
+            "rope_dimension_count": int(numbers.head_size * angles.get("partial_rotary_factor", 1.0)),
+            "rope_freq_base": float(angles["rope_theta"]),
+        }
+    if of.window_every:
+        settings["sliding_window"] = _window(numbers)
+    if of.capped:
+        settings |= {"attn_logit_softcapping": numbers.attention_cap, "final_logit_softcapping": numbers.logit_cap}
+    if of.scaled:
+        settings |= {
+            "attention_scale": numbers.attention_scale,
+            "embedding_scale": numbers.embedding_scale,
+            "residual_scale": numbers.residual_scale,
+            "logit_scale": numbers.logit_divisor,
+        }
+    if hasattr(config, "use_parallel_residual"):
+        settings["parallel_residual"] = numbers.parallel
+    return settings
+
+
 def gguf_name(module: str, config: PreTrainedConfig) -> str:
     """Return llama.cpp's name of a module."""
-    for pattern, name in check(config).names.items():
-        if match := re.fullmatch(pattern, module):
-            return name.format(*match.groups())
-    raise ConfigError(f"--format gguf: llama.cpp's {config.model_type} has no place for {module}.")
+    name = _names(_described(config)[0].architecture, config.num_hidden_layers).get_name(module)
+    if name is None:
+        raise ConfigError(f"--format gguf: llama.cpp's {config.model_type} has no place for {module}.")
+    return str(name)
+
+
+@lru_cache(maxsize=1)
+def _names(architecture: str, layers: int) -> gguf.TensorNameMap:
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(kind, layers)
 
 
 def _ordered(rows: torch.Tensor, module: str, config: PreTrainedConfig) -> torch.Tensor:
-    """Return rows in llama.cpp's order: rotary pairs lie side by side there, half a head apart in transformers."""
-    heads = check(config).rotary.get(module.rpartition(".")[2])
-    if heads is None:
+    """Return rows in llama.cpp's order: rotary pairs lie side by side there, half a head apart in transformers, and in
+    one matrix of all three, all queries come before all keys and values."""
+    of, blocks = _described(config)
+    numbers = numbers_of(config, blocks)
+    heads = dict(zip(blocks.qkv, (numbers.heads, numbers.kv_heads), strict=False))
+    count = next((count for part, count in heads.items() if module.endswith(f".{part}")), 0)
+    if count and of.side_by_side:
+        ordered = rows.reshape(count, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
+    elif count and blocks.by_head:
+        ordered = rows.reshape(count, 3, -1, *rows.shape[1:]).swapaxes(0, 1)
+    else:
         return rows
-    return rows.reshape(getattr(config, heads), 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape).contiguous()
+    return ordered.reshape(rows.shape).contiguous()
 
 
 def read_back(package: Path, out: Path) -> tuple[float, int]:

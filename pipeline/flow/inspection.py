@@ -12,6 +12,7 @@ from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.export import FORMATS, format_named
+from pipeline.flow.preflight import told_of_family
 from pipeline.models.build import fp32_bytes, parameters, read_config, skeleton
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, stored_tensors, weight_files
 from pipeline.models.family import Family, family_for
@@ -78,7 +79,12 @@ def inspect_model(model: str, family: str, resources: Resources) -> Inspection:
         matrices=_matrices(shape, known),
         packed_bytes=_sizes(config, known),
         takes={name: _reason_against(name, config) for name in ("packed runtime", *FORMATS)},
-        unusual=(*_left_out(dropped), *_padding(config, model, memo), *_of_values(source, memo)),
+        unusual=(
+            *told_of_family(shape, known),
+            *_left_out(dropped),
+            *_padding(config, model, memo),
+            *_of_values(source, memo),
+        ),
     )
 
 

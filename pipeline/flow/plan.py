@@ -137,12 +137,13 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         config, pinned = run.config, _pinned(config)
         left = [step for step in steps.values() if step.record is None]
         teacher: Teacher | None = steps[Teacher.stage].record if Teacher.stage in steps else None
-        notes: list[str] = []
+        notes, told = list[str](), list[str]()
         if teacher is not None and not left:
             parameters = teacher.parameters
         else:
             model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
+            told = preflight.told_of_family(model, run.family)
             if teacher is None:  # one that is there was loaded
                 notes = look(("checkpoint", pinned), partial(preflight.check_checkpoint, run, model))
             if start is not None and Student.stage in {step.name for step in left}:
@@ -153,7 +154,7 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         tokens: Tokens | None = steps[Tokens.stage].record
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
-    return RunPlan(config, run, tuple(steps.values()), parameters, overlap, tuple(notes))
+    return RunPlan(config, run, tuple(steps.values()), parameters, overlap, (*told, *notes))
 
 
 def key_of_run(config: Config, once: Once) -> str:

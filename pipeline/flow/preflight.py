@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,9 @@ from pipeline.errors import ConfigError
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
 from pipeline.models.checkpoint import check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
-from pipeline.models.family import AUTO, Family, families, family_for
+from pipeline.models.family import AUTO, WALKED, Family, families, family_for
 from pipeline.models.hidden_states import WithStates
-from pipeline.models.student import check_spec, make_student
+from pipeline.models.student import check_spec, make_student, quant_targets
 from pipeline.models.values import refuse_not_finite, remembered_values, some_of
 from pipeline.package.size import layout
 from pipeline.sources.content import ContentMemo
@@ -70,6 +71,18 @@ def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     return [
         f"model.unused_tensors is drop: {len(dropped)} tensors of {section.source}, which its config.json has no place "
         f"for, are left out: {some_of(dropped)}."
+    ]
+
+
+def told_of_family(shape: PreTrainedModel, family: Family) -> list[str]:
+    """Return what is to be quantized of a model that no family knows, by name; nothing of others."""
+    if family != WALKED:
+        return []
+    names = sorted({re.sub(r"\.\d+\.", ".*.", target.name) for target in quant_targets(shape, family)})
+    return [
+        f"No family knows a {shape.config.model_type} model. What its modules are called is found by a walk over them: "
+        f"quantized are {', '.join(names)}, and nothing else. If it has the modules of a family, say so with "
+        f"model.family; valid: {', '.join(families())}."
     ]
 
 

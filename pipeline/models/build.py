@@ -41,8 +41,12 @@ def model_type_of(source: Path | str | dict[str, Any], gguf_file: str | None = N
 
 
 def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = None, **decided: Any) -> PreTrainedConfig:
-    """Return a configuration from a folder, or from {architecture: ..., key: value} with what is `decided` elsewhere.
-    Raises ConfigError for an unknown architecture or key, a value it cannot take, a folder without a usable config."""
+    """Return a configuration from a folder, or from {architecture: ..., key: value} with what is `decided` elsewhere,
+    as far as the architecture has it.
+
+    Raises:
+        ConfigError: for an unknown architecture or key, a value it cannot take, a folder without a usable config.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -56,7 +60,7 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
     architecture = source["architecture"]
     fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
     try:
-        defaults = AutoConfig.for_model(architecture, bos_token_id=None, eos_token_id=None)
+        defaults = AutoConfig.for_model(architecture)
     except (ValueError, TypeError):
         valid = ", ".join(families())
         raise ConfigError(f"model.source.architecture is {architecture!r}; valid: {valid}") from None
@@ -67,8 +71,13 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
         if name not in known:
             valid = ", ".join(sorted(known))
             raise ConfigError(f"model.source.{name}: {architecture} has no such setting; valid: {valid}")
+    special = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    vocabulary = decided.get("vocab_size") or fields.get("vocab_size") or getattr(defaults, "vocab_size", 0)
+    taken = {name: value for name, value in decided.items() if hasattr(defaults, name)}
     try:
-        return AutoConfig.for_model(architecture, **{"bos_token_id": None, "eos_token_id": None, **fields, **decided})
+        if not defaults.is_encoder_decoder or (defaults.pad_token_id or 0) >= vocabulary:
+            special["pad_token_id"] = None  # that of another vocabulary
+        return AutoConfig.for_model(architecture, **{**special, **fields, **taken})
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"model.source: {source} does not make a {architecture} model: {error}") from error
 

@@ -4,46 +4,45 @@ all that tells it from the others. Nothing else needs to name it."""
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import ConfigError
-
-if TYPE_CHECKING:  # which takes long to import
-    from transformers import PreTrainedConfig
+from pipeline.models.blocks import Blocks, Sides
 
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gguf:
-    """A family as llama.cpp has it.
-
-    `names` maps a regular expression over module names to llama.cpp's name. `settings` gives values by the part of
-    GGUFWriter's method behind `add_`. `rotary` names, by the last part of a module's name, the setting that counts its
-    heads: llama.cpp has the rotary pairs of a head side by side, transformers half a head apart. `requires` are
-    settings of config.json that llama.cpp computes with, and `refuses` says what else it cannot do.
-    """
+    """A family as llama.cpp has it: what its architecture computes that a configuration may say otherwise, so that such
+    a model is refused."""
 
     architecture: str
-    names: Mapping[str, str]
-    settings: Callable[[PreTrainedConfig], dict[str, Any]]
-    requires: Mapping[str, Any] = field(default_factory=dict)
-    rotary: Mapping[str, str] = field(default_factory=dict)
-    refuses: Callable[[PreTrainedConfig], str] = lambda config: ""
+    activations: tuple[str, ...] = ("silu", "swish")
+    side_by_side: bool = False  # pairs of a rotary turn lie side by side there, half a head apart in transformers
+    window_every: int = 0  # layers of which the last attends to all tokens, the others to a window
+    unturned_every: int = 0  # layers of which the last knows no positions
+    angles_in_window: float = 0.0  # rope_theta of layers with a window, where it is not that of the others
+    capped: bool = False  # scores and logits are capped, and not may
+    scaled: bool = False  # takes numbers that multiply embedding, scores, what layers add, and logits
+    requires: Mapping[str, Any] = field(default_factory=dict)  # settings of config.json
+    largest: int = 0  # a number of layers with which scores are scaled as if a head's size were hidden size / heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Module names of one transformers architecture, and what other formats make of it. `linears` maps a regular
-    expression over module names to whether the layer's input is quantized symmetrically."""
+    expression over module names to whether the layer's input is quantized symmetrically: see `decoder_only`."""
 
     name: str  # transformers' model_type
     linears: tuple[tuple[str, bool], ...]
     embedding: str
+    blocks: Blocks | None = None  # of a decoder alone
+    sides: Sides | None = None
     tied_embeddings: tuple[str, ...] = ()  # further names of the embedding's table
     unquantized: tuple[str, ...] = ()  # modules with a weight that stay in full precision
     head: str = "lm_head"
@@ -59,6 +58,40 @@ class Family:
         return ("transformers", *(name for name, support in known.items() if support))
 
 
+def decoder_only(name: str, blocks: Blocks, linears: tuple[tuple[str, bool], ...] = (), **support: Any) -> Family:
+    """Return the family of a decoder alone; `linears` are those outside of its layers, `support` other fields."""
+    unquantized = (blocks.positions,) if blocks.positions else ()
+    return Family(
+        name=name,
+        linears=(*blocks.linears, *linears),
+        embedding=blocks.embedding,
+        blocks=blocks,
+        unquantized=unquantized,
+        graph="decoder_only",
+        **support,
+    )
+
+
+def like_bart(name: str, sides: Sides) -> Family:
+    """Return the family of an encoder and a decoder over one table of words, whose modules are called as BART's."""
+    layers = r"model\.(encoder|decoder)\.layers\.\d+\."
+    return Family(
+        name=name,
+        linears=(
+            (rf"{layers}self_attn\.([qkv]|out)_proj", True),
+            (r"model\.decoder\.layers\.\d+\.encoder_attn\.([qkv]|out)_proj", True),
+            (rf"{layers}fc1", True),
+            (rf"{layers}fc2", False),  # whose input follows an activation
+        ),
+        embedding="model.shared",
+        tied_embeddings=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
+        unquantized=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+        encoder_decoder=True,
+        sides=sides,
+        graph="encoder_decoder",
+    )
+
+
 @lru_cache(maxsize=1)
 def families() -> dict[str, Family]:
     """Return every family by its name: one a file of `pipeline/models/families/`."""
@@ -69,24 +102,22 @@ def families() -> dict[str, Family]:
     return {module.FAMILY.name: module.FAMILY for module in modules}
 
 
+# Any other decoder alone, whose modules `student.walked` names: its matrices are found, and told in the plan.
+WALKED = Family(name="walked", linears=((".*", True),), embedding="")
+
+
 def family_named(name: str) -> Family:
     """Return a family. Raises ConfigError for a name that is none."""
-    if name not in families():
+    known = {**families(), WALKED.name: WALKED}
+    if name not in known:
         raise ConfigError(f"model.family is {name!r}; valid: {AUTO}, {', '.join(families())}")
-    return families()[name]
+    return known[name]
 
 
 def family_for(model_type: str, requested: str = AUTO) -> Family:
-    """Return the family of a model by transformers' `model_type`, or the one that is asked for. Raises ConfigError for
-    a model whose layers are unknown, or a name that is no family."""
-    if requested != AUTO:
-        return family_named(requested)
-    if model_type not in families():
-        raise ConfigError(
-            f"model: the layers of a {model_type!r} model are not known; known families: {', '.join(families())}. "
-            "If it has the modules of one of these, say so with model.family."
-        )
-    return families()[model_type]
+    """Return the family of a model by transformers' `model_type`, or the one that is asked for; WALKED for a model of
+    none. Raises ConfigError for a name that is no family."""
+    return families().get(model_type, WALKED) if requested == AUTO else family_named(requested)
 
 
 def family_with(support: str, model_type: str) -> Family | None:

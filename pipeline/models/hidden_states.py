@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.models.attention import use_causal_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAST = -1
+PROBED = 8  # tokens
 TILE = 64  # columns of a product
 
 
@@ -48,10 +50,17 @@ def layer_states(
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
-    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
+    base, wanted = model.base_model, {"use_cache": False, "output_hidden_states": layer != LAST}
+    if base is model:  # as T5, which has encoder and decoder beside its head
+        encoded = model.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
+        output = model.get_decoder()(
+            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=source_mask, **wanted
+        )
+    else:
+        output = base(**given, **wanted)
     if layer == LAST:
         return output.last_hidden_state, output.last_hidden_state
-    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
+    hidden = output.hidden_states if source_ids is None or base is model else output.decoder_hidden_states
     return output.last_hidden_state, hidden[layer]
 
 
@@ -62,16 +71,37 @@ def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """Return the module that turns last states into logits: the output embedding, with BART's `final_logits_bias` where
-    there is one."""
+    """Return the module that turns last states into logits: the output embedding, and what the model does to its
+    product where it does something, as BART, Gemma 2, Granite and T5 do."""
     head: nn.Module = model.get_output_embeddings()
-    bias = getattr(model, "final_logits_bias", None)
-    return head if bias is None else BiasedHead(head, bias)
+    bias, config = getattr(model, "final_logits_bias", None), model.config
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):
+        divisor = config.d_model**0.5
+    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    return head if bias is None and divisor == 1.0 and not cap else FinishedHead(head, bias, divisor, cap)
+
+
+@torch.no_grad()
+def refuse_other_head(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a model that makes its logits otherwise than `head_of` does of its last states: what is
+    trained and scored here would be another model."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(min(PROBED, int(model.config.vocab_size)))[None]
+    theirs, ours = model(input_ids=ids, use_cache=False).logits, logits_of(model, last_states(model, ids))
+    model.train(training)
+    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3 * float(theirs.std())):
+        raise ConfigError(
+            f"model: no family knows a {model.config.model_type} model, and its logits are not the product of its last "
+            f"states and its head: they differ by up to {float((theirs - ours).abs().max()):.3g}. Such a model cannot "
+            "be compressed without a family of its own."
+        )
 
 
 def head_input(head: nn.Module, states: Tensor) -> Tensor:
     """Return what a head multiplies: last states, on the grid of its input where it has one."""
-    if isinstance(head, BiasedHead):
+    if isinstance(head, FinishedHead):
         return head_input(head.head, states)
     inputs: Any = getattr(head, "inputs", None)
     return states if inputs is None else inputs(states)
@@ -82,8 +112,8 @@ def head_product(head: nn.Module, prepared: Tensor) -> Tensor:
 
     A GPU multiplies by a table that is filled up to whole tiles: of other widths it makes slower products.
     """
-    if isinstance(head, BiasedHead):
-        return head_product(head.head, prepared) + head.bias
+    if isinstance(head, FinishedHead):
+        return head.finished(head_product(head.head, prepared))
     on_grid: Any = getattr(head, "on_grid", None)
     table: Any = head.weight if on_grid is None else on_grid()
     bias: Any = getattr(head, "bias", None)
@@ -94,17 +124,24 @@ def head_product(head: nn.Module, prepared: Tensor) -> Tensor:
     return logits if bias is None else logits + bias
 
 
-class BiasedHead(nn.Module):
-    """An output embedding and the bias (1, vocabulary) that the model keeps outside it."""
+class FinishedHead(nn.Module):
+    """An output embedding and what the model does to its product: a bias (1, vocabulary) is added, a divisor divides,
+    a soft cap bounds."""
 
-    def __init__(self, head: nn.Module, bias: Tensor) -> None:
+    def __init__(self, head: nn.Module, bias: Tensor | None, divisor: float, cap: float) -> None:
         super().__init__()
-        self.head = head
-        self.bias: Tensor
+        self.head, self.divisor, self.cap = head, divisor, cap
+        self.bias: Tensor | None
         self.register_buffer("bias", bias, persistent=False)
 
+    def finished(self, product: Tensor) -> Tensor:
+        """Return logits from the product of states and table."""
+        logits = product if self.bias is None else product + self.bias
+        logits = logits if self.divisor == 1.0 else logits / self.divisor
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
     def forward(self, states: Tensor) -> Any:
-        return self.head(states) + self.bias
+        return self.finished(self.head(states))
 
 
 def _keep_padding_row(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.attention import use_quantized_attention
 from pipeline.models.build import auto_class, skeleton
-from pipeline.models.family import Family
+from pipeline.models.family import Family, families
 from pipeline.quant.frozen import FrozenTensors, freeze, give_modules, thaw
 from pipeline.quant.modules import TIED, QuantTarget, prepare
 from pipeline.quant.spec import QuantSpec
@@ -35,6 +36,7 @@ def quant_targets(model: PreTrainedModel, family: Family) -> list[QuantTarget]:
     the family does not name."""
     from transformers.pytorch_utils import Conv1D
 
+    family = walked(model, family)
     tied = bool(model.config.tie_word_embeddings)
     if family.tied_embeddings and not tied:
         raise ConfigError(
@@ -64,6 +66,25 @@ def quant_targets(model: PreTrainedModel, family: Family) -> list[QuantTarget]:
     if not {"embedding", "linear"} <= {target.role for target in targets}:
         raise ConfigError(f"model: no layers of the family {family.name} in this {model.config.model_type} model")
     return sorted(targets, key=lambda target: target.role in TIED)
+
+
+def walked(model: PreTrainedModel, family: Family) -> Family:
+    """Return the family with the names that the model itself has for embedding, head and other tables, if it is the
+    family of models of no family; as it is otherwise. Raises ConfigError for such a model with an encoder."""
+    if family.embedding:
+        return family
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"model: the layers of a {model.config.model_type!r} model are not known; known families: "
+            f"{', '.join(families())}. If it has the modules of one of these, say so with model.family; only a decoder "
+            "alone is tried without."
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    return replace(
+        family, embedding=names[id(embedding)], head=names.get(id(head), family.head), unquantized=tuple(tables)
+    )
 
 
 def check_spec(model: PreTrainedModel, family: Family, spec: QuantSpec) -> None:
@@ -118,9 +139,9 @@ def thaw_into(model: PreTrainedModel, spec: QuantSpec, family: Family, frozen: F
     use_quantized_attention(model, spec)
 
 
-def freeze_student(model: nn.Module, quant: Quant, family: Family) -> FrozenTensors:
+def freeze_student(model: PreTrainedModel, quant: Quant, family: Family) -> FrozenTensors:
     """Return a student's codes, scales and other tensors as `quant` has them ship."""
-    positions = dict.fromkeys(family.unquantized, quant.positions) if quant.positions else {}
+    positions = dict.fromkeys(walked(model, family).unquantized, quant.positions) if quant.positions else {}
     return freeze(model, quant.spec(), getattr(torch, quant.scale_dtype), getattr(torch, quant.rest_dtype), positions)
 
 

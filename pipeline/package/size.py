@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.quant import Quant
 from pipeline.models.family import Family
-from pipeline.models.student import make_student, quant_targets
+from pipeline.models.student import make_student, quant_targets, walked
 from pipeline.quant.granularity import PER_CHANNEL
 from pipeline.quant.modules import TIED, Role
 from pipeline.quant.packing import encoding_of, packed_columns
@@ -69,6 +69,7 @@ class Layout:
 
 def layout(shape: PreTrainedModel, family: Family, quant: Quant, encoding: Encoding = "dense") -> Layout:
     """Return the layout of a model on the meta device, which is changed."""
+    family = walked(shape, family)
     targets = [target for target in quant_targets(shape, family) if target.role not in TIED]
     make_student(shape, QuantSpec(BitWidths(UNQUANTIZED, UNQUANTIZED, UNQUANTIZED)), family)
     state = shape.state_dict()

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, DamagedError
-from pipeline.models.family import family_with, names_with
+from pipeline.models.family import families
 from pipeline.runtime.decoder import KeyValueShape
 from pipeline.runtime.graph import Graph
 from pipeline.runtime.weights import read_weights
@@ -50,10 +50,13 @@ def check(config: PreTrainedConfig) -> None:
 
 def graphs_of(config: PreTrainedConfig) -> Any:
     """Return the module that draws the graphs of a model; a family's siblings may order their layers otherwise."""
-    family = family_with("graph", config.model_type)
-    if family is None:
-        valid = ", ".join(names_with("graph"))
-        raise ConfigError(f"model: a {config.model_type} model has no graph in ONNX Runtime; valid: {valid}")
+    family = families().get(config.model_type)
+    if family is None or not family.graph:
+        valid = ", ".join(name for name, family in families().items() if family.graph)
+        raise ConfigError(
+            f"model: a {config.model_type} model has no graph in ONNX Runtime; valid: {valid}. It runs in torch, by "
+            "pipeline.load and in transformers, and --format transformers takes it."
+        )
     return import_module(f"pipeline.runtime.{family.graph}")
 
 

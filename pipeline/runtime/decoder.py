@@ -7,6 +7,7 @@ past_key_values.N.key and .value (1, heads, past, head size). Outputs: logits (1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import TensorProto
@@ -50,36 +51,79 @@ class Decoder:
         self._last = graph.op("Cast", last, to=TensorProto.INT32)
         self.positions = graph.op("Range", graph.op("Sub", total, length), total, graph.number(1))  # (length,)
 
-    def attend(self, qkv: str, layer: int, heads: int, rotary: tuple[str, str] | None = None) -> str:
-        """Draw causal attention: qkv (1, length, queries + keys + values) to (1, length, queries). `rotary` are tables
-        (longest, head size / 2) of cosines and sines."""
-        operands, fused = [qkv, "", ""], self.cache.head_size % ROTARY_MULTIPLE == 0
-        if rotary and not fused:
+    def attend(
+        self,
+        qkv: Sequence[str],
+        layer: int,
+        heads: int,
+        rotary: tuple[str, str] | None = None,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> str:
+        """Draw causal attention: queries, keys and values (1, length, columns), side by side in one tensor or apart, to
+        (1, length, columns of queries).
+
+        Args:
+            rotary: tables (longest, turned part of a head / 2) of cosines and sines.
+            window: how many tokens one attends to, itself included; 0 for all.
+            scale: factor of scores, by default 1 / sqrt(head size).
+            softcap: bound of scores; 0 for none.
+        """
+        operands = [*qkv, *[""] * (3 - len(qkv))]
+        if rotary and not self._turned_by_kernel(rotary):
             operands, rotary = self._rotated(qkv, layer, heads, rotary), None
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         result = [f"attention.{layer}", *(f"present.{layer}.{part}" for part in ("key", "value"))]
         inputs = [*operands, *past, self._last, self._total, *(rotary or ())]
         kernel = {"num_heads": heads, "kv_num_heads": self.cache.heads, "do_rotary": int(rotary is not None)}
+        kernel |= {"scale": scale} if scale is not None else {}
+        kernel |= {"softcap": softcap} if softcap else {}
+        kernel |= {"local_window_size": window} if window else {}
         return self.graph.ops(result, "GroupQueryAttention", *inputs, domain=CONTRIB, **kernel)[0]
 
-    def _rotated(self, qkv: str, layer: int, heads: int, rotary: tuple[str, str]) -> list[str]:
-        """Turn queries and keys by an operator of their own, where the attention kernel does not take their size."""
-        graph, counts = self.graph, (heads, self.cache.heads, self.cache.heads)
-        sizes = graph.vector(*(count * self.cache.head_size for count in counts))
-        parts = graph.ops([f"{part}.{layer}" for part in "qkv"], "Split", qkv, sizes, axis=-1)
-        places = graph.op("Reshape", self.positions, graph.vector(1, -1))
-        turned = [
-            graph.op("RotaryEmbedding", part, places, *rotary, domain=CONTRIB, num_heads=count)
-            for part, count in zip(parts[:2], counts, strict=False)
-        ]
-        return [*turned, parts[2]]
+    def split(self, qkv: str, layer: int, heads: int) -> Sequence[str]:
+        """Return queries, keys and values, (1, length, columns) each, of one tensor that has them side by side."""
+        counts = (heads, self.cache.heads, self.cache.heads)
+        sizes = self.graph.vector(*(count * self.cache.head_size for count in counts))
+        return self.graph.ops([f"{part}.{layer}" for part in "qkv"], "Split", qkv, sizes, axis=-1)
 
-    def finish(self, x: str, head: str, vocabulary: int, bias: str | None = None) -> None:
-        """Draw the head, x (1, length, hidden) to logits, and the outputs."""
+    def _turned_by_kernel(self, rotary: tuple[str, str]) -> bool:
+        size = self.cache.head_size
+        return size % ROTARY_MULTIPLE == 0 and 2 * self.graph.columns(rotary[0]) == size
+
+    def _rotated(self, qkv: Sequence[str], layer: int, heads: int, rotary: tuple[str, str]) -> list[str]:
+        """Turn queries and keys by an operator of their own, where the attention kernel does not take their size."""
+        graph = self.graph
+        queries, keys, values = qkv if len(qkv) == 3 else self.split(qkv[0], layer, heads)
+        places = graph.op("Reshape", self.positions, graph.vector(1, -1))
+        part = 2 * graph.columns(rotary[0])
+        kernel = {"rotary_embedding_dim": part} if part != self.cache.head_size else {}
+        turned = [
+            graph.op("RotaryEmbedding", x, places, *rotary, domain=CONTRIB, num_heads=count, **kernel)
+            for x, count in ((queries, heads), (keys, self.cache.heads))
+        ]
+        return [*turned, values]
+
+    def finish(
+        self,
+        x: str,
+        head: str,
+        vocabulary: int,
+        bias: str | None = None,
+        divisor: float = 1.0,
+        cap: float = 0.0,
+    ) -> None:
+        """Draw the head, x (1, length, hidden) to logits, which `divisor` divides and `cap` bounds, and the outputs."""
         graph, cache = self.graph, self.cache
         if self._sliced:
             x = graph.op("Slice", x, FIRST_LOGIT, graph.vector(INT_MAX), graph.vector(1))
-        graph.head(x, head, bias, "logits")
+        if divisor == 1.0 and not cap:
+            graph.head(x, head, bias, "logits")
+        else:
+            logits = graph.scale(graph.head(x, head, bias, ""), 1 / (divisor * (cap or 1.0)), "" if cap else "logits")
+            if cap:
+                graph.scale(graph.op("Tanh", logits), cap, "logits")
         graph.output("logits", [1, "logits", vocabulary])
         for name in cache.names("present"):
             graph.output(name, [1, cache.heads, "total_or_longest", cache.head_size])

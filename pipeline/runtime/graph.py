@@ -126,14 +126,36 @@ class Graph:
         kind, domain, settings = ACTIVATIONS[name]
         return self.op(kind, x, domain=domain, **settings)
 
-    def add_and_norm(self, x: str, residual: str, module: str, epsilon: float) -> tuple[str, str]:
-        """Return LayerNorm of x + residual, and that sum; the RMS norm where the module has no bias."""
+    def scale(self, x: str, factor: float, named: str = "") -> str:
+        """Multiply x by a number; by 1 it is x itself."""
+        if factor == 1.0 and not named:
+            return x
+        return self.op("Mul", x, self.tensor(f"factor_{factor}", np.array(factor, np.float32)), named=named)
+
+    def columns(self, tensor: str) -> int:
+        """Return the last dimension of a tensor that was added."""
+        return int(self._tensors[tensor].shape[-1])
+
+    def norm(self, x: str, module: str, epsilon: float, offset: float = 0.0) -> str:
+        """Return LayerNorm of x; the RMS norm where the module has no bias. `offset` is added to its weight."""
+        kind, parameters = self._norm(module, offset)
+        return self.op(f"{kind}LayerNormalization", x, *parameters, epsilon=epsilon)
+
+    def add_and_norm(self, x: str, residual: str, module: str, epsilon: float, offset: float = 0.0) -> tuple[str, str]:
+        """Return what `norm` makes of x + residual, and that sum."""
         result, total = f"{module}.normed", f"{module}.sum"
-        biased = f"{module}.bias" in self.weights.rest
-        kind = "SkipLayerNormalization" if biased else "SkipSimplifiedLayerNormalization"
-        inputs = [x, residual, self.rest(f"{module}.weight")] + ([self.rest(f"{module}.bias")] if biased else [])
-        self.ops([result, "", "", total], kind, *inputs, domain=CONTRIB, epsilon=epsilon)
+        kind, parameters = self._norm(module, offset)
+        kind = f"Skip{kind}LayerNormalization"
+        self.ops([result, "", "", total], kind, x, residual, *parameters, domain=CONTRIB, epsilon=epsilon)
         return result, total
+
+    def _norm(self, module: str, offset: float) -> tuple[str, list[str]]:
+        """Return what the operators of a norm are called by, and its parameters."""
+        weight = f"{module}.weight"
+        scale = self.tensor(weight, self.weights.rest[weight] + np.float32(offset)) if offset else self.rest(weight)
+        if f"{module}.bias" not in self.weights.rest:
+            return "Simplified", [scale]
+        return "", [scale, self.rest(f"{module}.bias")]
 
     def save(self, folder: Path, name: str) -> None:
         """Write `name`.onnx, and its large tensors into `name`.onnx.data."""

@@ -12,7 +12,8 @@ import torch
 from pipeline.config.training import Finetune
 from pipeline.models.build import build, fp32_bytes, keep_all_layers, load_model, parameters, read_config, set_dropout
 from pipeline.models.checkpoint import DROP
-from pipeline.models.hidden_states import WithStates
+from pipeline.models.family import WALKED
+from pipeline.models.hidden_states import WithStates, refuse_other_head
 from pipeline.sources.models import model_folder
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, training_job, upload_folder
 from pipeline.store.keys import recipe_of
@@ -56,13 +57,14 @@ def run(step: Step) -> Teacher:
     return Teacher(**step.identity(), **result, **facts)
 
 
-STAGE = Stage(Teacher, inputs, recipe, run, locations, version=4, shared=True, unit="steps")
+STAGE = Stage(Teacher, inputs, recipe, run, locations, version=5, shared=True, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable[[], bool] = never) -> None:
     recipe = Finetune.model_validate(job.recipe["finetune"])
     training = training_job(job, recipe)
     model = _checkpoint(job) if job.locations["model"] is not None else _new_model(job, recipe.seed)
+    _check_head(model, job)
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     keep_all_layers(model)
@@ -80,7 +82,7 @@ def _new_model(job: StepJob, seed: int) -> PreTrainedModel:
         "eos_token_id": tokens.end_of_text,
         **job.task.model_settings(tokens.end_of_text, tokens.padding),
     }
-    return build(read_config(job.recipe["model"]["architecture"] | decided), seed)
+    return build(read_config(job.recipe["model"]["architecture"], **decided), seed)
 
 
 def _checkpoint(job: StepJob) -> PreTrainedModel:
@@ -89,7 +91,15 @@ def _checkpoint(job: StepJob) -> PreTrainedModel:
 
 
 def _import(job: StepJob) -> dict[str, StoredFile]:
-    return _save(_checkpoint(job), job)
+    model = _checkpoint(job)
+    _check_head(model, job)
+    return _save(model, job)
+
+
+def _check_head(model: PreTrainedModel, job: StepJob) -> None:
+    """Raise ConfigError for a model of no family whose head is not what it would be taken for."""
+    if job.recipe["model"]["family"] == WALKED.name:
+        refuse_other_head(model)
 
 
 def _save(model: PreTrainedModel, job: StepJob) -> dict[str, StoredFile]:

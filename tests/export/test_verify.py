@@ -155,7 +155,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, che
     (tmp_path / "full" / "mine.txt").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "full")
     for model, name, out, message in (
-        (trained("gpt2"), "compressed-tensors", "out", "takes llama models, not gpt2"),
+        (trained("gpt2"), "compressed-tensors", "out", "qwen2, qwen3 models, not gpt2"),
         (trained("gpt2"), "gguff", "out", "--format is 'gguff'; valid: transformers, onnx, gguf"),
         (trained("gpt2"), "gguf", "link", "exists and is not an empty directory"),
         (trained("gpt2"), "gguf", "full/mine.txt/out", "cannot be made"),

@@ -78,14 +78,18 @@ def test_what_is_unusual_is_named_and_nothing_of_it_is_an_error(inspect: Inspect
 def test_a_runtime_that_does_not_take_the_model_says_why(inspect: Inspect, folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    mistral = read_config({**ARCHITECTURES["llama"], "architecture": "mistral"}, vocab_size=320)
-    build(mistral, seed=0).save_pretrained(folder)
+    stablelm = read_config({**ARCHITECTURES["llama"], "architecture": "stablelm"}, vocab_size=320)
+    build(stablelm, seed=0).save_pretrained(folder)
     told = inspect(folder, "--family", "llama")
-    assert (told["model_type"], told["family"], told["takes"]["transformers"]) == ("mistral", "llama", "")
-    assert "a mistral model has no graph" in told["takes"]["packed runtime"]
-    assert "not mistral" in told["takes"]["gguf"]
+    assert (told["model_type"], told["family"], told["takes"]["transformers"]) == ("stablelm", "llama", "")
+    assert "a stablelm model has no graph" in told["takes"]["packed runtime"]
+    assert "not stablelm" in told["takes"]["gguf"]
     assert told["unusual"][0].startswith("Set model.tokenizer, for there is none beside the model")
-    assert "layers of a 'mistral' model are not known" in inspect(folder, status=2)
+    walked = inspect(folder)
+    assert (walked["family"], walked["matrices"]) == ("walked", told["matrices"])
+    assert (
+        "by a walk over them: quantized are lm_head, model.embed_tokens, model.layers.*.mlp.d" in walked["unusual"][0]
+    )
 
 
 def test_a_model_that_cannot_be_a_teacher_is_refused(inspect: Inspect, folder: Path) -> None:

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.quant import Quant
 from pipeline.errors import BitmillError, ConfigError, RunError
 from pipeline.models.build import build, load_model, parameters, read_config, set_dropout, skeleton
-from pipeline.models.family import family_for, family_named
-from pipeline.models.hidden_states import WithStates, head_of, last_states
+from pipeline.models.family import WALKED, family_for, family_named
+from pipeline.models.hidden_states import WithStates, head_of, last_states, refuse_other_head
 from pipeline.models.student import (
     check_spec,
     freeze_student,
@@ -85,13 +85,40 @@ def test_the_targets_of_a_family_are_complete(source):
 
 
 def test_a_model_with_the_modules_of_a_family_is_taken_by_its_name():
-    config = config_of({**LLAMA, "architecture": "mistral", "head_dim": 4})
-    with pytest.raises(
-        ConfigError, match=r"'mistral' model are not known; known families: bart, .*llama.*model\.family"
-    ):
-        family_for(config.model_type)
+    config = config_of({**LLAMA, "architecture": "stablelm"})
     family = family_for(config.model_type, "llama")
     assert len(quant_targets(skeleton(config), family)) == 2 * len(LLAMA_TARGETS) + 2
+
+
+@pytest.mark.parametrize(
+    ("source", "unquantized"),
+    [({**LLAMA, "architecture": "stablelm"}, ()), ({**GPT2, "architecture": "gpt_bigcode"}, ("transformer.wpe",))],
+    ids=["stablelm", "gpt_bigcode"],
+)
+def test_a_decoder_of_no_family_is_walked_over(source, unquantized):
+    config, quant = config_of(source), Quant(bits="2-4-8", positions="int8")
+    family = family_for(config.model_type)
+    student, targets = built(source), quant_targets(skeleton(config), family)
+    assert family == WALKED
+    assert {(t.name, t.role) for t in targets if t.role != "linear"} == {
+        (student.base_model_prefix + (".wte" if unquantized else ".embed_tokens"), "embedding"),
+        ("lm_head", "tied_head" if config.tie_word_embeddings else "head"),
+    }
+    refuse_other_head(student)
+    make_student(student, quant.spec(), family)
+    frozen = freeze_student(student, quant, family)
+    assert {name for name, bits in frozen.bits.items() if bits == 8} == {*unquantized}
+    with torch.no_grad():
+        assert student.eval()(IDS).logits.isfinite().all()
+    assert layout(skeleton(config), family, quant).modules.keys() == frozen.codes.keys() - {*unquantized}
+
+
+def test_a_model_of_no_family_that_cannot_be_walked_over_is_refused():
+    with pytest.raises(ConfigError, match=r"layers of a 'mbart' model are not known; known families: bart, .*alone"):
+        quant_targets(skeleton(config_of({**BART, "architecture": "mbart"})), WALKED)
+    cohere = {name: value for name, value in LLAMA.items() if name != "max_position_embeddings"}
+    with pytest.raises(ConfigError, match=r"no family knows a cohere model, and its logits are not the product"):
+        refuse_other_head(built({**cohere, "architecture": "cohere", "pad_token_id": None}))
 
 
 def test_an_unknown_layer_is_refused_by_name():

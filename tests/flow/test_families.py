@@ -1,0 +1,93 @@
+"""Every family from text to a package that loads in two ways and generates, by one pass of few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import pipeline
+import pipeline.plugin
+from jobs.generate import Request, generate
+from pipeline.config.resources import Resources
+from pipeline.config.run import Config
+from tests.conftest import Ran
+from tests.family_models import DECODERS, ENCODER_DECODERS, T5
+
+IDS = torch.arange(5, 25)[None]
+STEPS = {"steps": 3, "batch_size": 4, "eval_every": 3}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of all families, which have the same tokens."""
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"gpt2", "llama"}))
+def test_a_family_goes_through_the_whole_line(
+    name: str, together: Path, tiny_config: Callable[..., Config], run_flow: Callable[..., Ran]
+) -> None:
+    source = {"architecture": name, **DECODERS[name]}
+    config = tiny_config(
+        together,
+        model={"source": source, "tokenizer": {"train_bpe": 300}},
+        finetune=STEPS,
+        distill=STEPS,
+    )
+    ran = run_flow(config, until="pack")
+    assert ran.record("finetune").family == name
+    scores = ran.record("evaluate")
+    assert 1 < scores.student["perplexity"] < 2000
+    assert 0 < scores.student["kl_nats"] < math.inf
+    packed = pipeline.load(ran.package)
+    taught = AutoModelForCausalLM.from_pretrained(ran.package)
+    with torch.no_grad():
+        assert torch.equal(packed(IDS).logits, taught(IDS).logits)
+    written = generate(str(ran.package), Request("ba", 4, 0.0, 0), Resources(), Console(quiet=True), lambda piece: None)
+    assert written["tokens"] == 4
+
+
+@pytest.fixture(scope="module")
+def summed_up(corpus: Path, together: Path) -> Path:
+    """Lines with their first words as summaries."""
+    lines = [line for line in corpus.read_text().splitlines() if line.strip()][:120]
+    rows = [{"text": line, "summary": " ".join(line.split()[:4])} for line in lines]
+    (together / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return together / "rows.jsonl"
+
+
+@pytest.mark.parametrize("name", ["t5", *sorted(ENCODER_DECODERS.keys() - {"bart"})])
+def test_a_family_with_an_encoder_goes_through_the_whole_line(
+    name: str,
+    summed_up: Path,
+    together: Path,
+    tiny_config: Callable[..., Config],
+    run_flow: Callable[..., Ran],
+) -> None:
+    source = {"architecture": name, **(T5 if name == "t5" else ENCODER_DECODERS[name])}
+    config = tiny_config(
+        together,
+        model={"source": source, "tokenizer": {"train_bpe": 300}},
+        data={"source": str(summed_up), "holdout": 0.1},
+        task={"name": "summarization", "block_length": 512, "source_length": 40, "target_length": 12},
+        finetune=STEPS,
+        distill=STEPS,
+        evaluate={"beams": 1, "generated_rows": 2},
+    )
+    ran = run_flow(config, until="pack")
+    assert ran.record("finetune").family == name
+    assert 0 < ran.record("evaluate").student["kl_nats"] < math.inf
+    packed = pipeline.load(ran.package)
+    taught = AutoModelForSeq2SeqLM.from_pretrained(ran.package)
+    with torch.no_grad():
+        logits = packed(IDS, decoder_input_ids=IDS[:, :7]).logits
+        assert torch.equal(logits, taught(IDS, decoder_input_ids=IDS[:, :7]).logits)
+    written = generate(str(ran.package), Request("ba", 4, 0.0, 0), Resources(), Console(quiet=True), lambda piece: None)
+    assert 0 < written["tokens"] <= 4

@@ -1,0 +1,71 @@
+"""Every family in ONNX Runtime against the model that transformers computes from the same package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.models.build import read_config
+from pipeline.runtime import Runtime
+from pipeline.runtime.build import check
+from tests.family_models import DECODERS, ENCODER_DECODERS, T5
+from tests.packages import package, packed_logits
+
+IDS = np.random.default_rng(0).integers(3, 300, 24).tolist()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_a_family_are_those_of_the_packed_model(name, tmp_path):
+    """With fp32 activations on both sides, of a whole text and of one that is generated token by token."""
+    folder = package(tmp_path / "package", {"architecture": name, "vocab_size": 300, **DECODERS[name]})
+    runtime = Runtime(folder, activations=32)
+    found, wanted = runtime.logits(IDS), packed_logits(folder, IDS, activations=32)
+    assert wanted.std() > 0.1
+    assert np.abs(found - wanted).max() < 1e-4
+    tokens = list(runtime.generate(IDS, 4, stop=()))
+    assert tokens == runtime.logits(IDS + tokens)[len(IDS) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_logits_of_a_family_with_an_encoder_are_those_of_the_packed_model(name, tmp_path):
+    fields = {"architecture": name, "vocab_size": 300, **ENCODER_DECODERS[name]}
+    folder = package(tmp_path / "package", {**fields, "pad_token_id": 1, "decoder_start_token_id": 2})
+    runtime, source = Runtime(folder, activations=32), IDS[::-1]
+    found, wanted = runtime.logits(IDS, source), packed_logits(folder, IDS, source, activations=32)
+    assert wanted.std() > 0.1
+    assert np.abs(found - wanted).max() < 1e-4
+    tokens = list(runtime.generate(source, 4, stop=()))
+    assert tokens == runtime.logits([2, *tokens], source)[:-1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": "t5", **T5}, "a t5 model has no graph in ONNX Runtime; valid: bart, .* It runs in torch"),
+        (
+            {"architecture": "opt", **DECODERS["opt"], "word_embed_proj_dim": 32},
+            "opt with word_embed_proj_dim of another width than hidden_size has no graph",
+        ),
+        (
+            {"architecture": "opt", **DECODERS["opt"], "do_layer_norm_before": False},
+            "opt with norms of another kind has no graph .* It runs in torch",
+        ),
+        (
+            {"architecture": "gpt2", **DECODERS["gpt2"], "scale_attn_by_inverse_layer_idx": True},
+            r"gpt2 with another attention scale than 1/sqrt\(head size\)",
+        ),
+        (
+            {
+                **DECODERS["qwen3"],
+                "architecture": "qwen3",
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "rope_type 'dynamic' has no fixed table",
+        ),
+    ],
+    ids=lambda value: value["architecture"] if isinstance(value, dict) else "",
+)
+def test_what_has_no_graph_is_refused_with_what_works_instead(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        check(read_config({"vocab_size": 300, **fields}))
