@@ -255,7 +255,10 @@ def real(
     model: Annotated[
         str, typer.Option(help="The model, as model.source: a directory or a hub id.")
     ] = "HuggingFaceTB/SmolLM2-135M",
-    minutes: Annotated[float, typer.Option(min=0, help="For all that has no result yet, rows by their shares.")] = 10,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0, help="For all that has no result yet, rows by their shares; compilation comes beside."),
+    ] = 10,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of a row, at most, whatever the time.")] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ROW", help="Only this row, such as 'best, 2-2-8'; may be repeated.")
@@ -265,7 +268,7 @@ def real(
     ] = False,
     block_length: Annotated[int, typer.Option(min=8, help="With --text: tokens of a row.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 64,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 32,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 64,
     finetune_lr: Annotated[float, typer.Option(min=0, help="Rate at which the teacher is trained.")] = 1e-4,
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",

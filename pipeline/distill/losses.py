@@ -51,8 +51,9 @@ def contrastive_loss(
         negatives: those of all rows.
         temperature: tau.
     """
-    query, teacher, pool = (F.normalize(states.float(), dim=-1) for states in (query, teacher, negatives.pool))
-    positive = (query * teacher).sum(-1, keepdim=True)
+    query, positives = (F.normalize(states.float(), dim=-1) for states in (query, teacher))
+    pool = positives if negatives.pool is teacher else F.normalize(negatives.pool.float(), dim=-1)
+    positive = (query * positives).sum(-1, keepdim=True)
     scores = query @ pool.mT
     if negatives.index is not None:
         scores = scores.gather(2, negatives.index)

@@ -35,8 +35,7 @@ class MemoryBank:
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
         """Return the queries q (batch, length, hidden) for ids (batch, length) and the student's states."""
-        mixed = self.momentum * self.states[ids] + (1 - self.momentum) * states.float()
-        return torch.where(self.seen[ids].unsqueeze(-1), mixed, states.float())
+        return self._mixed(ids, states.float())
 
     @torch.no_grad()
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
@@ -48,19 +47,28 @@ class MemoryBank:
     def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
         """Reduce the sums of all workers in rank order, move the bank, forget them: the end of the optimizer step.
         `gather` returns a tensor's value on every rank, in rank order; first dimensions may differ."""
-        ids, states = (torch.cat(parts) for parts in zip(*self._added, strict=True))
-        unique, sums, counts = _summed(ids, states, torch.ones(len(ids)))
-        self._move(*_summed(*(torch.cat(gather(tensor)) for tensor in (unique, sums, counts))))
+        ids, states = self._added[0] if len(self._added) == 1 else map(torch.cat, zip(*self._added, strict=True))
+        unique, inverse, counts = ids.unique(return_inverse=True, return_counts=True)
+        sums = _summed(states, inverse, len(unique))
+        gathered = [gather(tensor) for tensor in (unique, sums, counts)]
+        if len(gathered[0]) > 1:
+            ids, sums, counts = map(torch.cat, gathered)
+            unique, inverse = ids.unique(return_inverse=True)
+            sums, counts = (_summed(tensor, inverse, len(unique)) for tensor in (sums, counts))
+        self._move(unique, sums, counts)
         self._added.clear()
 
     def _move(self, ids: Tensor, sums: Tensor, counts: Tensor) -> None:
         """Move the bank towards the means of the states of each id; ids, distinct, and counts are the host's."""
         device = self.states.device
         moved, mean = sent(ids, device), sums / sent(counts, device).unsqueeze(1)
-        known = self.momentum * self.states[moved] + (1 - self.momentum) * mean
-        self.states[moved] = torch.where(self.seen[moved].unsqueeze(1), known, mean)
+        self.states[moved] = self._mixed(moved, mean)
         self.seen[moved] = True
         self._seen_on_host[ids] = True
+
+    def _mixed(self, ids: Tensor, states: Tensor) -> Tensor:
+        """Return the bank's states of ids moved towards others, which stay as they are where an id was not seen."""
+        return torch.lerp(states, self.states[ids], self.momentum * self.seen[ids].unsqueeze(-1))
 
     def forget(self) -> None:
         """Forget the sums of a step that is begun again."""
@@ -77,8 +85,6 @@ class MemoryBank:
         self._seen_on_host.copy_(state["seen"])
 
 
-def _summed(ids: Tensor, states: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the distinct ids (host), and the sums of states (device) and counts (host) that belong to each."""
-    unique, inverse = ids.unique(return_inverse=True)
-    sums = states.new_zeros(len(unique), states.shape[1]).index_add_(0, sent(inverse, states.device), states)
-    return unique, sums, counts.new_zeros(len(unique)).index_add_(0, inverse, counts)
+def _summed(rows: Tensor, places: Tensor, count: int) -> Tensor:
+    """Return the sums of rows that belong to the same of so many places; which place each belongs to is the host's."""
+    return rows.new_zeros(count, *rows.shape[1:]).index_add_(0, sent(places, rows.device), rows)

@@ -53,16 +53,19 @@ def fake_quantize(weight: Tensor, scale: Tensor, grid: Grid, reach: float = 0.0)
 
 def nearest_codes(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Return the whole-number codes of the nearest levels, in the weight's dtype."""
-    places = weight / nonzero(scale)
-    if grid.shift:
-        places = places - grid.shift
-    # + 0.0 turns -0.0 into 0.0, which is what an integer code gives back
-    return places.round().clamp(grid.low, grid.high) + 0.0
+    return _codes(weight / nonzero(scale), grid).add_(0.0)
+
+
+def _codes(places: Tensor, grid: Grid) -> Tensor:
+    """Return the whole numbers nearest to weights over their scale, in memory of their own. -0.0 may be among them: who
+    adds the shift, or 0.0, has the 0.0 that an integer code gives back."""
+    rounded = (places - grid.shift).round_() if grid.shift else places.round()
+    return rounded.clamp_(grid.low, grid.high)
 
 
 def nonzero(scale: Tensor) -> Tensor:
     """Return the scale, or 1 where it is 0: a row of zeros (a padding row) must give zeros, not NaN."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale + (scale == 0)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -70,22 +73,29 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:
         ctx.save_for_backward(weight, scale)  # and no codes, which are sooner computed again than kept for all weights
         ctx.grid, ctx.reach = grid, reach
-        return dequantize(nearest_codes(weight, scale, grid), scale, grid)
+        return _codes(weight / nonzero(scale), grid).to(scale.dtype).add_(grid.shift).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, scale = ctx.saved_tensors
         grid, everywhere = ctx.grid, math.isinf(ctx.reach)
-        reach = 0.0 if everywhere else ctx.reach
-        lowest, highest = grid.low + grid.shift - reach, grid.high + grid.shift + reach
-        inside = (weight > lowest * scale) & (weight < highest * scale)
+        inside = _inside(weight, scale, grid, 0.0 if everywhere else ctx.reach)
         grad_weight = grad if everywhere else grad * inside
         if not ctx.needs_input_grad[1]:
             return grad_weight, None, None, None
-        error = nearest_codes(weight, scale, grid) + grid.shift - torch.where(inside, weight / nonzero(scale), 0)
+        places = weight / nonzero(scale)
+        error = _codes(places, grid).add_(grid.shift).sub_(places.mul_(inside))
         # A scale of zero stands for a row of zeros, which stays one.
-        return grad_weight, (grad * error).sum_to_size(scale.shape) * (scale != 0), None, None
+        return grad_weight, error.mul_(grad).sum_to_size(scale.shape).masked_fill(scale == 0, 0), None, None
+
+
+def _inside(weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:
+    """Tell which weights lie between the outermost levels, or up to `reach` scales beyond them."""
+    lowest, highest = grid.low + grid.shift - reach, grid.high + grid.shift + reach
+    if lowest == -highest:
+        return weight.abs() < highest * scale
+    return (weight > lowest * scale) & (weight < highest * scale)
 
 
 def fake_quantize_activation(

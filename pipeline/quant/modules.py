@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class QuantizedLinear(QuantizedWeight):
 
 def faded_in(weight: Tensor, quantized: Tensor, blend: float | Tensor) -> Tensor:
     """Return what lies `blend` of the way from a latent weight to its level; 1 is the level itself."""
-    return quantized if isinstance(blend, float) and blend == 1.0 else weight + blend * (quantized - weight)
+    return quantized if isinstance(blend, float) and blend == 1.0 else torch.lerp(weight, quantized, blend)
 
 
 class QuantizedEmbedding(QuantizedWeight):

@@ -23,6 +23,7 @@ from pipeline.models.student import (
 from pipeline.package.size import layout
 from pipeline.quant.frozen import freeze
 from pipeline.quant.spec import BitWidths, QuantSpec
+from tests.operations import Launches
 
 GPT2 = {"architecture": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32}
 LLAMA = {
@@ -229,6 +230,21 @@ def test_states_are_what_the_head_reads(source):
     torch.testing.assert_close(logits, expected.logits)
     torch.testing.assert_close(states, expected.hidden_states[-1])
     assert torch.equal(states, last_states(model, IDS).detach())
+
+
+def test_states_and_gradients_are_the_models_own_in_fewer_operations():
+    def taken(states_of):
+        model = built(GPT2)
+        with Launches() as launched:
+            states = states_of(model)
+            states.square().sum().backward()
+        return states, [parameter.grad for parameter in model.parameters()], launched.count
+
+    expected, gradients, plain = taken(lambda model: model.base_model(IDS, use_cache=False)[0])
+    states, ours, fewer = taken(lambda model: WithStates(model)(IDS)[0])
+    torch.testing.assert_close(states, expected)
+    torch.testing.assert_close(ours, gradients)
+    assert fewer <= plain - 16 * GPT2["n_layer"]
 
 
 @pytest.mark.parametrize("source", [GPT2, LLAMA], ids=["gpt2", "llama"])

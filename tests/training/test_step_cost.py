@@ -16,9 +16,11 @@ from tests.operations import Launches
 from tests.training.cases import ARCHITECTURE, WIDTH, Case
 
 LAYERS = 12
-# An input is quantized in seven operations where nothing is compiled; on a GPU, where they are one kernel with what is
-# around them, launches were 1.15 (paper) and 1.28 times (best) those of transformers compiled: see jobs/bench.
-MOST = 2.2
+# Over transformers' own, of a batch in one pass and in four. Inputs alone are 0.62 of it in one pass: where nothing is
+# compiled each is quantized in seven operations or nine, and torch has none that gives the same values in fewer. On a
+# GPU, where they are one kernel with what is around them, launches were 1.15 (paper) and 1.28 times (best) those of
+# transformers compiled: see jobs/bench.
+MOST = {"paper": (1.76, 1.45), "best": (1.6, 1.35), "smallest": (1.6, 1.35)}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_a_step_launches_little_more_than_transformers(deep: Case, preset: Any, 
     fields: dict[str, Any] = {**sections["distill"], "steps": 9, "batch_size": 4, "eval_rows": 4}
     run = deep.run(Distill(**fields), f"{preset}-{micro}", deep.cache("float16"), micro_batch=micro)
     ours = launches_of(deep.loop(run, Quant(**sections["quant"])).train_step)
-    assert ours <= MOST * transformers_step(deep, 4 // micro)
+    assert ours <= MOST[preset][micro == 1] * transformers_step(deep, 4 // micro)
 
 
 def test_a_compiled_step_is_the_step(deep: Case, monkeypatch: pytest.MonkeyPatch) -> None:

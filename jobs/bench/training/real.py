@@ -2,6 +2,8 @@
 
 Everything lies in one folder. A row whose result is there is not run again, and one that was stopped goes on from its
 last checkpoint, with as many steps as were planned for it: the folder can be carried to another machine in between.
+What it takes to make a row ready, compilation above all, comes beside the minutes: it is the same for a short run as
+for a long one.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ from pipeline.training.trainer import Trainer, TrainingJob
 FINETUNE = "finetune"
 FINETUNE_SHARE = 0.12  # of the time, at most
 FINETUNE_EPOCHS = 2.0  # at most: beyond them a small text is learned by heart
+FINETUNE_LEAST = 50  # steps, whatever they take: below them it is no teacher of the text
 WARM_UP, TIMED = 4, 8  # steps before a row begins, of which the weights keep nothing
-GUESSED_STEPS = 1000  # that those steps are taken for
+GUESSED_STEPS = 1000  # that those steps are taken for: the first while quantization fades in, the timed ones at the end
 VALIDATIONS = 2  # of a row, beside the one at its start
 KEEP_S = 120.0  # of training between two checkpoints
 DECIDED = ("steps", "epochs", "batch_size", "precision", "eval_every", "start")
@@ -228,7 +231,7 @@ class RealBench:
     def _finetune(self, store: OwnStore) -> dict[str, Any]:
         """Train the teacher, at most two epochs, score it and save it as a folder."""
         settings, seconds = self.settings, 60 * self.settings.minutes * FINETUNE_SHARE
-        begun = time.perf_counter()
+        made_from = time.perf_counter()
         model = load_model(self.source.folder, self.source.gguf_file)
         set_dropout(model, 0.0)
         keep_all_layers(model)
@@ -245,7 +248,7 @@ class RealBench:
             return self._job(store, FINETUNE, Finetune.model_validate(fields))
 
         most = math.ceil(FINETUNE_EPOCHS * self.tokens.record.splits["train"].rows / settings.batch)
-        planned = self._planned(FINETUNE, job_of, student, None, lambda: seconds - (time.perf_counter() - begun), most)
+        planned = self._planned(FINETUNE, job_of, student, None, seconds, made_from, (min(FINETUNE_LEAST, most), most))
         run = self._trained(FINETUNE, planned, job_of, student, None)
         begun = time.perf_counter()
         scores = {split: self._scored(model.eval(), None, split)[0].metrics() for split in SCORED}
@@ -255,8 +258,9 @@ class RealBench:
         return run | sizes | {"scores": scores, "score_s": score_s}
 
     def _distil(self, store: OwnStore, name: str, seconds: float, score_s: float) -> dict[str, Any]:
-        """Train a student for about so many seconds in all; freeze it, and score what ships beside its teacher."""
-        row, settings, begun = ROWS[name], self.settings, time.perf_counter()
+        """Train a student for about so many seconds in all, beside those that make it ready; freeze it, and score what
+        ships beside its teacher."""
+        row, settings, made_from = ROWS[name], self.settings, time.perf_counter()
         quant = Quant.model_validate({**row.sections["quant"], "bits": row.bits})
 
         def job_of(steps: int) -> TrainingJob:
@@ -266,11 +270,7 @@ class RealBench:
             return self._job(store, name, recipe)
 
         student, distillation = distill_stage.make(job_of(GUESSED_STEPS), self.folder, self.family, quant, self.device)
-
-        def left() -> float:
-            return seconds - (time.perf_counter() - begun) - 4 * score_s
-
-        planned = self._planned(name, job_of, student, distillation, left, None)
+        planned = self._planned(name, job_of, student, distillation, seconds - 4 * score_s, made_from, (1, None))
         run = self._trained(name, planned, job_of, student, distillation)
         teacher = load_model(self.folder)
         family, encoding = family_named(self.family), "base3" if quant.ternary else "dense"
@@ -311,33 +311,39 @@ class RealBench:
         job_of: Callable[[int], TrainingJob],
         student: WithStates,
         distillation: Any,
-        left: Callable[[], float],
-        most: int | None,
+        seconds: float,
+        made_from: float,
+        bounds: tuple[int, int | None],
     ) -> Plan:
-        """Return how many steps fill the seconds that are left, from the time of a few that leave nothing behind; what
-        was planned before is kept."""
+        """Return how many steps fill so many seconds, from the time of a few that leave nothing behind; what was
+        planned before is kept. All that went by since `made_from`, when the row began to be made ready, is granted on
+        top of the minutes."""
         path = self.out / f"{_slug(name)}.plan.json"
         if path.exists():
             return Plan(**json.loads(path.read_text()))
-        begun = time.perf_counter()
         trainer = Trainer(student, job_of(GUESSED_STEPS), distillation, self.device, _silent)
         before = {key: value.clone() for key, value in student.state_dict().items()}
         bank = distillation.bank if distillation is not None else None
         empty = {key: value.clone() for key, value in bank.state_dict().items()} if bank is not None else {}
-        for step in range(WARM_UP):
+        timed_from = GUESSED_STEPS - TIMED
+        for step in (*range(WARM_UP), timed_from - 1):
             trainer.train_step(step)
-        wait(self.device)
-        warm_up_s = time.perf_counter() - begun
-        step_s = seconds_a_step(trainer.train_step, WARM_UP, TIMED, self.device)
+        trainer.validate()
+        step_s = seconds_a_step(trainer.train_step, timed_from, TIMED, self.device)
         validation_s = seconds_a_step(lambda step: trainer.validate(), 0, 1, self.device)
         trainer.rows.close()
         student.load_state_dict(before)
         if bank is not None:
             bank.load_state_dict(empty)
-        steps = max(1, int((left() - (VALIDATIONS + 1) * validation_s) / step_s))
-        plan = Plan(min(steps, most or steps, self.settings.steps or steps), step_s, warm_up_s)
+        least, most = bounds
+        steps = max(least, int((seconds - (VALIDATIONS + 1) * validation_s) / step_s))
+        ready_s = time.perf_counter() - made_from
+        self.deadline += ready_s
+        plan = Plan(min(steps, most or steps, self.settings.steps or steps), step_s, ready_s)
         path.write_text(json.dumps(asdict(plan)) + "\n")
-        self.console.print(f"{name}: {plan.steps} steps of {1e3 * step_s:.0f} ms, warm after {warm_up_s:.1f} s")
+        self.console.print(
+            f"{name}: {plan.steps} steps of {1e3 * step_s:.0f} ms; ready after {ready_s:.1f} s, beside the minutes"
+        )
         return plan
 
     def _trained(
@@ -373,7 +379,7 @@ class RealBench:
             "seconds": seconds,
             "tokens_per_s": (plan.steps - first[0]) * a_step / seconds,
             "step_ms": 1e3 * plan.step_s,
-            "warm_up_s": plan.warm_up_s,
+            "ready_s": plan.ready_s,
             "resumed_at": first[0],
             "peak_bytes": most_memory,
             "best_step": trainer.progress.best_step,
@@ -387,11 +393,12 @@ class RealBench:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a row takes, and the seconds of one and of its warm-up that this was found from."""
+    """How many steps a row takes, the seconds of one that this was found from, and those until it could begin: its
+    model made, compiled and warm."""
 
     steps: int
     step_s: float
-    warm_up_s: float
+    ready_s: float
 
 
 def planned_recipe(job: TrainingJob) -> dict[str, Any]:

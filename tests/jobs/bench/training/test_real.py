@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jobs.bench.training import real, shapes
+from jobs.bench.training import measures, real, shapes
 from jobs.cli import app
 from pipeline.models.build import build, read_config
 from pipeline.tasks.tokenizers import train_bpe
@@ -25,9 +26,13 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 300, "tie_wor
 ROW = "best, 4-4-8"
 
 
-def bench(made: Path, out: Path, *arguments: str) -> Any:
+def bench(
+    made: Path,
+    out: Path,
+    *arguments: str,
+    budget: tuple[str, ...] = ("--minutes", "60", "--steps", "6"),  # which the steps end long before the minutes do
+) -> Any:
     common = ("--model", str(made / "model"), "--batch", "4", "--micro-batch", "4", "--device", "cpu")
-    budget = ("--minutes", "60", "--steps", "6")  # which the steps end long before the minutes do
     return CliRunner().invoke(app, ["bench", "real", *common, *budget, "--out", str(out), "--json", *arguments])
 
 
@@ -90,6 +95,34 @@ def test_a_row_for_which_no_time_is_left_waits_for_the_next_time(ran: Any, made:
     assert shown.exit_code == 0, shown.stderr
     assert list(json.loads(shown.stdout)["rows"]) == [ROW]
     assert "best, 2-2-8: no time is left" in shown.stderr
+
+
+def test_what_compilation_takes_comes_beside_the_minutes(
+    ran: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes a second, and the first steps of a model an hour: a teacher's share of a minute
+    would be 7 of these, and it gets as many as make it one."""
+    _, out = ran
+    (tokens,) = (out / "store" / "tokenize").iterdir()
+    clock, take, warm = [0.0], real.Trainer.train_step, list[Any]()
+
+    def taken(trainer: real.Trainer, step: int) -> Any:
+        warm.append(trainer.model)
+        clock[0] += 1.0 if sum(model is trainer.model for model in warm) > real.WARM_UP else 3600.0
+        return take(trainer, step)
+
+    monkeypatch.setattr(real.Trainer, "train_step", taken)
+    told = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
+    for module in (real, measures):
+        monkeypatch.setattr(module, "time", told)
+    shown = bench(made, tmp_path, "--tokens", str(tokens), "--only", ROW, budget=("--minutes", "1"))
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    teacher, row = document["teacher"], document["rows"][ROW]
+    assert teacher["steps"] == real.FINETUNE_LEAST
+    assert row["steps"] == 60 - real.FINETUNE_LEAST
+    assert (teacher["step_ms"], row["step_ms"]) == (1000, 1000)
+    assert teacher["ready_s"] == row["ready_s"] == 3600 * real.WARM_UP + 1 + real.TIMED
 
 
 def test_neither_ray_nor_mlflow_nor_boto3_is_needed(ran: Any, made: Path) -> None:
