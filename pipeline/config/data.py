@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.config.base import Closed, Positive
 from pipeline.credentials import taking_none
@@ -86,9 +86,50 @@ TASK_OF = {
 }
 
 
+class Source(Closed):
+    """One of several sources, or one that needs more than a path. Of a data set, a folder or `hf://org/name@commit`,
+    `config` and `split` name what is read; left out, the only config, and the split of the knob's name.
+
+    `weight` is how often training text is read: 2 gives each of its documents two times, 0.5 half of the documents, by
+    their hashes (of a .txt file that is cut into blocks its beginning). What is held out is so before and counts once.
+    """
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @field_validator("path")
+    @classmethod
+    def _no_credentials(cls, uri: str) -> str:
+        return taking_none(uri)
+
+
+def _kind(given: Any) -> str:
+    """Tell what of the three a source is, so that an error is of that one."""
+    if isinstance(given, list | tuple):
+        return "list"
+    return "source" if isinstance(given, dict | Source) else "path"
+
+
+One = Annotated[Annotated[str, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_kind)]
+Sources = Annotated[
+    Annotated[str, Tag("path")]
+    | Annotated[Source, Tag("source")]
+    | Annotated[tuple[One, ...], Field(min_length=1), Tag("list")],
+    Discriminator(_kind),
+]
+
+
 class Data(Closed):
-    """Where text comes from: globs of txt, jsonl or parquet, `s3://...`, `hf://org/name@commit/glob`, `python://chitchat`,
-    `python://aclsum` (of which /train, /validation and /test are parts).
+    """Where text comes from: a path, or a list of paths and sources {path, config, split, weight}. A path is a glob of
+    txt, jsonl, json (lines or an array), csv, tsv, parquet or arrow files, each also as .gz, .bz2, .xz, .zst or .zip;
+    the folder of a data set, also one that `save_to_disk` wrote; `s3://`, `gs://` or `az://bucket/glob`; a data set of
+    the hub, `hf://org/name@commit`, or its files, `hf://org/name@commit/glob`; `python://chitchat`, `python://aclsum`
+    (of which /train, /validation and /test are parts).
+
+    Workers share a file of text, jsonl or parquet; one of another format, or compressed, one worker reads from its
+    beginning to its end, and none holds a file in memory. A line or a document has at most 64 MiB.
 
     `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
     `unit: line` takes rows or lines as running text, of which no rows can be held out or sampled, only txt.
@@ -109,9 +150,9 @@ class Data(Closed):
     `candidates_column`, a row is one example: the turns so far, and candidate replies of which the last is true.
     """
 
-    source: str
-    validation: str | None = None
-    test: str | None = None
+    source: Sources
+    validation: Sources | None = None
+    test: Sources | None = None
     unit: Literal["document", "line"] = "document"
     text_column: str = "text"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
@@ -122,8 +163,26 @@ class Data(Closed):
 
     @field_validator("source", "validation", "test")
     @classmethod
-    def _no_credentials(cls, uri: str | None) -> str | None:
-        return None if uri is None else taking_none(uri)
+    def _no_credentials(cls, given: Sources | None) -> Sources | None:
+        for path in (source.path for source in _each(given)):
+            taking_none(path)
+        return given
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _no_weight(cls, given: Sources | None) -> Sources | None:
+        if weight := next((source.weight for source in _each(given) if source.weight != 1), None):
+            raise ValueError(f"a weight ({weight:g}) is of training text, in data.source; what measures is read once")
+        return given
+
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """Return the sources of a split's own; none where it is held out of those of training."""
+        return _each(self.source if split == "train" else getattr(self, split))
+
+
+def _each(given: Sources | None) -> tuple[Source, ...]:
+    several = given if isinstance(given, tuple) else () if given is None else (given,)
+    return tuple(Source(path=source) if isinstance(source, str) else source for source in several)
 
 
 class Evaluate(Closed):
