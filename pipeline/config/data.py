@@ -54,15 +54,18 @@ class TaskSettings(Closed):
     `language_modeling`: text is cut into rows of `block_length` without overlap.
     `next_utterance`: conversations; a row is a context with `candidates` replies, one of them the true one (training
     rows: `train_candidates`), each within `block_length`.
+    `chat`: conversations as the tokenizer's chat template writes them, each a row of at most `block_length`, of a
+    longer one its beginning; learned, distilled and scored on what the assistant says (`loss_on: all`: on all of it).
     `summarization`: documents cut to `source_length`, summaries to `target_length`; the model has an encoder.
     """
 
-    name: Literal["language_modeling", "next_utterance", "summarization"] = "language_modeling"
+    name: Literal["language_modeling", "chat", "next_utterance", "summarization"] = "language_modeling"
     block_length: Annotated[int, Field(ge=2)] = 512
     candidates: Annotated[int, Field(ge=2)] = 20
     train_candidates: Annotated[int, Field(ge=2)] = 4
     source_length: Annotated[int, Field(ge=4)] = 512
     target_length: Annotated[int, Field(ge=4)] = 64
+    loss_on: Literal["assistant", "all"] = "assistant"
 
     @model_validator(mode="after")
     def _of_this_task(self) -> TaskSettings:
@@ -78,9 +81,10 @@ class TaskSettings(Closed):
 
 
 TASK_OF = {
-    "block_length": ("language_modeling", "next_utterance"),
+    "block_length": ("language_modeling", "chat", "next_utterance"),
     "candidates": ("next_utterance",),
     "train_candidates": ("next_utterance",),
+    "loss_on": ("chat",),
     "source_length": ("summarization",),
     "target_length": ("summarization",),
 }
@@ -148,6 +152,8 @@ class Data(Closed):
     Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
     `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with
     `candidates_column`, a row is one example: the turns so far, and candidate replies of which the last is true.
+    Chat reads `messages_column`, a list of {role, content, ...} or of ShareGPT's {from, value}, in text its JSON, and
+    from `tools_column` the tools that the assistant may call.
     """
 
     source: Sources
@@ -160,6 +166,8 @@ class Data(Closed):
     summary_column: str = "summary"
     candidates_column: str | None = None
     persona_column: str | None = None
+    messages_column: str = "messages"
+    tools_column: str | None = None
 
     @field_validator("source", "validation", "test")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,9 +11,9 @@ from pipeline.sources.packaged import packaged_rows
 from pipeline.sources.text import Part, documents, records, refuse_missing
 
 
-def rows(part: Part, columns: tuple[str, ...]) -> Iterator[list[tuple[Any, ...]]]:
+def rows(part: Part, columns: tuple[str, ...], objects: bool = False) -> Iterator[list[tuple[Any, ...]]]:
     """Yield the rows of each document of a part, in order: of most documents one, of a paragraph one. A row holds the
-    named columns, each a text or a list of texts.
+    named columns, each a text or a list of texts; with `objects` each a text or, as JSON, what is none.
 
     Raises:
         ConfigError: a file without one of the columns, or in which it holds something else.
@@ -32,12 +33,14 @@ def rows(part: Part, columns: tuple[str, ...]) -> Iterator[list[tuple[Any, ...]]
     else:
         source = ([row] for row in records(part, columns) if row)
     for document in source:
-        yield [tuple(_texts(row, column, file.uri) for column in columns) for row in document]
+        yield [tuple(_texts(row, column, file.uri, objects) for column in columns) for row in document]
 
 
-def _texts(row: dict[str, Any], column: str, where: str) -> Any:
+def _texts(row: dict[str, Any], column: str, where: str, objects: bool) -> Any:
     refuse_missing((column,), [*row], where)
     value = "" if row[column] is None else row[column]
+    if objects and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     texts = [value] if isinstance(value, str) else value
     try:
         for text in texts:

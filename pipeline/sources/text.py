@@ -215,7 +215,7 @@ def refuse_missing(columns: Iterable[str], known: Sequence[str], where: str) -> 
     if missing:
         raise ConfigError(
             f"data: {where} has no column {missing[0]!r}; valid: {', '.join(map(str, known))}. Set "
-            "data.text_column, summary_column, candidates_column or persona_column to one of them."
+            "data.text_column, summary_column, messages_column, candidates_column or persona_column to one of them."
         )
 
 

@@ -50,7 +50,7 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap |
     work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
     for part in work if columns is not None else ():
         if part.start == 0 and _is_here(part.file):
-            next(rows(part, columns or ()), None)
+            next(rows(part, columns or (), task.objects), None)
     small = {split for split, files in run.text.items() if sum(file.text_bytes for file in files) <= SMALL_TEXT_BYTES}
     with_own = any(recipe["data"][split] is not None for split in SPLITS[1:])
     described = json.dumps([recipe, _text(run)])
@@ -176,7 +176,7 @@ def documents_of(part: SplitPart, recipe: dict[str, Any]) -> Iterator[Any]:
     read: Iterator[list[Any]] = (
         ([text] for text in documents(part, data["unit"], data["text_column"]))
         if columns is None
-        else rows(part, columns)
+        else rows(part, columns, task.objects)
     )
     for document in read:  # all rows of one document go where its first one goes
         if (part.low, part.high) == ALL or part.low <= point(task.kept_together(document[0])) < part.high:
