@@ -192,7 +192,8 @@ def print_outcome(planned: RunPlan, document: dict[str, Any], path: str, console
         f"mlflow ui --backend-store-uri {tracking}" if sqlite_file(tracking) else "bitmill compress --help",
     ]
     recipe = planned.step(Tokens).recipe
-    if task_of(recipe).columns(recipe["data"]) is None:  # a model of running text can be scored on any other
-        data = shlex.quote(planned.config.data.source)
+    source = planned.config.data.source
+    if task_of(recipe).columns(recipe["data"]) is None and isinstance(source, str):  # any other text will do as well
+        data = shlex.quote(source)
         commands.insert(0, f"bitmill evaluate {shlex.quote(document['package_uri'])} --data {data}")
     console.print("\n".join(f"  {command}" for command in commands), soft_wrap=True)

@@ -23,6 +23,7 @@ from pipeline.package.package import configuration
 from pipeline.runtime import Runtime
 from pipeline.runtime.build import check as check_graph
 from pipeline.runtime.build import longest
+from pipeline.tasks.chat import asked
 from pipeline.tasks.summarization import ended, summaries
 from pipeline.tasks.tokenizers import read_tokenizer
 
@@ -32,12 +33,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model: temperature 0 takes the likeliest token each time."""
+    """What is asked of a model: temperature 0 takes the likeliest token each time; with `chat` the prompt is what a
+    user says, and the text the assistant's answer."""
 
     prompt: str
     max_tokens: int
     temperature: float
     seed: int
+    chat: bool = False
 
 
 def generate(model: str, request: Request, resources: Resources, console: Console, say: Say) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
         check(folder)
     config = configuration(folder)[0] if packed else read_config(folder)
     tokenizer = read_tokenizer(folder)
-    ids = tokenizer(request.prompt)["input_ids"]
+    ids = asked(tokenizer, request.prompt) if request.chat else tokenizer(request.prompt)["input_ids"]
     if config.is_encoder_decoder:
         return _summary(open_model(folder).to(this_device()), tokenizer, ids, request, console, say)
     if packed:

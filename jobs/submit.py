@@ -120,6 +120,10 @@ def _of_here(path: str, value: Any) -> Any:
     them, from the working directory; absolute."""
     if isinstance(value, dict) and "." not in path:
         return {knob: _of_here(f"{path}.{knob}", each) for knob, each in value.items()}
+    if path in TEXTS and isinstance(value, list | dict):  # of sources, or one with its split
+        if isinstance(value, dict):
+            return {**value, "path": _of_here(path, value["path"])}
+        return [_of_here(path, source) for source in value]
     if not isinstance(value, str):
         return value
     if path in TEXTS and "://" not in value:

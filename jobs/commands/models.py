@@ -40,7 +40,7 @@ def inspect(
 def lookup(
     console: Console,
     name: Annotated[str | None, typer.Option(help="The registered name.")] = None,
-    task: Annotated[str | None, typer.Option(help="language_modeling, next_utterance or summarization.")] = None,
+    task: Annotated[str | None, typer.Option(help="language_modeling, chat, next_utterance or summarization.")] = None,
     bits: Annotated[str | None, typer.Option(help="W-E-A, such as 2-2-8.")] = None,
     max_size_mib: Annotated[float | None, typer.Option(help="Most MiB of packed weights, scales included.")] = None,
     max_perplexity: Annotated[float | None, typer.Option(help="On the validation split.")] = None,
@@ -136,14 +136,15 @@ def generate(
         float, typer.Option(min=0.0, help="0: always the likeliest token. Summaries come from beam search.")
     ] = 0.8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same text.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is what a user says, in the chat template.")] = False,
 ) -> dict[str, Any]:
-    """Let a packed model, or a Hugging Face directory, continue a text; a summarizing one sums it up."""
+    """Let a packed model, or a Hugging Face directory, continue a text, or answer it; a summarizing one sums it up."""
     from jobs.generate import Request
     from jobs.generate import generate as run
 
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
     say = (lambda piece: None) if as_json else partial(print, end="", flush=True)
-    return run(model, Request(text, max_tokens, temperature, seed), resources, console, say)
+    return run(model, Request(text, max_tokens, temperature, seed, chat), resources, console, say)
 
 
 @command(commands)

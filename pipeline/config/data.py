@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.config.base import Closed, Positive
 from pipeline.credentials import taking_none
@@ -56,15 +56,18 @@ class TaskSettings(Closed):
     `language_modeling`: text is cut into rows of `block_length` without overlap.
     `next_utterance`: conversations; a row is a context with `candidates` replies, one of them the true one (training
     rows: `train_candidates`), each within `block_length`.
+    `chat`: conversations as the tokenizer's chat template writes them, each a row of at most `block_length`, of a
+    longer one its beginning; learned, distilled and scored on what the assistant says (`loss_on: all`: on all of it).
     `summarization`: documents cut to `source_length`, summaries to `target_length`; the model has an encoder.
     """
 
-    name: Literal["language_modeling", "next_utterance", "summarization"] = "language_modeling"
+    name: Literal["language_modeling", "chat", "next_utterance", "summarization"] = "language_modeling"
     block_length: Annotated[int, Field(ge=2)] = 512
     candidates: Annotated[int, Field(ge=2)] = 20
     train_candidates: Annotated[int, Field(ge=2)] = 4
     source_length: Annotated[int, Field(ge=4)] = 512
     target_length: Annotated[int, Field(ge=4)] = 64
+    loss_on: Literal["assistant", "all"] = "assistant"
 
     @model_validator(mode="after")
     def _of_this_task(self) -> TaskSettings:
@@ -80,17 +83,59 @@ class TaskSettings(Closed):
 
 
 TASK_OF = {
-    "block_length": ("language_modeling", "next_utterance"),
+    "block_length": ("language_modeling", "chat", "next_utterance"),
     "candidates": ("next_utterance",),
     "train_candidates": ("next_utterance",),
+    "loss_on": ("chat",),
     "source_length": ("summarization",),
     "target_length": ("summarization",),
 }
 
 
+class Source(Closed):
+    """One of several sources, or one that needs more than a path. Of a data set, a folder or `hf://org/name@commit`,
+    `config` and `split` name what is read; left out, the only config, and the split of the knob's name.
+
+    `weight` is how often training text is read: 2 gives each of its documents two times, 0.5 half of the documents, by
+    their hashes (of a .txt file that is cut into blocks its beginning). What is held out is so before and counts once.
+    """
+
+    path: str
+    config: str | None = None
+    split: str | None = None
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @field_validator("path")
+    @classmethod
+    def _no_credentials(cls, uri: str) -> str:
+        return taking_none(uri)
+
+
+def _kind(given: Any) -> str:
+    """Tell what of the three a source is, so that an error is of that one."""
+    if isinstance(given, list | tuple):
+        return "list"
+    return "source" if isinstance(given, dict | Source) else "path"
+
+
+One = Annotated[Annotated[str, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_kind)]
+Sources = Annotated[
+    Annotated[str, Tag("path")]
+    | Annotated[Source, Tag("source")]
+    | Annotated[tuple[One, ...], Field(min_length=1), Tag("list")],
+    Discriminator(_kind),
+]
+
+
 class Data(Closed):
-    """Where text comes from: globs of txt, jsonl or parquet, `s3://...`, `hf://org/name@commit/glob`, `python://chitchat`,
-    `python://aclsum` (of which /train, /validation and /test are parts).
+    """Where text comes from: a path, or a list of paths and sources {path, config, split, weight}. A path is a glob of
+    txt, jsonl, json (lines or an array), csv, tsv, parquet or arrow files, each also as .gz, .bz2, .xz, .zst or .zip;
+    the folder of a data set, also one that `save_to_disk` wrote; `s3://`, `gs://` or `az://bucket/glob`; a data set of
+    the hub, `hf://org/name@commit`, or its files, `hf://org/name@commit/glob`; `python://chitchat`, `python://aclsum`
+    (of which /train, /validation and /test are parts).
+
+    Workers share a file of text, jsonl or parquet; one of another format, or compressed, one worker reads from its
+    beginning to its end, and none holds a file in memory. A line or a document has at most 64 MiB.
 
     `unit: document` puts end-of-text after each document (a jsonl or parquet row, a paragraph of a txt file);
     `unit: line` takes rows or lines as running text, of which no rows can be held out or sampled, only txt.
@@ -109,11 +154,13 @@ class Data(Closed):
     Summarization reads `text_column` and `summary_column`. Next utterance reads the turns of a conversation from
     `text_column`, a list or one turn a line, and puts the sentences of `persona_column` before them; with
     `candidates_column`, a row is one example: the turns so far, and candidate replies of which the last is true.
+    Chat reads `messages_column`, a list of {role, content, ...} or of ShareGPT's {from, value}, in text its JSON, and
+    from `tools_column` the tools that the assistant may call.
     """
 
-    source: str
-    validation: str | None = None
-    test: str | None = None
+    source: Sources
+    validation: Sources | None = None
+    test: Sources | None = None
     unit: Literal["document", "line"] = "document"
     text_column: str = "text"
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
@@ -121,11 +168,31 @@ class Data(Closed):
     summary_column: str = "summary"
     candidates_column: str | None = None
     persona_column: str | None = None
+    messages_column: str = "messages"
+    tools_column: str | None = None
 
     @field_validator("source", "validation", "test")
     @classmethod
-    def _no_credentials(cls, uri: str | None) -> str | None:
-        return None if uri is None else taking_none(uri)
+    def _no_credentials(cls, given: Sources | None) -> Sources | None:
+        for path in (source.path for source in _each(given)):
+            taking_none(path)
+        return given
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _no_weight(cls, given: Sources | None) -> Sources | None:
+        if weight := next((source.weight for source in _each(given) if source.weight != 1), None):
+            raise ValueError(f"a weight ({weight:g}) is of training text, in data.source; what measures is read once")
+        return given
+
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """Return the sources of a split's own; none where it is held out of those of training."""
+        return _each(self.source if split == "train" else getattr(self, split))
+
+
+def _each(given: Sources | None) -> tuple[Source, ...]:
+    several = given if isinstance(given, tuple) else () if given is None else (given,)
+    return tuple(Source(path=source) if isinstance(source, str) else source for source in several)
 
 
 class Evaluate(Closed):

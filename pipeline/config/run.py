@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Closed, Name
-from pipeline.config.data import Data, Evaluate, Model, TaskSettings
+from pipeline.config.data import Data, Evaluate, Model, TaskSettings, TrainBpe
 from pipeline.config.presets import PRESETS, PresetName, filled
 from pipeline.config.quant import Pack, Quant
 from pipeline.config.resources import Resources
@@ -79,6 +79,17 @@ class Config(Closed):
             raise ValueError(
                 f"data.unit: line is running text, which the task {self.task.name} cannot use; leave it out"
             )
+        if self.task.name == "chat" and isinstance(self.model.tokenizer, TrainBpe):
+            raise ValueError(
+                "model.tokenizer: {train_bpe} has no chat template, by which task.name: chat writes conversations; "
+                "give the directory of a tokenizer that has one"
+            )
+        if self.task.name == "chat" and self.task.loss_on == "assistant" and self.distill.contrast_weight > 0:
+            raise ValueError(
+                f"distill.contrast_weight is {self.distill.contrast_weight:g}, which contrasts hidden states of all "
+                "tokens, and task.loss_on is assistant, what the assistant says alone: set distill.contrast_weight: 0, "
+                "use --preset best, or set task.loss_on: all"
+            )
         if self.quant.quantizer == "laq" and self.distill.optimizer != "adam":
             raise ValueError(
                 f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "
@@ -100,6 +111,7 @@ class Config(Closed):
             ("evaluate", ("beams", "generated_rows"), "summarization"),
             ("data", ("summary_column",), "summarization"),
             ("data", ("candidates_column", "persona_column"), "next_utterance"),
+            ("data", ("messages_column", "tools_column"), "chat"),
         ):
             for knob, value in getattr(self, section).changed(*knobs):
                 if self.task.name != task:

@@ -8,12 +8,12 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.sources.packaged import packaged_rows
-from pipeline.sources.text import Part, batches, documents, lines_of, open_parquet
+from pipeline.sources.text import Part, documents, records, refuse_missing
 
 
-def rows(part: Part, columns: tuple[str, ...]) -> Iterator[list[tuple[Any, ...]]]:
+def rows(part: Part, columns: tuple[str, ...], objects: bool = False) -> Iterator[list[tuple[Any, ...]]]:
     """Yield the rows of each document of a part, in order: of most documents one, of a paragraph one. A row holds the
-    named columns, each a text or a list of texts.
+    named columns, each a text or a list of texts; with `objects` each a text or, as JSON, what is none.
 
     Raises:
         ConfigError: a file without one of the columns, or in which it holds something else.
@@ -31,31 +31,16 @@ def rows(part: Part, columns: tuple[str, ...]) -> Iterator[list[tuple[Any, ...]]
             file.uri.removeprefix("python://"), part.start, part.stop
         )
     else:
-        read = _parquet(part, columns) if file.format == "parquet" else _jsonl(part)
-        source = ([row] for row in read if row)
+        source = ([row] for row in records(part, columns) if row)
     for document in source:
-        yield [tuple(_texts(row, column, file.uri) for column in columns) for row in document]
+        yield [tuple(_texts(row, column, file.uri, objects) for column in columns) for row in document]
 
 
-def _parquet(part: Part, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    with open_parquet(part.file) as table:
-        _refuse_missing(set(columns) - set(table.schema_arrow.names), table.schema_arrow.names, part.file.uri)
-        for batch in batches(table, part, columns):
-            yield from batch.to_pylist()
-
-
-def _jsonl(part: Part) -> Iterator[dict[str, Any]]:
-    for line in lines_of(part, False):
-        if line.strip():
-            try:
-                yield dict(json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"data: a line of {part.file.uri} is not a JSON object ({error!r})") from error
-
-
-def _texts(row: dict[str, Any], column: str, where: str) -> Any:
-    _refuse_missing({column} - set(row), [*row], where)
+def _texts(row: dict[str, Any], column: str, where: str, objects: bool) -> Any:
+    refuse_missing((column,), [*row], where)
     value = "" if row[column] is None else row[column]
+    if objects and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, default=str)
     texts = [value] if isinstance(value, str) else value
     try:
         for text in texts:
@@ -65,11 +50,3 @@ def _texts(row: dict[str, Any], column: str, where: str) -> Any:
             f"data: the column {column!r} of a row of {where} is neither a text nor a list of texts ({error!r})"
         ) from error
     return value
-
-
-def _refuse_missing(missing: set[str], known: list[str], where: str) -> None:
-    if missing:
-        raise ConfigError(
-            f"data: {where} has no column {sorted(missing)[0]!r}; valid: {', '.join(map(str, known))}. Set "
-            "data.text_column, summary_column, candidates_column or persona_column to one of them."
-        )

@@ -47,11 +47,14 @@ def split_parts(recipe: dict[str, Any], locations: dict[str, Any]) -> list[Split
     read_footers(chain(*files.values()))
     intervals = _intervals(recipe["data"])
     places = _places(files["train"], [*intervals.values()])
-    share = min(1.0, COMPARED_BYTES / sum(file.bytes for file in chain(*files.values())))
+    share = min(1.0, COMPARED_BYTES / sum(file.text_bytes for file in chain(*files.values())))
     work = []
     for split in SPLITS:
         source, interval = files["train" if split in intervals else split], intervals.get(split, ALL)
-        pieces = chain.from_iterable(_pieces(file, interval, places) for file in source)
+        if split != "train":
+            source = [file.model_copy(update={"weight": 1.0}) for file in source]
+        weighed = ((file, part) for file in source for part in _times(interval, file.weight))
+        pieces = chain.from_iterable(_pieces(file, part, places) for file, part in weighed)
         work += [
             SplitPart(**dict(part), split=split, index=index, low=low, high=high, share=share)
             for index, (part, (low, high)) in enumerate(pieces)
@@ -67,6 +70,13 @@ def _intervals(data: dict[str, Any]) -> dict[SplitName, Interval]:
     return {split: (low * data["sample"], high * data["sample"]) for split, (low, high) in intervals}
 
 
+def _times(interval: Interval, weight: float) -> list[Interval]:
+    """Return the interval as often as a weight says, and of it the share that is left."""
+    low, high = interval
+    rest = weight - int(weight)
+    return [interval] * int(weight) + ([(low, low + (high - low) * rest)] if rest else [])
+
+
 def _places(files: Sequence[SourceFile], intervals: Sequence[Interval]) -> dict[str, float]:
     """Return a point of 0..1 for each txt file, by content: its middle, where all lie end to end in the order of their
     hashes. None has one if an interval, or what no interval has, would get less than half its share of the bytes, or
@@ -74,7 +84,7 @@ def _places(files: Sequence[SourceFile], intervals: Sequence[Interval]) -> dict[
     sizes: Counter[str] = Counter()
     for file in files:
         if file.format == "txt":
-            sizes[file.content] += file.bytes
+            sizes[file.content] += file.text_bytes
     total, before, places = sizes.total(), 0, {}
     for content in sorted(sizes, key=point):
         places[content] = (before + sizes[content] / 2) / total
@@ -95,7 +105,13 @@ def _pieces(file: SourceFile, interval: Interval, places: dict[str, float]) -> I
     elif places:
         yield from ((part, ALL) for part in (parts(file) if low <= places[file.content] < high else ()))
     else:  # training has the end, which may be a licence or an index, nothing to measure by
-        yield from ((part, ALL) for part in byte_parts(file, int(low * file.bytes), int(high * file.bytes)))
+        if file.compression and file.unpacked is None:
+            raise ConfigError(
+                f"data.source: of {file.uri}, a compressed text elsewhere, no block can be held out, for its length is "
+                "not known; set data.validation and data.test and leave data.sample, give it on this machine or not "
+                "compressed, or give rows (.jsonl, .parquet) of which each is a document."
+            )
+        yield from ((part, ALL) for part in byte_parts(file, int(low * file.text_bytes), int(high * file.text_bytes)))
 
 
 def point(content: Any) -> float:

@@ -106,7 +106,7 @@ class PinnedRun:
         """Return about how many rows of training text there are."""
         data = self.config.data
         held_out = sum(data.holdout for given in (data.validation, data.test) if given is None)
-        text_bytes = sum(file.bytes for file in self.text["train"]) * data.sample * (1 - held_out)
+        text_bytes = sum(file.text_bytes * file.weight for file in self.text["train"]) * data.sample * (1 - held_out)
         return self.task.estimated_rows(text_bytes)
 
     def _text_recipe(self) -> dict[str, Any]:
@@ -115,8 +115,13 @@ class PinnedRun:
         for split, name in zip(SPLITS, ("source", "validation", "test"), strict=True):
             del recipe[name]
             files = self.text.get(split)
-            recipe[split] = [{"content": f.content, "format": f.format} for f in files] if files else None
+            recipe[split] = [_file_recipe(file) for file in files] if files else None
         return recipe
+
+
+def _file_recipe(file: SourceFile) -> dict[str, Any]:
+    weighted = {} if file.weight == 1 else {"weight": file.weight}
+    return {"content": file.content, "format": file.format, **weighted}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from pipeline.store.records import ROWS, SPLITS, Overlap, Shard, Split, SplitNam
 from pipeline.store.shards import is_sound, rows_per_shard, store_shard, write_tokens
 from pipeline.store.step_store import StepDir
 from pipeline.tasks import task_of
+from pipeline.tasks.task import Encoded
 from pipeline.tasks.tokenizers import read_tokenizer, save_tokenizer, train_bpe
 
 SMALL_TEXT_BYTES = 2**20  # up to here a corpus is counted exactly before anything starts
+PIECE_CHARACTERS = 2**23  # twice the bytes of a part, so that most parts are one piece
 COMPARED_BEFORE_BYTES = 2**26  # so much is read before anything starts where a split has a source of its own
 
 
@@ -48,8 +50,8 @@ def check(run: PinnedRun, step_dir: StepDir, tokens: Tokens | None) -> Overlap |
     work, columns = split_parts(recipe, locations(run)), task.columns(recipe["data"])
     for part in work if columns is not None else ():
         if part.start == 0 and _is_here(part.file):
-            next(rows(part, columns or ()), None)
-    small = {split for split, files in run.text.items() if sum(file.bytes for file in files) <= SMALL_TEXT_BYTES}
+            next(rows(part, columns or (), task.objects), None)
+    small = {split for split, files in run.text.items() if sum(file.text_bytes for file in files) <= SMALL_TEXT_BYTES}
     with_own = any(recipe["data"][split] is not None for split in SPLITS[1:])
     described = json.dumps([recipe, _text(run)])
     overlap = _compared_before(described, max(SMALL_TEXT_BYTES, COMPARED_BEFORE_BYTES if with_own else 0))
@@ -109,8 +111,8 @@ def _compared_before(described: str, budget: float) -> Overlap | None:
     for split in sorted(SPLITS, key=lambda split: (split != "train") * (1 if data[split] is None else -1)):
         sketch, whole = Sketch(), True
         for part in (part for part in work if part.split == split):
-            budget -= part.file.bytes / pieces[split, part.file.uri]
-            whole = budget >= 0 and (_is_here(part.file) or part.file.bytes <= SMALL_TEXT_BYTES)
+            budget -= part.file.text_bytes / pieces[split, part.file.uri]
+            whole = budget >= 0 and (_is_here(part.file) or part.file.text_bytes <= SMALL_TEXT_BYTES)
             if not whole:
                 break
             for _ in _watched(documents_of(part, recipe), sketch, recipe):
@@ -160,7 +162,7 @@ STAGE = Stage(
     run,
     locations,
     check,
-    version=3,
+    version=4,
     shared=True,
     repairs=True,
     unit="parts",
@@ -174,7 +176,7 @@ def documents_of(part: SplitPart, recipe: dict[str, Any]) -> Iterator[Any]:
     read: Iterator[list[Any]] = (
         ([text] for text in documents(part, data["unit"], data["text_column"]))
         if columns is None
-        else rows(part, columns)
+        else rows(part, columns, task.objects)
     )
     for document in read:  # all rows of one document go where its first one goes
         if (part.low, part.high) == ALL or part.low <= point(task.kept_together(document[0])) < part.high:
@@ -247,19 +249,22 @@ class TokenizePart:
         return made.model_dump_json()
 
     def _tokenize(self, part: SplitPart) -> TokenizedPart:
-        sketch, unit = Sketch(part.share), self.recipe["data"]["unit"]
+        sketch = Sketch(part.share)
         read = _watched(documents_of(part, self.recipe), sketch, self.recipe)
         stored, collected = self.collected.get(part.split), None
         if stored is not None:
             collected = json.loads(self.dir.local(f"attempt/{part.split}.json", stored).read_text())
-        ids, lengths, text_bytes = self.task.encode(read, self.tokenizer, part.split, collected, unit)
-        per_shard = rows_per_shard(ids.shape[1])
-        shards = []
-        for number, start in enumerate(range(0, len(ids), per_shard)):
-            rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
-            name = f"{ROWS}{part.split}-{part.index:05d}-{number:05d}.parquet"
-            write = partial(write_tokens, ids=rows, lengths=valid)
-            shards.append(store_shard(self.dir, name, len(rows), self.task.tokens(valid), write))
+        shards: list[Shard] = []
+        text_bytes = 0
+        for piece in self._pieces(read):
+            ids, lengths, piece_bytes = self._encode(piece, part.split, collected)
+            text_bytes += piece_bytes
+            per_shard = rows_per_shard(ids.shape[1])
+            for start in range(0, len(ids), per_shard):
+                rows, valid = ids[start : start + per_shard], lengths[start : start + per_shard]
+                name = f"{ROWS}{part.split}-{part.index:05d}-{len(shards):05d}.parquet"
+                write = partial(write_tokens, ids=rows, lengths=valid)
+                shards.append(store_shard(self.dir, name, len(rows), self.task.tokens(valid), write))
         return TokenizedPart(
             split=part.split,
             index=part.index,
@@ -268,3 +273,24 @@ class TokenizePart:
             documents=sketch.documents,
             hashes=sketch.hashes,
         )
+
+    def _pieces(self, documents: Iterator[Any]) -> Iterator[Iterator[Any]]:
+        """Yield the documents in pieces of about PIECE_CHARACTERS, of which each has rows of its own: a part may be a
+        file of any size, and its rows would not fit in memory."""
+        for first in documents:
+            left = PIECE_CHARACTERS
+
+            def piece(first: Any = first) -> Iterator[Any]:
+                nonlocal left
+                for document in chain((first,), documents):
+                    left -= sum(map(len, self.task.strings(document)))
+                    yield document
+                    if left <= 0:
+                        return
+
+            yield piece()
+            if left > 0:
+                return
+
+    def _encode(self, documents: Iterator[Any], split: SplitName, collected: Any) -> Encoded:
+        return self.task.encode(documents, self.tokenizer, split, collected, self.recipe["data"]["unit"])

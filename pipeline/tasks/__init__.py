@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from pipeline.tasks.chat import Chat
 from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.tasks.next_utterance import NextUtterance
 from pipeline.tasks.summarization import Summarization
 from pipeline.tasks.task import Task
 
 TASKS: dict[str, type[Task]] = {
+    "chat": Chat,
     "language_modeling": LanguageModeling,
     "next_utterance": NextUtterance,
     "summarization": Summarization,

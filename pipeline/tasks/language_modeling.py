@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # which takes long to import
 
 PROTOCOL = "blocks without overlap, stride = block length, no BOS; the first token of a block is context only"
 ENCODE_CHARACTERS = 2**20  # running text is encoded in pieces of about this size, cut at line ends
+LONG_CHARACTERS = 2**21  # of a text that is no longer encoded whole
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def encode(
     text_bytes = 0
     for batch in _batches(texts, tokenizer, unit):
         text_bytes += sum(len(text.encode()) for text in batch)
-        for tokens in encoded(tokenizer, batch):
+        for tokens in _tokens(tokenizer, batch):
             ids.extend(tokens)
             if unit == "document" and tokenizer.eos_token_id is not None:
                 ids.append(tokenizer.eos_token_id)
@@ -96,6 +97,28 @@ def _batches(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, unit: str
             batch, size = [], 0
     if batch:
         yield ["".join(batch)] if unit == "line" else batch
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:
+    """Yield the tokens of each text. Those of a very long one are made piece by piece, for what a tokenizer holds of a
+    text while it works is a hundred times as large."""
+    if max(map(len, texts)) <= LONG_CHARACTERS:
+        yield from encoded(tokenizer, texts)
+        return
+    for text in texts:
+        yield [token for piece in _cut(text) for token in encoded(tokenizer, [piece])[0]]
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a text behind line ends, else before spaces, into pieces of at most LONG_CHARACTERS."""
+    start = 0
+    while len(text) - start > LONG_CHARACTERS:
+        limit = start + LONG_CHARACTERS
+        stop = text.rfind("\n", start, limit) + 1 or text.rfind(" ", start + 1, limit)
+        stop = stop if stop > start else limit
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def score(

@@ -36,6 +36,7 @@ class Task(ABC):
     special_tokens: ClassVar[tuple[str, ...]] = (END_OF_TEXT,)  # of a tokenizer that is learned, end-of-text first
     encoder_decoder: ClassVar[bool] = False
     document: ClassVar[str] = "text"  # that gives a row, for people
+    objects: ClassVar[bool] = False  # columns hold lists of objects, read as JSON
     running: ClassVar[bool] = False  # documents follow each other in rows, each as far as `document_end`
 
     @property

@@ -174,6 +174,17 @@ def test_paths_in_recipes_and_trials_are_those_of_here(config_file, tmp_path):
     }
 
 
+def test_paths_of_several_sources_are_those_of_here(config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = "data.source=[a.txt, {path: b/*.csv, weight: 2}, s3://bucket/c.txt]"
+    config = load_config(config_file, [given, "data.test={path: set, split: dev}"])
+    sent = submit.sent_fields(config)["data"]
+    first, second, third = sent["source"]
+    assert (first, second["path"], second["weight"]) == (str(tmp_path / "a.txt"), str(tmp_path / "b" / "*.csv"), 2)
+    assert third == "s3://bucket/c.txt"
+    assert (sent["test"]["path"], sent["test"]["split"]) == (str(tmp_path / "set"), "dev")
+
+
 def test_no_password_is_sent_and_where_it_is_to_be_is_said(config_file, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://{LOGIN}@mlflow.example")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-0f-mine")

@@ -54,6 +54,7 @@ def in_parts(path, format_, part_bytes, unit):
 def test_the_parts_of_a_text_hold_each_paragraph_and_line_once(tmp_path, text, part_bytes):
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
+    text = text.replace("\r\n", "\n")  # wherever a text was written, its lines end alike
     assert in_parts(path, "txt", part_bytes, "document") == paragraphs_of(text)
     lines = [line if line.endswith("\n") else line + "\n" for line in lines_of(text)]
     assert in_parts(path, "txt", part_bytes, "line") == lines
@@ -145,7 +146,7 @@ FILES = {
         ("empty.txt", r"data\.source: .*empty\.txt is empty"),
         ("note.docx", r"note\.docx is of no known format; valid endings: \.txt"),
         ("latin.txt", r"latin\.txt is not UTF-8 near byte 0"),
-        ("other.jsonl", r"other\.jsonl .*data\.text_column='text'"),
+        ("other.jsonl", r"other\.jsonl has no column 'text'; valid: body"),
         ("cut.jsonl", r"cut\.jsonl"),
         ("list.jsonl", r"list\.jsonl"),
         ("lone.jsonl", r"lone\.jsonl"),
@@ -161,7 +162,7 @@ def test_text_that_cannot_be_read_is_named(tmp_path, read, name, message):
 
 def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path, read):
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"data\.text_column is 'text'.*valid: body, id"):
+    with pytest.raises(ConfigError, match=r"has no column 'text'; valid: body, id"):
         read(tmp_path / "a.parquet")
 
 
@@ -273,7 +274,7 @@ def test_remembering_a_file_costs_the_same_however_many_are_remembered(tmp_path,
     assert written() - half < 1.5 * (half - before)
 
 
-@pytest.mark.parametrize("source", ["python://none", "hf://org/name", "hf://org"])
+@pytest.mark.parametrize("source", ["python://none", "hf://org"])
 def test_a_source_of_another_form_is_refused(memo, source):
     with pytest.raises(ConfigError, match=r"data\.source is"):
         pin_text(source, "data.source", memo)

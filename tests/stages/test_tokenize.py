@@ -1,5 +1,6 @@
 """Which documents go to which split, and what is said of those that several hold; rows are tested with the flow."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from pipeline.sources.splits import split_parts
 from pipeline.stages import tokenize
 from pipeline.stages.tokenize import documents_of
 from pipeline.store.records import SPLITS, Tokens
+from pipeline.store.shards import Rows
+from pipeline.tasks import language_modeling
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
 
 
@@ -200,3 +203,29 @@ def test_chat_templates_are_pinned_and_go_with_the_tokenizer(corpus, tmp_path, t
     name = "chat_template.jinja" if isinstance(templates, str) else "additional_chat_templates/tool_use.jinja"
     (tmp_path / "words" / name).write_text("{{ another }}")
     assert plan_run(config, "tokenize").left
+
+
+def test_a_part_of_any_size_becomes_rows_piece_by_piece(tmp_path, tiny_config, run_flow, monkeypatch):
+    texts = [f"document {i} of a file that one worker reads" for i in range(200)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in texts).encode()))
+    config = tiny_config(tmp_path, data={"source": str(tmp_path / "a.jsonl.gz"), "holdout": 0.1})
+    most = []
+
+    def encode(self, documents, *rest):
+        held = list(documents)
+        most.append(sum(map(len, held)))
+        return language_modeling.encode(held, rest[0], self.settings.block_length, "document")
+
+    monkeypatch.setattr(tokenize, "SMALL_TEXT_BYTES", 0)  # what is small is encoded before anything starts, whole
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(language_modeling.LanguageModeling, "encode", encode)
+    tokens = run_flow(config, "tokenize").outcome.finished(Tokens)
+    assert 1000 <= max(most) < 1100
+    words, decoded = read_tokenizer(tokens.folder()), ""
+    for split in SPLITS:
+        shards = tokens.record.splits[split].shards
+        assert len({shard.name for shard in shards}) == len(shards) > 1
+        rows = Rows(tokens.dir, shards)
+        ids, lengths, _ = rows.get(range(rows.rows))
+        decoded += "".join(words.decode(row[:length]) for row, length in zip(ids, lengths, strict=True))
+    assert sorted(decoded.removesuffix("<|endoftext|>").split("<|endoftext|>")) == sorted(texts)

@@ -256,3 +256,21 @@ def test_each_distribution_is_made_once_and_of_few_tokens_at_a_time(monkeypatch,
         score([(ids, lengths)], model, BYTES_OF, teacher)
     assert distributions.made == {"_log_softmax": 2 * ids.numel() * VOCABULARY, "_softmax": ids.numel() * VOCABULARY}
     assert distributions.largest == 3 * VOCABULARY
+
+
+@pytest.mark.parametrize("unit", ["document", "line"])
+@pytest.mark.parametrize("limit", [7, 40])
+def test_a_very_long_text_is_encoded_in_pieces_that_lose_nothing(tokenizer, monkeypatch, unit, limit):
+    texts = ["the cat sat on\nthe mat and the dog " * 4, "größe", "x" * 100 + " 日本語\n" * 9]
+    whole = encode(texts, tokenizer, 1000, unit)
+    monkeypatch.setattr(language_modeling, "LONG_CHARACTERS", limit)
+    longest = []
+    encoded = language_modeling.encoded
+    monkeypatch.setattr(
+        language_modeling, "encoded", lambda words, given: longest.append(max(map(len, given))) or encoded(words, given)
+    )
+    ids, lengths, text_bytes = encode(texts, tokenizer, 1000, unit)
+    assert max(longest) <= limit
+    assert text_bytes == whole[2]
+    assert tokenizer.decode(ids[0, : lengths[0]]) == tokenizer.decode(whole[0][0, : whole[1][0]])
+    assert Counter(ids[0])[tokenizer.eos_token_id] == Counter(whole[0][0])[tokenizer.eos_token_id]
