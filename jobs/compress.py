@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.flow.capacity import HOUR_S, Caching, Estimate, estimate
 from pipeline.flow.plan import RunPlan, plan_run, reasons, target_of
+from pipeline.flow.requests import Requests
 from pipeline.flow.run import Outcome, run_plan
 from pipeline.metrics import METRICS, measure_of, printed
 from pipeline.store.locations import tracking_uri
@@ -28,6 +31,7 @@ from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import sqlite_file
 
 MIB = 2**20
+NOT_COUNTED = "validations, scores and compilation are not counted"
 
 
 def compress(
@@ -41,7 +45,9 @@ def compress(
         console.print(f"preset {config.preset} with other values: {listed}")  # which is then not what was measured
     print_warnings(console, planned.warnings)
     if only_plan:
-        print_plan(planned, document := plan_document(planned), console)
+        guess = estimate(planned)
+        print_plan(planned, document := plan_document(planned, guess), console)
+        print_estimate(guess, console)
         return document
     if page is not None:
         if not planned.ends_with(ModelVersion):
@@ -87,7 +93,7 @@ def watched(planned: RunPlan, console: Console) -> Iterator[Listener]:
             console.print(outbox.told())
 
 
-def plan_document(planned: RunPlan) -> dict[str, Any]:
+def plan_document(planned: RunPlan, guess: Estimate) -> dict[str, Any]:
     """Return the document of `--plan --json`."""
     why = reasons(planned)
     facts = {s.name: {"status": "reused" if s.record else "run", "reason": why[s.name]} for s in planned.steps}
@@ -99,6 +105,7 @@ def plan_document(planned: RunPlan) -> dict[str, Any]:
         "cache_mode": planned.cache_mode[1],
         "shared": planned.overlap and planned.overlap.shared,
         "warnings": planned.warnings,
+        "estimate": {**asdict(guess), "worker_hours": guess.worker_hours, "requests": asdict(guess.requests)},
     }
 
 
@@ -120,6 +127,39 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
     )
     console.print(f"cache mode {planned.cache_mode[1]}")
     print_shared(planned.overlap, console)
+
+
+def print_estimate(guess: Estimate, console: Console) -> None:
+    """Print what the steps take that are left, and on what the numbers rest."""
+    rows = [
+        (
+            name,
+            f"{cost.tokens:,.0f}" if cost.tokens else "",
+            f"{cost.steps:,}" if cost.steps else "",
+            f"{cost.worker_seconds / HOUR_S:,.3g}" if cost.worker_seconds else "",
+            _asked(cost.requests),
+        )
+        for name, cost in guess.steps.items()
+        if cost.tokens or cost.requests.reads
+    ]
+    if rows:
+        print_table(console, ("estimate", "tokens", "steps", "worker-hours", "S3 writes, reads"), rows)
+        console.print(f"worker-hours: about {guess.worker_hours:.3g} ({guess.basis}); {NOT_COUNTED}", soft_wrap=True)
+    print_costs(guess.requests, guess.cost, guess.caching, console)
+
+
+def print_costs(asked: Requests, cost: float | None, caching: Caching | None, console: Console) -> None:
+    """Print requests, money, and whether a cache is worth it, as far as they are known."""
+    if asked.reads:
+        console.print(f"requests to S3: about {_asked(asked)} (writes, reads), each node a worker's", soft_wrap=True)
+    if cost is not None:
+        console.print(f"cost: about {cost:,.2f}, by resources.prices", soft_wrap=True)
+    if caching is not None:
+        console.print(caching.told, soft_wrap=True)
+
+
+def _asked(asked: Requests) -> str:
+    return f"{asked.writes:,.0f}, {asked.reads:,.0f}" if asked.reads else ""
 
 
 def print_shared(overlap: Overlap | None, console: Console) -> None:

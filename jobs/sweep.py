@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column
 
-from jobs.compress import MIB, print_shared, store_options
+from jobs.compress import MIB, NOT_COUNTED, print_costs, print_shared, store_options
 from jobs.display import Display, print_table, print_warnings
 from pipeline.config.laid_over import label
 from pipeline.config.run import Config
@@ -95,7 +96,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
 def plan_document(planned: SweepPlan, guess: Estimate) -> dict[str, Any]:
     """Return the document of `--plan --json`."""
     trials = [{"trial_key": t.key, "params": t.values, "status": _status(planned, t.key)} for t in _known(planned)]
-    facts = {**vars(guess), "count": guess.trials, "trials": trials, "warnings": _warnings(planned)}
+    facts = {**asdict(guess), "count": guess.trials, "trials": trials, "warnings": _warnings(planned)}
     return {"sweep_key": planned.key, **facts}
 
 
@@ -112,10 +113,11 @@ def print_plan(planned: SweepPlan, guess: Estimate, console: Console) -> None:
         print_table(console, ("trial", "key", "status"), rows)
     console.print(
         f"{guess.trials} trials, {guess.left} of them to run, {guess.shared_steps} shared steps before them\n"
-        f"worker-hours: about {guess.worker_hours:.2f} ({guess.hours_basis})\n"
+        f"worker-hours: about {guess.worker_hours:.3g} ({guess.hours_basis}); {NOT_COUNTED}\n"
         f"bytes: about {guess.bytes / MIB:,.1f} MiB ({guess.bytes_basis})",
         soft_wrap=True,
     )
+    print_costs(guess.requests, guess.cost, guess.caching, console)
     cap = planned.config.resources.max_worker_hours
     if cap is not None:
         console.print(f"no trial starts once {cap:g} worker-hours are used, shared steps included")

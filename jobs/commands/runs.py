@@ -45,7 +45,9 @@ def compress(
     overrides: Overrides = None,
     until: Annotated[str, typer.Option(metavar="STAGE", help="Stop after this stage.")] = "register",
     wait: Wait = True,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would run, what is reused, and why.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what would run and why, and what it would take, with its basis.")
+    ] = False,
     report: Annotated[
         str | None, typer.Option(metavar="FILE.html", help="Write the run's report there when all is done.")
     ] = None,
@@ -68,7 +70,7 @@ def sweep(
     overrides: Overrides = None,
     wait: Wait = True,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print trials, worker-hours and bytes, with their basis.")
+        bool, typer.Option("--plan", help="Print trials, worker-hours, bytes and requests, with their basis.")
     ] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that failed again, which the command otherwise keeps.")

@@ -10,6 +10,17 @@ from pipeline.config.base import Closed, Name, NotNegative, Positive, Rate
 from pipeline.credentials import taking_none, without_credentials
 
 
+class Prices(Closed):
+    """What things cost, in any one currency, for the sums of `--plan` alone. None is assumed: there is no sum without
+    `worker_hour`, and what is 0 adds nothing to it."""
+
+    worker_hour: Rate | None = None  # of a worker, with its GPU if it has one
+    gib_month: NotNegative = 0.0  # of what the store keeps
+    cache_months: NotNegative = 1.0  # that a teacher's cache is kept
+    thousand_writes: NotNegative = 0.0  # requests to S3 that write or list
+    thousand_reads: NotNegative = 0.0
+
+
 class Resources(Closed):
     """What never changes the answer, up to float order: places, workers, batches of a pass.
 
@@ -29,12 +40,16 @@ class Resources(Closed):
     activation_checkpointing: bool = False
     compile: bool | None = None  # layers and losses of a training step; null: on GPUs
     checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
+        0  # that a command waits for nodes of an autoscaler; 0: it takes those that are there
+    )
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     # of copies that a node keeps of what it reads from S3; those used longest ago go, but none of the last ten minutes
     local_cache_gib: Rate = 100
     max_worker_hours: Rate | None = None  # a sweep starts no further trial once so much is used; a tick ends, rejected
     max_cache_gib: Rate = 50  # of a teacher's states: beyond it cache.mode auto runs the teacher in each step
+    prices: Prices = Prices()
+    worker_tflops: Rate | None = None  # of a large product on a worker's device, for --plan; null: as far as is known
 
     def compiles(self, device: Any) -> bool:
         """Tell whether what trains on a torch device is compiled."""

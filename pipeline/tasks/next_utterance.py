@@ -54,8 +54,12 @@ class NextUtterance(Task):
         return not self.given
 
     @property
-    def states(self) -> int:
+    def row_tokens(self) -> int:
         return self.settings.train_candidates * self.settings.block_length
+
+    @property
+    def states(self) -> int:
+        return self.row_tokens
 
     @property
     def protocol(self) -> str:

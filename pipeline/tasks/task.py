@@ -60,6 +60,11 @@ class Task(ABC):
         return {"task.block_length": self.settings.block_length}
 
     @property
+    def row_tokens(self) -> int:
+        """Return how many positions of a training row pass through the model, padding included."""
+        return sum(self.positions.values())
+
+    @property
     def states(self) -> int:
         """Return how many positions of a training row have the teacher's states cached."""
         return self.settings.block_length

@@ -14,6 +14,7 @@ import torch
 
 from jobs.compress import plan_document
 from pipeline.errors import ConfigError, DamagedError, RunError
+from pipeline.flow.capacity import estimate
 from pipeline.flow.line import LINE, STAGES
 from pipeline.flow.plan import plan_run, reasons
 from pipeline.flow.run import run_plan
@@ -313,7 +314,8 @@ def test_auto_tells_what_draws_would_take_where_they_would_do(tiny_config, tmp_p
 
 def test_draws_distil_to_a_like_student(finished, tiny_config, run_flow, cloned):
     config = tiny_config(cloned, cache={"mode": "logits", "draws": 60}, distill={"contrast_weight": 0.0})
-    planned = plan_document(plan_run(config))
+    plan = plan_run(config)
+    planned = plan_document(plan, estimate(plan))
     ran = run_flow(config)
     assert statuses(ran) == ["reused"] * 2 + ["done"] * 5
     record, rows = ran.record("cache"), ran.record("tokenize").splits["train"].rows
