@@ -72,7 +72,7 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
             valid = ", ".join(sorted(known))
             raise ConfigError(f"model.source.{name}: {architecture} has no such setting; valid: {valid}")
     special = dict.fromkeys(("bos_token_id", "eos_token_id"))
-    vocabulary = decided.get("vocab_size") or fields.get("vocab_size") or getattr(defaults, "vocab_size", 0)
+    vocabulary: Any = decided.get("vocab_size") or fields.get("vocab_size") or getattr(defaults, "vocab_size", 0)
     taken = {name: value for name, value in decided.items() if hasattr(defaults, name)}
     try:
         if not defaults.is_encoder_decoder or (defaults.pad_token_id or 0) >= vocabulary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onnx import TensorProto
 
@@ -76,7 +77,7 @@ class Decoder:
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         result = [f"attention.{layer}", *(f"present.{layer}.{part}" for part in ("key", "value"))]
         inputs = [*operands, *past, self._last, self._total, *(rotary or ())]
-        kernel = {"num_heads": heads, "kv_num_heads": self.cache.heads, "do_rotary": int(rotary is not None)}
+        kernel: dict[str, Any] = {"num_heads": heads, "kv_num_heads": self.cache.heads, "do_rotary": int(rotary is not None)}
         kernel |= {"scale": scale} if scale is not None else {}
         kernel |= {"softcap": softcap} if softcap else {}
         kernel |= {"local_window_size": window} if window else {}
@@ -98,7 +99,7 @@ class Decoder:
         queries, keys, values = qkv if len(qkv) == 3 else self.split(qkv[0], layer, heads)
         places = graph.op("Reshape", self.positions, graph.vector(1, -1))
         part = 2 * graph.columns(rotary[0])
-        kernel = {"rotary_embedding_dim": part} if part != self.cache.head_size else {}
+        kernel: dict[str, Any] = {"rotary_embedding_dim": part} if part != self.cache.head_size else {}
         turned = [
             graph.op("RotaryEmbedding", x, places, *rotary, domain=CONTRIB, num_heads=count, **kernel)
             for x, count in ((queries, heads), (keys, self.cache.heads))
