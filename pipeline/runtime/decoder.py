@@ -77,7 +77,8 @@ class Decoder:
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         result = [f"attention.{layer}", *(f"present.{layer}.{part}" for part in ("key", "value"))]
         inputs = [*operands, *past, self._last, self._total, *(rotary or ())]
-        kernel: dict[str, Any] = {"num_heads": heads, "kv_num_heads": self.cache.heads, "do_rotary": int(rotary is not None)}
+        kernel: dict[str, Any] = {"num_heads": heads, "kv_num_heads": self.cache.heads}
+        kernel["do_rotary"] = int(rotary is not None)
         kernel |= {"scale": scale} if scale is not None else {}
         kernel |= {"softcap": softcap} if softcap else {}
         kernel |= {"local_window_size": window} if window else {}

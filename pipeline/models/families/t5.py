@@ -2,18 +2,19 @@
 
 from pipeline.models.family import Family
 
-BLOCKS = r"(encoder|decoder)\.block\.\d+\.layer\.\d+\."
-BIASES = tuple(f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias" for side in ("encoder", "decoder"))
-
 FAMILY = Family(
     name="t5",
     linears=(
-        (rf"{BLOCKS}(SelfAttention|EncDecAttention)\.[qkvo]", True),
-        (rf"{BLOCKS}DenseReluDense\.wi(_[01])?", True),
-        (rf"{BLOCKS}DenseReluDense\.wo", False),  # whose input follows ReLU, with a gate in newer ones
+        (r"(encoder|decoder)\.block\.\d+\.layer\.\d+\.(SelfAttention|EncDecAttention)\.[qkvo]", True),
+        (r"(encoder|decoder)\.block\.\d+\.layer\.\d+\.DenseReluDense\.wi(_[01])?", True),
+        # whose input follows ReLU, with a gate in newer ones
+        (r"(encoder|decoder)\.block\.\d+\.layer\.\d+\.DenseReluDense\.wo", False),
     ),
     embedding="shared",
     tied_embeddings=("encoder.embed_tokens", "decoder.embed_tokens"),
-    unquantized=BIASES,
+    unquantized=(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    ),
     encoder_decoder=True,
 )
