@@ -62,7 +62,6 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "mbart": BART_LIKE,
     "m2m_100": BART_LIKE,
 }
-T5: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
 # What llama.cpp takes of each: the windows, scales and patterns that it computes with.
 IN_LLAMA_CPP: dict[str, dict[str, Any]] = {
     **{name: DECODERS[name] for name in ("llama", "qwen3", "olmo2", "granite", "gpt_neox")},

@@ -61,17 +61,10 @@ def layer_states(
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
-    base, wanted = model.base_model, {"use_cache": False, "output_hidden_states": layer != LAST}
-    if base is model:  # as T5, which has encoder and decoder beside its head
-        encoded = model.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
-        output = model.get_decoder()(
-            input_ids=ids, encoder_hidden_states=encoded, encoder_attention_mask=source_mask, **wanted
-        )
-    else:
-        output = base(**given, **wanted)
+    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
     if layer == LAST:
         return output.last_hidden_state, output.last_hidden_state
-    hidden = output.hidden_states if source_ids is None or base is model else output.decoder_hidden_states
+    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
     return output.last_hidden_state, hidden[layer]
 
 
@@ -83,12 +76,10 @@ def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> nn.Module:
     """Return the module that turns last states into logits: the output embedding, and what the model does to its
-    product where it does something, as BART, Gemma 2, Granite and T5 do."""
+    product where it does something, as BART, Gemma 2 and Granite do."""
     head: nn.Module = model.get_output_embeddings()
     bias, config = getattr(model, "final_logits_bias", None), model.config
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(config, "scale_decoder_outputs", False):
-        divisor = config.d_model**0.5
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return head if bias is None and divisor == 1.0 and not cap else FinishedHead(head, bias, divisor, cap)
 

@@ -10,9 +10,9 @@ from pipeline.models.build import build, read_config, skeleton
 from pipeline.models.family import families, family_for
 from pipeline.models.hidden_states import head_of, last_states
 from pipeline.models.student import make_student, quant_targets
-from tests.family_models import DECODERS, ENCODER_DECODERS, T5
+from tests.family_models import DECODERS, ENCODER_DECODERS
 
-SOURCES = {**DECODERS, **ENCODER_DECODERS, "t5": T5}
+SOURCES = {**DECODERS, **ENCODER_DECODERS}
 IDS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
 SPECIAL = {"pad_token_id": 1, "decoder_start_token_id": 2}
 
