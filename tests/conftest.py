@@ -101,7 +101,8 @@ def _tidy_session() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the shell's settings nor what MLflow put into the environment during the test before."""
-    for name in ("RAY_ADDRESS", *LOGIN, "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "BITMILL_STORAGE_URI", *COLOURED):
+    ours = ("BITMILL_STORAGE_URI", "BITMILL_SCALE_UP_MINUTES")
+    for name in ("RAY_ADDRESS", *LOGIN, "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", *ours, *COLOURED):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -49,7 +49,12 @@ LogFormat = Annotated[
 
 WIDTH_OF_JSON = 10_000
 WIDTH_OF_LOGS = 120  # a terminal has its own; 80, which rich assumes elsewhere, cuts tables of figures
-VARIABLES = {"ray_address": "RAY_ADDRESS", "tracking_uri": "MLFLOW_TRACKING_URI", "storage_uri": "BITMILL_STORAGE_URI"}
+VARIABLES = {
+    "ray_address": "RAY_ADDRESS",
+    "tracking_uri": "MLFLOW_TRACKING_URI",
+    "storage_uri": "BITMILL_STORAGE_URI",
+    "scale_up_minutes": "BITMILL_SCALE_UP_MINUTES",
+}
 
 
 def environment() -> dict[str, str]:

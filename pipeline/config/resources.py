@@ -40,6 +40,7 @@ class Resources(Closed):
     activation_checkpointing: bool = False
     compile: bool | None = None  # layers and losses of a training step; null: on GPUs
     checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
+    scale_up_minutes: NotNegative = 0  # that a command waits for nodes of an autoscaler; 0: those that are there
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
     local_cache_dir: str | None = None
     # of copies that a node keeps of what it reads from S3; those used longest ago go, but none of the last ten minutes

@@ -20,6 +20,7 @@ from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.execution.progress_actor import LOOK_S, Lookout, ProgressActor, asked, delivered, send
+from pipeline.execution.room import await_room, check_room
 from pipeline.execution.signals import Signals
 from pipeline.store.records import Advance
 from pipeline.store.step_store import StepDir
@@ -40,6 +41,7 @@ class Engine:
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
         self.groups: set[str] = set()  # ids of the placement groups that trained
+        self.told: Callable[[str], None] = lambda said: None  # hears what is waited for
         self._started = False
 
     def shards(
@@ -108,7 +110,7 @@ class Engine:
         work: Callable[[], Callable[..., None]] = partial(partial, worker, report=signals.report, ending=signals.came)
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
-            self.start()
+            self.start(resources.gpus_per_worker)
             actor = ray.remote(num_cpus=0)(ProgressActor).remote()
             # Sealed, so that Ray's controller does not import what only the workers need.
             work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, actor)))
@@ -154,7 +156,7 @@ class Engine:
             return given
         import ray
 
-        self.start()
+        self.start(gpus)
         # Outside the placement group of a trial that asks, which holds no CPU.
         options = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
         remote = ray.remote(**options)(_task_worker)
@@ -198,7 +200,7 @@ class Engine:
     ) -> Iterator[str]:
         import ray.data
 
-        self.start()
+        self.start(gpus)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = ray.data.from_items([{"item": item.model_dump_json()} for item in items], override_num_blocks=len(items))
         size = max(1, min(self.resources.workers, len(items)))
@@ -220,17 +222,25 @@ class Engine:
     def _threads(self) -> int:
         return max(1, int(self.resources.cpus_per_worker))
 
-    def start(self) -> None:
-        """Reach or start Ray.
+    def start(self, gpus: float = 0) -> None:
+        """Reach or start Ray. With `resources.scale_up_minutes`, wait for nodes where workers that take so many GPUs
+        each do not fit into those that are there.
 
         Raises:
-            ConfigError: it cannot be reached, or has too few CPUs or GPUs.
-            LostError: it did not start in time.
+            ConfigError: it cannot be reached, or has too few CPUs or GPUs, and is not to grow.
+            LostError: it did not start, or grow, in time.
         """
+        reached = self._started
+        if not reached:
+            self._reach()
+        if self.resources.scale_up_minutes:
+            await_room(self.resources, gpus, self.told)
+        elif not reached:
+            check_room(self.resources)
+
+    def _reach(self) -> None:
         import ray
 
-        if self._started:
-            return
         resources = self.resources
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.ERROR)
@@ -261,13 +271,6 @@ class Engine:
             self._started = True
             if callable(terminated) and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminated)  # Ray's own aborts the process three seconds later
-        available = ray.cluster_resources()
-        for kind, each in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
-            if resources.workers * each > available.get(kind, 0):
-                raise ConfigError(
-                    f"resources.workers is {resources.workers} with {each:g} {kind} each, and this Ray has "
-                    f"{available.get(kind, 0):g} {kind}. Lower resources.workers or {kind.lower()}s_per_worker."
-                )
 
 
 def _in_threads(work: Callable[[Item], str], items: Sequence[Item], at_once: int) -> Iterator[str]:

@@ -64,7 +64,7 @@ def run_trials(work: Work, source: TrialSource, engine: Engine, step_dir: StepDi
             else:
                 source.ended(key, *_outcome(result))
         return
-    engine.start()
+    engine.start(engine.resources.gpus_per_worker)
     with quiet(), explained(step_dir), own_folder() as folder:
         _tune(work, source, engine, folder, at_once, step_dir)
 
@@ -96,8 +96,7 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once:
 
     resources = engine.resources
     each = resources.workers * resources.cpus_per_worker
-    fitting = _fitting(resources)  # more would wait for their workers, which the cap of worker-hours would count
-    at_once = min(at_once or fitting, fitting)
+    at_once = _fitting(resources, at_once)
     alone = resources.workers == 1  # trained inside the trial's own actor
     needs = {"cpu": each, "gpu": resources.gpus_per_worker} if alone else {"cpu": 0, "memory": A_BYTE}
     in_driver = _InDriver(source)
@@ -132,13 +131,17 @@ def _tune(work: Work, source: TrialSource, engine: Engine, folder: str, at_once:
         raise in_driver.failure
 
 
-def _fitting(resources: Resources) -> int:
-    """Count the trials that the cluster has room for at once, one at least."""
+def _fitting(resources: Resources, at_once: int | None) -> int:
+    """Return how many trials run at once: as many as the cluster has room for, one at least, and `at_once` at most;
+    just as many on a cluster that may grow, which it does for trials that wait."""
     import ray
 
+    if at_once is not None and resources.scale_up_minutes:
+        return at_once
     there = ray.cluster_resources()
     needs = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    return max(1, min(int(there.get(kind, 0) // (resources.workers * n)) for kind, n in needs.items() if n))
+    fitting = max(1, min(int(there.get(kind, 0) // (resources.workers * n)) for kind, n in needs.items() if n))
+    return min(at_once or fitting, fitting)  # more would wait for workers, which the cap of worker-hours would count
 
 
 def _trial(config: dict[str, Any], work: Work, threads: int) -> None:

@@ -122,6 +122,7 @@ class _Runner:
             begun = time.perf_counter()
             told = partial(tell, self.listener, step.name)
             with published(self.plan.config.name, step.name, step.key, told) as advance:
+                self.engine.told = partial(advance, 0, 0)
                 record = step.stage.run(
                     Step(
                         recipe=step.recipe,

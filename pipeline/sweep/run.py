@@ -254,6 +254,7 @@ def _run(
     listener.started(TRIALS)
     if queue.left:
         with published(planned.config.name, TRIALS, planned.key, queue.advance) as queue.advance:
+            engine.told = partial(queue.advance, 0, queue.total)
             ray_tune.run_trials(run_trial, queue, engine, step_dir, planned.sweep.max_concurrent)
 
 

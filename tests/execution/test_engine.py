@@ -269,3 +269,21 @@ def test_who_is_told_of_a_training_ends_it_by_an_error(two_cpus: None, step_dir:
     with step_dir.hold(False, print) as held, pytest.raises(OverBudgetError, match="enough of 1"):
         Engine(Resources(workers=1)).train(worker, held, enough)
     check_ended(tmp_path)
+
+
+def test_a_cluster_that_is_too_small_is_refused_unless_it_may_grow(two_cpus: None) -> None:
+    said = r"workers is 3 with 1 CPU each, and this Ray has 2 CPU\. .*resources\.scale_up_minutes to how long"
+    with pytest.raises(ConfigError, match=said):
+        Engine(Resources(workers=3)).start()
+    for resources, gpus, waited_for in (
+        (Resources(workers=3, scale_up_minutes=1e-4), 0, "3 CPU; the cluster has 2 now"),
+        (Resources(workers=2, gpus_per_worker=1, scale_up_minutes=1e-4), 1, "2 GPU; the cluster has 0 now"),
+    ):
+        heard: list[str] = []
+        engine = Engine(resources)
+        engine.told = heard.append
+        with pytest.raises(LostError, match=f"did not grow .*waited for {waited_for}.*ray status"):
+            engine.start(gpus)
+        assert set(heard) == {f"waiting for {waited_for}"}
+    engine.start()  # work on CPUs waits for no GPU
+    assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}

@@ -179,7 +179,7 @@ def test_a_group_has_room_for_what_its_configuration_asks() -> None:
     assert resources["cpus_per_worker"] <= float(group["cpu"])
     assert resources["gpus_per_worker"] <= group["gpus"]
     assert resources["local_cache_gib"] < float(group["cache"].removesuffix("Gi"))
-    assert resources["workers"] <= example["cluster"]["workers"]["gpu"]["minReplicas"]
+    assert resources["workers"] <= example["cluster"]["workers"]["gpu"]["maxReplicas"]  # for which a command waits
 
 
 def test_versions_agree() -> None:

@@ -31,6 +31,7 @@ capabilities: {drop: [ALL]}
 {{- define "bitmill.env" -}}
 - {name: BITMILL_STORAGE_URI, value: {{ .Values.store.uri | quote }}}
 - {name: BITMILL_LOG_FORMAT, value: json}
+- {name: BITMILL_SCALE_UP_MINUTES, value: {{ .Values.cluster.scaleUpMinutes | quote }}}
 - {name: MLFLOW_TRACKING_URI, value: {{ .Values.mlflow.uri | quote }}}
 - {name: AWS_DEFAULT_REGION, value: {{ .Values.store.region | quote }}}
 {{- with .Values.store.endpoint }}
