@@ -20,9 +20,10 @@ from torch import Tensor
 from pipeline.config.training import Cache
 from pipeline.distill.losses import logit_distillation_loss
 from pipeline.errors import ConfigError, RunError
+from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model
 from pipeline.models.device import all_so_far, bf16_on_gpu, device_for, room_on_host
-from pipeline.models.hidden_states import LAST, head_of, last_states, spare_operations
+from pipeline.models.hidden_states import LAST, head_of, last_states
 from pipeline.stages.kept import Kept, KeptStates, finite, kept_by
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.pieces import Pieces
@@ -166,7 +167,7 @@ class CacheShard:
         self.batch = job.resources.inference_batch  # rows of a pass
         self.device = device_for(job.resources)
         self.model = load_model(job.input(Teacher).folder()).to(self.device).eval()
-        spare_operations(self.model)
+        use_causal_attention(self.model)
 
     def __call__(self, rows: Shard) -> str:
         name = cached_name(rows.name)
@@ -212,7 +213,7 @@ def probe(job: StepJob, wanted: Kept) -> tuple[Kept, float, Precision]:
     teacher in fp32 to what that stands for, and what it is computed in."""
     device, tokens = device_for(job.resources), job.input(Tokens)
     model = load_model(job.input(Teacher).folder()).to(device).eval()
-    spare_operations(model)
+    use_causal_attention(model)
     reader = Rows(tokens.dir, drawn_shards(tokens.record.splits["train"].shards, PROBE_SHARDS))
     ids, lengths, _ = reader.get(reader.drawn(PROBE_ROWS))
     batch = job.task.batch(ids, lengths).to(device)

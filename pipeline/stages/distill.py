@@ -24,10 +24,11 @@ from pipeline.config.training import Distill
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import DamagedError, RunError
+from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model, set_dropout
 from pipeline.models.compiled import compile_layers, compiled
 from pipeline.models.family import family_named
-from pipeline.models.hidden_states import WithStates, head_of, layer_states, spare_operations
+from pipeline.models.hidden_states import WithStates, head_of, layer_states
 from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Start, Step, StepJob, always, training_job
 from pipeline.store.keys import recipe_of
@@ -101,7 +102,7 @@ def make(
     if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
     teacher = load_model(folder).requires_grad_(False).to(device).eval()
-    spare_operations(teacher)
+    use_causal_attention(teacher)
     compiles = job.resources.compiles(device)
     if compiles:
         compile_layers(teacher)
