@@ -1,8 +1,14 @@
 """Data sets of several files: splits that a README names, folders of `save_to_disk`, weights, objects in clouds."""
 
+import contextlib
 import gzip
+import http.server
 import importlib
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import fsspec
 import pytest
@@ -14,6 +20,7 @@ from pipeline.sources.files import pin_splits, pin_text
 from pipeline.sources.splits import split_parts
 from pipeline.sources.text import documents, parts
 from pipeline.store.records import SPLITS
+from tests.conftest import ROOT
 
 README = """---
 configs:
@@ -200,3 +207,81 @@ def test_a_cloud_without_its_package_or_versions_is_said(cloud, memo, monkeypatc
     monkeypatch.setattr(Bucket, "find", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no")))
     with pytest.raises(ConfigError, match="cannot be listed: PermissionError"):
         pin_text("az://bucket/corpus/*.txt", "data.source", memo)
+
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+ASKED = """
+import json, sys
+from pipeline.errors import ConfigError
+from pipeline.sources.content import ContentMemo
+from pipeline.sources.files import pin_text
+for knob, config, split in json.loads(sys.argv[1]):
+    try:
+        files = pin_text("hf://org/name@main", knob, ContentMemo(sys.argv[2]), config, split)
+        print(json.dumps([[file.uri, file.content] for file in files]))
+    except ConfigError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+@contextlib.contextmanager
+def serve_set(folder):
+    """A hub on this machine with one data set, of the files in a folder; yields its address."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, status, answer = self.path.partition("?")[0], 200, None
+            tree, resolve = f"/api/datasets/org/name/tree/{COMMIT}", f"/datasets/org/name/resolve/{COMMIT}/"
+            if path.startswith(resolve) and path.removeprefix(resolve) in names:
+                answer = (folder / path.removeprefix(resolve)).read_bytes()
+            elif path.startswith(tree):
+                below = path.removeprefix(tree).strip("/")
+                inside = [name for name in names if name.startswith(f"{below}/" if below else "")]
+                files = [name for name in inside if "/" not in name[len(below) :].strip("/")]
+                folders = {name.split("/")[0] for name in inside} if not below else set()
+                listed = [{"type": "file", "path": name, "size": 1, "oid": name} for name in files]
+                listed += [{"type": "directory", "path": name, "oid": name} for name in folders - {*files}]
+                answer = json.dumps(listed).encode()
+            elif path.startswith("/api/datasets/org/name"):
+                siblings = [{"rfilename": name, "size": (folder / name).stat().st_size} for name in names]
+                answer = json.dumps({"id": "org/name", "sha": COMMIT, "tags": [], "siblings": siblings}).encode()
+            else:
+                status = 404
+            self.send_response(status)
+            for name, value in {"Content-Length": len(answer or b""), "ETag": '"x"', "X-Repo-Commit": COMMIT}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET" and answer:
+                self.wfile.write(answer)
+
+        do_HEAD = do_GET  # noqa: N815 - the name that http.server asks for
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_set_of_the_hub_is_pinned_by_commit_and_its_splits_are_those_of_its_readme(set_folder, tmp_path):
+    asked = [("data.source", "en", None), ("data.test", "en", None), ("data.source", "de", None)]
+    asked += [("data.source", "en", "dev"), ("data.source", "fr", None)]
+    with serve_set(set_folder) as endpoint:
+        changed = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", ASKED, json.dumps(asked), str(tmp_path / "memo")]
+        shown = subprocess.run(command, env={**os.environ, **changed}, capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    *given, no_split, no_config = map(json.loads, shown.stdout.splitlines())
+    expected = [["data/train-0.jsonl.gz", "data/train-1.jsonl.gz"], ["data/test.jsonl"], ["data/de.jsonl"]]
+    named = [[f"org/name@{COMMIT}/{name}" for name in names] for names in expected]
+    assert given == [[[f"hf://{name}", f"hub:{name}"] for name in names] for names in named]
+    assert "has no split 'dev'; valid: train, test" in no_split
+    assert "no data set that can be read" in no_config

@@ -224,7 +224,7 @@ def test_a_part_of_any_size_becomes_rows_piece_by_piece(tmp_path, tiny_config, r
     words, decoded = read_tokenizer(tokens.folder()), ""
     for split in SPLITS:
         shards = tokens.record.splits[split].shards
-        assert len({shard.name for shard in shards}) == len(shards) > 1
+        assert len({shard.name for shard in shards}) == len(shards) >= (5 if split == "train" else 1)
         rows = Rows(tokens.dir, shards)
         ids, lengths, _ = rows.get(range(rows.rows))
         decoded += "".join(words.decode(row[:length]) for row, length in zip(ids, lengths, strict=True))
