@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import Closed, Name, NotNegative, Positive, Rate
 from pipeline.credentials import taking_none, without_credentials
@@ -35,10 +35,13 @@ class Resources(Closed):
     workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
     cpus_per_worker: Rate = 1
     gpus_per_worker: NotNegative = 0  # 0: all is computed on CPUs, whatever there is
+    strategy: Literal["ddp", "fsdp"] = (
+        "ddp"  # fsdp: no worker holds whole what trains, or a teacher that runs beside it
+    )
     micro_batch: Positive = 8  # rows a worker passes through the model at once while training; half if memory is full
     inference_batch: Positive = 16  # rows of a pass of the cache and of the evaluation
     activation_checkpointing: bool = False
-    compile: bool | None = None  # layers and losses of a training step; null: on GPUs
+    compile: bool | None = None  # layers and losses of a training step; null: on GPUs, unless strategy is fsdp
     checkpoint_minutes: Rate = 5  # of training between two checkpoints: as many at most are trained again
     scale_up_minutes: NotNegative = 0  # that a command waits for nodes of an autoscaler; 0: those that are there
     max_failures: Annotated[int, Field(ge=0)] = 3  # worker losses that one training job survives
@@ -52,7 +55,16 @@ class Resources(Closed):
 
     def compiles(self, device: Any) -> bool:
         """Tell whether what trains on a torch device is compiled."""
-        return device.type == "cuda" if self.compile is None else self.compile
+        return device.type == "cuda" and self.strategy == "ddp" if self.compile is None else self.compile
+
+    @model_validator(mode="after")
+    def _layers_of_parts(self) -> Resources:
+        if self.compile and self.strategy == "fsdp":
+            raise ValueError(
+                "compile is true, and strategy is fsdp, which gathers the parts of layers and compiles none; "
+                "leave compile out, or use strategy: ddp"
+            )
+        return self
 
     @field_validator("tracking_uri")
     @classmethod

@@ -95,6 +95,11 @@ class Config(Closed):
                 f"quant.quantizer: laq weights its error by Adam's second moment, and distill.optimizer is "
                 f"{self.distill.optimizer}; use adam, or quant.quantizer: laq_uniform"
             )
+        if self.quant.quantizer in ("laq", "laq_uniform") and self.resources.strategy == "fsdp":
+            raise ValueError(
+                f"quant.quantizer: {self.quant.quantizer} looks at whole matrices after each step, which no worker "
+                "holds with resources.strategy: fsdp; use another quantizer, such as quantgpt, or strategy: ddp"
+            )
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
         if self.distill.compared_layer != -1 and self.cache.mode == "states":
@@ -124,5 +129,12 @@ class Config(Closed):
                 raise ValueError(
                     f"{section}.batch_size is {training.batch_size}, fewer rows than resources.workers "
                     f"({self.resources.workers}); raise one or lower the other"
+                )
+            shared_out = self.resources.strategy == "fsdp" and self.resources.workers > 1
+            if training is not None and shared_out and training.batch_size % self.resources.workers:
+                raise ValueError(
+                    f"{section}.batch_size is {training.batch_size}, no multiple of resources.workers "
+                    f"({self.resources.workers}), which resources.strategy: fsdp has pass rows equally often; use a "
+                    "multiple, or strategy: ddp"
                 )
         return self

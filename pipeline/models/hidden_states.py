@@ -26,7 +26,7 @@ class WithStates(nn.Module):
         super().__init__()
         self.model, self.layer = model, layer
         spare_operations(model)
-        _keep_padding_row(model)
+        self.padding_row = _keep_padding_row(model)
 
     def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
         """Return the last states and those of `layer`, (batch, length, hidden) each, of ids (batch, length). Decoder
@@ -146,9 +146,12 @@ class FinishedHead(nn.Module):
         return self.finished(self.head(states))
 
 
-def _keep_padding_row(model: PreTrainedModel) -> None:
-    """Keep a padding row of zeros at zeros: a tied head would otherwise move it, as it moves every row."""
+def _keep_padding_row(model: PreTrainedModel) -> int | None:
+    """Keep a padding row of zeros at zeros: a tied head would otherwise move it, as it moves every row. Return which
+    row it is, if there is one."""
     embedding = model.get_input_embeddings()
     row, weight = getattr(embedding, "padding_idx", None), embedding.weight
-    if row is not None and not weight.is_meta and weight.requires_grad and not weight[row].any():
-        weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0))
+    if row is None or weight.is_meta or not weight.requires_grad or weight[row].any():
+        return None
+    weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([row], device=gradient.device), 0.0))
+    return int(row)

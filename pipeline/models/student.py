@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.models.attention import use_quantized_attention
 from pipeline.models.build import auto_class, skeleton
 from pipeline.models.family import Family, families
+from pipeline.models.sharded import part_like
 from pipeline.quant.frozen import FrozenTensors, freeze, give_modules, thaw
 from pipeline.quant.modules import TIED, QuantTarget, prepare
 from pipeline.quant.spec import QuantSpec
@@ -164,10 +165,11 @@ def load_frozen(path: Path) -> FrozenTensors:
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy a tensor into every parameter, a tied one once. Raises RunError if names or shapes differ."""
+    """Copy a tensor into every parameter, a tied one once; of one that is shared out, this worker's part. Raises
+    RunError if names or shapes differ."""
     named = dict(model.named_parameters())
     expected, given = ({(name, tuple(t.shape)) for name, t in each.items()} for each in (named, tensors))
     if expected != given:
         raise RunError(f"The stored weights do not fit the model: {sorted(expected ^ given)[:3]}")
     for name, parameter in named.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(part_like(tensors[name], parameter))

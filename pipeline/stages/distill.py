@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -24,11 +24,11 @@ from pipeline.config.training import Distill
 from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.errors import DamagedError, RunError
-from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model, set_dropout
 from pipeline.models.compiled import compile_layers, compiled
 from pipeline.models.family import family_named
-from pipeline.models.hidden_states import WithStates, head_of, layer_states
+from pipeline.models.hidden_states import WithStates, head_of
+from pipeline.models.sharded import let_go, share_out, shares
 from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
 from pipeline.stages.stage import PinnedRun, Stage, Start, Step, StepJob, always, training_job
 from pipeline.store.keys import recipe_of
@@ -101,26 +101,29 @@ def make(
     recipe = job.recipe
     if not isinstance(recipe, Distill):
         raise TypeError("distillation needs a Distill recipe")
-    teacher = load_model(folder).requires_grad_(False).to(device).eval()
-    use_causal_attention(teacher)
+    online = job.cache is None
+    teacher = WithStates(load_model(folder).requires_grad_(False), recipe.compared_layer).eval()
+    if online:
+        teacher = share_out(teacher, device) if shares(job.resources) else teacher.to(device)
     compiles = job.resources.compiles(device)
     if compiles:
-        compile_layers(teacher)
-    student = load_model(folder)
+        compile_layers(teacher.model)
+    student, config = load_model(folder), teacher.model.config
     set_dropout(student, 0.0)  # cached states have none
     make_student(student, quant.spec(), family_named(family))
     if latent is not None:
         load_parameters(student, load_file(latent))
 
     def states(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return layer_states(teacher, recipe.compared_layer, *inputs)
+        let_go(teacher)  # of what the last pass has left, of which the head alone has any use
+        return cast(tuple[Tensor, Tensor], teacher(*inputs))
 
-    head = None if job.cache is not None and job.cache.record.mode == "logits" else head_of(teacher)
+    head = None if job.cache is not None and job.cache.record.mode == "logits" else head_of(teacher.model)
     distillation = Distillation(
         recipe=recipe,
-        head=head if job.cache is None else copy.deepcopy(head),
-        teacher=states if job.cache is None else None,
-        bank=MemoryBank(teacher.config.vocab_size, teacher.config.hidden_size, recipe.momentum, device),
+        head=head if online or head is None else copy.deepcopy(head).to(device),
+        teacher=states if online else None,
+        bank=MemoryBank(config.vocab_size, config.hidden_size, recipe.momentum, device),
         contrastive=compiled(contrastive_loss) if compiles else contrastive_loss,
     )
     return WithStates(student, recipe.compared_layer), distillation

@@ -68,9 +68,10 @@ def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
     keep_all_layers(model)
-    progress = Trainer(WithStates(model), training, None, device, report, ending).run()
+    trained = WithStates(model)
+    progress = Trainer(trained, training, None, device, report, ending).run()
     if progress is not None:
-        finish(job.dir, progress, training.steps, _save(model, job))
+        finish(job.dir, progress, training.steps, _save(trained.model, job))
 
 
 def _new_model(job: StepJob, seed: int) -> PreTrainedModel:

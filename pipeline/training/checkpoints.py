@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.errors import DamagedError
 from pipeline.models.device import all_so_far, room_on_host
 from pipeline.models.hidden_states import WithStates
+from pipeline.models.sharded import whole
 from pipeline.store.records import StoredFile
 from pipeline.store.step_store import StepDir
 
@@ -83,10 +84,11 @@ class CheckpointWriter:
 
 def copied(tensors: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Return copies on the host of what tensors hold now, and what waits until they are whole. Nobody else waits: a
-    device makes them in their turn, before whatever it is asked to do next."""
+    device makes them in their turn, before whatever it is asked to do next. What is shared out is gathered whole, one
+    after the other, while other workers `give_parts`."""
     copies = {
-        name: room_on_host(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor.detach(), non_blocking=True)
-        for name, tensor in tensors.items()
+        name: room_on_host(tuple(t.shape), t.dtype, t.device).copy_(whole(t.detach()), non_blocking=True)
+        for name, t in tensors.items()
     }
     return copies, all_so_far(device)
 

@@ -6,12 +6,14 @@ modules differ in how their weights are distributed against the clip (`Watch`, `
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.sharded import whole
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import mean_abs
 
@@ -34,14 +36,15 @@ class Watch:
 
     def __init__(self) -> None:
         self.codes: dict[str, Tensor] = {}
-        self.step = 0
+        self.step = -math.inf  # of the last look
 
     @torch.no_grad()
     def look(self, model: nn.Module, step: int) -> dict[str, dict[str, float]]:
         """Return by module `gamma`, the outermost level over mean |w| (of several scales: their mean), the share of
         `zeros`, and the share of codes `changed_per_100_steps`, absent at the first look."""
         facts = {}
-        for name, weight, quantizer in quantizers(model):
+        for name, latent, quantizer in quantizers(model):
+            weight = whole(latent)
             codes, scale = quantizer.freeze(weight)
             edge = quantizer.granularity.fold_scale(scale) * quantizer.grid.edge
             magnitude = mean_abs(quantizer.granularity.fold(weight))

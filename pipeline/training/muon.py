@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.models.sharded import like, own, part_like, whole
+
 UPDATE_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
 MOST_STACKED = 2**26  # numbers that are orthogonalised at once
 
 
 class StackedMuon(torch.optim.Muon):
     """Torch's Muon with `nesterov` and `match_rms_adamw`, its settings and its state, which moves all its matrices in a
-    few operations: those of one shape, or of its transpose, are orthogonalised as one stack.
+    few operations: those of one shape, or of its transpose, are orthogonalised as one stack. Where workers share
+    matrices out each keeps its parts of the averages, and all orthogonalise what is gathered of a stack at a time.
 
     On GPUs in bf16, as torch does; on CPUs in fp32: one that has no units for bf16 emulates it, at 30 times the time,
     and what is emulated differs from what is not.
@@ -30,20 +33,21 @@ class StackedMuon(torch.optim.Muon):
         for parameter in moved:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        averages = [self.state[p]["momentum_buffer"] for p in moved]
-        grads = [p.grad for p in moved]
+        averages = [own(self.state[p]["momentum_buffer"]) for p in moved]
+        grads = [own(p.grad) for p in moved]
         torch._foreach_lerp_(averages, grads, 1 - settings["momentum"])
         updates = list(torch._foreach_lerp(grads, averages, settings["momentum"]))
-        torch._foreach_div_(updates, torch._foreach_clamp_min(torch._foreach_norm(updates), settings["eps"]))
-        for indexes in _stacks(updates):
-            stack = [updates[i] for i in indexes]
+        for indexes in _stacks(moved):
+            stack = [whole(like(updates[i], moved[i])) for i in indexes]
+            torch._foreach_div_(stack, torch._foreach_clamp_min(torch._foreach_norm(stack), settings["eps"]))
             together = _orthogonalised_together(stack, settings["ns_coefficients"], settings["ns_steps"])
             for i, update in zip(indexes, together, strict=True):
-                updates[i] = update
+                updates[i] = own(part_like(update, moved[i]))
+        held = [own(p) for p in moved]
         if settings["weight_decay"]:
-            torch._foreach_mul_(moved, [1 - group["lr"] * group["weight_decay"] for _, group in grouped])
+            torch._foreach_mul_(held, [1 - group["lr"] * group["weight_decay"] for _, group in grouped])
         torch._foreach_mul_(updates, [-group["lr"] * UPDATE_RMS * max(p.shape) ** 0.5 for p, group in grouped])
-        torch._foreach_add_(moved, updates)
+        torch._foreach_add_(held, updates)
 
 
 def _stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
+from pipeline.models.sharded import part_like, whole
 from pipeline.quant.modules import quantizers
 from pipeline.training.muon import UPDATE_RMS, StackedMuon
 from pipeline.training.schedule import learning_rate
@@ -74,7 +75,7 @@ class Optimizers:
         for name, tensor in tensors.items():
             key, _, parameter_name = name.partition(".")
             parameter = parameters[parameter_name]
-            owners[parameter].state[parameter][key] = tensor.to(parameter.device)
+            owners[parameter].state[parameter][key] = part_like(tensor.to(parameter.device), parameter)
 
     def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return next((o.state[parameter] for o in self.all if parameter in o.state), {})
@@ -85,7 +86,7 @@ def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.opt
     start, whatever its shape and size. A 2-bit code changes when a weight has moved by a share of its scale."""
     groups = []
     for matrix in matrices:
-        rms = float(matrix.detach().square().mean().sqrt())
+        rms = float(whole(matrix.detach()).square().mean().sqrt())
         groups.append(_group([matrix], recipe.muon_lr * rms / UPDATE_RMS, recipe.weight_decay))
     return StackedMuon(groups, momentum=recipe.muon_momentum, adjust_lr_fn="match_rms_adamw")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
 from pipeline.config.resources import Resources
@@ -26,7 +26,8 @@ from pipeline.distill.random import draw
 from pipeline.distill.transfer import sent
 from pipeline.errors import RunError
 from pipeline.models.compiled import compile_layers, compiled
-from pipeline.models.hidden_states import WithStates, head_input, head_of, head_product, last_states
+from pipeline.models.hidden_states import WithStates, head_input, head_of, head_product
+from pipeline.models.sharded import filled, give_parts, hollow, is_part, let_go, own, share_out, shares
 from pipeline.models.student import load_parameters
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers.base import after_step
@@ -94,11 +95,14 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.job, self.recipe, self.device, self.report = job, job.recipe, device, report
-        self.distillation, self.model = distillation, model.to(device)
+        self.shared_out = shares(job.resources)
+        self.whole = hollow(model.model) if self.shared_out else model.model  # what ends with the best weights
+        self.distillation, self.model = distillation, share_out(model, device) if self.shared_out else model.to(device)
         if job.resources.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.head, self.vocabulary = head_of(model.model), int(model.model.config.vocab_size)
-        self.stacks, self._losses_of_logits = Stacks(model), losses_of_logits
+        # What is shared out is quantized where it is gathered.
+        self.stacks, self._losses_of_logits = Stacks(nn.Module() if self.shared_out else model), losses_of_logits
         if job.resources.compiles(device):
             compile_layers(model.model)
             self.stacks, self._losses_of_logits = Stacks(model, compiled(on_grid)), compiled(losses_of_logits)
@@ -133,7 +137,10 @@ class Trainer:
                 self._after_step(steps)
         if self.rank != 0:
             return None
-        load_parameters(self.model.model, self.best)
+        if self.shared_out:
+            self.model.model = filled(self.whole, self.best)
+        else:
+            load_parameters(self.model.model, self.best)
         return self.progress
 
     def train_step(self, step: int) -> dict[str, Tensor]:
@@ -293,12 +300,14 @@ class Trainer:
     def _keep(self) -> None:
         """Make a checkpoint, which is stored while training goes on."""
         tensors = self._tensors()
-        moving = [t for name, t in tensors.items() if t.is_floating_point() and not name.startswith("best.")]
-        size = get_total_norm(moving)
+        moving = [own(t) for name, t in tensors.items() if t.is_floating_point() and not name.startswith("best.")]
+        size = self._all_reduce(get_total_norm(moving))
         self._refuse_divergence(float(size), "norm of what a checkpoint holds", self.progress.step)
         self.kept_step, self.kept_s = self.progress.step, self.clock()
         if self.rank == 0:
             self.writer.begin(tensors, self.progress)
+        else:
+            give_parts(tensors.values())
 
     def _read_losses(self, steps: int) -> tuple[float, bool, bool]:
         """Take the losses of the steps since the last time into the history; return the last one, and what the workers
@@ -326,14 +335,19 @@ class Trainer:
         entry = {"step": step, "validation_nats": nats}
         if self.distillation is not None:
             entry["token_cosine"] = cosine
-            apart = self.job.steps / DIAGNOSES
-            if self.rank == 0 and (step == self.job.steps or step - self.watch.step >= apart or not self.watch.codes):
+            due = step == self.job.steps or step - self.watch.step >= self.job.steps / DIAGNOSES
+            if due and self.rank == 0:
                 progress.modules.append({"step": step, "modules": self.watch.look(self.model.model, step)})
+            elif due:
+                self.watch.step = step
+                give_parts(weight for _, weight, _ in quantizers(self.model.model))
         progress.history.append(entry)
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
             if self.rank == 0:
                 self.best, _ = copied(weights(self.model), self.device)
+            else:
+                give_parts(weights(self.model).values())
         return nats
 
     @torch.no_grad()
@@ -342,15 +356,21 @@ class Trainer:
         and the mean cosine between the last states of different tokens of a row, whichever layer's are contrasted."""
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        for micro in rank_rows(self.eval_rows, self.rank, self.world).split(self.job.resources.inference_batch):
+        size, scored = self.job.resources.inference_batch, rank_rows(self.eval_rows, self.rank, self.world)
+        for first in range(0, len(rank_rows(self.eval_rows, 0, self.world)), size):  # of the most that a worker has
+            micro = scored[first : first + size]
+            # One that has no more passes a row that counts for nothing, where others wait for its parts.
+            if len(micro) or self.shared_out:
+                rows = micro if len(micro) else self.eval_rows[:1]
+                batch = self.job.task.batch(*self.validation.get(rows.tolist())[:2]).to(self.device).references()
+                states, _ = self.model(*batch.inputs)
             if len(micro):
-                batch = self.job.task.batch(*self.validation.get(micro.tolist())[:2]).to(self.device).references()
-                states = last_states(self.model.model, *batch.inputs)
                 prepared = head_input(self.head, states)
                 for part in parts_of(batch, self.vocabulary):
                     nats = reference_nats(head_product(self.head, prepared[part]), batch.part(*part))
                     sums[:2] += torch.stack([value.double() for value in nats])
                 sums[2:] += torch.stack([value.double() for value in token_cosine(states, batch.valid)])
+        let_go(self.model)
         nats, tokens, cosine, rows_of_two = self._all_reduce(sums).tolist()
         return nats / tokens, cosine / max(1.0, rows_of_two)
 
@@ -380,7 +400,8 @@ class Trainer:
                 self.distillation.bank.load_state_dict(under("bank.", tensors))
             if self.rank == 0:
                 self.watch.codes, self.best = under("codes.", tensors), under("best.", tensors)
-            self.watch.step = self.progress.modules[-1]["step"] if self.progress.modules else 0
+            if self.progress.modules:
+                self.watch.step = self.progress.modules[-1]["step"]
             self.micro_batch = next(
                 (int(p["micro_batch"]) for p in self.progress.history[::-1] if "micro_batch" in p), self.micro_batch
             )
@@ -390,9 +411,10 @@ class Trainer:
         self._barrier()
 
     def _sum_gradients(self) -> None:
-        """Add up the gradients of all workers, whose losses are parts of one mean, in one exchange."""
-        if self.world > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        """Add up the gradients of all workers, whose losses are parts of one mean, in one exchange. Those of
+        parameters that are shared out were added up as they were made."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None and not is_part(p)]
+        if self.world > 1 and gradients:
             flat = parameters_to_vector(gradients)
             dist.all_reduce(flat)
             vector_to_parameters(flat, gradients)

@@ -111,6 +111,13 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
         (["finetune={lr: 1}"], r"finetune: give exactly one of steps and epochs"),
         (["distill.batch_size=2", "resources.workers=3"], r"distill\.batch_size is 2, fewer .*workers \(3\)"),
         (["finetune={steps: 1, batch_size: 1}", "resources.workers=2"], r"finetune\.batch_size is 1"),
+        (
+            ["distill.batch_size=9", "resources={workers: 2, strategy: fsdp}"],
+            r"distill\.batch_size is 9, no multiple of resources\.workers \(2\)",
+        ),
+        (["quant.quantizer=laq", "resources.strategy=fsdp"], r"laq looks at whole matrices .* use another .* quantgpt"),
+        (["resources={compile: true, strategy: fsdp}"], r"compile is true, .* leave compile out, or use strategy: ddp"),
+        (["resources.strategy=zero"], r"resources\.strategy: .*'ddp' or 'fsdp'"),
         (["distill.lr=fast"], r"distill\.lr: .*\(given: 'fast'\)"),
         (["data.holdout=0.5"], r"data\.holdout: .*less than 0\.5"),
         (["register.gate.max_perplexity_ratio=1"], r"greater than 1"),

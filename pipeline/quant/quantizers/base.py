@@ -64,8 +64,9 @@ class WeightQuantizer(nn.Module, ABC):
         scale = self.scale_of(folded)
         return quantize(folded, scale, self.grid), scale
 
-    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
-        """Bring parameters that are computed up to date, and keep others in their range."""
+    def refresh(self, weight: Tensor, second_moment: Tensor | None) -> None:
+        """Bring parameters that are computed up to date, and keep others in their range. Where workers share a weight
+        out it is a part, and not to be looked at."""
 
     def ratios(self) -> list[nn.Parameter]:
         """Return the learned parameters that are to stay at SMALLEST_GAMMA or above."""
@@ -78,8 +79,7 @@ def after_step(moved: Iterable[tuple[WeightQuantizer, Tensor, Tensor | None]]) -
     it has one."""
     ratios: list[Tensor] = []
     for quantizer, weight, second_moment in moved:
-        fold = quantizer.granularity.fold
-        quantizer.refresh(fold(weight), None if second_moment is None else fold(second_moment))
+        quantizer.refresh(weight, second_moment)
         ratios += quantizer.ratios()
     if ratios:
         torch._foreach_clamp_min_(ratios, SMALLEST_GAMMA)

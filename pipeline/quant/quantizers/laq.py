@@ -30,12 +30,13 @@ class LAQ(WeightQuantizer):
     def scale_of(self, folded: Tensor) -> Tensor:
         return self.scale
 
-    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
+    def refresh(self, weight: Tensor, second_moment: Tensor | None) -> None:
+        folded = self.granularity.fold(weight)
         importance = torch.ones_like(folded)
         if self.curvature:
             if second_moment is None:
                 raise ValueError("LAQ weights its error by Adam's second moment, and Adam does not move this weight")
-            importance = second_moment.sqrt() + EPSILON
+            importance = self.granularity.fold(second_moment).sqrt() + EPSILON
         # Rows that were all zero and no longer are: no round gets away from a scale of zero.
         alive = ((self.scale == 0) & (mean_abs(folded) > 0))[:, 0]
         if alive.any():

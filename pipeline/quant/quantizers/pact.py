@@ -45,6 +45,6 @@ class PACT(WeightQuantizer):
         refuse_diverged(folded, scale)
         return quantize(clipped, scale, self.grid), scale
 
-    def refresh(self, folded: Tensor, second_moment: Tensor | None) -> None:
+    def refresh(self, weight: Tensor, second_moment: Tensor | None) -> None:
         self.high.clamp_(min=0.0)
         self.low.clamp_(max=0.0)
