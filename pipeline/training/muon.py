@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.models.sharded import like, own, part_like, whole
+from pipeline.models.sharded import is_part, like, own, part_like, whole
 
 UPDATE_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
 MOST_STACKED = 2**26  # numbers that are orthogonalised at once
@@ -37,9 +37,13 @@ class StackedMuon(torch.optim.Muon):
         grads = [own(p.grad) for p in moved]
         torch._foreach_lerp_(averages, grads, 1 - settings["momentum"])
         updates = list(torch._foreach_lerp(grads, averages, settings["momentum"]))
+        in_parts = any(map(is_part, moved))
+        if not in_parts:
+            torch._foreach_div_(updates, torch._foreach_clamp_min(torch._foreach_norm(updates), settings["eps"]))
         for indexes in _stacks(moved):
             stack = [whole(like(updates[i], moved[i])) for i in indexes]
-            torch._foreach_div_(stack, torch._foreach_clamp_min(torch._foreach_norm(stack), settings["eps"]))
+            if in_parts:
+                torch._foreach_div_(stack, torch._foreach_clamp_min(torch._foreach_norm(stack), settings["eps"]))
             together = _orthogonalised_together(stack, settings["ns_coefficients"], settings["ns_steps"])
             for i, update in zip(indexes, together, strict=True):
                 updates[i] = own(part_like(update, moved[i]))
