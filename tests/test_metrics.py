@@ -53,7 +53,7 @@ def test_each_task_is_measured_by_one_of_its_metrics(task, measure):
 
 def test_every_task_reports_the_objectives_of_all_and_its_own():
     own = {"next_utterance": ("accuracy",), "summarization": ("rouge1", "rouge2", "rougeL")}
-    assert set(TASKS) == {"language_modeling", *own}
+    assert set(TASKS) == {"language_modeling", "chat", *own}
     for task in TASKS:
         assert objectives(task) == (*OF_ALL, *own.get(task, ()))
         assert measure_of(task) in objectives(task)
