@@ -114,15 +114,15 @@ class Source(Closed):
 def _kind(given: Any) -> str:
     """Tell what of the three a source is, so that an error is of that one."""
     if isinstance(given, list | tuple):
-        return "list"
-    return "source" if isinstance(given, dict | Source) else "path"
+        return "<list>"
+    return "<source>" if isinstance(given, dict | Source) else "<path>"
 
 
-One = Annotated[Annotated[str, Tag("path")] | Annotated[Source, Tag("source")], Discriminator(_kind)]
+One = Annotated[Annotated[str, Tag("<path>")] | Annotated[Source, Tag("<source>")], Discriminator(_kind)]
 Sources = Annotated[
-    Annotated[str, Tag("path")]
-    | Annotated[Source, Tag("source")]
-    | Annotated[tuple[One, ...], Field(min_length=1), Tag("list")],
+    Annotated[str, Tag("<path>")]
+    | Annotated[Source, Tag("<source>")]
+    | Annotated[tuple[One, ...], Field(min_length=1), Tag("<list>")],
     Discriminator(_kind),
 ]
 
@@ -174,8 +174,9 @@ class Data(Closed):
     @field_validator("source", "validation", "test")
     @classmethod
     def _no_credentials(cls, given: Sources | None) -> Sources | None:
-        for path in (source.path for source in _each(given)):
-            taking_none(path)
+        for path in given if isinstance(given, tuple) else (given,):
+            if isinstance(path, str):  # a source has looked at its own
+                taking_none(path)
         return given
 
     @field_validator("validation", "test")

@@ -77,7 +77,8 @@ def explain(error: ValidationError) -> list[str]:
     """Return a line for each thing that is wrong."""
     lines = []
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
+        parts = map(str, problem["loc"])
+        path = ".".join(part for part in parts if not part.startswith("<"))  # which is a kind of value, and no key
         if problem["type"] == "extra_forbidden":
             valid = ", ".join(_valid_keys(problem["loc"][:-1]))
             lines.append(f"  {path}: unknown key. Valid keys: {valid}")

@@ -59,14 +59,14 @@ def test_the_first_step_is_that_of_one_worker(case: Case, quant: Quant, resource
 
 
 def test_weights_and_the_memory_bank_move_as_those_of_one_worker(case: Case) -> None:
-    """By all of ten steps: with the order of sums a code turns now and then, after which the runs part a little. A bank
+    """By all of four steps: with the order of sums a code turns now and then, after which the runs part a little. A bank
     that a layer's second pass updated again would be far off."""
     recipe = Distill(**DISTILL, optimizer="muon")
 
     def moved(run: TrainingJob) -> dict[str, Tensor]:
         loop = case.loop(run, LOW)
         start = [whole(parameter.detach()).clone() for parameter in loop.model.parameters()]
-        for step in range(10):
+        for step in range(4):
             loop.train_step(step)
         ended = zip(start, loop.model.parameters(), strict=True)
         assert loop.distillation is not None
@@ -81,7 +81,7 @@ def test_weights_and_the_memory_bank_move_as_those_of_one_worker(case: Case) -> 
     ranks = [load_file(case.root / f"moved-{rank}") for rank in range(2)]
     for name, tensor in reference.items():
         assert torch.equal(ranks[0][name], ranks[1][name])
-        assert float((ranks[0][name] - tensor).norm() / tensor.norm()) < 0.03
+        assert float((ranks[0][name] - tensor).norm() / tensor.norm()) < 3e-3
 
 
 def test_what_two_workers_began_one_goes_on_with_and_three_end(case: Case) -> None:
