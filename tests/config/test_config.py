@@ -101,7 +101,7 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
             r"source_length is 64, and the task language_modeling has no such.*valid: block_length",
         ),
         (["task={name: summarization, block_length: 64}"], r"valid: source_length, target_length"),
-        (["task={name: translation}"], r"'chat', 'language_modeling', 'next_utterance' or 'summarization'"),
+        (["task={name: translation}"], r"'language_modeling', 'chat', 'next_utterance' or 'summarization'"),
         (
             ["task.name=summarization", "data.unit=line", "data.validation=v", "data.test=t"],
             r"running text, which the task summarization cannot use",
