@@ -59,7 +59,7 @@ def test_the_first_step_is_that_of_one_worker(case: Case, quant: Quant, resource
 
 
 def test_weights_and_the_memory_bank_move_as_those_of_one_worker(case: Case) -> None:
-    """By all of four steps: with the order of sums a code turns now and then, after which the runs part a little. A bank
+    """By all of four steps: later a code turns now and then with the order of sums, and the runs part a little. A bank
     that a layer's second pass updated again would be far off."""
     recipe = Distill(**DISTILL, optimizer="muon")
 
