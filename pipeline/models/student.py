@@ -63,7 +63,10 @@ def quant_targets(model: PreTrainedModel, family: Family) -> list[QuantTarget]:
     named = {target.name for target in targets} | set(family.unquantized)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name.rpartition(".")[0] not in named:
-            raise ConfigError(f"model: the family {family.name} does not know the matrix {name}")
+            raise ConfigError(
+                f"model: in this {model.config.model_type} model the family {family.name} does not know the matrix "
+                f"{name}. Say with model.family whose modules it has, if it has those of a known one."
+            )
     if not {"embedding", "linear"} <= {target.role for target in targets}:
         raise ConfigError(f"model: no layers of the family {family.name} in this {model.config.model_type} model")
     return sorted(targets, key=lambda target: target.role in TIED)
