@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -43,6 +44,12 @@ class Training(Closed):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         return self
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Count the optimizer steps; epochs count rows of the training split."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or 0) * rows / self.batch_size))
 
     @model_validator(mode="after")
     def _rates_of_muon(self) -> Training:

@@ -209,7 +209,7 @@ def step_cost(step: PlannedStep, plan: RunPlan, rates: Rates) -> StepCost:
         asked = requests.of_rows(shards, row_bytes, 1)
     elif kind is Teacher and plan.config.finetune is not None:
         section: Finetune | Distill = plan.config.finetune
-        steps = trained_steps(section, rows)
+        steps = section.optimizer_steps(rows)
         tokens = float(steps * section.batch_size * task.row_tokens)
         seconds = rates.finetune_s(model, tokens, at_once)
         asked = _read(resources, shards, row_bytes, tokens / corpus)
@@ -219,7 +219,7 @@ def step_cost(step: PlannedStep, plan: RunPlan, rates: Rates) -> StepCost:
         asked = requests.of_rows(shards, states / shards, shards) + requests.fetched(row_bytes) * shards
     elif kind is Student:
         section = plan.config.distill
-        steps = trained_steps(section, rows)
+        steps = section.optimizer_steps(rows)
         tokens = float(steps * section.batch_size * task.row_tokens)
         seconds = rates.distill_s(model, tokens, section.contrast_weight > 0, at_once)
         seconds += rates.teach_s(model, tokens, at_once) if not states else 0.0
@@ -254,16 +254,9 @@ def shards_of(plan: RunPlan) -> int:
     return max(1, math.ceil(plan.rows / rows_per_shard(plan.pinned.task.row_tokens)))
 
 
-def trained_steps(section: Finetune | Distill, rows: int) -> int:
-    """Return the optimizer steps of a recipe."""
-    if section.steps is not None:
-        return section.steps
-    return max(1, math.ceil((section.epochs or 0) * rows / section.batch_size))
-
-
 def trained_rows(section: Finetune | Distill, rows: int) -> int:
     """Return the rows that a recipe trains on, each as often as it is read; those of a step at least."""
-    return max(1, trained_steps(section, rows)) * section.batch_size
+    return max(1, section.optimizer_steps(rows)) * section.batch_size
 
 
 def timed_before(plan: RunPlan) -> list[float]:

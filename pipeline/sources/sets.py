@@ -6,7 +6,9 @@ Only that is its part: the files are pinned by content and read as any others ar
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
 
@@ -23,15 +25,30 @@ def folder_files(folder: Path, config: str | None, split: str | None, knob: str)
 
 def _saved_files(folder: Path, config: str | None, split: str | None, knob: str) -> list[Path]:
     if (folder / SAVED_SPLITS).is_file():
-        known = json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+        known = _names(folder / SAVED_SPLITS, lambda saved: saved["splits"], knob)
         name = split or SPLIT_OF.get(knob, "train")
         if name not in known:
             raise ConfigError(f"{knob}: {folder} has no split {name!r}; valid: {', '.join(known)}")
         folder, split = folder / name, None
     if config is not None or split is not None:
         raise ConfigError(f"{knob}: {folder} was written by save_to_disk and has no config or split to choose.")
-    state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
-    return [folder / file["filename"] for file in state["_data_files"]]
+    return [folder / name for name in _names(folder / SAVED, _saved_names, knob)]
+
+
+def _saved_names(saved: Any) -> list[Any]:
+    return [file["filename"] for file in saved["_data_files"]]
+
+
+def _names(path: Path, listed: Callable[[Any], list[Any]], knob: str) -> list[str]:
+    """Return the names that a file of `save_to_disk` lists. Raises ConfigError: none, or one that lies elsewhere."""
+    try:
+        names = [str(name) for name in listed(json.loads(path.read_text(encoding="utf-8")))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{knob}: {path} is damaged: {error!r}") from error
+    elsewhere = [name for name in names if name in ("", "..") or Path(name).name != name]
+    if elsewhere:
+        raise ConfigError(f"{knob}: {path} names {elsewhere[0]!r}, which lies in another folder.")
+    return names
 
 
 def files_of_set(path: str, revision: str | None, config: str | None, split: str | None, knob: str) -> list[str]:

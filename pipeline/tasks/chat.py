@@ -63,16 +63,16 @@ class Chat(Task):
         rows: list[NDArray[np.int32]] = []
         lengths: list[tuple[int, int]] = []
         for document in documents:
-            text_bytes += sum(len(text.encode()) for text in self.strings(document))
             tools = _parsed(document[1]) if len(document) > 1 else None
             ids, mask = rendered(tokenizer, messages_of(document[0]), tools or None, self.settings.loss_on)
             ids, mask = ids[:width], mask[:width]
-            learned = sum(mask[1:])  # the first token has none before it to be told by
+            learned = [token for token, counts in zip(ids[1:], mask[1:], strict=True) if counts]  # none tells the first
             if learned:
+                text_bytes += len(tokenizer.decode(learned, skip_special_tokens=True).encode())
                 row = np.zeros(2 * width, np.int32)
                 row[: len(ids)], row[width : width + len(mask)] = ids, mask
                 rows.append(row)
-                lengths.append((len(ids), learned))
+                lengths.append((len(ids), len(learned)))
         stored = np.array(rows, np.int32).reshape(-1, 2 * width)
         return stored, np.array(lengths, np.int32).reshape(-1, 2), text_bytes
 

@@ -73,11 +73,8 @@ class TrainingJob:
 
     @property
     def steps(self) -> int:
-        """Count the optimizer steps; epochs count rows of the training split."""
-        if self.recipe.steps is not None:
-            return self.recipe.steps
-        rows = sum(shard.rows for shard in self.train)
-        return max(1, math.ceil((self.recipe.epochs or 0) * rows / self.recipe.batch_size))
+        """Count the optimizer steps."""
+        return self.recipe.optimizer_steps(sum(shard.rows for shard in self.train))
 
 
 class Trainer:

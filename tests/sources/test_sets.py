@@ -285,3 +285,23 @@ def test_a_set_of_the_hub_is_pinned_by_commit_and_its_splits_are_those_of_its_re
     assert given == [[[f"hf://{name}", f"hub:{name}"] for name in names] for names in named]
     assert "has no split 'dev'; valid: train, test" in no_split
     assert "no data set that can be read" in no_config
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "state.json",
+            {"_data_files": [{"filename": "../secret.arrow"}]},
+            "names '../secret.arrow', which lies in another",
+        ),
+        ("dataset_dict.json", {"splits": [".."]}, "names '..', which lies in another folder"),
+        ("state.json", {"_data_files": 7}, "state.json is damaged"),
+        ("dataset_dict.json", [], "dataset_dict.json is damaged"),
+    ],
+)
+def test_a_saved_folder_names_nothing_outside_itself(tmp_path, name, content, message):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        pin_text(str(tmp_path / "saved"), "data.source", None)

@@ -117,7 +117,8 @@ def batch():
     talks = [TALK, TALK[:3], TALK[:2]]
     ids, lengths, size = task.encode(iter([(json.dumps(t),) for t in talks]), words(CHATML), "train", None, "document")
     assert len(ids) == 2, "of what teaches nothing there is no row"
-    assert size == sum(len(m["content"].encode()) for talk in talks for m in talk)
+    said = [m["content"] for talk in talks for m in talk if m["role"] == "assistant"]
+    assert size == sum(len(f"{text}\n".encode()) for text in said), "what is scored, as bits a byte are of it"
     return task, torch.from_numpy(ids).long(), torch.from_numpy(lengths).long()
 
 
