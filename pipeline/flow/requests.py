@@ -2,7 +2,7 @@
 
 `writes` are what S3 counts as such, which cost more: PUT, POST, and listings. All others are `reads`. Text and models
 that are read from S3 are not counted, nor tries that fail; nodes have no copies before a step begins. What a run makes
-is within a quarter of it, as tests/flow/test_requests.py shows.
+is within 15 % of it, as tests/flow/test_requests.py shows.
 """
 
 from __future__ import annotations
