@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -95,6 +96,13 @@ def _valid_keys(loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         for name, field in section.model_fields.items():
             if part in (name, field.alias):
-                candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-                section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+                section = next(_sections(field.annotation), section)
     return sorted(field.alias or name for name, field in section.model_fields.items())
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the sections among what an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)

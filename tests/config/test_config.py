@@ -41,6 +41,8 @@ def test_every_shipped_configuration_loads(path):
         ("register.gate.max_ppl=2", "register.gate.max_ppl", ["max_perplexity_ratio"]),
         ("model.tokenizer={train_bpe: 300, unigram: 1}", "unigram", ["train_bpe"]),
         ("resources.worker=1", "resources.worker", ["workers", "micro_batch"]),
+        ("data.source={path: x, name: y}", "data.source.name", ["path", "config", "split", "weight"]),
+        ("data.source=[x, {path: x, name: y}]", "data.source.1.name", ["path", "config", "split", "weight"]),
         ("register_={}", "register_", ["register"]),
     ],
 )
