@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import typer
 import yaml
 
+from jobs.bench.claims import Claim
+from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED
 from jobs.cli import app
@@ -38,71 +41,51 @@ DOCUMENTS = {
 }
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]
 PRESETS = ("paper", "best", "smallest")
+TEACHERS = {"quickstart": 4, "stories260K": 3, "wikitext2": 4}  # how many digits its gaps are given
 
 
-def results(name: str) -> Any:
-    return json.loads((RESULTS / name / "quantizers.json").read_text(encoding="utf-8"))
+def results(name: str, of: str = "quantizers") -> Any:
+    return json.loads((RESULTS / name / f"{of}.json").read_text(encoding="utf-8"))
 
 
 def recipe(row: str) -> str:
-    return f"**`{row}`**" if row in PRESETS else f"`{row}`"
+    return f"**`{row}`**" if row in (*PRESETS, REFERENCE) else f"`{row}`"
 
 
 def rate(line: dict[str, Any]) -> str:
     if line["row"] in UNTRAINED:
         return ""
     end = {line["tried"][0]: " v", line["tried"][-1]: " ^"}.get(line["rate"], "")
-    return f"{line['rate']:g}{end}"
+    contrast = f", contrast {line['contrast_weight']:g}" if line["row"] == REFERENCE else ""
+    return f"{line['rate']:g}{end}{contrast}"
 
 
-def less(line: dict[str, Any], reference: str, metric: str, digits: int, times: int = 1) -> str:
+def less(line: dict[str, Any], reference: str, digits: int, metric: str = "gap_nats") -> str:
     found = line["differences"].get(reference, {}).get(metric)
     if found is None:
         return ""
-    mean, low, high = (f"{times * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+
+    def ends(sides: Sequence[float]) -> str:
+        return ", ".join(f"{side:+.{digits}f}" for side in sides)
+
+    documents = f" {{{ends(found['documents'])}}}" if found["documents"] else ""
+    return f"{found['mean']:+.{digits}f} [{ends((found['low'], found['high']))}]{documents}"
 
 
-def at_two_bits(name: str, digits: int) -> list[str]:
-    return [
+def compared(name: str, bits: str, reference: str = REFERENCE) -> list[str]:
+    digits = TEACHERS[name]
+    lines = [
         f"| {recipe(line['row'])} | {rate(line)} | {line['packed_bytes']:,} | {line['gap_nats']:.{digits}f} "
-        f"| {less(line, 'paper', 'gap_nats', digits)} | {line['kl_nats']:.{digits}f} "
-        f"| {less(line, 'paper', 'kl_nats', digits)} | {line['top1_agreement']:.1%} "
-        f"| {less(line, 'paper', 'top1_agreement', 1, 100)} |".replace("% |", " |")
-        for line in results(name)["tables"]["2-2-8"]
+        f"| {less(line, reference, digits)} | {line['kl_nats']:.{digits}f} | {line['top1_agreement']:.1%} |"
+        for line in results(name)["tables"][bits]
     ]
+    return [re.sub(r"\|  (?=\|)", "| ", line).replace("% |", " |") for line in lines]
 
 
-def above_two_bits() -> list[str]:
-    teachers = ("quickstart", 4), ("stories260K", 3)
-    tables = {
-        (name, bits): {line["row"]: line for line in results(name)["tables"][bits]}
-        for name, _ in teachers
-        for bits in ("4-4-8", "8-8-8")
-    }
-
-    def cell(name: str, bits: str, row: str, digits: int) -> str:
-        line = tables[name, bits][row]
-        return f"{line['gap_nats']:.{digits}f}" + (f" ({rate(line)})" if rate(line) else "")
-
-    return [
-        " | ".join(
-            [
-                f"| {recipe(row)}",
-                *(
-                    part
-                    for name, digits in teachers
-                    for part in (
-                        cell(name, "4-4-8", row, digits),
-                        less(tables[name, "4-4-8"][row], "best", "gap_nats", digits),
-                        cell(name, "8-8-8", row, 4),
-                    )
-                ),
-            ]
-        )
-        + " |"
-        for row in tables["quickstart", "4-4-8"]
-    ]
+def told(name: str, bits: str | None = None) -> list[str]:
+    """The claims of a teacher, each with its verdict and number, as the document lists them."""
+    claims = [Claim(**claim) for claim in results(name)["claims"]]
+    return [f"- {claim}" for claim in claims if bits is None or claim.text.startswith(bits)]
 
 
 def table(text: str, begins: str) -> list[str]:
@@ -128,18 +111,29 @@ def test_steps_on_a_gpu_took_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    ("begins", "expected"),
+    ("begins", "name", "bits", "reference"),
     [
-        ("The GPT-2 at 2-2-8", lambda: at_two_bits("quickstart", 4)),
-        ("The Llama at 2-2-8", lambda: at_two_bits("stories260K", 3)),
-        ("Above 2 bits, gaps", above_two_bits),
+        ("The GPT-2 at 2-2-8", "quickstart", "2-2-8", REFERENCE),
+        ("The Llama at 2-2-8", "stories260K", "2-2-8", REFERENCE),
+        ("The third teacher", "wikitext2", "2-2-8", REFERENCE),
+        ("The GPT-2 at 4-4-8", "quickstart", "4-4-8", REFERENCE),
+        ("The Llama at 4-4-8", "stories260K", "4-4-8", REFERENCE),
     ],
-    ids=["gpt2", "llama", "above"],
 )
-def test_tables(begins, expected):
-    lines = expected()
-    assert len(lines) > 10
+def test_tables(begins, name, bits, reference):
+    lines = compared(name, bits, reference)
+    assert len(lines) >= 4
     assert table(BENCH, begins) == lines
+
+
+@pytest.mark.parametrize(("begins", "name"), [("Of the GPT-2", "quickstart"), ("Of the Llama", "stories260K"), ("Of the third", "wikitext2")])
+def test_claims_are_told_with_what_became_of_them(begins, name):
+    claims = told(name)
+    assert len(claims) >= 2
+    _, found, after = BENCH.partition(f"\n{begins}")
+    assert found
+    said = after.partition("\n\n")[2].partition("\n\n")[0]
+    assert " ".join(said.split()) == " ".join(" ".join(claims).split())
 
 
 def test_sizes():
