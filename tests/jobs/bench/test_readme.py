@@ -126,7 +126,9 @@ def test_tables(begins, name, bits, reference):
     assert table(BENCH, begins) == lines
 
 
-@pytest.mark.parametrize(("begins", "name"), [("Of the GPT-2", "quickstart"), ("Of the Llama", "stories260K"), ("Of the third", "wikitext2")])
+@pytest.mark.parametrize(
+    ("begins", "name"), [("Of the GPT-2", "quickstart"), ("Of the Llama", "stories260K"), ("Of the third", "wikitext2")]
+)
 def test_claims_are_told_with_what_became_of_them(begins, name):
     claims = told(name)
     assert len(claims) >= 2
