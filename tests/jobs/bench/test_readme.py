@@ -155,23 +155,40 @@ def test_sizes():
     }
 
 
-def test_presets_are_as_far_from_their_teachers_as_the_readmes_say():
-    shares = {}
-    for name in ("quickstart", "stories260K"):
+def test_presets_are_as_far_from_their_teachers_as_the_readme_says():
+    def share(name: str, preset: str) -> str:
         rows = {line["row"]: line for line in results(name)["tables"]["2-2-8"]}
-        reference = rows["quantgpt, per_tensor"]
-        for preset in ("best", "smallest"):
-            gap, size = (rows[preset][of] / reference[of] for of in ("gap_nats", "packed_bytes"))
-            shares[name, preset] = f"{gap:.2f}", f"{size:.2f}"
-    (best, best_size), (smallest, smallest_size) = (shares["quickstart", preset] for preset in ("best", "smallest"))
-    (llama, llama_size), (small, small_size) = (shares["stories260K", preset] for preset in ("best", "smallest"))
+        gap, size = (rows[preset][of] / rows[REFERENCE][of] for of in ("gap_nats", "packed_bytes"))
+        return f"{gap:.2f} in {size:.2f}"
+
     said = " ".join(README.split())
-    assert f"of `best` is {best} of that of the paper's quantizer in {best_size} of its bytes on a GPT-2" in said
-    assert f"0.5M parameters, and {llama} in {llama_size} on a Llama" in said
-    assert f"that of `smallest` is {smallest} in {smallest_size} and {small} in {small_size}" in said
-    bench = " ".join(BENCH.split())
-    assert f"the gap of `best` is {best} and {llama} of its, in {best_size} and {llama_size} of its bytes" in bench
-    assert f"that of `smallest` {smallest} and {small} in {smallest_size} and {small_size}" in bench
+    for preset in ("best", "smallest"):
+        gpt2, llama, third = (share(name, preset) for name in TEACHERS)
+        assert f"`{preset}` | {gpt2} | {llama} | {third} |" in said
+
+
+def test_a_budget_of_bytes_gives_what_was_measured():
+    trials = json.loads((RESULTS / "budget.json").read_text(encoding="utf-8"))["trials"]
+    assert table(DOCUMENTS["pipeline/sweep/README.md"], "On the quickstart") == [
+        f"| {trial['widths']} | {trial['packed_bytes']:,} | {trial['gap_nats']:.4f} | {trial['kl_nats']:.4f} |"
+        for trial in trials
+    ]
+
+
+def test_summaries_score_what_was_measured():
+    document = json.loads((RESULTS / "paper-table-3.json").read_text(encoding="utf-8"))
+    names = {"full precision": "teacher", "quantgpt": "`paper`"}
+    measured = {}
+    for row in document["rows"]:
+        (ours,) = row["ours"].values()
+        name = names.get(row["method"], f"`{row['method']}`") + ("" if row["bits"] == "32" else f", {row['bits']}")
+        measured[name] = [f"{ours[metric]:.1f}" for metric in ("rouge1", "rouge2", "rougeL")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table(BENCH, "`bitmill bench paper --table 3`")
+    ]
+    assert len(rows) == 5
+    assert {row[0]: row[1:] for row in rows}.items() <= measured.items()
 
 
 def test_the_quickstart_has_the_quality_that_was_measured():
