@@ -52,7 +52,8 @@ def _described(config: PreTrainedConfig) -> tuple[Gguf, Blocks]:
     if family is None or family.gguf is None or family.blocks is None:
         raise ConfigError(
             f"--format gguf takes {', '.join(names_with('gguf'))} models, not {config.model_type}: llama.cpp has no "
-            f"such architecture, or computes it otherwise. Valid for it: {valid_for(config)}."
+            "such architecture, computes it otherwise, or serves none with an encoder. Valid for it: "
+            f"{valid_for(config)}."
         )
     return family.gguf, family.blocks
 

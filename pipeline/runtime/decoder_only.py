@@ -50,10 +50,10 @@ def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
         name = f"{blocks.layers}.{layer}"
         read = stream.normed(name, blocks.before_attention)
         qkv = _queries_keys_values(graph, inputs, blocks, numbers, layer, read)
-        kernel = {"scale": numbers.attention_scale, "softcap": numbers.attention_cap}
         kind = numbers.rotary[layer]
         turned = None if kind is None else rotary[kind]
-        mixed = inputs.attend(qkv, layer, numbers.heads, turned, numbers.windows[layer], **kernel)
+        scores = (numbers.attention_scale, numbers.attention_cap)
+        mixed = inputs.attend(qkv, layer, numbers.heads, turned, numbers.windows[layer], *scores)
         back = stream.norm(graph.linear(mixed, f"{name}.{blocks.out}"), name, blocks.after_attention)
         if numbers.parallel:
             read = stream.normed(name, blocks.before_mlp)
