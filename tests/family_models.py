@@ -61,6 +61,21 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "pegasus": BART_LIKE,
     "mbart": BART_LIKE,
     "m2m_100": BART_LIKE,
+    "t5": {
+        "d_model": 64,
+        "d_kv": 8,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 10,
+        "relative_attention_max_distance": 12,
+    },
+}
+T5_1_1: dict[str, Any] = {
+    **ENCODER_DECODERS["t5"],
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
 }
 # What llama.cpp takes of each: the windows, scales and patterns that it computes with.
 IN_LLAMA_CPP: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from pipeline.export import compressed_tensors, gguf
 from pipeline.models.build import read_config
 from pipeline.models.family import families
 from pipeline.tasks.tokenizers import train_bpe
-from tests.family_models import DECODERS, IN_LLAMA_CPP
+from tests.family_models import DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP
 from tests.packages import package, packed_logits, signed
 
 IDS = np.random.default_rng(0).integers(3, 300, 20).tolist()
@@ -63,11 +63,18 @@ def test_a_family_is_the_same_in_compressed_tensors(name, tmp_path):
         ),
         ("gpt_neox", {**DECODERS["gpt_neox"], "hidden_act": "relu"}, "gelu, not the activation 'relu'"),
         ("opt", DECODERS["opt"], "not opt: llama.cpp has no such architecture.* Valid for it: onnx, transformers"),
+        ("t5", ENCODER_DECODERS["t5"], "not t5: .*none with an encoder. Valid for it: onnx, transformers"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, message):
     with pytest.raises(ConfigError, match=message):
         gguf.check(read_config({"architecture": name, "vocab_size": 300, **fields}))
+
+
+def test_what_vllm_does_not_read_packed_is_refused():
+    config = read_config({"architecture": "t5", "vocab_size": 300, **ENCODER_DECODERS["t5"]})
+    with pytest.raises(ConfigError, match=r"not t5, whose layers vLLM does not read .* Valid for it: onnx"):
+        compressed_tensors.check(config)
 
 
 def test_angles_of_windowed_layers_other_than_llama_cpps_are_refused():
