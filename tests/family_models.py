@@ -77,6 +77,25 @@ T5_1_1: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+# Rotary angles of each kind, of heads of 16.
+ANGLES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "short_factor": [1.0 + place / 10 for place in range(8)],
+        "long_factor": [2.0 + place for place in range(8)],
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
 # What llama.cpp takes of each: the windows, scales and patterns that it computes with.
 IN_LLAMA_CPP: dict[str, dict[str, Any]] = {
     **{name: DECODERS[name] for name in ("llama", "qwen3", "olmo2", "granite", "gpt_neox")},

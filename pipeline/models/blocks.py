@@ -194,9 +194,13 @@ def ties_head(config: PreTrainedConfig) -> bool:
 
 def rope_types(config: PreTrainedConfig) -> set[str]:
     """Return the kinds of rotary angles of a configuration, such as default or yarn."""
+    return {str(angles.get("rope_type", "default")) for angles in rotary_angles(config)}
+
+
+def rotary_angles(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return what a configuration says of rotary angles, once for each kind of layers that has its own."""
     angles: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    each = [value for value in angles.values() if isinstance(value, dict)] or ([angles] if angles else [])
-    return {str(value.get("rope_type", "default")) for value in each}
+    return [value for value in angles.values() if isinstance(value, dict)] or ([angles] if angles else [])
 
 
 def _attention_scale(config: PreTrainedConfig, head_size: int) -> float:
