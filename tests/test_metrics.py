@@ -15,8 +15,17 @@ from pipeline.tasks.scoring import Scores
 
 TASKS = get_args(TaskSettings.model_fields["name"].annotation)
 OF_ALL = ("gap", "bytes", "perplexity", "kl_nats", "top1_agreement", "bits_per_byte")
-SMALLER = {*OF_ALL, "nats_per_token", "packed_bytes"} - {"top1_agreement"}
-LARGER = {"top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL", "ratio", "paper_ratio"}
+SMALLER = {*OF_ALL, "nats_per_token", "packed_bytes", "generated_flips", "generated_kl_nats"} - {"top1_agreement"}
+LARGER = {
+    "top1_agreement",
+    "accuracy",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "ratio",
+    "paper_ratio",
+    "generated_first_agreement",
+}
 
 
 def test_every_metric_is_known_by_its_own_name():
