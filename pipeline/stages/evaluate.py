@@ -52,7 +52,7 @@ def run(step: Step) -> Evaluation:
         kept[Evaluation.ROWS] = step.dir.write(Evaluation.ROWS, json.dumps(rows).encode())
     if wanted := step.recipe.get("suites"):
         gpus = step.resources.gpus_per_worker
-        suites = {name: step.engine.task(partial(_measured, step.job, name), step.dir, gpus) for name in wanted}
+        suites = {name: step.engine.task(partial(measured, step.job, name), step.dir, gpus) for name in wanted}
         kept[Evaluation.SUITES] = step.dir.write(Evaluation.SUITES, json.dumps(suites).encode())
         for suite in suites.values():
             for who, of_split in metrics[suite["split"]].items():
@@ -81,7 +81,7 @@ def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
     return lm_eval_tasks.recipe(suite.partition(":")[2], encoder_decoder=run.family.encoder_decoder)
 
 
-def _measured(job: StepJob, suite: str) -> dict[str, Any]:
+def measured(job: StepJob, suite: str) -> dict[str, Any]:
     """Return what a suite measures of a job's student and teacher."""
     device, tokens = device_for(job.resources), job.input(Tokens)
     student = student_of(job).to(device).eval()

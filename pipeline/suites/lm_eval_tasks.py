@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # which takes long to import
 KNOB = "evaluate.suites"
 ASKED_AT_ONCE = 8  # requests of a pass
 SHOTS_SEED = 1234  # lm-eval's own default
+REFUSED = ("UNSAFE_CODE", "MULTIMODAL")  # kinds of tasks, by lm-eval's names
 YAML = (".yaml", ".yml")
 
 
@@ -58,6 +59,7 @@ def measure(
     scores = {}
     for who, model in models.items():
         asked = HFLM(pretrained=model, tokenizer=read_tokenizer(tokenizer), batch_size=ASKED_AT_ONCE)
+        loaded.set_fewshot_seed(SHOTS_SEED)  # requests are made again
         tasks = {"tasks": {loaded.task_name: loaded}, "groups": {}, "group_map": {}}
         with offline():
             results = evaluate(lm=asked, task_dict=tasks, bootstrap_iters=0, log_samples=False)
@@ -97,8 +99,8 @@ def _load(task: str) -> tuple[Any, SplitName]:
     try:
         with offline():
             (loaded,) = manager.load([task])["tasks"].values()
-            if not isinstance(loaded, ConfigurableTask) or loaded.config.unsafe_code:
-                raise ValueError("it is code of its own, or runs what a model writes")
+            if not isinstance(loaded, ConfigurableTask) or any(getattr(loaded, kind, False) for kind in REFUSED):
+                raise ValueError("it is code of its own, runs what a model writes, or shows more than text")
             return _settled(loaded)
     except Exception as error:  # whatever a task, its code or its data may raise
         raise ConfigError(
@@ -117,7 +119,6 @@ def _settled(loaded: Any) -> tuple[Any, SplitName]:
         loaded.set_config("num_fewshot", 0)
     loaded.set_fewshot_seed(SHOTS_SEED)
     loaded.build_all_requests()
-    loaded.set_fewshot_seed(SHOTS_SEED)  # they are made again where they are asked
     return loaded, split
 
 

@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import ConfigError, RunError
 from pipeline.flow.plan import plan_run
 from pipeline.metrics import larger_is_better, named_by_lm_eval
+from pipeline.stages import evaluate
+from pipeline.stages.stage import StepJob
+from pipeline.store.records import Evaluation
 from pipeline.suites.lm_eval_tasks import measure, recipe
 from pipeline.tasks.tokenizers import read_tokenizer
 
@@ -67,12 +70,16 @@ def test_what_cannot_be_asked_is_refused_without_the_network(name, message):
 
 
 @torch.no_grad()
-def test_a_task_with_data_on_this_machine_is_asked_of_both_models(task, checkpoint, tmp_path):
+def test_a_task_with_data_on_this_machine_is_asked_of_both_models(task, finished, checkpoint, tmp_path):
     pinned = recipe(task, encoder_decoder=False)
     assert pinned["split"] == "validation", "the test split chooses nothing"
     assert recipe(task, encoder_decoder=False) == pinned
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    told = measure(task, pinned, {"student": model, "teacher": model}, checkpoint)
+    suite, planned = f"lm_eval:{task}", finished.plan.step(Evaluation)
+    inputs = {name: finished.outcome.steps[name] for name in planned.inputs}
+    job = StepJob({"suites": {suite: pinned}}, inputs, planned.dir, finished.plan.config.resources, {})
+    told = evaluate.measured(job, suite)
+    assert told["questions"] == len(QUESTIONS)
     words = read_tokenizer(checkpoint)
     right = 0
     for question in QUESTIONS:
@@ -85,7 +92,8 @@ def test_a_task_with_data_on_this_machine_is_asked_of_both_models(task, checkpoi
     name = named_by_lm_eval(task, "acc")
     assert name == "lm_eval_colours_acc"
     assert larger_is_better(name)
-    assert told["student"][name] == told["teacher"][name] == pytest.approx(right / len(QUESTIONS))
+    assert told["teacher"] == {name: pytest.approx(right / len(QUESTIONS))}
+    assert told["student"].keys() == {name}
     (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS[1:])))
     with pytest.raises(RunError, match="asks other questions here"):
         measure(task, pinned, {"student": model}, checkpoint)
