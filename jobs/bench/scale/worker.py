@@ -6,17 +6,16 @@ It is a process of its own that does what a worker of `tokenize` is told, and no
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.run import Config
-from pipeline.flow.plan import plan_run
 from pipeline.provenance import provenance
 from pipeline.sources.splits import SplitPart, split_parts
 from pipeline.stages.stage import StepJob
@@ -28,10 +27,13 @@ MIB = 2**20
 MOST_MB = 500.0  # of a worker, its libraries among it
 FILE = "scale-jsonl-gz.json"
 WORDS, ROW_WORDS = 20_000, 150
+ROWS, FIRST = 30_000, 1_000  # that are not repeated, and that a tokenizer is learned from
 
 
 def measure(mib: float, out: Path, run: Callable[..., Any]) -> dict[str, Any]:
     """Measure a worker, by `run`, on so many MiB of JSON lines, and write it; returns the document of `--json`."""
+    from pipeline.flow.plan import plan_run  # with MLflow, which no worker imports
+
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -44,16 +46,17 @@ def measure(mib: float, out: Path, run: Callable[..., Any]) -> dict[str, Any]:
             part = next(p for p in split_parts(step.recipe, step.locations) if p.split == "train")
             took = run(tokenized, job, make_tokenizer(job, ()), part)
         stored = (folder / "text.jsonl.gz").stat().st_size
-    document = {"provenance": provenance(), "mib": mib, "stored_mib": stored / MIB, "most_mb": MOST_MB, **took}
+    document = {"provenance": provenance(), "mib": mib, "stored_mib": stored / MIB, **took}
     (out / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
 
 
 def told(document: dict[str, Any]) -> str:
     """Return what was measured in a sentence."""
+    text = f"a .jsonl.gz of {document['mib']:,.0f} MiB ({document['stored_mib']:,.0f} compressed)"
+    idle = f"{document['idle_mb']:,.0f} of them before it begins"
     return (
-        f"a worker that tokenizes a .jsonl.gz of {document['mib']:,.0f} MiB ({document['stored_mib']:,.0f} compressed) "
-        f"takes {document['peak_mb']:,.0f} MB at most, {document['idle_mb']:,.0f} of them before it begins"
+        f"a worker that tokenizes {text} takes {document['peak_mb']:,.0f} MB at most, {idle}; {MOST_MB:g} are too many"
     )
 
 
@@ -70,26 +73,21 @@ def tokenized(job: StepJob, tokenizer: dict[str, StoredFile], part: SplitPart) -
 
 def write_rows(path: Path, size: int) -> list[str]:
     """Write so many bytes of JSON lines, compressed, of words as frequent as those of a language; return the first few
-    texts."""
+    texts. Each row begins with its number; what follows comes again after some 30 MB."""
     draw = random.Random(0)  # noqa: S311
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(WORDS)]
-    choose = partial(draw.choices, words, cum_weights=_cumulative(), k=ROW_WORDS)
-    first, written = list[str](), 0
+    cumulative = [*itertools.accumulate(1 / rank for rank in range(1, WORDS + 1))]
+    texts, first, written = list[str](), list[str](), 0
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as file:
-        while written < size:
-            text = " ".join(choose())
+        for number in itertools.count():
+            if number < ROWS:
+                texts.append(" ".join(draw.choices(words, cum_weights=cumulative, k=ROW_WORDS)))
+            text = f"{number} {texts[number % ROWS]}"
             written += file.write(json.dumps({"text": text}) + "\n")
-            if len(first) < 1000:
-                first.append(text)
+            first += [text] if number < FIRST else []
+            if written >= size:
+                break
     return first
-
-
-def _cumulative() -> list[float]:
-    total, sums = 0.0, []
-    for rank in range(1, WORDS + 1):
-        total += 1 / rank
-        sums.append(total)
-    return sums
 
 
 def _fields(folder: Path) -> dict[str, Any]:
