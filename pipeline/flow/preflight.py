@@ -87,6 +87,16 @@ def told_of_family(shape: PreTrainedModel, family: Family) -> list[str]:
     ]
 
 
+def told_of_packing(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
+    """Return that documents do not share rows where they were to, and why."""
+    if not run.config.task.packs or run.packed:
+        return []
+    return [
+        f"task.packing: no family knows a {shape.config.model_type} model, so that nobody can say whether a mask keeps "
+        "conversations of one row apart: each has a row of its own."
+    ]
+
+
 def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
     """Return the number of the model's parameters, once model, tokenizer, task and quantization are checked to fit
     together; `shape` is what `model_of` gave, if it was asked before.

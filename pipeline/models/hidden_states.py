@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.attention import use_causal_attention
+from pipeline.models.attention import keep_apart, use_causal_attention
 from pipeline.models.blocks import logit_divisor_of
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ class WithStates(nn.Module):
         spare_operations(model)
         self.padding_row = _keep_padding_row(model)
 
-    def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
-        """Return the last states and those of `layer`, (batch, length, hidden) each, of ids (batch, length). Decoder
-        rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What an encoder
-        reads, (batch, source length), has its padding masked."""
-        return layer_states(self.model, self.layer, ids, source_ids, source_mask)
+    def forward(self, ids: Tensor, *given: Tensor | None) -> Any:
+        """Return the last states and those of `layer`, (batch, length, hidden) each, of what `Batch.inputs` has: ids
+        (batch, length) and what belongs to them. Decoder rows are padded on the right, so the causal mask alone keeps
+        padding out of every valid token. What an encoder reads, (batch, source length), has its padding masked."""
+        return layer_states(self.model, self.layer, ids, *given)
 
 
 def spare_operations(model: PreTrainedModel) -> None:
@@ -47,21 +47,27 @@ def spare_operations(model: PreTrainedModel) -> None:
             model.set_submodule(name, nn.GELU("tanh"))
 
 
-def last_states(
-    model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
-) -> Tensor:
+def last_states(model: PreTrainedModel, ids: Tensor, *given: Tensor | None) -> Tensor:
     """Return the hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
-    return layer_states(model, LAST, ids, source_ids, source_mask)[0]
+    return layer_states(model, LAST, ids, *given)[0]
 
 
 def layer_states(
-    model: PreTrainedModel, layer: int, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
+    model: PreTrainedModel,
+    layer: int,
+    ids: Tensor,
+    source_ids: Tensor | None = None,
+    source_mask: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the
-    output of the layer before the last one, and so on down to the embedding."""
+    output of the layer before the last one, and so on down to the embedding. With `positions`, which begin anew at 0
+    with each document of a row, no token sees another document's."""
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
+    elif positions is not None:
+        given |= {"position_ids": positions, "attention_mask": keep_apart(model, positions)}
     base, asked = model.base_model, {"use_cache": False, "output_hidden_states": layer != LAST}
     apart = base is model  # with encoder and decoder beside the head
     if apart:
