@@ -22,6 +22,7 @@ from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.probes import PROMPTS
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types
+from pipeline.models.build import skeleton
 from pipeline.models.family import Gguf, family_with, names_with
 from pipeline.package.package import read_package
 from pipeline.quant.frozen import FrozenTensors
@@ -29,6 +30,8 @@ from pipeline.quant.spec import grid
 
 FILE = "model.gguf"
 MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about a minute
+ANGLE_DIVISORS = "rope_freqs.weight"  # one for each pair of a head
+DIVIDED = ("linear", "llama3")  # kinds of rotary angles that are plain ones, divided
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
 
@@ -60,7 +63,8 @@ def _described(config: PreTrainedConfig) -> tuple[Gguf, Blocks]:
     if family is None or family.gguf is None or family.blocks is None:
         raise ConfigError(
             f"--format gguf takes {', '.join(names_with('gguf'))} models, not {config.model_type}: llama.cpp has no "
-            f"such architecture, or computes it otherwise. Valid for it: {valid_for(config)}."
+            "such architecture, computes it otherwise, or serves none with an encoder. Valid for it: "
+            f"{valid_for(config)}."
         )
     return family.gguf, family.blocks
 
@@ -72,7 +76,7 @@ def _computed_otherwise(config: PreTrainedConfig, of: Gguf, blocks: Blocks) -> s
         if getattr(config, name) != value:
             return f"with {name} {value!r}, not {getattr(config, name)!r}"
     layers, longest = range(1, numbers.layers + 1), config.max_position_embeddings
-    kinds = rope_types(config) - {"default"}
+    kinds = rope_types(config) - {"default", "dynamic", *(DIVIDED if of.divides_angles else ())}  # see `_divisors`
     scale = (config.hidden_size / numbers.heads if numbers.layers == of.largest else numbers.head_size) ** -0.5
     windowed = [bool(of.window_every) and layer % of.window_every != 0 for layer in layers]
     turned = [not of.unturned_every or layer % of.unturned_every != 0 for layer in layers]
@@ -109,6 +113,8 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     for setting, value in _settings(config).items():
         getattr(writer, f"add_{setting}")(value)
     write_vocabulary(writer, package, config.vocab_size)
+    if rope_types(config).intersection(DIVIDED):
+        writer.add_tensor(ANGLE_DIVISORS, _divisors(config))
     rest = [name for name in frozen.rest if not name.endswith(COMPUTED)]
     notes = [note for module in (*frozen.codes, *rest) for note in _add(writer, frozen, module, config)]
     writer.write_header_to_file()
@@ -116,6 +122,14 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     return notes
+
+
+def _divisors(config: PreTrainedConfig) -> NDArray[np.float32]:
+    """Return what plain angles are divided by to be the model's own. Dynamic ones are plain within its positions."""
+    rotary = type(skeleton(config).base_model.rotary_emb)(config)
+    plain, _ = rotary.compute_default_rope_parameters(config)
+    divisors: NDArray[np.float32] = (plain / rotary.inv_freq).float().numpy()
+    return divisors
 
 
 class _Widening(GGUFWriter):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.models.blocks import depth_of
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
@@ -117,7 +118,7 @@ def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
         try_student(config, run.family, run.config.quant)
     given = run.config.model.source if isinstance(run.config.model.source, dict) else ()
     run.task.check_model(config, given, {name: family.encoder_decoder for name, family in families().items()})
-    layers = int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+    layers = depth_of(config)[1]
     if run.config.distill.compared_layer < -layers - 1:
         raise ConfigError(
             f"distill.contrast_layer is {run.config.distill.contrast_layer}, and the model has {layers} decoder layers "

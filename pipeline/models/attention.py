@@ -64,6 +64,7 @@ def _attend(
     probabilities: bool,
     scaling: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -74,6 +75,8 @@ def _attend(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)

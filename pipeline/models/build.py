@@ -7,12 +7,13 @@ import contextlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
 from pipeline.models.gguf_file import alone, refuse_numbers
@@ -66,7 +67,8 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
     except (ValueError, TypeError):
         valid = ", ".join(families())
         raise ConfigError(f"model.source.architecture is {architecture!r}; valid: {valid}") from None
-    known = {*defaults.to_dict(), *defaults.attribute_map} - {"model_type", *decided}
+    more = {"decoder_start_token_id"} if defaults.is_encoder_decoder else set()  # for which T5 has no default
+    known = {*defaults.to_dict(), *defaults.attribute_map, *more} - {"model_type", *decided}
     for name in fields:
         if name in decided:
             raise ConfigError(f"model.source.{name}: the tokenizer decides it ({decided[name]}); leave it out")
@@ -75,7 +77,7 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
             raise ConfigError(f"model.source.{name}: {architecture} has no such setting; valid: {valid}")
     special = dict.fromkeys(("bos_token_id", "eos_token_id"))
     vocabulary: Any = decided.get("vocab_size") or fields.get("vocab_size") or getattr(defaults, "vocab_size", 0)
-    taken = {name: value for name, value in decided.items() if hasattr(defaults, name)}
+    taken = {name: value for name, value in decided.items() if hasattr(defaults, name) or name in more}
     try:
         if not defaults.is_encoder_decoder or (defaults.pad_token_id or 0) >= vocabulary:
             special["pad_token_id"] = None  # that of another vocabulary
@@ -102,13 +104,32 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
     model.tie_weights()
-    return model
+    return with_own_head(model)
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Return a model with fresh fp32 weights."""
     torch.manual_seed(seed)
-    return auto_class(config).from_config(config, dtype=torch.float32)
+    return blank(config)
+
+
+def blank(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model in fp32, whose numbers are whatever is drawn."""
+    return with_own_head(auto_class(config).from_config(config, dtype=torch.float32))
+
+
+def with_own_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model with a head that has a table of its own, in place, where it has one and transformers ties it all
+    the same: it leaves two tables of a checkpoint apart only while it reads them."""
+    head: Any = model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or ties_head(model.config):
+        return model
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+    model._tied_weights_keys = {key: table for key, table in (model._tied_weights_keys or {}).items() if key != name}
+    model.all_tied_weights_keys.pop(name, None)
+    if head.weight is cast(Any, model.get_input_embeddings()).weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -116,6 +137,15 @@ def auto_class(config: PreTrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def decoding(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what to give `generate` besides: with an encoder a cache of as many layers as come, for transformers makes
+    one of as many as T5's encoder has."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    grows = model.config.is_encoder_decoder
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if grows else {}
 
 
 def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE) -> PreTrainedModel:
@@ -141,7 +171,7 @@ def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE)
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
-    loaded: PreTrainedModel = model
+    loaded = with_own_head(model)
     refuse_unfit(loaded, loading, folder, DROP if gguf_file else unused)
     if gguf_file:
         refuse_numbers(loaded, folder / gguf_file)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.attention import use_causal_attention
+from pipeline.models.blocks import logit_divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,10 +62,16 @@ def layer_states(
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
-    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
+    base, asked = model.base_model, {"use_cache": False, "output_hidden_states": layer != LAST}
+    apart = base is model  # with encoder and decoder beside the head
+    if apart:
+        encoded = model.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
+        given = {"input_ids": ids, "encoder_hidden_states": encoded, "encoder_attention_mask": source_mask}
+        base = model.get_decoder()
+    output = base(**given, **asked)
     if layer == LAST:
         return output.last_hidden_state, output.last_hidden_state
-    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
+    hidden = output.hidden_states if source_ids is None or apart else output.decoder_hidden_states
     return output.last_hidden_state, hidden[layer]
 
 
@@ -76,10 +83,10 @@ def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> nn.Module:
     """Return the module that turns last states into logits: the output embedding, and what the model does to its
-    product where it does something, as BART, Gemma 2 and Granite do."""
+    product where it does something, as BART, Gemma 2, Granite and T5 do."""
     head: nn.Module = model.get_output_embeddings()
     bias, config = getattr(model, "final_logits_bias", None), model.config
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    divisor = logit_divisor_of(config)
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return head if bias is None and divisor == 1.0 and not cap else FinishedHead(head, bias, divisor, cap)
 

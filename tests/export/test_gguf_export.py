@@ -274,7 +274,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
         ({"architecture": "gpt2", "activation_function": "relu"}, "computes gelu_new, not the activation 'relu'"),
         ({"architecture": "llama", "mlp_bias": True}, "with mlp_bias False, not True"),
         (
-            {"architecture": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"architecture": "qwen3", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "plain rotary",
         ),
     ):
