@@ -19,7 +19,9 @@ commands = typer.Typer()
 def inspect(
     console: Console,
     resources: Any,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.source: a directory, org/name@commit, ...")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As model.source: a directory, FILE.gguf, org/name@commit, ...")
+    ],
     family: Annotated[str, typer.Option(help="As model.family.")] = "auto",
 ) -> dict[str, Any]:
     """Show what a model is before anything starts: family, matrices, sizes, what takes it, what is unusual.

@@ -17,15 +17,16 @@ class TrainBpe(Closed):
 
 
 class Model(Closed):
-    """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
-    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given: a directory, a
-    hub id, one to be learned, or `step://KEY`, what the step `tokenize` of that key, in the store, read or learned.
+    """`source`: a local Hugging Face directory, a local FILE.gguf of an architecture that transformers reads, a hub id
+    (`org/name@commit`), `python://smollm2-135m`, or an architecture such as {architecture: gpt2, n_layer: 4}.
+    `tokenizer` is the source's own unless given: a directory, a FILE.gguf, a hub id, one to be learned, or
+    `step://KEY`, what the step `tokenize` of that key, in the store, read or learned.
 
     `family` is by default that of the model's type; a decoder alone of no family is walked over, which the plan tells.
 
     Before anything starts a checkpoint's tensors are compared with the model's, and all its numbers are read once, for
-    NaN and infinity, in about the time of a checksum. Tensors that the model of its config.json does not take are
-    refused, or with `unused_tensors: drop` left out."""
+    NaN and infinity, in about the time of a checksum; those of a GGUF file when it is loaded. Tensors that the model of
+    its config.json, or of the file's settings, does not take are refused, or with `unused_tensors: drop` left out."""
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None

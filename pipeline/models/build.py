@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
+from pipeline.models.gguf_file import alone, refuse_numbers
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,11 +54,12 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
 
     _quietly()
     if not isinstance(source, dict):
+        described = f"usable settings in {gguf_file}" if gguf_file else "usable config.json"
         try:
-            kind = {"gguf_file": gguf_file} if gguf_file else {}
-            return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True, **kind)
+            with alone(source, gguf_file) as (folder, kind):
+                return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.source: {source} has no usable config.json: {error}") from error
+            raise ConfigError(f"model.source: {source} has no {described}: {error}") from error
     architecture = source["architecture"]
     fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
     try:
@@ -150,27 +152,30 @@ def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE)
     """Load fp32 weights from a folder; safetensors (or GGUF) only, no remote code.
 
     Raises:
-        ConfigError: a tensor of the model is missing or has another shape; or the folder has more than the model takes,
-            unless what is `unused` is to be dropped.
+        ConfigError: a tensor of the model is missing or has another shape; the folder has more than the model takes,
+            unless what is `unused` is to be dropped; or a GGUF file holds NaN or infinity.
     """
     from safetensors import SafetensorError
 
-    kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    config = read_config(folder, gguf_file)
     try:
-        model, loading = auto_class(read_config(folder, gguf_file)).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused by name
-            **kind,
-        )
+        with alone(folder, gguf_file) as (source, kind):
+            model, loading = auto_class(config).from_pretrained(
+                source,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused by name
+                **(kind or {"use_safetensors": True}),
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
     loaded = with_own_head(model)
     refuse_unfit(loaded, loading, folder, DROP if gguf_file else unused)
-    if not gguf_file:
+    if gguf_file:
+        refuse_numbers(loaded, folder / gguf_file)
+    else:
         loaded.tie_weights()  # as config.json has it, also where the folder has two tables
     loaded.hf_quantizer = None  # GGUF weights are dequantized by now, and a model that says otherwise cannot be saved
     if hasattr(loaded.config, "quantization_config"):
