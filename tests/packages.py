@@ -18,6 +18,7 @@ from pipeline.quant.frozen import freeze
 from pipeline.quant.modules import InputQuantizer
 from pipeline.store.step_store import checksum
 
+NO_METRICS = {"teacher": {}, "student": {}, "protocol": "none", "validation": {"teacher": {}, "student": {}}}
 WIDE = {  # head sizes that kernels take, widths that are whole blocks
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128, "vocab_size": 300},
     "llama": {
@@ -61,7 +62,7 @@ def package(folder: Path, source: dict[str, Any], encoding: str = "dense", **qua
     make_student(model, settings.spec(), family)
     frozen = freeze(model, settings.spec(), torch.float32, torch.float32)
     facts = {"name": "random", "teacher_bytes": size, "lineage": {}}
-    facts["metrics"] = {"teacher": {}, "student": {}, "protocol": "none"}
+    facts["metrics"] = NO_METRICS
     write_package(folder, frozen, config, settings, encoding, family.name, facts)
     return folder
 
@@ -73,7 +74,7 @@ def with_scale(folder: Path, module: str, value: float) -> Path:
     changed = folder.with_name("changed")
     changed.mkdir()
     facts = {"name": "random", "teacher_bytes": 1000, "lineage": {}}
-    facts["metrics"] = {"teacher": {}, "student": {}, "protocol": "none"}
+    facts["metrics"] = NO_METRICS
     quant = Quant.model_validate(quantization["quant"])
     write_package(changed, frozen, config, quant, "dense", quantization["family"], facts)
     return changed

@@ -28,10 +28,10 @@ from pipeline.package.package import load, read_package, write_package
 from pipeline.quant.frozen import FrozenTensors, freeze
 from pipeline.tasks.tokenizers import train_bpe
 from tests.conftest import ROOT
-from tests.packages import WIDE, package, packed_logits, signed, with_scale
+from tests.packages import NO_METRICS, WIDE, package, packed_logits, signed, with_scale
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
-FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": NO_METRICS}
 
 
 def types_of(out):

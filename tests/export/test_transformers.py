@@ -23,9 +23,9 @@ from pipeline.models.student import make_student
 from pipeline.package.package import load, load_in_fp32, read_package, write_package
 from pipeline.quant.frozen import freeze
 from tests.conftest import ARCHITECTURES
-from tests.packages import WIDE, package, packed_logits, with_scale
+from tests.packages import NO_METRICS, WIDE, package, packed_logits, with_scale
 
-FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": NO_METRICS}
 PLAIN = """
 import sys, numpy, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
