@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import IntEnum
 from inspect import Parameter, Signature, signature
 from typing import IO, Annotated, Any, cast
@@ -47,6 +47,7 @@ LogFormat = Annotated[
     str, typer.Option(envvar="BITMILL_LOG_FORMAT", help="What goes to stderr: text, or json, one object a line.")
 ]
 
+STDOUT, STDERR = 1, 2
 WIDTH_OF_JSON = 10_000
 WIDTH_OF_LOGS = 120  # a terminal has its own; 80, which rich assumes elsewhere, cuts tables of figures
 VARIABLES = {
@@ -140,12 +141,26 @@ def interruptible() -> Iterator[None]:
             signal.signal(kind, signal.SIG_DFL)
 
 
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Have what libraries print meanwhile, in Python or below it, go to stderr: stdout is for the document alone."""
+    sys.stdout.flush()
+    kept = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, STDOUT)
+        os.close(kept)
+
+
 def execute(work: Callable[[Console], Any], as_json: bool, debug: bool, log_format: str = TEXT) -> None:
     """Do the work, or say in one paragraph why it could not be done; exit with `NOTHING` if its document is empty."""
     console = open_console()
     try:
         console = open_console(log_format)
-        with interruptible():
+        with interruptible(), stdout_kept() if as_json else nullcontext():
             document = work(console)
     except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with the latter
         console.print("interrupted; what was committed is kept, and the same command goes on from there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.commands.options import open_console
+from jobs.commands.options import execute, open_console
 from jobs.display import Display
 from jobs.log import FIELDS, JSON
 from pipeline.errors import ConfigError
@@ -83,3 +84,18 @@ def test_a_line_that_is_an_object_stays_as_it_is_and_a_part_waits_for_its_end(ca
     told = lines(capsys.readouterr().err)
     assert told[0] == json.loads(inner)
     assert [line["message"] for line in told[1:]] == ['half and {"half"}', '{"not ours": 1}']
+
+
+def test_a_document_stands_alone_on_stdout_whatever_libraries_print(capfd):
+    """What they print in Python, and what below it, to the file that is stdout for all."""
+
+    def work(console):
+        print("a library's word")
+        os.write(1, b"and one from below\n")
+        return {"a": 1}
+
+    execute(work, True, False)
+    execute(work, False, False)
+    shown = capfd.readouterr()
+    assert json.loads(shown.out.partition("a library's")[0]) == {"a": 1}
+    assert sorted(shown.err.splitlines()) == ["a library's word", "and one from below"]
