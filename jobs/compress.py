@@ -31,6 +31,7 @@ from pipeline.tracking.outbox import Outbox, outbox_folder, send_waiting
 from pipeline.tracking.runs import sqlite_file
 
 MIB = 2**20
+WHO = ("teacher", "student")
 NOT_COUNTED = "validations, scores and compilation are not counted"
 
 
@@ -58,6 +59,8 @@ def compress(
     outcome = _run(planned, console, wait)
     document = outcome_document(planned, outcome)
     print_shared(outcome.finished(Tokens).record.overlap, console)
+    if planned.pinned.packed:
+        console.print(f"rows are filled to {document['fill']:.1%}")
     print_outcome(planned, document, path, console)
     if page is not None:
         from jobs.report import report  # draws, which a run without a page need not import
@@ -100,6 +103,7 @@ def plan_document(planned: RunPlan, guess: Estimate) -> dict[str, Any]:
     return _begun(planned, facts) | {
         "rows": planned.rows,
         "rows_are_exact": planned.tokens is not None,
+        "fill": planned.fill(planned.tokens),
         "parameters": planned.parameters,
         "cache_bytes": planned.cache_bytes,
         "cache_mode": planned.cache_mode[1],
@@ -121,8 +125,9 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
     rows = [(s["stage"], s["key"][:12], status[s["status"]], s["reason"]) for s in document["stages"]]
     print_table(console, ("stage", "key", "status", "why"), rows)
     about = "" if planned.tokens is not None else "about "
+    filled = "" if document["fill"] is None else f", {document['fill']:.1%} filled"
     console.print(
-        f"{about}{planned.rows:,} rows to train on ({planned.pinned.task.shape}); "
+        f"{about}{planned.rows:,} rows to train on ({planned.pinned.task.shape}{filled}); "
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
     console.print(f"cache mode {planned.cache_mode[1]}")
@@ -180,7 +185,8 @@ def outcome_document(planned: RunPlan, outcome: Outcome) -> dict[str, Any]:
     """Return the document of `--json`."""
     facts = {s: {"status": status, "seconds": round(outcome.seconds[s], 3)} for s, status in outcome.status.items()}
     document = _begun(planned, facts) | dict.fromkeys(("metrics", "size", "package_uri", "model_version"))
-    document["shared"] = outcome.finished(Tokens).record.overlap.shared
+    tokens = outcome.finished(Tokens).record
+    document |= {"shared": tokens.overlap.shared, "fill": planned.fill(tokens)}
     for step in outcome.steps.values():
         record = step.record
         if isinstance(record, Evaluation):
@@ -209,12 +215,18 @@ def print_outcome(planned: RunPlan, document: dict[str, Any], path: str, console
         console.print(f"done as far as {planned.last.name}: {planned.last.dir.uri}")
         return
     rows = [
-        (name, *(printed(name, metrics[who].get(name)) for who in ("teacher", "student")))
+        (name, *(printed(name, metrics[who].get(name)) for who in WHO))
         for name in METRICS
         if name in metrics["student"] and name != "nats_per_token"  # which says the perplexity again
     ]
-    measure, chosen = measure_of(planned.config.task.name), metrics["validation"]
-    rows.append((f"{measure}, validation", *(printed(measure, chosen[who][measure]) for who in ("teacher", "student"))))
+    rows += [
+        (name, *(printed(name, metrics[w].get(name)) for w in WHO))
+        for name in metrics["student"]
+        if name not in METRICS
+    ]
+    chosen = metrics["validation"]
+    for name in (measure_of(planned.config.task.name), *(n for n in chosen["student"] if n not in metrics["student"])):
+        rows.append((f"{name}, validation", *(printed(name, chosen[who].get(name)) for who in WHO)))
     rows.append(("bytes", f"{size['teacher_bytes']:,}", f"{size['packed_bytes']:,}"))
     rows.append(("ratio", "", f"{size['ratio']:.1f}x (the paper's counting: {size['paper_ratio']:.1f}x)"))
     if version is not None:

@@ -16,6 +16,7 @@ from jobs.display import Display
 from jobs.model_argument import locate, open_model
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
+from pipeline.models.blocks import positions_of
 from pipeline.models.build import read_config
 from pipeline.models.device import this_device
 from pipeline.package.manifest import MANIFEST, check
@@ -67,7 +68,7 @@ def reply(folder: Path, request: Request, console: Console, say: Say) -> tuple[s
         except ConfigError as error:
             console.print(f"{error} It runs in torch.")
             packed = False
-    positions = longest(config) if packed else config.max_position_embeddings
+    positions = longest(config) if packed else positions_of(config)
     ids, length = _fitted(ids, tokenizer, positions, request, console)
     if packed:
         written = Runtime(folder).generate(ids, length, request.temperature, request.seed)
@@ -124,7 +125,7 @@ def _summary(
     say: Say,
 ) -> tuple[str, int]:
     """Sum up by beam search, as the task scores it; a source longer than the positions is cut, as in training."""
-    positions = int(model.config.max_position_embeddings)
+    positions = positions_of(model.config)
     if len(ids) > positions:
         console.print(f"the text has {len(ids)} tokens; the model reads the first {positions}")
     source = torch.tensor([ended(ids, tokenizer.eos_token_id, positions)], device=model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.metrics import METRICS, printed
+from pipeline.errors import ConfigError
+from pipeline.metrics import LM_EVAL, METRICS, metric_of, printed
 from pipeline.tracking.lookup import matches, nearest_misses, reach
 from pipeline.tracking.query import NearMiss, Query, RegisteredModel, of_text
 
@@ -33,6 +35,21 @@ def lookup(
     else:
         print_misses(nearest_misses(client, wanted), console)
     return [asdict(model) for model in models]
+
+
+def bounds_of(given: Iterable[str], option: str) -> dict[str, float]:
+    """Return the bounds that an option names, METRIC=VALUE each. Raises ConfigError for anything else."""
+    bounds = {}
+    for text in given:
+        metric, _, value = text.partition("=")
+        if metric_of(metric) is None:
+            valid = ", ".join(name for name in METRICS if name != "gap")
+            raise ConfigError(f"{option} {text!r} names no metric; valid: {valid}, {LM_EVAL}_TASK_METRIC")
+        try:
+            bounds[metric] = float(value)
+        except ValueError:
+            raise ConfigError(f"{option} {text!r}: it takes METRIC=VALUE, such as {metric}=0.5") from None
+    return bounds
 
 
 def print_found(models: list[RegisteredModel], metric: str, console: Console) -> None:

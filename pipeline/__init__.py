@@ -8,6 +8,7 @@
        export      packages in other runtimes' formats, and the proof that they compute the same there
     5  training    the one training loop, and what a student learns from its teacher
        runtime     the packed model on ONNX Runtime, its weights packed in memory
+       suites      what is measured beside a task's protocol: text that is written, tasks of lm-eval
     4  tasks       how text becomes rows, what a batch asks of a model, how it is scored
        sources     where text and models come from, pinned by content
        package     the packed model on disk: written, checked, loaded, pulled; taught to transformers

@@ -61,6 +61,40 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "pegasus": BART_LIKE,
     "mbart": BART_LIKE,
     "m2m_100": BART_LIKE,
+    "t5": {
+        "d_model": 64,
+        "d_kv": 8,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 10,
+        "relative_attention_max_distance": 12,
+    },
+}
+T5_1_1: dict[str, Any] = {
+    **ENCODER_DECODERS["t5"],
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+# Rotary angles of each kind, of heads of 16.
+ANGLES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "short_factor": [1.0 + place / 10 for place in range(8)],
+        "long_factor": [2.0 + place for place in range(8)],
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
 }
 # What llama.cpp takes of each: the windows, scales and patterns that it computes with.
 IN_LLAMA_CPP: dict[str, dict[str, Any]] = {

@@ -13,11 +13,12 @@ from pipeline.config.quant import Quant
 from pipeline.models.build import build, fp32_bytes, read_config
 from pipeline.models.family import family_named
 from pipeline.models.student import make_student
-from pipeline.package.package import load, write_package
+from pipeline.package.package import load, read_package, write_package
 from pipeline.quant.frozen import freeze
 from pipeline.quant.modules import InputQuantizer
 from pipeline.store.step_store import checksum
 
+NO_METRICS = {"teacher": {}, "student": {}, "protocol": "none", "validation": {"teacher": {}, "student": {}}}
 WIDE = {  # head sizes that kernels take, widths that are whole blocks
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128, "vocab_size": 300},
     "llama": {
@@ -61,9 +62,22 @@ def package(folder: Path, source: dict[str, Any], encoding: str = "dense", **qua
     make_student(model, settings.spec(), family)
     frozen = freeze(model, settings.spec(), torch.float32, torch.float32)
     facts = {"name": "random", "teacher_bytes": size, "lineage": {}}
-    facts["metrics"] = {"teacher": {}, "student": {}, "protocol": "none"}
+    facts["metrics"] = NO_METRICS
     write_package(folder, frozen, config, settings, encoding, family.name, facts)
     return folder
+
+
+def with_scale(folder: Path, module: str, value: float) -> Path:
+    """The package with one scale changed, beside it."""
+    frozen, config, quantization = read_package(folder)
+    frozen.scales[module][3, 1] = value
+    changed = folder.with_name("changed")
+    changed.mkdir()
+    facts = {"name": "random", "teacher_bytes": 1000, "lineage": {}}
+    facts["metrics"] = NO_METRICS
+    quant = Quant.model_validate(quantization["quant"])
+    write_package(changed, frozen, config, quant, "dense", quantization["family"], facts)
+    return changed
 
 
 def packed_logits(folder: Path, ids: list[int], source: list[int] | None = None, activations: int | None = None):

@@ -9,14 +9,33 @@ import pytest
 
 from pipeline.config.data import TaskSettings
 from pipeline.config.sweep import Sweep
-from pipeline.metrics import METRICS, larger_is_better, measure_of, minimised, objectives, printed
+from pipeline.metrics import (
+    METRICS,
+    bounded,
+    larger_is_better,
+    measure_of,
+    metric_of,
+    minimised,
+    named_by_lm_eval,
+    objectives,
+    printed,
+)
 from pipeline.store.records import Size
 from pipeline.tasks.scoring import Scores
 
 TASKS = get_args(TaskSettings.model_fields["name"].annotation)
 OF_ALL = ("gap", "bytes", "perplexity", "kl_nats", "top1_agreement", "bits_per_byte")
-SMALLER = {*OF_ALL, "nats_per_token", "packed_bytes"} - {"top1_agreement"}
-LARGER = {"top1_agreement", "accuracy", "rouge1", "rouge2", "rougeL", "ratio", "paper_ratio"}
+SMALLER = {*OF_ALL, "nats_per_token", "packed_bytes", "generated_flips", "generated_kl_nats"} - {"top1_agreement"}
+LARGER = {
+    "top1_agreement",
+    "accuracy",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "ratio",
+    "paper_ratio",
+    "generated_first_agreement",
+}
 
 
 def test_every_metric_is_known_by_its_own_name():
@@ -35,6 +54,25 @@ def test_each_metric_has_its_direction(name):
 def test_of_a_metric_that_is_not_ours_the_smaller_is_better():
     assert not larger_is_better("somebody's own")
     assert minimised("somebody's own", 3.0) == 3.0
+
+
+def test_a_metric_of_lm_eval_has_our_name_and_its_direction():
+    assert named_by_lm_eval("arc_easy", "acc_norm") == "lm_eval_arc_easy_acc_norm"
+    assert (
+        named_by_lm_eval("my/own-task.yaml", "exact_match_strict-match") == "lm_eval_own_task_exact_match_strict_match"
+    )
+    assert larger_is_better("lm_eval_arc_easy_acc")
+    assert not larger_is_better("lm_eval_wikitext_word_perplexity")
+    assert metric_of("lm_eval_arc_easy_acc").of_text
+    assert metric_of("somebody's own") is None
+
+
+def test_a_bound_is_kept_or_not_in_words():
+    scores = {"generated_flips": 0.1}
+    assert bounded("at_most", "generated_flips", 0.1, scores)[0]
+    assert not bounded("at_least", "generated_flips", 0.2, scores)[0]
+    kept, said = bounded("at_least", "lm_eval_x_acc", 0.2, scores)
+    assert (kept, said) == (False, "lm_eval_x_acc was not measured on validation; wanted at least 0.2")
 
 
 @pytest.mark.parametrize(

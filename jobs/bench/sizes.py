@@ -13,6 +13,7 @@ from pipeline.config.quant import Quant
 from pipeline.models.build import fp32_bytes, read_config, skeleton
 from pipeline.models.family import family_named
 from pipeline.package.size import layout
+from pipeline.quant.granularity import GROUP_SIZES
 from pipeline.quant.spec import Encoding
 from pipeline.store.records import Size
 
@@ -31,6 +32,8 @@ A_ROW: dict[str, Any] = {"granularity": "per_channel"}  # as in the presets best
 SHORT = {name: PRESETS["smallest"]["quant"][name] for name in ("scale_dtype", "rest_dtype", "positions")}
 ENCODINGS: dict[str, tuple[Encoding, dict[str, Any]]] = {
     "dense, a scale a matrix": ("dense", {"granularity": "per_tensor"}),
+    **{f"dense, groups of {size}": ("dense", {"granularity": {"per_group": size}}) for size in GROUP_SIZES},
+    "dense, groups of 64, scales fp16": ("dense", {"granularity": {"per_group": 64}, "scale_dtype": "float16"}),
     "dense": ("dense", A_ROW),
     "dense, scales fp16": ("dense", {**A_ROW, "scale_dtype": "float16"}),
     "dense, rest fp16": ("dense", {**A_ROW, "rest_dtype": "float16", "positions": "fp32"}),

@@ -138,11 +138,20 @@ def scale(
     ] = 2,
     objects: Annotated[int, typer.Option(min=1, help="Objects of the large store.")] = 100_000,
     versions: Annotated[int, typer.Option(min=1, help="Versions of its registry.")] = 20_000,
+    jsonl_gz_mib: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Only the memory of a worker that tokenizes a .jsonl.gz of so many MiB, unpacked."),
+    ] = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where scale.json and scale.png go.")] = "bench-scale",
 ) -> dict[str, Any]:
     """Time and memory of tokenize and cache as text grows tenfold; plan, lookup and gc of a large store. Minutes."""
-    from jobs.bench.scale.measure import measure
+    from jobs.bench.scale import worker
+    from jobs.bench.scale.measure import alone, measure
 
+    if jsonl_gz_mib is not None:
+        document = worker.measure(jsonl_gz_mib, Path(out), alone)
+        console.print(worker.told(document))
+        return document
     return measure(mib, objects, versions, Path(out), console)
 
 

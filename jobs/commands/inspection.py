@@ -29,5 +29,7 @@ def show(inspected: Inspection, console: Console) -> None:
     print_table(console, ["bits, a scale a row", *headings], sized, box=SIMPLE_HEAD)
     for name, reason in inspected.takes.items():
         console.print(f"  {name}: {reason or 'yes'}", soft_wrap=True, markup=False)
+    sizes_of_groups = ", ".join(map(str, inspected.groups)) or "none, for the rows of all are no whole groups"
+    console.print(f"  per_group, wherever it is taken: {sizes_of_groups}", soft_wrap=True, markup=False)
     for told in inspected.unusual or ("Nothing is unusual.",):
         console.print(told, style="yellow" if inspected.unusual else None, soft_wrap=True, markup=False)

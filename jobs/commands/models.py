@@ -19,7 +19,9 @@ commands = typer.Typer()
 def inspect(
     console: Console,
     resources: Any,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.source: a directory, org/name@commit, ...")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As model.source: a directory, FILE.gguf, org/name@commit, ...")
+    ],
     family: Annotated[str, typer.Option(help="As model.family.")] = "auto",
 ) -> dict[str, Any]:
     """Show what a model is before anything starts: family, matrices, sizes, what takes it, what is unusual.
@@ -46,6 +48,11 @@ def lookup(
     max_perplexity: Annotated[float | None, typer.Option(help="On the validation split.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="0-1, of next utterance, on validation.")] = None,
     min_rouge_l: Annotated[float | None, typer.Option(help="0-100, of summarization, on validation.")] = None,
+    at_least: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=VALUE", help="Any metric on validation, those of evaluate.suites too; repeat."),
+    ] = None,
+    at_most: Annotated[list[str] | None, typer.Option(metavar="METRIC=VALUE", help="As --at-least.")] = None,
     format: Annotated[str | None, typer.Option(help="Exported and verified: onnx, gguf, ...")] = None,
     alias: Annotated[str | None, typer.Option(help="Such as champion.")] = None,
     order_by: Annotated[
@@ -61,11 +68,13 @@ def lookup(
     Validation finds and orders; scores of the test split are shown beside it. The best one comes first. If none fits,
     the nearest are shown with what they miss by, and the exit status is 3.
     """
+    from jobs.lookup import bounds_of
     from jobs.lookup import lookup as run
     from pipeline.store.locations import registry_beside
     from pipeline.tracking.query import Query
 
-    wanted = Query(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l)
+    named = bounds_of(at_least or (), "--at-least"), bounds_of(at_most or (), "--at-most")
+    wanted = Query(name, task, bits, format, alias, max_size_mib, max_perplexity, min_accuracy, min_rouge_l, *named)
     return run(wanted, order_by, limit, tracking_uri or registry_beside(storage_uri), console)
 
 

@@ -17,7 +17,9 @@ from plotly.offline import get_plotlyjs
 from jobs.report import figures
 from jobs.report.files import picture
 from jobs.report.values import Content, Cost, Shown, worker_hours
+from pipeline.metrics import printed
 
+SUITE_TABLES = {"position": "tokens behind the prompt", "frequency": "how common a token is in the training text"}
 TEXT_COLUMNS = ("model", "bits", "status", "version")
 
 
@@ -50,6 +52,8 @@ def page(content: Content) -> str:
         script=Markup((folder / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own file
         size=figures.size,
         measured=measured,
+        printed=printed,
+        titles=SUITE_TABLES,
     )
 
 

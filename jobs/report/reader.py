@@ -154,6 +154,7 @@ def shown(key: str, name: str, bits: str, status: str, steps: Steps) -> Shown:
     if Evaluation.stage in steps:
         evaluation: Evaluation = steps[Evaluation.stage].record
         model = replace(model, metrics=evaluation.student, validation=evaluation.validation["student"])
+        model = replace(model, suites=_json(steps[Evaluation.stage], Evaluation.SUITES) or {})
     if Package.stage in steps:
         package = steps[Package.stage]
         size, uri = package.record.size, package.folder_uri

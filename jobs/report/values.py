@@ -54,6 +54,7 @@ class Shown:
     status: str  # done, stopped or failed
     metrics: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
+    suites: dict[str, Any] = field(default_factory=dict)  # what `evaluate.suites` measured, by suite
     packed_bytes: int | None = None
     latency: Latency | None = None
     ratio: float | None = None

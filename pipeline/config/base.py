@@ -40,3 +40,19 @@ class Closed(BaseModel):
         """Return those of some knobs whose values are not their defaults, with the values."""
         fields = type(self).model_fields
         return [(knob, getattr(self, knob)) for knob in knobs if getattr(self, knob) != fields[knob].default]
+
+
+Bounds = Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(exclude_if=lambda bounds: not bounds)]
+
+
+class Bounded(Closed):
+    """Bounds on metrics of the validation split, by name: those of `evaluate.suites` too."""
+
+    at_least: Bounds = {}
+    at_most: Bounds = {}
+
+    @property
+    def bounds(self) -> list[tuple[str, str, float]]:
+        """Return each bound: its knob, the metric, and the value."""
+        named = (("at_least", self.at_least), ("at_most", self.at_most))
+        return [(knob, metric, bound) for knob, bounds in named for metric, bound in bounds.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
 
 from pipeline.config.base import Closed, Positive
 from pipeline.credentials import taking_none
@@ -17,15 +17,16 @@ class TrainBpe(Closed):
 
 
 class Model(Closed):
-    """`source`: a local Hugging Face directory, a hub id (`org/name@commit`), `python://smollm2-135m`, or an
-    architecture such as {architecture: gpt2, n_layer: 4}. `tokenizer` is the source's own unless given: a directory, a
-    hub id, one to be learned, or `step://KEY`, what the step `tokenize` of that key, in the store, read or learned.
+    """`source`: a local Hugging Face directory, a local FILE.gguf of an architecture that transformers reads, a hub id
+    (`org/name@commit`), `python://smollm2-135m`, or an architecture such as {architecture: gpt2, n_layer: 4}.
+    `tokenizer` is the source's own unless given: a directory, a FILE.gguf, a hub id, one to be learned, or
+    `step://KEY`, what the step `tokenize` of that key, in the store, read or learned.
 
     `family` is by default that of the model's type; a decoder alone of no family is walked over, which the plan tells.
 
     Before anything starts a checkpoint's tensors are compared with the model's, and all its numbers are read once, for
-    NaN and infinity, in about the time of a checksum. Tensors that the model of its config.json does not take are
-    refused, or with `unused_tensors: drop` left out."""
+    NaN and infinity, in about the time of a checksum; those of a GGUF file when it is loaded. Tensors that the model of
+    its config.json, or of the file's settings, does not take are refused, or with `unused_tensors: drop` left out."""
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None
@@ -56,8 +57,9 @@ class TaskSettings(Closed):
     `language_modeling`: text is cut into rows of `block_length` without overlap.
     `next_utterance`: conversations; a row is a context with `candidates` replies, one of them the true one (training
     rows: `train_candidates`), each within `block_length`.
-    `chat`: conversations as the tokenizer's chat template writes them, each a row of at most `block_length`, of a
-    longer one its beginning; learned, distilled and scored on what the assistant says (`loss_on: all`: on all of it).
+    `chat`: conversations as the tokenizer's chat template writes them, of one longer than `block_length` its beginning;
+    learned, distilled and scored on what the assistant says (`loss_on: all`: on all of it). With `packing` a row holds
+    as many as fit, none of which sees another; without it, and for a model of no family, each has a row of its own.
     `summarization`: documents cut to `source_length`, summaries to `target_length`; the model has an encoder.
     """
 
@@ -68,6 +70,7 @@ class TaskSettings(Closed):
     source_length: Annotated[int, Field(ge=4)] = 512
     target_length: Annotated[int, Field(ge=4)] = 64
     loss_on: Literal["assistant", "all"] = "assistant"
+    packing: bool = True
 
     @model_validator(mode="after")
     def _of_this_task(self) -> TaskSettings:
@@ -81,12 +84,18 @@ class TaskSettings(Closed):
             raise ValueError(f"task.block_length is {self.block_length}; {least}")
         return self
 
+    @property
+    def packs(self) -> bool:
+        """Tell whether documents are to share rows."""
+        return self.packing and self.name in TASK_OF["packing"]
+
 
 TASK_OF = {
     "block_length": ("language_modeling", "chat", "next_utterance"),
     "candidates": ("next_utterance",),
     "train_candidates": ("next_utterance",),
     "loss_on": ("chat",),
+    "packing": ("chat",),
     "source_length": ("summarization",),
     "target_length": ("summarization",),
 }
@@ -196,9 +205,25 @@ def _each(given: Sources | None) -> tuple[Source, ...]:
     return tuple(Source(path=source) if isinstance(source, str) else source for source in several)
 
 
+Suite = Annotated[str, StringConstraints(pattern=r"^(generated|lm_eval:[A-Za-z0-9_./\-]+)$")]
+
+
 class Evaluate(Closed):
     """Generation on the validation and test splits, where the task generates: beam search over
-    `generated_rows` rows of each, drawn by a hash of their content."""
+    `generated_rows` rows of each, drawn by a hash of their content.
+
+    `suites` measure the student and its teacher once more. `generated`: how far the student is from the teacher in text
+    that the teacher writes after prompts of the validation split. `lm_eval:TASK`: a task of lm-eval, or the
+    YAML file of one, which needs `pip install 'bitmill[eval]'` and the task's data on this machine, on the task's
+    validation split; on its test split if it has no other, which is shown and chooses nothing."""
 
     beams: Positive = 6
     generated_rows: Positive | None = None  # null: all
+    suites: Annotated[tuple[Suite, ...], Field(exclude_if=lambda suites: not suites)] = ()
+
+    @field_validator("suites")
+    @classmethod
+    def _each_once(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        if len({*suites}) < len(suites):
+            raise ValueError(f"suites names one twice: {', '.join(suites)}")
+        return suites

@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.config.base import Closed, NotNegative, Rate
+from pipeline.config.base import Bounded, Closed, NotNegative, Rate
 
 ExportFormat = Literal["transformers", "onnx", "gguf", "compressed-tensors"]
 
 
-class PromotionGate(Closed):
+class PromotionGate(Bounded):
     """The rules that a challenger must pass, all of them; a rule that is null, or names nothing, is not asked.
 
     `min_gain` is how much better than the champion it must be in the task's own measure, on the test rows of both, at
     the confidence of `confidence`, one-sided, by a paired bootstrap over documents: nats a token of language modelling
     (0.01 is 1 % of perplexity), accuracy 0-1, ROUGE-L points. Other documents alone would have given less at most in
     one of twenty cases, of `confidence: 0.95`. Another seed alone moves a student too, which no document can tell: keep
-    `min_gain` above what two seeds of your recipe differ by.
+    `min_gain` above what two seeds of your recipe differ by. `at_least` and `at_most` are as in `register.gate`.
     """
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95

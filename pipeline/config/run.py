@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Closed, Name
+from pipeline.config.base import Bounded, Closed, Name
 from pipeline.config.data import Data, Evaluate, Model, TaskSettings, TrainBpe
 from pipeline.config.presets import PRESETS, PresetName, filled
 from pipeline.config.quant import Pack, Quant
@@ -14,10 +14,12 @@ from pipeline.config.resources import Resources
 from pipeline.config.retrain import Retrain
 from pipeline.config.sweep import Sweep
 from pipeline.config.training import Cache, Distill, Finetune
+from pipeline.metrics import LM_EVAL, METRICS, metric_of, named_by_lm_eval
 
 
-class Gate(Closed):
-    """A student that fails the gate on the validation split is kept but not registered."""
+class Gate(Bounded):
+    """A student that fails the gate on the validation split is kept but not registered. `at_least` and `at_most` bound
+    metrics of that split by name, those of `evaluate.suites` among them."""
 
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
 
@@ -100,6 +102,10 @@ class Config(Closed):
                 f"quant.quantizer: {self.quant.quantizer} looks at whole matrices after each step, which no worker "
                 "holds with resources.strategy: fsdp; use another quantizer, such as quantgpt, or strategy: ddp"
             )
+        gates = {"register.gate": self.register_.gate, "retrain.gate": self.retrain and self.retrain.gate}
+        for section, gate in gates.items():
+            for knob, metric, _ in gate.bounds if gate else ():
+                self._refuse_unmeasured(f"{section}.{knob}", metric)
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
         if self.distill.compared_layer != -1 and self.cache.mode == "states":
@@ -138,3 +144,16 @@ class Config(Closed):
                     "multiple, or strategy: ddp"
                 )
         return self
+
+    def _refuse_unmeasured(self, knob: str, name: str) -> None:
+        """Raise ValueError for a bound on a metric that no validation split of this run will have."""
+        metric, suites = metric_of(name), self.evaluate.suites
+        ours = [m.name for m in METRICS.values() if m.of_text and m.task in ("", self.task.name) and m.name != "gap"]
+        valid = [own for own in ours if METRICS[own].suite in ("", *suites)]
+        tasks = [named_by_lm_eval(suite.partition(":")[2], "") for suite in suites if suite.startswith(f"{LM_EVAL}:")]
+        if metric is not None and metric.suite == LM_EVAL and any(name.startswith(f"{task}_") for task in tasks):
+            return
+        if name not in valid:
+            missing = "" if metric is None or not metric.suite else f", which evaluate.suites ({metric.suite}) measures"
+            named = [*valid, *(f"{task}_METRIC" for task in tasks)]
+            raise ValueError(f"{knob} names {name!r}{missing}; this run measures {', '.join(named)}")

@@ -25,7 +25,6 @@ class Format:
     needs: tuple[str, ...]
     runtime: tuple[str, ...]
     activations: str
-    groups: bool = False  # takes scales of groups
     not_run: str = ""  # a runtime that reads the format as well
 
     def load(self) -> ModuleType:
@@ -39,8 +38,8 @@ class Format:
 
 
 FORMATS = {
-    "transformers": Format("dequantized", (), ("transformers",), "fp32, not rounded", groups=True),
-    "onnx": Format("onnx", (), ("onnxruntime",), "8 bits, one range a block of up to 128", groups=True),
+    "transformers": Format("dequantized", (), ("transformers",), "fp32, not rounded"),
+    "onnx": Format("onnx", (), ("onnxruntime",), "8 bits, one range a block of up to 128"),
     "gguf": Format(
         "gguf", ("gguf", "xllamacpp"), ("xllamacpp",), "8 bits in blocks of 32 or 256, by llama.cpp's own rounding"
     ),

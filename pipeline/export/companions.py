@@ -7,11 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from pipeline.errors import ConfigError
-from pipeline.export import FORMATS
 from pipeline.models.family import families
 from pipeline.package.manifest import CONFIG, WEIGHTS, check
-from pipeline.quant.frozen import FrozenTensors
 
 OWN = {WEIGHTS, CONFIG, "README.md"}  # of the package itself
 
@@ -23,19 +20,8 @@ def copy_companions(package: Path, out: Path) -> None:
             shutil.copyfile(package / name, out / name)
 
 
-def valid_for(config: PreTrainedConfig, groups: bool = False, refused: str = "") -> str:
-    """Return the formats that take a model's family, for people, without the one that `refused` it; with `groups`,
-    those that take scales of groups."""
+def valid_for(config: PreTrainedConfig, refused: str = "") -> str:
+    """Return the formats that take a model's family, for people, without the one that `refused` it."""
     family = families().get(config.model_type)
     names = family.formats if family is not None else ("transformers",)
-    return ", ".join(sorted(name for name in names if name != refused and (FORMATS[name].groups or not groups)))
-
-
-def refuse_groups(frozen: FrozenTensors, config: PreTrainedConfig, name: str) -> None:
-    """Raise ConfigError for scales of groups, which the format `name` does not take yet."""
-    for module in frozen.codes:
-        if (granularity := frozen.granularity(module)).kind == "per_group":
-            raise ConfigError(
-                f"--format {name} takes one scale a row at most, and {module} has scales {granularity}. Valid for it: "
-                f"{valid_for(config, groups=True)}."
-            )
+    return ", ".join(sorted(name for name in names if name != refused))

@@ -22,16 +22,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from pipeline.errors import ConfigError
-from pipeline.export.companions import copy_companions, refuse_groups, valid_for
+from pipeline.errors import ConfigError, UnfitExportError
+from pipeline.export.companions import copy_companions, valid_for
 from pipeline.export.dequantized import open_logits
 from pipeline.models.family import family_with, names_with
 from pipeline.package import manifest
 from pipeline.package.package import read_package
 from pipeline.quant.frozen import FrozenTensors
-from pipeline.quant.granularity import row_scales
 from pipeline.quant.spec import grid
 
+FP16 = torch.finfo(torch.float16)
+Scheme = tuple[int, int]  # bits; weights of a group, 0 where a row has one scale
 __all__ = ["check", "open_logits", "read_back", "serve_command", "write"]
 
 
@@ -47,28 +48,31 @@ def check(config: PreTrainedConfig) -> str:
 
 
 def write(package: Path, out: Path) -> list[str]:
-    """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes."""
+    """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes. Raises
+    UnfitExportError for a scale that fp16 does not hold."""
     frozen, config, _ = read_package(package)
     layers = check(config)
-    refuse_groups(frozen, config, "compressed-tensors")
+    group_size = max((frozen.granularity(name).group_size for name in frozen.codes), default=0)
     tensors: dict[str, Tensor] = {}
-    widths: dict[str, int] = {}
+    schemes: dict[str, Scheme] = {}
     notes = []
     for name in frozen.codes:
         bits = _stored_bits(frozen, name)
         if re.fullmatch(layers, name) and bits is not None:
             tensors |= _packed(frozen, name, bits)
-            widths[name] = bits
+            own = frozen.codes[name].shape[1] // frozen.scales[name].shape[1]  # weights of a row that share a scale
+            schemes[name] = bits, own if own == group_size else 0
             continue
         weight = tensors[f"{name}.weight"] = frozen.weight(name).half()
         notes.append(f"{name}: dequantized, its {weight.shape[0]} rows are F16, {weight.nbytes:,} bytes")
     tensors |= {name: tensor.half().contiguous() for name, tensor in frozen.rest.items()}
     save_file(tensors, out / manifest.WEIGHTS, metadata={"format": "pt"})
     config.dtype = torch.float16
-    config.quantization_config = _scheme(widths)
+    linears = [name for name in map(_module, frozen.shapes) if re.fullmatch(layers, name)]
+    config.quantization_config = _quantization(schemes, linears)
     config.save_pretrained(out)
     copy_companions(package, out)
-    (out / "README.md").write_text(_card(widths), encoding="utf-8")
+    (out / "README.md").write_text(_card(schemes), encoding="utf-8")
     return notes
 
 
@@ -85,9 +89,15 @@ def _stored_bits(frozen: FrozenTensors, name: str) -> int | None:
 
 
 def _packed(frozen: FrozenTensors, name: str, bits: int) -> dict[str, Tensor]:
-    codes, scale = frozen.codes[name], row_scales(frozen.scales[name].float(), len(frozen.codes[name]))
+    codes, scale = frozen.codes[name], frozen.row_scales(name)
     if grid(frozen.levels, frozen.bits[name]).shift:  # halves are whole numbers of half a scale
         codes, scale = 2 * codes + 1, scale / 2
+    unheld = scale[(scale != 0) & ((scale < FP16.tiny) | (scale > FP16.max))]
+    if len(unheld):  # fp16 would round it by more than its eleven bits
+        raise UnfitExportError(
+            f"--format compressed-tensors: {name} has scales of fp16, which does not hold {unheld[0]:.3g}; nothing was "
+            "exported. Valid for it: onnx."
+        )
     return {
         f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits).contiguous(),
         f"{name}.weight_scale": scale.half().contiguous(),
@@ -95,32 +105,41 @@ def _packed(frozen: FrozenTensors, name: str, bits: int) -> dict[str, Tensor]:
     }
 
 
-def _scheme(widths: dict[str, int]) -> dict[str, Any]:
-    """Return the scheme of config.json: one group a width; the layers of each are named where they differ."""
-    groups = {bits: sorted(name for name in widths if widths[name] == bits) for bits in sorted(set(widths.values()))}
-    weights = {"type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _quantization(schemes: dict[str, Scheme], linears: list[str]) -> dict[str, Any]:
+    """Return what config.json says of the quantization; the layers of each scheme are named where `linears` differ."""
+    layers = {scheme: sorted(name for name in schemes if schemes[name] == scheme) for scheme in schemes.values()}
+    alike = len(layers) == 1 and schemes.keys() >= set(linears)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {
-            f"group_{bits}": {
-                "targets": ["Linear"] if len(groups) == 1 else names,
-                "weights": {"num_bits": bits, **weights},
+            f"group_{index}": {
+                "targets": ["Linear"] if alike else layers[bits, size],
+                "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **_shared_by(size)},
                 "format": "pack-quantized",
             }
-            for bits, names in groups.items()
+            for index, (bits, size) in enumerate(sorted(layers))
         },
     }
 
 
-def _card(widths: dict[str, int]) -> str:
-    bits = ", ".join(map(str, sorted(set(widths.values()))))
+def _shared_by(group_size: int) -> dict[str, Any]:
+    return {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+
+
+def _card(schemes: dict[str, Scheme]) -> str:
+    bits = ", ".join(map(str, sorted({bits for bits, _ in schemes.values()})))
+    shared = " or ".join(f"{size} neighbours" if size else "row" for size in sorted({s for _, s in schemes.values()}))
     return f"""# A packed model in compressed-tensors
 
-Linears hold the levels of the packed model as whole numbers of {bits} bits with one scale a row; the word embedding
-is fp16. Activations are not quantized.
+Linears hold the levels of the packed model as whole numbers of {bits} bits with one scale a {shared}; the word
+embedding is fp16. Activations are not quantized.
 
     vllm serve path/to/this/folder --dtype float16
 
@@ -131,13 +150,13 @@ is fp16. Activations are not quantized.
 
 def read_back(package: Path, out: Path) -> tuple[float, int]:
     """Return the largest relative deviation of a linear that transformers loaded, and how many were compared."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM
 
     frozen, _, _ = read_package(package)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, local_files_only=True, quantization_config=CompressedTensorsConfig(dequantize=True)
-    ).state_dict()
-    worst = 0.0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    # What transformers reads with `dequantize=True` takes one scheme for all linears (5.23).
+    model.hf_quantizer.compressor.decompress_model(model)
+    loaded, worst = model.state_dict(), 0.0
     for name in frozen.codes:
         wanted = frozen.weight(name)
         worst = max(worst, float(((loaded[f"{name}.weight"] - wanted).abs() / wanted.abs().clamp_min(1e-30)).max()))

@@ -17,33 +17,44 @@ from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError, UnfitExportError
-from pipeline.export.companions import refuse_groups, valid_for
+from pipeline.export.companions import valid_for
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.probes import PROMPTS
 from pipeline.export.vocabulary import write_vocabulary
 from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types
+from pipeline.models.build import skeleton
 from pipeline.models.family import Gguf, family_with, names_with
 from pipeline.package.package import read_package
 from pipeline.quant.frozen import FrozenTensors
-from pipeline.quant.granularity import row_scales
 from pipeline.quant.spec import grid
 
 FILE = "model.gguf"
 MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about a minute
+ANGLE_DIVISORS = "rope_freqs.weight"  # one for each pair of a head
+DIVIDED = ("linear", "llama3")  # kinds of rotary angles that are plain ones, divided
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
 
 def check(config: PreTrainedConfig) -> None:
     """Raise ConfigError for a model whose architecture llama.cpp does not have, or would compute otherwise."""
-    gguf_of, blocks = _described(config)
-    differing = [name for name, value in gguf_of.requires.items() if getattr(config, name) != value]
-    reason = _computed_otherwise(config, gguf_of, numbers_of(config, blocks))
-    if differing:
-        name, valid = differing[0], gguf_of.requires[differing[0]]
-        reason = f"with {name} {valid!r}, not {getattr(config, name)!r}"
+    reason = _computed_otherwise(config, *_described(config))
     if reason:
         raise ConfigError(
             f"--format gguf: llama.cpp computes {reason}. Valid for it: {valid_for(config, refused='gguf')}."
+        )
+
+
+def check_read(config: PreTrainedConfig, path: Path) -> None:
+    """Raise ConfigError for a configuration that transformers made of a GGUF file and that is not what llama.cpp
+    computes of it. Of a family without an architecture there nothing is known."""
+    family = family_with("gguf", config.model_type)
+    if family is None or family.gguf is None or family.blocks is None:
+        return
+    reason = _computed_otherwise(config, family.gguf, family.blocks)
+    if reason:
+        raise ConfigError(
+            f"model.source: of {path} llama.cpp computes {reason}: transformers reads it as another model. Name the "
+            "checkpoint that the file was made from, as a folder or org/name@commit."
         )
 
 
@@ -52,15 +63,20 @@ def _described(config: PreTrainedConfig) -> tuple[Gguf, Blocks]:
     if family is None or family.gguf is None or family.blocks is None:
         raise ConfigError(
             f"--format gguf takes {', '.join(names_with('gguf'))} models, not {config.model_type}: llama.cpp has no "
-            f"such architecture, or computes it otherwise. Valid for it: {valid_for(config)}."
+            "such architecture, computes it otherwise, or serves none with an encoder. Valid for it: "
+            f"{valid_for(config)}."
         )
     return family.gguf, family.blocks
 
 
-def _computed_otherwise(config: PreTrainedConfig, of: Gguf, numbers: Numbers) -> str:
+def _computed_otherwise(config: PreTrainedConfig, of: Gguf, blocks: Blocks) -> str:
     """Return what llama.cpp would compute that the configuration says otherwise; nothing where both agree."""
+    numbers = numbers_of(config, blocks)
+    for name, value in of.requires.items():
+        if getattr(config, name) != value:
+            return f"with {name} {value!r}, not {getattr(config, name)!r}"
     layers, longest = range(1, numbers.layers + 1), config.max_position_embeddings
-    kinds = rope_types(config) - {"default"}
+    kinds = rope_types(config) - {"default", "dynamic", *(DIVIDED if of.divides_angles else ())}  # see `_divisors`
     scale = (config.hidden_size / numbers.heads if numbers.layers == of.largest else numbers.head_size) ** -0.5
     windowed = [bool(of.window_every) and layer % of.window_every != 0 for layer in layers]
     turned = [not of.unturned_every or layer % of.unturned_every != 0 for layer in layers]
@@ -92,12 +108,13 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     that it would have else. Raises as `check` and `write_vocabulary` do."""
     frozen, config, _ = read_package(package)
     check(config)
-    refuse_groups(frozen, config, "gguf")
     writer = (_Widening if widened else GGUFWriter)(out / FILE, _described(config)[0].architecture)
     writer.add_name(package.resolve().name)
     for setting, value in _settings(config).items():
         getattr(writer, f"add_{setting}")(value)
     write_vocabulary(writer, package, config.vocab_size)
+    if rope_types(config).intersection(DIVIDED):
+        writer.add_tensor(ANGLE_DIVISORS, _divisors(config))
     rest = [name for name in frozen.rest if not name.endswith(COMPUTED)]
     notes = [note for module in (*frozen.codes, *rest) for note in _add(writer, frozen, module, config)]
     writer.write_header_to_file()
@@ -105,6 +122,14 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     return notes
+
+
+def _divisors(config: PreTrainedConfig) -> NDArray[np.float32]:
+    """Return what plain angles are divided by to be the model's own. Dynamic ones are plain within its positions."""
+    rotary = type(skeleton(config).base_model.rotary_emb)(config)
+    plain, _ = rotary.compute_default_rope_parameters(config)
+    divisors: NDArray[np.float32] = (plain / rotary.inv_freq).float().numpy()
+    return divisors
 
 
 class _Widening(GGUFWriter):  # type: ignore[misc]
@@ -127,7 +152,7 @@ def _add(writer: GGUFWriter, frozen: FrozenTensors, name: str, config: PreTraine
         return []
     codes = _ordered(frozen.codes[name], name, config)
     rows, bits = codes.shape[0], frozen.bits[name]
-    scale = _ordered(row_scales(frozen.scales[name].float(), rows).contiguous(), name, config)
+    scale = _ordered(frozen.row_scales(name), name, config)
     target, kind = f"{gguf_name(name, config)}.weight", grid(frozen.levels, bits)
     try:
         block, packed = pack_blocks(codes.numpy(), scale.numpy(), kind, bits)

@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 
 from pipeline.config.quant import Quant
 from pipeline.export.companions import copy_companions
+from pipeline.models.blocks import positions_of
 from pipeline.package.package import read_package
 from pipeline.quant.spec import grid
 from pipeline.runtime import Runtime
@@ -35,8 +36,8 @@ def write(package: Path, out: Path) -> list[str]:
     notes = []
     if quant.attention != "none":
         notes.append(f"attention operands stay in fp32, where training had quant.attention: {quant.attention}")
-    if longest(config) < config.max_position_embeddings:
-        notes.append(f"texts of up to {longest(config)} tokens, of the model's {config.max_position_embeddings}")
+    if longest(config) < positions_of(config):
+        notes.append(f"texts of up to {longest(config)} tokens, of the model's {positions_of(config)}")
     return notes
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from pipeline.models.blocks import positions_of
+from pipeline.models.build import decoding
+
 PROMPTS, TOKENS = 20, 80
 SEED = 0
 
@@ -26,7 +29,7 @@ class Probes:
 
 def width_of(config: PreTrainedConfig) -> int:
     """Return the tokens of a row; fewer where the model has fewer positions."""
-    return min(TOKENS, int(config.max_position_embeddings))
+    return min(TOKENS, positions_of(config))
 
 
 def make_probes(model: PreTrainedModel, text: Tensor | None) -> Probes:
@@ -53,5 +56,5 @@ def _sampled(model: PreTrainedModel, start: Tensor, sources: Tensor | None = Non
         given = {"input_ids": sources, "attention_mask": torch.ones_like(sources), "decoder_input_ids": start}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(SEED)
-        generated: Tensor = model.generate(**given, generation_config=settings)
+        generated: Tensor = model.generate(**given, **decoding(model), generation_config=settings)
     return generated[:, : steps + 1]

@@ -12,7 +12,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from pipeline.flow import requests
 from pipeline.flow.plan import PlannedStep, RunPlan
 from pipeline.flow.requests import NONE, Requests
 from pipeline.flow.run import worker_seconds
+from pipeline.models.blocks import depth_of
 from pipeline.models.device import CPU, device_for, this_device
 from pipeline.models.hidden_states import LAST
 from pipeline.stages.cache import cache_bytes
@@ -242,9 +242,7 @@ def _read(resources: Resources, shards: float, shard_bytes: float, reads: float)
 
 def model_of(plan: RunPlan) -> Model:
     """Return what of a plan's model its cost depends on."""
-    settings: Any = plan.pinned.settings
-    layers = int(settings.num_hidden_layers) + int(getattr(settings, "decoder_layers", None) or 0)
-    return Model(plan.parameters, layers)
+    return Model(plan.parameters, sum(depth_of(plan.pinned.settings)))
 
 
 def shards_of(plan: RunPlan) -> int:

@@ -12,13 +12,15 @@ from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.export import FORMATS, format_named
-from pipeline.flow.preflight import told_of_family
+from pipeline.flow.preflight import check_gguf_file, told_of_family
 from pipeline.models.build import fp32_bytes, parameters, read_config, skeleton
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, stored_tensors, weight_files
 from pipeline.models.family import Family, family_for
+from pipeline.models.gguf_file import told_of_words
 from pipeline.models.student import quant_targets
 from pipeline.models.values import Values, remembered_values, some_of
 from pipeline.package.size import layout
+from pipeline.quant.granularity import GROUP_SIZES
 from pipeline.quant.modules import TIED
 from pipeline.quant.spec import UNQUANTIZED, WEIGHT_WIDTHS
 from pipeline.runtime import build as runtime
@@ -47,7 +49,8 @@ class Matrices:
 @dataclass(frozen=True)
 class Inspection:
     """A model as it is found. `packed_bytes` is the whole weights file by the width of all matrices; `takes` says of
-    each runtime and export nothing if it takes the model, else why not."""
+    each runtime and export nothing if it takes the model, else why not; `groups` are the sizes of groups that the rows
+    of all linear layers are whole multiples of, which whatever takes the model takes as well."""
 
     model: str
     model_type: str
@@ -57,6 +60,7 @@ class Inspection:
     matrices: tuple[Matrices, ...]
     packed_bytes: dict[str, int]
     takes: dict[str, str]
+    groups: tuple[int, ...]
     unusual: tuple[str, ...]
 
 
@@ -69,19 +73,30 @@ def inspect_model(model: str, family: str, resources: Resources) -> Inspection:
     if source.gguf_file is None:
         refuse_quantized(config, "MODEL", model)
     known, shape = family_for(config.model_type, family), skeleton(config)
-    dropped = () if source.gguf_file else check_tensors_fit(shape, source.folder, DROP)
+    file = source.folder / source.gguf_file if source.gguf_file else None
+    unfit = (
+        _left_out(check_tensors_fit(shape, source.folder, DROP))
+        if file is None
+        else [*check_gguf_file(shape, file, DROP), *told_of_words(file)]
+    )
+    matrices = _matrices(shape, known)
     return Inspection(
         model=model,
         model_type=config.model_type,
         family=known.name,
         parameters=parameters(shape),
         fp32_bytes=fp32_bytes(shape),
-        matrices=_matrices(shape, known),
+        matrices=matrices,
         packed_bytes=_sizes(config, known),
         takes={name: _reason_against(name, config) for name in ("packed runtime", *FORMATS)},
+        groups=tuple(
+            size
+            for size in GROUP_SIZES
+            if all(matrix.columns % size == 0 for matrix in matrices if matrix.role == "linear")
+        ),
         unusual=(
             *told_of_family(shape, known),
-            *_left_out(dropped),
+            *unfit,
             *_padding(config, model, memo),
             *_of_values(source, memo),
         ),

@@ -69,6 +69,11 @@ class RunPlan:
         """Return how many rows of training text there are."""
         return self.tokens.splits["train"].rows if self.tokens else self.pinned.estimated_rows
 
+    def fill(self, tokens: Tokens | None) -> float | None:
+        """Return which share of the positions of training rows hold a token; None: the rows are not there yet."""
+        split = tokens.splits["train"] if tokens is not None else None
+        return None if split is None else split.tokens / (split.rows * self.pinned.task.row_tokens)
+
     @property
     def cache_mode(self) -> tuple[str, str]:
         """Return what of the teacher is cached, and why."""
@@ -143,7 +148,7 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         else:
             model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
-            told = preflight.told_of_family(model, run.family)
+            told = preflight.told_of_family(model, run.family) + preflight.told_of_packing(run, model)
             if teacher is None:  # one that is there was loaded
                 notes = look(("checkpoint", pinned), partial(preflight.check_checkpoint, run, model))
             if start is not None and Student.stage in {step.name for step in left}:

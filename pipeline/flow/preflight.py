@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.data import TrainBpe
 from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.models.blocks import depth_of
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
-from pipeline.models.checkpoint import check_tensors_fit, refuse_quantized, weight_files
+from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
 from pipeline.models.family import AUTO, WALKED, Family, families, family_for
+from pipeline.models.gguf_file import check_fits, told_of_words
 from pipeline.models.hidden_states import WithStates
 from pipeline.models.student import check_spec, make_student, quant_targets
 from pipeline.models.values import refuse_not_finite, remembered_values, some_of
@@ -55,23 +58,38 @@ def model_of(run: PinnedRun) -> PreTrainedModel:
 
 def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     """Return what people should know of the checkpoint of a run, whose model without memory is `shape`. Its numbers are
-    read once and remembered, as its checksums are; of a GGUF file they are not.
+    read once and remembered, as its checksums are; those of a GGUF file when it is loaded.
 
     Raises:
         ConfigError: its tensors are not the model's, or hold NaN or infinity.
     """
-    if run.model is None or run.model.gguf_file is not None:
-        return []
+    words = run.tokenizer if run.tokenizer is not None and run.tokenizer.gguf_file is not None else None
+    told = [] if words is None else told_of_words(words.folder / str(words.gguf_file))
+    if run.model is None:
+        return told
+    if run.model.gguf_file is not None:
+        path = run.model.folder / run.model.gguf_file
+        return told + check_gguf_file(shape, path, run.config.model.unused_tensors)
     section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
     dropped = check_tensors_fit(shape, run.model.folder, section.unused_tensors)
     for path in weight_files(run.model.folder):
         refuse_not_finite(remembered_values(memo.remembered, path), path)
     if not dropped:
-        return []
+        return told
     return [
+        *told,
         f"model.unused_tensors is drop: {len(dropped)} tensors of {section.source}, which its config.json has no place "
-        f"for, are left out: {some_of(dropped)}."
+        f"for, are left out: {some_of(dropped)}.",
     ]
+
+
+def check_gguf_file(shape: PreTrainedModel, path: Path, unused: str) -> list[str]:
+    """Return what people should know of a GGUF file that a model without memory is to be loaded from. Raises
+    ConfigError where that would be another model than the file's."""
+    from pipeline.export.gguf import check_read
+
+    check_read(shape.config, path)
+    return check_fits(shape, path, unused == DROP)
 
 
 def told_of_family(shape: PreTrainedModel, family: Family) -> list[str]:
@@ -83,6 +101,16 @@ def told_of_family(shape: PreTrainedModel, family: Family) -> list[str]:
         f"No family knows a {shape.config.model_type} model. What its modules are called is found by a walk over them: "
         f"quantized are {', '.join(names)}, and nothing else. If it has the modules of a family, say so with "
         f"model.family; valid: {', '.join(families())}."
+    ]
+
+
+def told_of_packing(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
+    """Return that documents do not share rows where they were to, and why."""
+    if not run.config.task.packs or run.packed:
+        return []
+    return [
+        f"task.packing: no family knows a {shape.config.model_type} model, so that nobody can say whether a mask keeps "
+        "conversations of one row apart: each has a row of its own."
     ]
 
 
@@ -100,7 +128,7 @@ def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:
         try_student(config, run.family, run.config.quant)
     given = run.config.model.source if isinstance(run.config.model.source, dict) else ()
     run.task.check_model(config, given, {name: family.encoder_decoder for name, family in families().items()})
-    layers = int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+    layers = depth_of(config)[1]
     if run.config.distill.compared_layer < -layers - 1:
         raise ConfigError(
             f"distill.contrast_layer is {run.config.distill.contrast_layer}, and the model has {layers} decoder layers "

@@ -52,6 +52,18 @@ def use_causal_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(CAUSAL)
 
 
+def keep_apart(model: PreTrainedModel, positions: Tensor) -> Any:
+    """Return the masks by which a decoder attends causally, and within its windows, to tokens of the same document
+    alone: documents are those that `positions` (batch, length) number anew from 0. The model is one that attends by
+    masks from here on. Some read no documents from positions, so that all are given what transformers makes of them."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    if model.config._attn_implementation == CAUSAL:
+        model.set_attn_implementation("sdpa")
+    embedded = torch.empty(*positions.shape, 1, dtype=model.dtype, device=positions.device)  # asked for its shape alone
+    return create_masks_for_generate(model.config, embedded, None, None, positions)
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -64,6 +76,7 @@ def _attend(
     probabilities: bool,
     scaling: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -74,6 +87,8 @@ def _attend(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)

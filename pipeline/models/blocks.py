@@ -1,6 +1,6 @@
-"""Models in the terms that those of a kind share. Of a decoder alone: names of the parts of a layer, and the numbers
-that its layers compute with. With an encoder: what differs from BART. From these a student is made, a graph drawn, and
-a file written."""
+"""Models in the terms that those of a kind share: names of the parts of a layer, of a decoder alone or of each side of
+an encoder and a decoder, and the numbers that layers compute with. From these a student is made, a graph drawn, and a
+file written."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedConfig
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
+ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "dense_act_fn")
 INNER = ("intermediate_size", "ffn_dim", "n_inner")
+DECODER_LAYERS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+ENCODER_LAYERS = ("encoder_layers", "num_hidden_layers")
 EPSILON = 1e-5  # torch's own, of norms whose configuration has none
+LONGEST = 4096  # tokens of a text whose positions are relative, and have no end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Names of a decoder's parts, those of a layer within it; an empty one is of a part that the family lacks. What is
-    written here is Llama's."""
+    """Names of a decoder's parts, or of an encoder's, those of a layer within it; an empty one is of a part that the
+    family lacks. What is written here is Llama's."""
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     positions: str = ""  # a table of learned positions, the first of which is row `first_position`
     first_position: int = 0
+    relative: str = ""  # in the first layer, a table of what each distance between tokens adds to scores, in all layers
+    embedding_norm: str = ""
     last_norm: str = "model.norm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # or one of all three
     by_head: bool = False  # in one of all three, each head's queries, keys and values lie together
     out: str = "self_attn.o_proj"
     into_mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # or one of both
     gated: bool = True
+    ungated: str = ""  # the matrix into the MLP of those models of the family that have no gate
     out_of_mlp: str = "mlp.down_proj"
     before_attention: str = "input_layernorm"
     after_attention: str = ""  # of what attention gives, before it is added
@@ -39,6 +45,9 @@ class Blocks:
     after_mlp: str = ""
     of_queries: str = ""  # norms of each head, or of all heads together
     of_keys: str = ""
+    cross: tuple[str, ...] = ()  # queries of a decoder, and keys and values of what its encoder gives
+    cross_out: str = ""
+    before_cross: str = ""
     norm_offset: float = 0.0  # added to the weight of every norm
     scaled_embedding: bool = False  # by the root of the hidden size
     capped_attention: bool = False  # scores by attn_logit_softcapping
@@ -48,8 +57,10 @@ class Blocks:
     def linears(self) -> tuple[tuple[str, bool], ...]:
         """Return the linear layers as `Family.linears` has them. What follows a gate has both signs; what follows an
         activation alone is not symmetric."""
-        both_signs = (*self.qkv, self.out, *self.into_mlp, *([self.out_of_mlp] if self.gated else []))
-        kinds = [(both_signs, True), (() if self.gated else (self.out_of_mlp,), False)]
+        gated = self.gated and not self.ungated
+        attention = (*self.qkv, self.out, *self.cross, *filter(None, [self.cross_out]))
+        both_signs = (*attention, *self.into_mlp, *filter(None, [self.ungated, self.out_of_mlp if gated else ""]))
+        kinds = [(both_signs, True), (() if gated else (self.out_of_mlp,), False)]
         return tuple((rf"{_exactly(self.layers)}\.\d+\.({'|'.join(map(_exactly, n))})", s) for n, s in kinds if n)
 
 
@@ -78,12 +89,31 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """How an encoder and a decoder whose modules are called as BART's compute. What is written here is BART's."""
+    """An encoder and a decoder over one table of words, and how they compute. Names that begin with `before` are of the
+    norm of a part of a layer, which reads what was normed, or whose sum with its input is normed."""
 
-    norm_first: bool = False  # a part of a layer reads what was normed, and a last norm ends each side
-    normed_embedding: bool = True
-    first_position: int = 2  # row of the table of positions
-    computed_positions: bool = False  # that table is no tensor, and begins after the row of the padding token
+    encoder: Blocks
+    decoder: Blocks
+    table: str  # the module of it; each side has a further name for it
+    norm_first: bool = False  # and a last norm ends each side
+    computed_positions: bool = False  # their table is no tensor, and begins after the row of the padding token
+    divided_scores: bool = True  # by the root of the size of a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideNumbers:
+    """What the layers of an encoder or a decoder compute with, and how many tokens either reads."""
+
+    layers: int
+    heads: int
+    head_size: int
+    epsilon: float
+    activation: str
+    gated: bool
+    attention_scale: float
+    embedding_scale: float
+    logit_divisor: float
+    longest: int
 
 
 def numbers_of(config: PreTrainedConfig, blocks: Blocks) -> Numbers:
@@ -113,17 +143,64 @@ def numbers_of(config: PreTrainedConfig, blocks: Blocks) -> Numbers:
         if blocks.scaled_embedding
         else float(getattr(config, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
-        logit_divisor=float(getattr(config, "logits_scaling", 1.0)),
+        logit_divisor=logit_divisor_of(config),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
         parallel=bool(getattr(config, "use_parallel_residual", False)),
     )
 
 
+def numbers_of_side(config: PreTrainedConfig, sides: Sides, side: str) -> SideNumbers:
+    """Return what a configuration says of the layers of one side, `encoder` or `decoder`."""
+    encoder_layers, decoder_layers = depth_of(config)
+    heads = int(_first(config, (f"{side}_attention_heads", "num_attention_heads"), 0))
+    head_size = int(getattr(config, "d_kv", None) or config.d_model // heads)
+    return SideNumbers(
+        layers=encoder_layers if side == "encoder" else decoder_layers,
+        heads=heads,
+        head_size=head_size,
+        epsilon=float(_first(config, EPSILONS, EPSILON)),
+        activation=str(_first(config, ACTIVATIONS, "")),
+        gated=sides.decoder.gated and bool(getattr(config, "is_gated_act", True)),
+        attention_scale=head_size**-0.5 if sides.divided_scores else 1.0,
+        embedding_scale=config.d_model**0.5 if getattr(config, "scale_embedding", False) else 1.0,
+        logit_divisor=logit_divisor_of(config),
+        longest=positions_of(config),
+    )
+
+
+def depth_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of layers of an encoder, 0 where there is none, and of a decoder."""
+    encoder = int(_first(config, ENCODER_LAYERS, 0)) if config.is_encoder_decoder else 0
+    return encoder, int(_first(config, DECODER_LAYERS, 0))
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """Return the most tokens that a model reads; LONGEST where its positions have no end."""
+    return int(getattr(config, "max_position_embeddings", None) or LONGEST)
+
+
+def logit_divisor_of(config: PreTrainedConfig) -> float:
+    """Return what the product of states and head is divided by, which is 1 in most families."""
+    if getattr(config, "scale_decoder_outputs", False):  # T5's, where one table serves words and head
+        return float(config.d_model**0.5)
+    return float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def ties_head(config: PreTrainedConfig) -> bool:
+    """Tell whether the word embedding is the head's table too. transformers says so of every T5, and leaves a head of
+    its own to those that do not scale what it reads."""
+    return bool(config.tie_word_embeddings) and bool(getattr(config, "scale_decoder_outputs", True))
+
+
 def rope_types(config: PreTrainedConfig) -> set[str]:
     """Return the kinds of rotary angles of a configuration, such as default or yarn."""
+    return {str(angles.get("rope_type", "default")) for angles in rotary_angles(config)}
+
+
+def rotary_angles(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return what a configuration says of rotary angles, once for each kind of layers that has its own."""
     angles: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    each = [value for value in angles.values() if isinstance(value, dict)] or ([angles] if angles else [])
-    return {str(value.get("rope_type", "default")) for value in each}
+    return [value for value in angles.values() if isinstance(value, dict)] or ([angles] if angles else [])
 
 
 def _attention_scale(config: PreTrainedConfig, head_size: int) -> float:

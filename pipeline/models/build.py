@@ -7,14 +7,16 @@ import contextlib
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
+from pipeline.models.gguf_file import alone, refuse_numbers
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,11 +54,12 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
 
     _quietly()
     if not isinstance(source, dict):
+        described = f"usable settings in {gguf_file}" if gguf_file else "usable config.json"
         try:
-            kind = {"gguf_file": gguf_file} if gguf_file else {}
-            return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True, **kind)
+            with alone(source, gguf_file) as (folder, kind):
+                return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
         except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise ConfigError(f"model.source: {source} has no usable config.json: {error}") from error
+            raise ConfigError(f"model.source: {source} has no {described}: {error}") from error
     architecture = source["architecture"]
     fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
     try:
@@ -64,7 +67,8 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
     except (ValueError, TypeError):
         valid = ", ".join(families())
         raise ConfigError(f"model.source.architecture is {architecture!r}; valid: {valid}") from None
-    known = {*defaults.to_dict(), *defaults.attribute_map} - {"model_type", *decided}
+    more = {"decoder_start_token_id"} if defaults.is_encoder_decoder else set()  # for which T5 has no default
+    known = {*defaults.to_dict(), *defaults.attribute_map, *more} - {"model_type", *decided}
     for name in fields:
         if name in decided:
             raise ConfigError(f"model.source.{name}: the tokenizer decides it ({decided[name]}); leave it out")
@@ -73,7 +77,7 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
             raise ConfigError(f"model.source.{name}: {architecture} has no such setting; valid: {valid}")
     special = dict.fromkeys(("bos_token_id", "eos_token_id"))
     vocabulary: Any = decided.get("vocab_size") or fields.get("vocab_size") or getattr(defaults, "vocab_size", 0)
-    taken = {name: value for name, value in decided.items() if hasattr(defaults, name)}
+    taken = {name: value for name, value in decided.items() if hasattr(defaults, name) or name in more}
     try:
         if not defaults.is_encoder_decoder or (defaults.pad_token_id or 0) >= vocabulary:
             special["pad_token_id"] = None  # that of another vocabulary
@@ -100,13 +104,32 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
         raise ConfigError(f"model: a {config.model_type} model cannot be built from these settings: {error}") from error
     model.tie_weights()
-    return model
+    return with_own_head(model)
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Return a model with fresh fp32 weights."""
     torch.manual_seed(seed)
-    return auto_class(config).from_config(config, dtype=torch.float32)
+    return blank(config)
+
+
+def blank(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model in fp32, whose numbers are whatever is drawn."""
+    return with_own_head(auto_class(config).from_config(config, dtype=torch.float32))
+
+
+def with_own_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model with a head that has a table of its own, in place, where it has one and transformers ties it all
+    the same: it leaves two tables of a checkpoint apart only while it reads them."""
+    head: Any = model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or ties_head(model.config):
+        return model
+    name = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+    model._tied_weights_keys = {key: table for key, table in (model._tied_weights_keys or {}).items() if key != name}
+    model.all_tied_weights_keys.pop(name, None)
+    if head.weight is cast(Any, model.get_input_embeddings()).weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -116,31 +139,43 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def decoding(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what to give `generate` besides: with an encoder a cache of as many layers as come, for transformers makes
+    one of as many as T5's encoder has."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    grows = model.config.is_encoder_decoder
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if grows else {}
+
+
 def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE) -> PreTrainedModel:
     """Load fp32 weights from a folder; safetensors (or GGUF) only, no remote code.
 
     Raises:
-        ConfigError: a tensor of the model is missing or has another shape; or the folder has more than the model takes,
-            unless what is `unused` is to be dropped.
+        ConfigError: a tensor of the model is missing or has another shape; the folder has more than the model takes,
+            unless what is `unused` is to be dropped; or a GGUF file holds NaN or infinity.
     """
     from safetensors import SafetensorError
 
-    kind: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    config = read_config(folder, gguf_file)
     try:
-        model, loading = auto_class(read_config(folder, gguf_file)).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused by name
-            **kind,
-        )
+        with alone(folder, gguf_file) as (source, kind):
+            model, loading = auto_class(config).from_pretrained(
+                source,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused by name
+                **(kind or {"use_safetensors": True}),
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
-    loaded: PreTrainedModel = model
+    loaded = with_own_head(model)
     refuse_unfit(loaded, loading, folder, DROP if gguf_file else unused)
-    if not gguf_file:
+    if gguf_file:
+        refuse_numbers(loaded, folder / gguf_file)
+    else:
         loaded.tie_weights()  # as config.json has it, also where the folder has two tables
     loaded.hf_quantizer = None  # GGUF weights are dequantized by now, and a model that says otherwise cannot be saved
     if hasattr(loaded.config, "quantization_config"):

@@ -26,6 +26,7 @@ class Gguf:
     side_by_side: bool = False  # pairs of a rotary turn lie side by side there, half a head apart in transformers
     window_every: int = 0  # layers of which the last attends to all tokens, the others to a window
     unturned_every: int = 0  # layers of which the last knows no positions
+    divides_angles: bool = False  # takes a divisor of each angle, which makes some kinds of rotary angles of others
     angles_in_window: float = 0.0  # rope_theta of layers with a window, where it is not that of the others
     capped: bool = False  # scores and logits are capped, and not may
     scaled: bool = False  # takes numbers that multiply embedding, scores, what layers add, and logits
@@ -72,24 +73,46 @@ def decoder_only(name: str, blocks: Blocks, linears: tuple[tuple[str, bool], ...
     )
 
 
-def like_bart(name: str, sides: Sides) -> Family:
-    """Return the family of an encoder and a decoder over one table of words, whose modules are called as BART's."""
-    layers = r"model\.(encoder|decoder)\.layers\.\d+\."
+def encoder_decoder(name: str, sides: Sides) -> Family:
+    """Return the family of an encoder and a decoder over one table of words."""
+    both = (sides.encoder, sides.decoder)
+    tables = [f"{side.layers}.0.{side.relative}" if side.relative else side.positions for side in both]
     return Family(
         name=name,
-        linears=(
-            (rf"{layers}self_attn\.([qkv]|out)_proj", True),
-            (r"model\.decoder\.layers\.\d+\.encoder_attn\.([qkv]|out)_proj", True),
-            (rf"{layers}fc1", True),
-            (rf"{layers}fc2", False),  # whose input follows an activation
-        ),
-        embedding="model.shared",
-        tied_embeddings=("model.encoder.embed_tokens", "model.decoder.embed_tokens"),
-        unquantized=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+        linears=(*sides.encoder.linears, *sides.decoder.linears),
+        embedding=sides.table,
+        tied_embeddings=tuple(side.embedding for side in both),
+        unquantized=tuple(tables),
         encoder_decoder=True,
         sides=sides,
         graph="encoder_decoder",
     )
+
+
+def like_bart(name: str, first_position: int = 2, normed_embedding: bool = True, **computes: bool) -> Family:
+    """Return the family of an encoder and a decoder whose modules are called as BART's. `first_position` is a row of
+    the table of positions, `computes` what `Sides` says of how they compute."""
+
+    def side(named: str, **more: Any) -> Blocks:
+        return Blocks(
+            layers=f"model.{named}.layers",
+            embedding=f"model.{named}.embed_tokens",
+            positions=f"model.{named}.embed_positions",
+            first_position=first_position,
+            embedding_norm=f"model.{named}.layernorm_embedding" if normed_embedding else "",
+            last_norm=f"model.{named}.layer_norm",
+            out="self_attn.out_proj",
+            into_mlp=("fc1",),
+            gated=False,
+            out_of_mlp="fc2",
+            before_attention="self_attn_layer_norm",
+            before_mlp="final_layer_norm",
+            **more,
+        )
+
+    to_encoder = {"cross": tuple(f"encoder_attn.{part}_proj" for part in "qkv"), "cross_out": "encoder_attn.out_proj"}
+    decoder = side("decoder", before_cross="encoder_attn_layer_norm", **to_encoder)
+    return encoder_decoder(name, Sides(encoder=side("encoder"), decoder=decoder, table="model.shared", **computes))
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.attention import use_causal_attention
+from pipeline.models.attention import keep_apart, use_causal_attention
+from pipeline.models.blocks import logit_divisor_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +29,11 @@ class WithStates(nn.Module):
         spare_operations(model)
         self.padding_row = _keep_padding_row(model)
 
-    def forward(self, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None) -> Any:
-        """Return the last states and those of `layer`, (batch, length, hidden) each, of ids (batch, length). Decoder
-        rows are padded on the right, so the causal mask alone keeps padding out of every valid token. What an encoder
-        reads, (batch, source length), has its padding masked."""
-        return layer_states(self.model, self.layer, ids, source_ids, source_mask)
+    def forward(self, ids: Tensor, *given: Tensor | None) -> Any:
+        """Return the last states and those of `layer`, (batch, length, hidden) each, of what `Batch.inputs` has: ids
+        (batch, length) and what belongs to them. Decoder rows are padded on the right, so the causal mask alone keeps
+        padding out of every valid token. What an encoder reads, (batch, source length), has its padding masked."""
+        return layer_states(self.model, self.layer, ids, *given)
 
 
 def spare_operations(model: PreTrainedModel) -> None:
@@ -46,25 +47,37 @@ def spare_operations(model: PreTrainedModel) -> None:
             model.set_submodule(name, nn.GELU("tanh"))
 
 
-def last_states(
-    model: PreTrainedModel, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
-) -> Tensor:
+def last_states(model: PreTrainedModel, ids: Tensor, *given: Tensor | None) -> Tensor:
     """Return the hidden states that the head reads, after the final norm; of the decoder where there is an encoder."""
-    return layer_states(model, LAST, ids, source_ids, source_mask)[0]
+    return layer_states(model, LAST, ids, *given)[0]
 
 
 def layer_states(
-    model: PreTrainedModel, layer: int, ids: Tensor, source_ids: Tensor | None = None, source_mask: Tensor | None = None
+    model: PreTrainedModel,
+    layer: int,
+    ids: Tensor,
+    source_ids: Tensor | None = None,
+    source_mask: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the last states, and those of one decoder layer counted from the end: -1 what the head reads, -2 the
-    output of the layer before the last one, and so on down to the embedding."""
+    output of the layer before the last one, and so on down to the embedding. With `positions`, which begin anew at 0
+    with each document of a row, no token sees another document's."""
     given: dict[str, Any] = {"input_ids": ids}
     if source_ids is not None:
         given = {"input_ids": source_ids, "attention_mask": source_mask, "decoder_input_ids": ids}
-    output = model.base_model(**given, use_cache=False, output_hidden_states=layer != LAST)
+    elif positions is not None:
+        given |= {"position_ids": positions, "attention_mask": keep_apart(model, positions)}
+    base, asked = model.base_model, {"use_cache": False, "output_hidden_states": layer != LAST}
+    apart = base is model  # with encoder and decoder beside the head
+    if apart:
+        encoded = model.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
+        given = {"input_ids": ids, "encoder_hidden_states": encoded, "encoder_attention_mask": source_mask}
+        base = model.get_decoder()
+    output = base(**given, **asked)
     if layer == LAST:
         return output.last_hidden_state, output.last_hidden_state
-    hidden = output.hidden_states if source_ids is None else output.decoder_hidden_states
+    hidden = output.hidden_states if source_ids is None or apart else output.decoder_hidden_states
     return output.last_hidden_state, hidden[layer]
 
 
@@ -76,10 +89,10 @@ def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> nn.Module:
     """Return the module that turns last states into logits: the output embedding, and what the model does to its
-    product where it does something, as BART, Gemma 2 and Granite do."""
+    product where it does something, as BART, Gemma 2, Granite and T5 do."""
     head: nn.Module = model.get_output_embeddings()
     bias, config = getattr(model, "final_logits_bias", None), model.config
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    divisor = logit_divisor_of(config)
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return head if bias is None and divisor == 1.0 and not cap else FinishedHead(head, bias, divisor, cap)
 

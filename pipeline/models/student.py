@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from pipeline.config.quant import Quant
 from pipeline.errors import ConfigError, RunError
 from pipeline.models.attention import use_quantized_attention
-from pipeline.models.build import auto_class, skeleton
+from pipeline.models.blocks import DECODER_LAYERS, ENCODER_LAYERS, ties_head
+from pipeline.models.build import blank, skeleton
 from pipeline.models.family import Family, families
 from pipeline.models.sharded import part_like
 from pipeline.quant.frozen import FrozenTensors, freeze, give_modules, thaw
@@ -38,8 +39,8 @@ def quant_targets(model: PreTrainedModel, family: Family) -> list[QuantTarget]:
     from transformers.pytorch_utils import Conv1D
 
     family = walked(model, family)
-    tied = bool(model.config.tie_word_embeddings)
-    if family.tied_embeddings and not tied:
+    tied = ties_head(model.config)
+    if family.tied_embeddings and not model.config.tie_word_embeddings:
         raise ConfigError(
             f"model: tie_word_embeddings is false, and the family {family.name} has one table for encoder, decoder and "
             "head; such a model cannot be quantized"
@@ -119,7 +120,7 @@ def check_tensors(
 ) -> None:
     """Raise ValueError or ConfigError, before any memory is asked for, for tensors that are not the architecture's, or
     settings that ask for more parts or buffers than they fill."""
-    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
+    for name in {*ENCODER_LAYERS, *DECODER_LAYERS}:
         if getattr(config, name, 0) > len(shapes):
             raise ValueError(f"{name} is {getattr(config, name)}, and there are fewer tensors")
     model = skeleton(config)
@@ -132,7 +133,7 @@ def check_tensors(
 def restore_frozen(config: PreTrainedConfig, spec: QuantSpec, family: Family, frozen: FrozenTensors) -> PreTrainedModel:
     """Return the frozen student as a model that runs. Raises ValueError if the tensors do not fit; those of a package
     are looked at by `check_tensors` first."""
-    model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    model = blank(config)
     thaw_into(model, spec, family, frozen)
     return model.eval()
 

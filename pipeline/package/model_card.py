@@ -10,7 +10,10 @@ POSITIONS = {"fp32": "fp32", "fp16": "fp16", "int8": "8-bit codes with one scale
 def model_card(manifest: dict[str, Any], fields: dict[str, Any], seq2seq: bool) -> str:
     """Return the README of a packed model; `fields` is its quantization_config."""
     size, metrics, quant = manifest["size"], manifest["metrics"], fields["quant"]
-    scores = "\n".join(_row(name, metrics, metrics["validation"]) for name in metrics["student"])
+    scores = "\n".join(
+        _row(name, metrics, metrics["validation"])
+        for name in {**metrics["student"], **metrics["validation"]["student"]}
+    )
     lineage = "\n".join(f"- {stage}: `{key}`" for stage, key in manifest["lineage"].items())
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     widths = ", ".join(str(bits) for bits in sorted({module["bits"] for module in fields["modules"].values()}))

@@ -45,6 +45,10 @@ class FrozenTensors:
         folded = dequantize(granularity.fold(codes), granularity.fold_scale(scale), grid(self.levels, self.bits[name]))
         return granularity.unfold(folded, codes.shape)
 
+    def row_scales(self, name: str) -> Tensor:
+        """Return the fp32 scales of each row of a module (rows, scales of a row): one, or one a group."""
+        return self.scales[name].float().expand(len(self.codes[name]), -1).contiguous()
+
     def granularity(self, name: str) -> Granularity:
         """Return the granularity of the scales of a module."""
         rows, columns = self.codes[name].shape

@@ -97,10 +97,3 @@ class Granularity:
 
 
 PER_TENSOR, PER_CHANNEL = Granularity("per_tensor"), Granularity("per_channel")
-
-
-def row_scales(scale: Tensor, rows: int) -> Tensor:
-    """Return one scale a row (rows, 1), for formats that hold no more. Raises ValueError for scales of groups."""
-    if scale.shape[1] != 1:
-        raise ValueError("there is one scale a group of a row, and one a row at most can be held")
-    return scale.expand(rows, 1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.bootstrap import ratio_interval
 from pipeline.config.base import Closed
 from pipeline.config.retrain import PromotionGate
-from pipeline.metrics import METRICS, gap_nats, larger_is_better, measure_of
+from pipeline.metrics import METRICS, bounded, gap_nats, larger_is_better, measure_of
 from pipeline.store.records import Contest, Evaluation, Package
 from pipeline.store.step_store import FinishedStep
 
@@ -107,6 +107,7 @@ def judge(
         ratio = math.exp(gap_nats(**evaluation.validation))
         said = "times the perplexity of its teacher on validation"
         rulings.append(_at_most("max_perplexity_ratio", said, ratio, gate.max_perplexity_ratio))
+    rulings += [_bounded(*bound, evaluation.validation["student"]) for bound in gate.bounds]
     if gate.max_latency_ms is not None:
         if evidence.latency_ms is None:
             said = "no latency: the packed runtime does not run this model"
@@ -139,6 +140,12 @@ def _better(gate: PromotionGate, measure: str, gained: Mapping[str, Gain]) -> Ru
 def _at_most(rule: str, unit: str, value: float, most: float) -> Ruling:
     numbers = {"value": value, "most": most}
     return Ruling(rule=rule, passed=value <= most, said=f"{value:.4g} {unit}; at most {most:g}", numbers=numbers)
+
+
+def _bounded(rule: str, metric: str, bound: float, scores: Mapping[str, float]) -> Ruling:
+    passed, said = bounded(rule, metric, bound, scores)
+    numbers = {"bound": bound} | ({metric: scores[metric]} if metric in scores else {})
+    return Ruling(rule=f"{rule}: {metric}", passed=passed, said=said, numbers=numbers)
 
 
 def _exported(formats: Sequence[str], evidence: Evidence) -> Iterator[Ruling]:

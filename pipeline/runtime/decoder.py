@@ -16,6 +16,7 @@ from onnx import TensorProto
 from pipeline.runtime.graph import CONTRIB, Graph
 
 FIRST_LOGIT = "first_logit"  # logits from this place on; -1: of the last token only
+ATTENTION_BIAS = 10  # input of GroupQueryAttention
 ROTARY_MULTIPLE = 16  # head sizes that the attention kernel turns itself
 INT_MAX = 2**31 - 1
 
@@ -50,6 +51,7 @@ class Decoder:
         last = graph.op("Reshape", graph.op("Sub", total, graph.number(1)), graph.vector(1))
         self._total = graph.op("Cast", total, to=TensorProto.INT32)
         self._last = graph.op("Cast", last, to=TensorProto.INT32)
+        self.places = graph.op("Range", graph.number(0), total, graph.number(1))  # (total,), of all tokens
         self.positions = graph.op("Range", graph.op("Sub", total, length), total, graph.number(1))  # (length,)
 
     def attend(
@@ -61,6 +63,7 @@ class Decoder:
         window: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        added: str = "",
     ) -> str:
         """Draw causal attention: queries, keys and values (1, length, columns), side by side in one tensor or apart, to
         (1, length, columns of queries).
@@ -70,6 +73,7 @@ class Decoder:
             window: how many tokens one attends to, itself included; 0 for all.
             scale: factor of scores, by default 1 / sqrt(head size).
             softcap: bound of scores; 0 for none.
+            added: what is added to scores (1, heads, length, total).
         """
         operands = [*qkv, *[""] * (3 - len(qkv))]
         if rotary and not self._turned_by_kernel(rotary):
@@ -77,6 +81,8 @@ class Decoder:
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         result = [f"attention.{layer}", *(f"present.{layer}.{part}" for part in ("key", "value"))]
         inputs = [*operands, *past, self._last, self._total, *(rotary or ())]
+        if added:
+            inputs = [*inputs, *[""] * (ATTENTION_BIAS - len(inputs)), added]
         kernel: dict[str, Any] = {"num_heads": heads, "kv_num_heads": self.cache.heads}
         kernel["do_rotary"] = int(rotary is not None)
         kernel |= {"scale": scale} if scale is not None else {}

@@ -7,31 +7,31 @@ import torch
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types
+from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types, rotary_angles
 from pipeline.models.build import skeleton
 from pipeline.models.family import families
 from pipeline.runtime.decoder import Decoder, KeyValueShape
 from pipeline.runtime.graph import Graph, check_activation
 
 LONGEST = 4096  # rows of the rotary table, which lies in memory: 1 MiB at a head size of 64
-FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with the length of the text
+ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 def cache_of(config: PreTrainedConfig) -> KeyValueShape:
     """Return the shape of the key-value cache."""
     blocks, numbers = _described(config)
-    longest = config.max_position_embeddings if blocks.positions else min(LONGEST, config.max_position_embeddings)
+    longest = min([config.max_position_embeddings] + ([] if blocks.positions else [LONGEST, *_unchanging(config)]))
     return KeyValueShape(numbers.layers, numbers.kv_heads, numbers.head_size, longest)
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Raise ConfigError for rotary angles that depend on the text, an unknown activation, or what else of a
-    configuration the family's layers are not drawn with."""
+    """Raise ConfigError for rotary angles of an unknown kind, an unknown activation, or what else of a configuration
+    the family's layers are not drawn with."""
     blocks, numbers = _described(config)
     check_activation(numbers.activation)
-    changing = sorted(rope_types(config) - {*FIXED_ROTARY})
-    if changing:
-        raise ConfigError(f"model: rope_type {changing[0]!r} has no fixed table; valid: {', '.join(FIXED_ROTARY)}")
+    unknown = sorted(rope_types(config) - {*ROTARY})
+    if unknown:
+        raise ConfigError(f"model: rope_type {unknown[0]!r} has no table; valid: {', '.join(ROTARY)}")
     reason = blocks.refuses(config)
     if reason:
         raise ConfigError(
@@ -50,10 +50,10 @@ def decoder(graph: Graph, config: PreTrainedConfig, sliced: bool) -> None:
         name = f"{blocks.layers}.{layer}"
         read = stream.normed(name, blocks.before_attention)
         qkv = _queries_keys_values(graph, inputs, blocks, numbers, layer, read)
-        kernel = {"scale": numbers.attention_scale, "softcap": numbers.attention_cap}
         kind = numbers.rotary[layer]
         turned = None if kind is None else rotary[kind]
-        mixed = inputs.attend(qkv, layer, numbers.heads, turned, numbers.windows[layer], **kernel)
+        scores = (numbers.attention_scale, numbers.attention_cap)
+        mixed = inputs.attend(qkv, layer, numbers.heads, turned, numbers.windows[layer], *scores)
         back = stream.norm(graph.linear(mixed, f"{name}.{blocks.out}"), name, blocks.after_attention)
         if numbers.parallel:
             read = stream.normed(name, blocks.before_mlp)
@@ -142,6 +142,13 @@ def _inner(graph: Graph, blocks: Blocks, numbers: Numbers, name: str, x: str) ->
     gate, up = graph.ops([f"{name}.gate", f"{name}.up"], "Split", inner, axis=-1, num_outputs=2)
     product = graph.op("Mul", graph.activate(gate, numbers.activation), up)
     return graph.linear(product, f"{name}.{blocks.out_of_mlp}")
+
+
+def _unchanging(config: PreTrainedConfig) -> list[int]:
+    """Return the lengths up to which angles of a kind that depends on the text are what they are of a short one. That
+    of dynamic ones is the model's positions."""
+    kinds = [angles for angles in rotary_angles(config) if angles.get("rope_type") == "longrope"]
+    return [int(angles["original_max_position_embeddings"]) for angles in kinds]
 
 
 def _rotary(graph: Graph, config: PreTrainedConfig, cache: KeyValueShape, kind: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Models and tokenizers: folders, hub repositories pinned by commit, or packages that carry weights."""
+"""Models and tokenizers: folders, GGUF files, hub repositories pinned by commit, or packages that carry weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.config.data import Model, TrainBpe
 from pipeline.config.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import ADAPTER, refuse_other_folders
+from pipeline.models.gguf_file import ENDING, check_readable
 from pipeline.sources.content import ContentMemo, package_folder
 from pipeline.store.keys import KEY_DIGITS
 from pipeline.store.locations import scratch_dir, storage_uri
@@ -91,10 +92,13 @@ def _tokenizer_of(key: str, resources: Resources) -> ModelSource:
 
 
 def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ...] = MODEL_FILES) -> ModelSource:
-    """Return a folder on this machine, pinned. Raises ConfigError: no directory, no safetensors, not on the hub."""
+    """Return a folder on this machine, pinned. Raises ConfigError: no directory, no safetensors, a GGUF file that
+    transformers cannot read, not on the hub."""
     if source.startswith("python://"):
         return _packaged_model(source, knob, memo)
     folder = Path(source).expanduser()
+    if folder.is_file() or source.endswith(ENDING):
+        return _gguf_model(folder, knob, memo)
     if folder.is_dir():
         paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
         if patterns == MODEL_FILES:
@@ -107,6 +111,15 @@ def pin_model(source: str, knob: str, memo: ContentMemo, patterns: tuple[str, ..
     return _hub_model(source, knob, patterns)
 
 
+def _gguf_model(path: Path, knob: str, memo: ContentMemo) -> ModelSource:
+    if not path.is_file() or path.suffix != ENDING:
+        reason = "is a file, and no GGUF file by its name" if path.is_file() else "is not there"
+        raise ConfigError(f"{knob}: {path} {reason}. Valid: a directory, FILE.gguf on this machine, org/name@commit.")
+    check_readable(path, knob)
+    path = path.resolve()
+    return ModelSource(path.parent, {f"model{ENDING}": memo.sha256(path)}, gguf_file=path.name)
+
+
 def _packaged_model(source: str, knob: str, memo: ContentMemo) -> ModelSource:
     name = source.removeprefix("python://")
     if name not in PACKAGED_MODELS:
@@ -115,6 +128,7 @@ def _packaged_model(source: str, knob: str, memo: ContentMemo) -> ModelSource:
         )
     module, package, file = PACKAGED_MODELS[name]
     folder = package_folder(module, f"--no-deps {package}")
+    check_readable(folder / file, knob)
     return ModelSource(folder, {file: memo.sha256(folder / file)}, gguf_file=file)
 
 

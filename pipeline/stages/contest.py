@@ -168,7 +168,7 @@ def document_digests(task: Task, tokens: FinishedStep[Tokens], split: SplitName)
     for shard in tokens.record.splits[split].shards:
         for row, length in zip(*read_tokens(open_shard(tokens.dir, shard)), strict=True):
             if end is None:
-                yield hashlib.sha256(task.known_by(row, length).tobytes()).digest()
+                yield from (hashlib.sha256(ids.tobytes()).digest() for ids in task.documents_in(row, length))
                 continue
             start = 0
             for place in (row[:length] == end).nonzero()[0].tolist():

@@ -2,22 +2,28 @@
 
 `documents.json` holds the sums of next-token nats of each document of the test split, in its order: {"tokens": [...],
 "teacher": [...], "student": [...]}; where the task measures rows, `rows.json` has what it measured of each, by metric:
-{"teacher": {"accuracy": [...]}, "student": {...}}.
+{"teacher": {"accuracy": [...]}, "student": {...}}. `suites.json` has each of `evaluate.suites`: {"generated":
+{"split": "validation", "student": {metric: value}, "teacher": {...}, "tables": {"position": [{"band", "tokens", ...},
+...], ...}}, ...}; their metrics are beside the others of that split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.quant import Quant
-from pipeline.models.build import read_config
+from pipeline.models.build import load_model, read_config
+from pipeline.models.device import device_for
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
 from pipeline.stages.scorer import score_splits, scoring_recipe
-from pipeline.stages.stage import Stage, Step, StepJob, always
-from pipeline.store.records import Evaluation, SplitName, Student, Teacher, Tokens
+from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
+from pipeline.store.records import BothMetrics, Evaluation, SplitName, Student, Teacher, Tokens
+from pipeline.store.shards import Rows, drawn_shards, open_shard, read_tokens
+from pipeline.suites import generated, lm_eval_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +38,10 @@ def run(step: Step) -> Evaluation:
     scored_by = [digest, *(files[name].sha256 for name in sorted(files))]
     scored = score_splits(step, hashlib.sha256(" ".join(scored_by).encode()).hexdigest()[:16], student_of, SCORED)
     test, reference = scored.student["test"], scored.teacher["test"]
+    metrics: dict[str, BothMetrics] = {
+        split: {"teacher": scored.teacher[split].metrics(), "student": scored.student[split].metrics()}
+        for split in SCORED
+    }
     documents = {"tokens": test.tokens, "teacher": reference.nats, "student": test.nats}
     kept = {
         SAMPLES: step.dir.write(SAMPLES, scored.samples.encode()),
@@ -40,21 +50,55 @@ def run(step: Step) -> Evaluation:
     if test.of_rows:
         rows = {"teacher": reference.of_rows, "student": test.of_rows}
         kept[Evaluation.ROWS] = step.dir.write(Evaluation.ROWS, json.dumps(rows).encode())
+    if wanted := step.recipe.get("suites"):
+        gpus = step.resources.gpus_per_worker
+        suites = {name: step.engine.task(partial(measured, step.job, name), step.dir, gpus) for name in wanted}
+        kept[Evaluation.SUITES] = step.dir.write(Evaluation.SUITES, json.dumps(suites).encode())
+        for suite in suites.values():
+            for who, of_split in metrics[suite["split"]].items():
+                of_split |= suite[who]
     return Evaluation(
         **step.identity(),
         files=kept,
         protocol=f"{step.task.shape}: {step.recipe['protocol']}",
         digest=digest,
-        student=test.metrics(),
-        teacher=reference.metrics(),
-        validation={
-            "teacher": scored.teacher["validation"].metrics(),
-            "student": scored.student["validation"].metrics(),
-        },
+        student=metrics["test"]["student"],
+        teacher=metrics["test"]["teacher"],
+        validation=metrics["validation"],
     )
 
 
-STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), scoring_recipe, run, version=3, unit="parts")
+def recipe(run: PinnedRun) -> dict[str, Any]:
+    """Return how scores are taken, and of each suite what its numbers depend on. Raises ConfigError as `pinned`."""
+    suites = run.config.evaluate.suites
+    return scoring_recipe(run) | ({"suites": {name: pinned(name, run) for name in suites}} if suites else {})
+
+
+def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
+    """Return what a suite's numbers depend on. Raises ConfigError: a task of lm-eval that cannot be run here."""
+    if suite == generated.NAME:
+        return generated.recipe()
+    return lm_eval_tasks.recipe(suite.partition(":")[2], encoder_decoder=run.family.encoder_decoder)
+
+
+def measured(job: StepJob, suite: str) -> dict[str, Any]:
+    """Return what a suite measures of a job's student and teacher."""
+    device, tokens = device_for(job.resources), job.input(Tokens)
+    student = student_of(job).to(device).eval()
+    teacher = load_model(job.input(Teacher).folder()).to(device).eval()
+    if suite != generated.NAME:
+        models = {"student": student, "teacher": teacher}
+        return lm_eval_tasks.measure(suite.partition(":")[2], job.recipe["suites"][suite], models, tokens.folder())
+    rows = Rows(tokens.dir, tokens.record.splits[generated.SPLIT].shards)
+    ids, lengths, _ = rows.get(rows.drawn(generated.PROMPTS))
+    shards = drawn_shards(tokens.record.splits["train"].shards, generated.COUNTED_SHARDS)
+    read = (pair for shard in shards for pair in zip(*read_tokens(open_shard(tokens.dir, shard)), strict=True))
+    documents = (document for row, length in read for document in job.task.documents_in(row, length))
+    counts = generated.count_tokens(documents, int(teacher.config.vocab_size))
+    return generated.measure(student, teacher, job.task, job.task.batch(ids, lengths).references(), counts)
+
+
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")
 
 
 def student_of(job: StepJob) -> PreTrainedModel:

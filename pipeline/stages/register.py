@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pipeline.config.run import Gate
 from pipeline.errors import NotRegisteredError, RunError
-from pipeline.metrics import gap_nats
+from pipeline.metrics import bounded, gap_nats
 from pipeline.stages.stage import PinnedRun, Stage, Step, always
 from pipeline.store.keys import recipe_of
 from pipeline.store.locations import tracking_uri
@@ -59,7 +60,7 @@ def run(step: Step) -> ModelVersion:
     name, params = step.recipe["name"], step.locations["params"]
     if evaluation.record.digest != package.record.digest:
         raise RunError("What was scored is not what was packed: the digests differ. Nothing was registered.")
-    _pass(step.recipe["gate"]["max_perplexity_ratio"], evaluation.record, package.folder_uri)
+    _pass(Gate.model_validate(step.recipe["gate"]), evaluation.record, package.folder_uri)
     target = target_at(step.locations, step.dir.key, f"{name} {params['bits']}", None)
     metrics = _metrics(evaluation.record, package.record)
     advice = f"The package is kept at {package.folder_uri}; the same command registers it."
@@ -67,7 +68,8 @@ def run(step: Step) -> ModelVersion:
         client, logged = runs.connect(target.uri), runs.find_run(target)
         runs.log_run(client, logged, params, step.locations["recipe"], metrics, _curves(step))
         runs.log_figures(client, logged.info.run_id, _figures(step))
-        client.log_text(logged.info.run_id, evaluation.local("samples.txt").read_text(encoding="utf-8"), "samples.txt")
+        for file in (name for name in ("samples.txt", Evaluation.SUITES) if name in evaluation.record.files):
+            client.log_text(logged.info.run_id, evaluation.local(file).read_text(encoding="utf-8"), file)
         version, model_id = registry.register_package(
             client, logged, name, step.dir.key, package.folder(), _tags(step), metrics
         )
@@ -90,13 +92,20 @@ def target_at(locations: dict[str, Any], key: str, name: str, parent: str | None
     return runs.Target(locations["uri"], locations["experiment"], locations["artifacts"], key, name, parent)
 
 
-def _pass(limit: float | None, evaluation: Evaluation, uri: str) -> None:
-    ratio = math.exp(gap_nats(**evaluation.validation))
+def _pass(gate: Gate, evaluation: Evaluation, uri: str) -> None:
+    ratio, limit = math.exp(gap_nats(**evaluation.validation)), gate.max_perplexity_ratio
     if limit is not None and ratio > limit:
         raise NotRegisteredError(
             f"On validation the student's perplexity is {ratio:.3f} times the teacher's, above "
             f"register.gate.max_perplexity_ratio ({limit:g}). It was not registered; the package is kept at {uri}."
         )
+
+    for knob, metric, bound in gate.bounds:
+        kept, said = bounded(knob, metric, bound, evaluation.validation["student"])
+        if not kept:
+            raise NotRegisteredError(
+                f"The student fails register.gate.{knob}: {said}. It was not registered; the package is kept at {uri}."
+            )
 
 
 def _metrics(evaluation: Evaluation, package: Package) -> dict[str, float]:

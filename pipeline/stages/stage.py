@@ -13,8 +13,8 @@ from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import Engine
-from pipeline.models.build import read_config
-from pipeline.models.family import Family
+from pipeline.models.build import model_type_of, read_config
+from pipeline.models.family import Family, family_with
 from pipeline.provenance import provenance
 from pipeline.sources.files import SourceFile
 from pipeline.sources.models import ModelSource
@@ -68,11 +68,21 @@ class PinnedRun:
         recipe: dict[str, Any] = {
             "data": self._text_recipe(),
             "tokenizer": tokenizer.model_dump() if isinstance(tokenizer, TrainBpe) else {"content": pinned},
-            "task": recipe_of(self.config.task),
+            "task": {knob: v for knob, v in recipe_of(self.config.task).items() if knob != "packing"},
         }
+        if self.packed:
+            recipe["packed"] = True
         if self.family.encoder_decoder and self.model is not None:  # what a pretrained decoder reads first
             recipe["decoder_start"] = self.settings.decoder_start_token_id
         return recipe
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether documents share rows: a model of no family, or one that goes by the name of another, may have
+        more that leads from a token to the next than attention, which a mask keeps apart."""
+        source = self.config.model.source if self.model is None else self.model.folder
+        gguf_file = None if self.model is None else self.model.gguf_file
+        return self.config.task.packs and family_with("blocks", model_type_of(source, gguf_file)) is not None
 
     @cached_property
     def task(self) -> Task:

@@ -129,7 +129,7 @@ def run(step: Step) -> Tokens:
     """Make the tokenizer, then the rows of every part on a pool of actors."""
     task, work = task_of(step.recipe), split_parts(step.recipe, step.locations)
     record = step.dir.record(Tokens)  # there when a shard is repaired; the tokenizer is made once
-    files = record.files if record is not None else step.engine.task(partial(_make_tokenizer, step.job, work), step.dir)
+    files = record.files if record is not None else step.engine.task(partial(make_tokenizer, step.job, work), step.dir)
     collected = step.engine.task(partial(_collect, step.job, work), step.dir) if task.collects else {}
     lines = step.engine.shards(partial(TokenizePart, step.job, files, collected), work, step.advance, 0, step.dir)
     splits, sketches = {split: Split() for split in SPLITS}, {split: Sketch() for split in SPLITS}
@@ -195,7 +195,7 @@ def _split_documents(split: str, work: Sequence[SplitPart], recipe: dict[str, An
     return (document for part in work if part.split == split for document in documents_of(part, recipe))
 
 
-def _make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
+def make_tokenizer(job: StepJob, work: Sequence[SplitPart]) -> dict[str, StoredFile]:
     """Store the tokenizer, read from its folder or learned from the training split."""
     location = job.locations.get("tokenizer")
     if location is None:

@@ -208,6 +208,7 @@ class Evaluation(Record):
     stage: ClassVar[str] = "evaluate"
     DOCUMENTS: ClassVar[str] = "documents.json"  # of the test split: sums of each
     ROWS: ClassVar[str] = "rows.json"  # of the test split, where the task measures rows
+    SUITES: ClassVar[str] = "suites.json"  # of `evaluate.suites`, if any: numbers, tables, and the split of each
     protocol: str
     digest: str
     teacher: dict[str, float]

@@ -28,6 +28,7 @@ class Batch:
     distilled: Tensor  # bool (sequences, length)
     source_ids: Tensor | None = None  # (sequences, source length): what the encoder reads
     source_mask: Tensor | None = None  # int64, 1 where the source is not padding
+    positions: Tensor | None = None  # int64 (sequences, length): of each token in its document, where those are packed
     group: int = 1  # sequences of a row
     before: Batch | None = None  # the same as it was on the host
 
@@ -42,11 +43,10 @@ class Batch:
         return valid_tokens(self.lengths, self.ids.shape[1])
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """Return what the model is called with."""
-        if self.source_ids is None or self.source_mask is None:
-            return (self.ids,)
-        return self.ids, self.source_ids, self.source_mask
+    def inputs(self) -> tuple[Any, ...]:
+        """Return what the model is called with: ids, and where there are others, all four, of which some are None."""
+        given = self.ids, self.source_ids, self.source_mask, self.positions
+        return given[:1] if given[1:] == (None, None, None) else given
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; a GPU goes on while it is copied."""

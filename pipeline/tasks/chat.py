@@ -1,7 +1,8 @@
 """Chat: conversations as the tokenizer's own template writes them, learned and scored on what the assistant says.
 
-A row is one conversation: no token attends to another's, in any family. `mask` beside its tokens says which of them are
-the assistant's.
+A row packs conversations, whole, the next one into the first row of the last few that has room: positions begin anew
+with each, and no token attends to another's. Beside its tokens a row says of each whether it is learned, as the
+assistant's are, or begins a further conversation, whose first token nobody tells.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.data import TaskSettings
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
 from pipeline.tasks.batch import Batch
@@ -24,7 +27,9 @@ from pipeline.tasks.task import Encoded, Task
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedTokenizerBase
 
-PROTOCOL = "a conversation a row, as the chat template writes it; scored where the assistant speaks"
+PROTOCOL = "each conversation by itself, as the chat template writes it; scored where the assistant speaks"
+LEARNED, BEGINS = 1, 2  # beside a token
+OPEN_ROWS = 64  # the last ones, into which a conversation may still go
 GENERATION = "{% generation"  # in a template, where what the assistant says begins
 ASSISTANT = "assistant"
 SHARE_GPT = {"human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "system": "system"}
@@ -33,10 +38,16 @@ SHARE_GPT |= {"tool": "tool", "observation": "tool", "function_response": "tool"
 
 @dataclass(frozen=True)
 class Chat(Task):
-    """A row is a conversation of at most `block_length` tokens, of a longer one its beginning."""
+    """A row holds conversations of at most `block_length` tokens together, of a longer one its beginning; unless they
+    are `packed`, one."""
 
+    packed: bool = False
     document: ClassVar[str] = "conversation with a word of the assistant"
     objects: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> Chat:
+        return cls(TaskSettings.model_validate(recipe["task"]), recipe.get("packed", False))
 
     @property
     def protocol(self) -> str:
@@ -61,7 +72,7 @@ class Chat(Task):
     ) -> Encoded:
         width, text_bytes = self.settings.block_length, 0
         rows: list[NDArray[np.int32]] = []
-        lengths: list[tuple[int, int]] = []
+        lengths: list[list[int]] = []
         for document in documents:
             tools = _parsed(document[1]) if len(document) > 1 else None
             ids, mask = rendered(tokenizer, messages_of(document[0]), tools or None, self.settings.loss_on)
@@ -69,29 +80,48 @@ class Chat(Task):
             learned = [token for token, counts in zip(ids[1:], mask[1:], strict=True) if counts]  # none tells the first
             if learned:
                 text_bytes += len(tokenizer.decode(learned, skip_special_tokens=True).encode())
-                row = np.zeros(2 * width, np.int32)
-                row[: len(ids)], row[width : width + len(mask)] = ids, mask
-                rows.append(row)
-                lengths.append((len(ids), len(learned)))
+                place = self._place(lengths, len(ids))
+                if place == len(rows):
+                    rows.append(np.zeros(2 * width, np.int32))
+                    lengths.append([0, 0])
+                start = lengths[place][0]
+                rows[place][start : start + len(ids)] = ids
+                rows[place][width + start : width + start + len(mask)] = [BEGINS if start else mask[0], *mask[1:]]
+                lengths[place][0] += len(ids)
+                lengths[place][1] += len(learned)
         stored = np.array(rows, np.int32).reshape(-1, 2 * width)
         return stored, np.array(lengths, np.int32).reshape(-1, 2), text_bytes
+
+    def _place(self, lengths: list[list[int]], needed: int) -> int:
+        """Return the row that a conversation goes into: the first of the last few with so much room, else a new one."""
+        first = max(0, len(lengths) - OPEN_ROWS) if self.packed else len(lengths)
+        room = (row for row in range(first, len(lengths)) if lengths[row][0] + needed <= self.settings.block_length)
+        return next(room, len(lengths))
 
     def tokens(self, lengths: NDArray[np.int32]) -> int:
         return int(lengths[:, 0].sum())
 
-    def known_by(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-        return row[: int(lengths[0])]
+    def documents_in(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+        return np.split(row[: int(lengths[0])], np.flatnonzero(row[self.settings.block_length :] == BEGINS))
 
     def batch(self, ids: Tensor, lengths: Tensor) -> Batch:
         width = self.settings.block_length
-        valid, supervised = valid_tokens(lengths[:, 0], width), ids[:, width + 1 :].bool()
+        valid, supervised = valid_tokens(lengths[:, 0], width), ids[:, width + 1 :] == LEARNED
         distilled = valid.new_zeros(valid.shape)
         distilled[:, :-1] = supervised  # a teacher's distribution is that of the token that follows
-        return Batch(ids[:, :width], lengths[:, 0], ids[:, 1:width], supervised, distilled)
+        positions = positions_of(ids[:, width:] == BEGINS, valid) if self.packed else None
+        return Batch(ids[:, :width], lengths[:, 0], ids[:, 1:width], supervised, distilled, positions=positions)
 
     def counts(self, lengths: Tensor) -> dict[str, int]:
         learned = int(lengths[:, 1].sum())
         return {NEXT_TOKEN: learned, DISTILLATION: learned, CONTRAST: int(lengths[:, 0].sum())}
+
+
+def positions_of(begins: Tensor, valid: Tensor) -> Tensor:
+    """Return the position of each token in its document, int64, from where further ones begin in rows (rows, length);
+    that of padding is 0."""
+    places = torch.arange(begins.shape[1], device=begins.device).expand(begins.shape)
+    return (places - (places * begins).cummax(1).values) * valid
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, knob: str, tools: list[Any] | None = None) -> str:

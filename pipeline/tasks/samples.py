@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.models.build import decoding
 from pipeline.store.shards import Rows
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.task import Task
@@ -30,7 +31,8 @@ def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
         prompt, more = _prompt(batch, row)
         settings.update(max_new_tokens=more)
         start = {} if batch.source_ids is None else {"decoder_input_ids": batch.ids[row : row + 1, :1]}
-        written = model.generate(prompt, generation_config=settings, **start)[0, 1 if start else prompt.shape[1] :]
+        given = {**start, **decoding(model), "generation_config": settings}
+        written = model.generate(prompt, **given)[0, 1 if start else prompt.shape[1] :]
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (prompt[0], written)]
         parts.append(f"--- prompt\n{texts[0]}\n--- student\n{texts[1]}\n")
     return "\n".join(parts)
@@ -41,4 +43,6 @@ def _prompt(batch: Batch, row: int) -> tuple[torch.Tensor, int]:
     if batch.source_ids is not None and batch.source_mask is not None:
         return batch.source_ids[row : row + 1, : int(batch.source_mask[row].sum())], batch.ids.shape[1] - 1
     length = min(LONGEST, int(batch.lengths[row]))
+    if batch.positions is not None:  # of the first document alone
+        length = min([length, *((batch.positions[row, 1:] == 0).nonzero().flatten() + 1).tolist()])
     return batch.ids[row : row + 1, : max(1, length // 2)], max(1, length - length // 2)

@@ -111,9 +111,12 @@ class Documents:
 
 def documents_of(batch: Batch, end_of_text: int | None) -> Documents:
     """Tell the documents of rows (references, length) apart: a document ends with the token `end_of_text`, which
-    belongs to it, and goes on from one row into the next; None: each row is one."""
+    belongs to it, and goes on from one row into the next; None: each row is one, or several that it packs."""
     first = batch.references()
     rows, targets = first.targets.shape
+    if first.positions is not None:
+        begun = ((first.positions == 0) & first.valid).flatten().cumsum(0).view_as(first.ids)
+        return Documents(begun[:, -targets:] - 1, int(begun[-1, -1]), False)
     if end_of_text is None:
         return Documents(torch.arange(rows).unsqueeze(1).expand(rows, targets), rows, False)
     ends = (first.ids == end_of_text) & first.valid

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.config.data import Evaluate, TaskSettings
 from pipeline.distill.losses import valid_tokens
 from pipeline.errors import ConfigError
+from pipeline.models.build import decoding
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.losses import CONTRAST, DISTILLATION, NEXT_TOKEN
 from pipeline.tasks.scoring import Scores, score_tokens
@@ -202,13 +203,13 @@ def summaries(
         length_penalty=1.0,
         no_repeat_ngram_size=3,
         max_new_tokens=length - 1,
-        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         decoder_start_token_id=config.decoder_start_token_id if start is None else start,
     )
     own, model.generation_config = model.generation_config, settings  # which would fill what is not said here
     try:
         source = {"input_ids": source_ids[:, :longest], "attention_mask": source_mask[:, :longest]}
-        ids: Tensor = model.generate(**source, generation_config=settings)
+        ids: Tensor = model.generate(**source, **decoding(model), generation_config=settings)
     finally:
         model.generation_config = own
     return ids

@@ -165,6 +165,10 @@ class Task(ABC):
         time."""
         return row[: int(lengths)]
 
+    def documents_in(self, row: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+        """Return what each document of such a row is known by, in the order in which scores have them."""
+        return [self.known_by(row, lengths)]
+
     def passes(self, rows: Iterable[tuple[Tensor, Tensor]]) -> Iterable[Batch]:
         """Return the batches that a model scores at once, from rows of ids and lengths."""
         return starmap(self.batch, rows)

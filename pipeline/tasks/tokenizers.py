@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
+from pipeline.models.gguf_file import alone
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedTokenizerBase
@@ -19,17 +20,17 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder. Raises ConfigError if there is none."""
+    """Return the tokenizer of a folder, or of a GGUF file in it. Raises ConfigError if there is none."""
     from transformers import AutoTokenizer
 
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, **extra
-        )
+        with alone(folder, gguf_file) as (source, kind):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=False, local_files_only=True, **kind
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
-            f"model.tokenizer: {folder} holds no tokenizer that transformers can read: {error}"
+            f"model.tokenizer: {folder / (gguf_file or '')} holds no tokenizer that transformers can read: {error}"
         ) from error
     return tokenizer
 

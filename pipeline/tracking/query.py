@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError
-from pipeline.metrics import METRICS, larger_is_better, measure_of
+from pipeline.metrics import METRICS, larger_is_better, measure_of, metric_of
 
 MIB = 2**20
 VALIDATION = "validation_"  # before the name of a metric of that split, in MLflow
@@ -15,7 +15,7 @@ VALIDATION = "validation_"  # before the name of a metric of that split, in MLfl
 
 def of_text(name: str) -> bool:
     """Tell whether a metric differs between the splits, so that validation's is looked at."""
-    metric = METRICS.get(name.removeprefix("teacher_"))
+    metric = metric_of(name.removeprefix("teacher_"))
     return metric is not None and metric.of_text
 
 
@@ -49,7 +49,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Query:
-    """The constraints of a lookup; what is None does not matter."""
+    """The constraints of a lookup; what is None does not matter. `at_least` and `at_most` bound any metric by name."""
 
     name: str | None = None
     task: str | None = None
@@ -60,6 +60,8 @@ class Query:
     max_perplexity: float | None = None
     min_accuracy: float | None = None
     min_rouge_l: float | None = None
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most: Mapping[str, float] = field(default_factory=dict)
 
     def limits(self) -> list[Bound]:
         """Return the bounds that are asked for."""
@@ -69,12 +71,14 @@ class Query:
             ("min_accuracy", "accuracy", self.min_accuracy, 1.0),
             ("min_rouge_l", "rougeL", self.min_rouge_l, 1.0),
         ]
-        return [Bound(k, m, b, not larger_is_better(m), scale) for k, m, b, scale in bounds if b is not None]
+        named = [Bound(k, m, b, not larger_is_better(m), scale) for k, m, b, scale in bounds if b is not None]
+        named += [Bound(f"at_least {metric}", metric, bound, False) for metric, bound in self.at_least.items()]
+        return named + [Bound(f"at_most {metric}", metric, bound, True) for metric, bound in self.at_most.items()]
 
     @property
     def measure(self) -> str:
         """Return what "best" means unless it is said: the task's own measure, else perplexity."""
-        of_tasks = (limit.metric for limit in self.limits() if METRICS[limit.metric].task)
+        of_tasks = (limit.metric for limit in self.limits() if limit.metric in METRICS and METRICS[limit.metric].task)
         return next(of_tasks, measure_of(self.task or ""))
 
 

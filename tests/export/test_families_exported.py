@@ -11,7 +11,7 @@ from pipeline.export import compressed_tensors, gguf
 from pipeline.models.build import read_config
 from pipeline.models.family import families
 from pipeline.tasks.tokenizers import train_bpe
-from tests.family_models import DECODERS, IN_LLAMA_CPP
+from tests.family_models import ANGLES, DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP
 from tests.packages import package, packed_logits, signed
 
 IDS = np.random.default_rng(0).integers(3, 300, 20).tolist()
@@ -28,6 +28,21 @@ def test_a_family_is_the_same_in_llama_cpp(name, tmp_path):
     wanted = torch.tensor(packed_logits(folder, IDS, activations=32)).log_softmax(-1).numpy()
     assert wanted.std() > 0.2
     assert np.abs(wanted - gguf.open_logits(tmp_path, 1)(IDS)).max() < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3"])
+def test_rotary_angles_that_are_plain_ones_divided_are_the_same_in_llama_cpp(kind, tmp_path):
+    angles = {"rope_type": kind, "rope_theta": 100.0, **ANGLES[kind]}
+    source = {"architecture": "llama", "vocab_size": 300, **DECODERS["llama"], "rope_parameters": angles}
+    folder = package(tmp_path / "package", source)
+    train_bpe(["some words of a text"], 300).save_pretrained(folder)
+    signed(folder)
+    gguf.write(folder, tmp_path, widened=True)
+    wanted = torch.tensor(packed_logits(folder, IDS, activations=32)).log_softmax(-1).numpy()
+    assert np.abs(wanted - gguf.open_logits(tmp_path, 1)(IDS)).max() < 5e-3
+    plain = {**source, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    other = torch.tensor(packed_logits(package(tmp_path / "plain", plain), IDS, activations=32)).log_softmax(-1)
+    assert (np.abs(wanted - other.numpy()).max() > 0.05) == (kind != "dynamic")
 
 
 @pytest.mark.parametrize("name", [name for name, family in families().items() if family.compressed_tensors])
@@ -63,11 +78,18 @@ def test_a_family_is_the_same_in_compressed_tensors(name, tmp_path):
         ),
         ("gpt_neox", {**DECODERS["gpt_neox"], "hidden_act": "relu"}, "gelu, not the activation 'relu'"),
         ("opt", DECODERS["opt"], "not opt: llama.cpp has no such architecture.* Valid for it: onnx, transformers"),
+        ("t5", ENCODER_DECODERS["t5"], "not t5: .*none with an encoder. Valid for it: onnx, transformers"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, message):
     with pytest.raises(ConfigError, match=message):
         gguf.check(read_config({"architecture": name, "vocab_size": 300, **fields}))
+
+
+def test_what_vllm_does_not_read_packed_is_refused():
+    config = read_config({"architecture": "t5", "vocab_size": 300, **ENCODER_DECODERS["t5"]})
+    with pytest.raises(ConfigError, match=r"not t5, whose layers vLLM does not read .* Valid for it: onnx"):
+        compressed_tensors.check(config)
 
 
 def test_angles_of_windowed_layers_other_than_llama_cpps_are_refused():

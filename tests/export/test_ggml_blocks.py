@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
+from pipeline.quant.granularity import GROUP_SIZES
 from pipeline.quant.spec import grid
 
 CASES = [
@@ -23,16 +24,32 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("levels", "bits", "columns", "expected"), CASES)
-def test_every_level_comes_back_with_the_scale_in_fp16(levels, bits, columns, expected):
-    random, kind = np.random.default_rng(bits), grid(levels, bits)
+GROUPED = [
+    ("symmetric", 2, 512, "Q4_0"),
+    ("full", 2, 256, "Q4_0"),
+    ("midpoint", 2, 768, "Q4_0"),
+    ("symmetric", 4, 256, "Q4_0"),
+    ("full", 4, 384, "Q4_0"),
+    ("midpoint", 4, 512, "Q8_0"),
+    ("symmetric", 8, 256, "Q8_0"),
+    ("full", 8, 256, "Q8_0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "columns", "expected", "size"),
+    [(*case, 0) for case in CASES] + [(*case, size) for case in GROUPED for size in GROUP_SIZES],
+)
+def test_every_level_comes_back_with_the_scale_in_fp16(levels, bits, columns, expected, size):
+    random, kind, groups = np.random.default_rng(bits), grid(levels, bits), columns // size if size else 1
     codes = random.integers(kind.low, kind.high + 1, (7, columns)).astype(np.int8)
     codes[0, :2] = kind.low, kind.high
-    scale = random.uniform(1e-3, 0.3, (7, 1)).astype(np.float32)
+    scale = random.uniform(1e-3, 0.3, (7, groups)).astype(np.float32)
     scale[-1] = 0.0
     name, packed = pack_blocks(codes, scale, kind, bits)
     assert name == expected
     found = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+    scale = scale.repeat(columns // groups, axis=1)
     numbers = (2 if kind.shift else 1) * codes.astype(np.float64) + (1 if kind.shift else 0)
     stored = (scale / 2 if kind.shift else scale).astype(np.float16).astype(np.float64)
     np.testing.assert_array_equal(found, (numbers * stored).astype(np.float32))
@@ -49,6 +66,7 @@ def test_every_level_comes_back_with_the_scale_in_fp16(levels, bits, columns, ex
     ],
 )
 def test_what_no_block_holds_is_said(levels, bits, columns, scale, message):
-    codes = np.zeros((2, columns), np.int8)
-    with pytest.raises(NoBlockError, match=message):
-        pack_blocks(codes, np.full((2, 1), scale, np.float32), grid(levels, bits), bits)
+    codes, groups = np.zeros((2, columns), np.int8), max(1, columns // 32)
+    for scales in (np.full((2, 1), scale, np.float32), np.full((2, groups), scale, np.float32)):
+        with pytest.raises(NoBlockError, match=message):
+            pack_blocks(codes, scales, grid(levels, bits), bits)

@@ -1,6 +1,7 @@
 """GGUF files in llama.cpp: the same text in tokens, the same tensors, the same next tokens."""
 
 import json
+import re
 import subprocess
 import sys
 import urllib.request
@@ -25,10 +26,12 @@ from pipeline.models.family import family_named
 from pipeline.models.student import make_student
 from pipeline.package.package import load, read_package, write_package
 from pipeline.quant.frozen import FrozenTensors, freeze
+from pipeline.tasks.tokenizers import train_bpe
 from tests.conftest import ROOT
+from tests.packages import NO_METRICS, WIDE, package, packed_logits, signed, with_scale
 
 PROBE = "The 3 dogs didn't bark at Ünal's café, did they?  No\n\n  -- 1234 times: <|endoftext|> done \t日本."
-FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": NO_METRICS}
 
 
 def types_of(out):
@@ -43,7 +46,7 @@ def tokenize(file, text):
         return json.load(answer)["tokens"]
 
 
-@pytest.mark.parametrize(("family", "block"), [("gpt2", "TQ2_0"), ("llama", "Q2_K")])
+@pytest.mark.parametrize(("family", "block"), [("gpt2", "TQ2_0"), ("llama", "Q2_K"), ("llama in groups", "Q4_0")])
 def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_path):
     """Tensors to the scale's rounding; distributions over 20 texts, activations in fp32 and as llama.cpp has them."""
     package, out = trained(family), tmp_path / "out"
@@ -59,7 +62,7 @@ def test_a_trained_model_is_the_same_in_llama_cpp(trained, family, block, tmp_pa
     assert json.loads((out / "verdict.json").read_text())["digest"] == frozen.digest()
     kinds = types_of(out)
     assert {kinds[name] for name in kinds if name.startswith("blk") and kinds[name] != "F32"} == {block}
-    assert kinds["token_embd.weight"] == block
+    assert kinds["token_embd.weight"] == ("Q2_K" if family == "llama in groups" else block)
     assert tokenize(out / "model.gguf", PROBE) == AutoTokenizer.from_pretrained(package)(PROBE).input_ids
 
 
@@ -138,6 +141,43 @@ def test_every_grid_runs_in_rows_of_any_length(trained, tmp_path, bits, quantize
     ids = list(range(20, 60))
     ours = torch.log_softmax(load(package)(torch.tensor([ids])).logits[0], -1).numpy()
     assert np.abs(ours - exporter.open_logits(out, 1)(ids)).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("size", "quant", "block"),
+    [
+        (32, {"bits": "4-4-8", "quantizer": "lsq", "scale_dtype": "float16"}, "Q4_0"),
+        (64, {"bits": "2-2-8", "quantizer": "quantgpt"}, "Q4_0"),
+        (128, {"bits": "4-4-8", "quantizer": "seq"}, "Q8_0"),
+    ],
+    ids=str,
+)
+def test_a_scale_a_group_is_the_same_in_llama_cpp(tmp_path, size, quant, block):
+    """Also of rows that are put in another order; of a matrix whose row is one group there is one scale a row."""
+    source = {**WIDE["llama"], "hidden_size": 256, "intermediate_size": 128}
+    folder = package(tmp_path / "package", source, granularity={"per_group": size}, **quant)
+    train_bpe(["some words of a text"], 300).save_pretrained(folder)
+    signed(folder)
+    assert exporter.write(folder, tmp_path) == []
+    kinds = types_of(tmp_path)
+    assert {kinds[name] for name in kinds if re.fullmatch(r"blk.*(attn_[qkvo]|gate|up).*t", name)} >= {block}
+    assert exporter.read_back(folder, tmp_path)[0] < 2**-10
+    ids = list(range(20, 60))
+    wanted = torch.tensor(packed_logits(folder, ids, activations=32)).log_softmax(-1).numpy()
+    found = exporter.open_in_fp32(folder, tmp_path, 1)(ids)
+    assert wanted.std() > 0.2
+    assert np.abs(found - wanted).max() < 0.02
+
+
+def test_of_a_group_whose_scale_fp16_does_not_hold_the_matrix_is_not_held_as_codes(tmp_path):
+    """It is written in floating point with its bytes named, and reads back as near."""
+    name = "model.layers.0.mlp.up_proj"
+    folder = with_scale(package(tmp_path / "package", WIDE["llama"], granularity={"per_group": 32}), name, 1e-9)
+    train_bpe(["some words of a text"], 300).save_pretrained(folder)
+    signed(folder)
+    (note,) = exporter.write(folder, tmp_path)
+    assert note == f"{name}: Q4_0 has scales of fp16, which does not hold 1e-09, so its 256 rows are F32, 131,072 bytes"
+    assert exporter.read_back(folder, tmp_path)[0] < 2**-10
 
 
 @pytest.fixture
@@ -234,7 +274,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
         ({"architecture": "gpt2", "activation_function": "relu"}, "computes gelu_new, not the activation 'relu'"),
         ({"architecture": "llama", "mlp_bias": True}, "with mlp_bias False, not True"),
         (
-            {"architecture": "llama", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"architecture": "qwen3", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "plain rotary",
         ),
     ):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from jobs.export import export
 from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
+from pipeline.errors import UnfitExportError
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
@@ -22,8 +23,9 @@ from pipeline.models.student import make_student
 from pipeline.package.package import load, load_in_fp32, read_package, write_package
 from pipeline.quant.frozen import freeze
 from tests.conftest import ARCHITECTURES
+from tests.packages import NO_METRICS, WIDE, package, packed_logits, with_scale
 
-FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": NO_METRICS}
 PLAIN = """
 import sys, numpy, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +50,7 @@ def exact(package):
         ("llama", "transformers"),
         ("llama in groups", "transformers"),
         ("llama", "compressed-tensors"),
+        ("llama in groups", "compressed-tensors"),
     ],
 )
 def test_an_export_loads_in_plain_transformers_without_our_code(trained, tmp_path, family, name):
@@ -68,7 +71,13 @@ def test_compressed_tensors_hold_whole_numbers_and_say_how_to_serve_them(trained
     )
     scheme = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert scheme["format"] == "pack-quantized"
-    assert scheme["config_groups"]["group_4"]["weights"]["num_bits"] == 4
+    assert scheme["config_groups"]["group_0"]["weights"] == {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "channel",
+    }
     with safe_open(tmp_path / "model.safetensors", "pt") as stored:
         packed = stored.get_slice("model.layers.0.mlp.up_proj.weight_packed")
         assert packed.get_shape() == [256, 256 * 4 // 32]
@@ -93,6 +102,41 @@ def test_each_grid_takes_the_width_that_holds_its_levels(trained, tmp_path, bits
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == widths
     assert compressed_tensors.read_back(package, out)[0] <= 2**-10
+
+
+@pytest.mark.parametrize(("size", "of_values"), [(32, 8), (64, 32), (128, 8)])
+def test_compressed_tensors_hold_a_scale_a_group(tmp_path, size, of_values):
+    """Of two widths, or with a matrix that is not quantized; a row of 128 is one group of 128."""
+    out = tmp_path / "out"
+    out.mkdir()
+    quant = {"granularity": {"per_group": size}, "quantizer": "lsq", "overrides": {r".*\.v_proj": of_values}}
+    folder = package(tmp_path / "package", WIDE["llama"], **quant)
+    compressed_tensors.write(folder, out)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    found = {(g["weights"]["num_bits"], g["weights"]["strategy"], g["weights"].get("group_size")) for g in told}
+    assert (
+        found
+        == {
+            32: {(4, "group", 32), (8, "group", 32)},
+            64: {(4, "group", 64)},
+            128: {(4, "group", 128), (8, "group", 128)},
+        }[size]
+    )
+    with safe_open(out / "model.safetensors", "pt") as stored:
+        scale = stored.get_slice("model.layers.0.mlp.down_proj.weight_scale")
+        assert scale.get_shape() == [128, 256 // size]
+    assert compressed_tensors.read_back(folder, out)[0] <= 2**-10
+    ids = list(range(20, 60))
+    wanted = packed_logits(folder, ids, activations=32)
+    assert wanted.std() > 0.3
+    assert np.abs(wanted - compressed_tensors.open_logits(out, 1)(ids)).max() < 0.02
+
+
+def test_compressed_tensors_refuse_a_scale_that_fp16_does_not_hold(tmp_path):
+    folder = package(tmp_path / "package", WIDE["llama"], granularity={"per_group": 64})
+    folder = with_scale(folder, "model.layers.1.mlp.up_proj", 1e-9)
+    with pytest.raises(UnfitExportError, match=r"layers\.1\.mlp\.up_proj has scales of fp16.* not hold 1e-09.*: onnx"):
+        compressed_tensors.write(folder, tmp_path)
 
 
 def test_bart_goes_to_plain_transformers_too(tmp_path):

@@ -171,14 +171,6 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, che
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "link"]
 
 
-@pytest.mark.parametrize("name", ["gguf", "compressed-tensors"])
-def test_formats_of_one_scale_a_row_refuse_scales_of_groups(trained, tmp_path, name):
-    package = trained("llama in groups")
-    with pytest.raises(ConfigError, match=rf"--format {name} .* per_group 32\. Valid for it: onnx, transformers\."):
-        export(str(package), name, tmp_path / "out", None, 1, Resources(), Console(quiet=True))
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_text_may_be_the_probe_and_a_short_one_is_refused(trained, corpus, tmp_path):
     done = bitmill(
         "export", trained("gpt2"), "--format", "transformers", "--out", tmp_path / "a", "--data", corpus, "--json"

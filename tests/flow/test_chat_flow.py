@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from jobs.compress import plan_document
 from jobs.generate import Request, generate
 from pipeline.errors import ConfigError
+from pipeline.flow.capacity import estimate
+from pipeline.flow.plan import plan_run
 from pipeline.store.records import Evaluation, Package, Tokens
 from pipeline.store.shards import Rows
 from pipeline.tasks.tokenizers import save_tokenizer
@@ -56,6 +59,13 @@ def test_a_model_of_conversations_goes_through_the_line(tokenizer, tmp_path, tin
     assert 1 < scores.teacher["perplexity"] < 100
     assert 1 < scores.student["perplexity"] < 400
     assert math.isfinite(scores.student["kl_nats"])
+    tokens = ran.outcome.finished(Tokens).record
+    documents = ran.outcome.finished(Evaluation).read_json(Evaluation.DOCUMENTS)
+    assert len(documents["tokens"]) == tokens.splits["test"].documents > tokens.splits["test"].rows
+    assert tokens.splits["train"].rows < tokens.splits["train"].documents / 2
+    document = plan_document(again := plan_run(ran.plan.config, "pack"), estimate(again))
+    assert document["fill"] == tokens.splits["train"].tokens / (96 * tokens.splits["train"].rows)
+    assert document["fill"] > 0.7
     package = Path(ran.plan.step(Package).dir.uri, "1", Package.FOLDER)
     said = []
     request = Request("hello", 5, 0.0, 0, chat=True)
@@ -87,6 +97,24 @@ def test_conversations_are_the_same_in_every_format(tokenizer, tmp_path, tiny_co
         == made("c.parquet", "messages", "test")
         == made("d.csv", "messages", "test")
     )
-    assert len(made("b.json", "conversations", "train")) > 20
+    assert sum(map(len, made("b.json", "conversations", "train"))) > 0
     with pytest.raises(ConfigError, match=r"no column 'messages'; valid: conversations\. Set data\.text_column"):
         made("b.json", "messages", "test")
+
+
+def test_a_model_of_no_family_has_a_conversation_a_row(tokenizer, tmp_path, tiny_config):
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks(0, 60)))
+    fields = fields_of(tokenizer, {"source": str(tmp_path / "talks.jsonl"), "holdout": 0.2})
+
+    def planned(architecture, **task):
+        source = {**ARCHITECTURES["gpt2"], "n_positions": 96, "architecture": architecture}
+        model = {"source": source, "tokenizer": tokenizer}
+        return plan_run(tiny_config(tmp_path, **fields | {"model": model, "task": fields["task"] | task}))
+
+    plan = planned("gpt_bigcode")
+    assert not plan.pinned.packed
+    assert any(w.startswith("task.packing: no family knows a gpt_bigcode model") for w in plan.warnings)
+    alone, together = planned("gpt2", packing=False), planned("gpt2")
+    assert (alone.pinned.packed, together.pinned.packed) == (False, True)
+    assert alone.warnings == together.warnings == []
+    assert together.step(Tokens).recipe == {**alone.step(Tokens).recipe, "packed": True}

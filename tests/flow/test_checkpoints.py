@@ -9,18 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from jobs.generate import Request, generate
+from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import RunPlan, plan_run
 from pipeline.models import values
 from pipeline.models.build import build, load_model, read_config
+from pipeline.runtime import Runtime
 from pipeline.tasks.tokenizers import train_bpe
 from tests.conftest import ARCHITECTURES, Ran
+from tests.packages import packed_logits
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, Tensor]
@@ -330,3 +338,53 @@ def test_a_model_that_does_not_work_under_the_name_of_another_family_is_refused(
     message = r"family is llama, and a gemma2 model does not work under that name: .*meta tensors\. Valid .* auto, bart"
     with pytest.raises(ConfigError, match=message):
         plan(folder, family="llama")
+
+
+def _sentencepiece(text: str) -> PreTrainedTokenizerFast:
+    """Pieces with ▁ and bytes for what they do not know, as Llama 2 has them: a begin and an end, and no padding."""
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *fallback]
+    words.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _endless(text: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=train_bpe([text], 300).backend_tokenizer)
+
+
+def _with_added(text: str) -> PreTrainedTokenizerBase:
+    words = train_bpe([text], 300)
+    words.add_tokens(["<tool>", text.split()[0]])
+    return words
+
+
+@pytest.mark.parametrize("made", [_sentencepiece, _endless, _with_added])
+def test_tokenizers_of_any_kind_beside_a_padded_vocabulary_go_through_the_whole_line(
+    corpus: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Config],
+    run_flow: Callable[..., Ran],
+    made: Callable[[str], PreTrainedTokenizerBase],
+) -> None:
+    """With heads of their own size, fewer of keys than of queries, fp16 in shards, and a table of whole 64 rows."""
+    words = made(corpus.read_text())
+    rows = -(-len(words) // 64) * 64
+    source = {**ARCHITECTURES["llama"], "head_dim": 16, "eos_token_id": words.eos_token_id}
+    build(read_config(source, vocab_size=rows), 0).half().save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    words.save_pretrained(tmp_path / "model")
+    few = {"steps": 2, "batch_size": 4, "eval_every": 2}
+    model = {"source": str(tmp_path / "model"), "tokenizer": None}
+    ran = run_flow(tiny_config(tmp_path, model=model, finetune=None, distill=few), until="pack")
+    assert 1 < ran.record("evaluate").student["perplexity"] < 2 * rows
+    text = f"{words.decode([260, 280, len(words) - 1])} Ünal <tool>"
+    ids = words(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(ran.package)(text)["input_ids"] == ids
+    logits = Runtime(ran.package, activations=32).logits(ids)
+    assert logits.shape == (len(ids), rows)
+    assert np.abs(logits - packed_logits(ran.package, ids, activations=32)).max() < 1e-4
+    written = generate(str(ran.package), Request(text, 4, 0.0, 0), Resources(), Console(quiet=True), lambda piece: None)
+    assert 0 < written["tokens"] <= 4

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ import pipeline.plugin
 from jobs.generate import Request, generate
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
-from tests.conftest import Ran
-from tests.family_models import DECODERS, ENCODER_DECODERS
+from pipeline.models.family import family_named
+from tests.conftest import ROOT, Ran
+from tests.family_models import DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP
 
 IDS = torch.arange(5, 25)[None]
 STEPS = {"steps": 3, "batch_size": 4, "eval_every": 3}
@@ -63,6 +67,15 @@ def summed_up(corpus: Path, together: Path) -> Path:
     return together / "rows.jsonl"
 
 
+def summarizing(rows: Path) -> dict[str, Any]:
+    """The sections of a run that sums up."""
+    return {
+        "data": {"source": str(rows), "holdout": 0.1},
+        "task": {"name": "summarization", "block_length": 512, "source_length": 40, "target_length": 12},
+        "evaluate": {"beams": 1, "generated_rows": 2},
+    }
+
+
 @pytest.mark.parametrize("name", sorted(ENCODER_DECODERS.keys() - {"bart"}))
 def test_a_family_with_an_encoder_goes_through_the_whole_line(
     name: str,
@@ -72,15 +85,8 @@ def test_a_family_with_an_encoder_goes_through_the_whole_line(
     run_flow: Callable[..., Ran],
 ) -> None:
     source = {"architecture": name, **ENCODER_DECODERS[name]}
-    config = tiny_config(
-        together,
-        model={"source": source, "tokenizer": {"train_bpe": 300}},
-        data={"source": str(summed_up), "holdout": 0.1},
-        task={"name": "summarization", "block_length": 512, "source_length": 40, "target_length": 12},
-        finetune=STEPS,
-        distill=STEPS,
-        evaluate={"beams": 1, "generated_rows": 2},
-    )
+    model = {"source": source, "tokenizer": {"train_bpe": 300}}
+    config = tiny_config(together, model=model, finetune=STEPS, distill=STEPS, **summarizing(summed_up))
     ran = run_flow(config, until="pack")
     assert ran.record("finetune").family == name
     assert 0 < ran.record("evaluate").student["kl_nats"] < math.inf
@@ -91,3 +97,27 @@ def test_a_family_with_an_encoder_goes_through_the_whole_line(
         assert torch.equal(logits, taught(IDS, decoder_input_ids=IDS[:, :7]).logits)
     written = generate(str(ran.package), Request("ba", 4, 0.0, 0), Resources(), Console(quiet=True), lambda piece: None)
     assert 0 < written["tokens"] <= 4
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", sorted({*DECODERS, *ENCODER_DECODERS}))
+def test_the_commands_bring_a_family_from_text_to_every_export(
+    name: str, summed_up: Path, tmp_path: Path, tiny_fields: Callable[..., dict[str, Any]]
+) -> None:
+    source = {"architecture": name, **(IN_LLAMA_CPP | ENCODER_DECODERS).get(name, DECODERS.get(name, {}))}
+    task = summarizing(summed_up) if name in ENCODER_DECODERS else {}
+    fields = tiny_fields(tmp_path, model={"source": source, "tokenizer": {"train_bpe": 300}}, **task)
+    (tmp_path / "run.yaml").write_text(json.dumps(fields))
+
+    def bitmill(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "jobs.cli", *arguments, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+    compressed = bitmill("compress", str(tmp_path / "run.yaml"))
+    assert compressed["model_version"]["version"] == 1
+    for kind in family_named(name).formats:
+        bitmill("export", compressed["package_uri"], "--format", kind, "--out", str(tmp_path / kind))
+        assert any((tmp_path / kind).iterdir())

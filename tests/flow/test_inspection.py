@@ -55,6 +55,7 @@ def test_matrices_sizes_and_runtimes_are_told(inspect: Inspect, folder: Path) ->
     for bits in (2, 4, 8):
         assert weights * bits / 8 < told["packed_bytes"][f"{bits}-{bits}-8"] < weights * bits / 8 + 12_000
     assert told["takes"] == dict.fromkeys(("packed runtime", "transformers", "onnx", "gguf", "compressed-tensors"), "")
+    assert told["groups"] == []  # rows of 48
     assert told["unusual"] == ["20 of the vocabulary's 320 rows are padding: the tokenizer has 300 tokens."]
 
 
@@ -107,4 +108,5 @@ def test_people_read_a_table_and_nothing_is_started(folder: Path, tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=Path.cwd())
     assert "model.layers.*.self_attn.q_proj" in done.stdout, done.stderr
     assert "gguf: yes" in done.stdout
+    assert "per_group, wherever it is taken: none, for the rows of all are no whole groups" in done.stdout
     assert done.stdout.rstrip().endswith("0 []")

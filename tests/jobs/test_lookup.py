@@ -43,6 +43,18 @@ def test_the_document_says_what_was_measured(lookup, finished):
     assert found["formats"] == ["bitmill"]
 
 
+def test_any_metric_bounds_by_its_name(lookup):
+    assert lookup("--at-least", "top1_agreement=0.01", "--at-most", "kl_nats=9").exit_code == 0
+    none = lookup("--at-most", "generated_flips=0.5")
+    assert none.exit_code == 3
+    assert "generated_flips was not measured on validation" in none.stderr
+    for bound, message in (("flips=1", "names no metric; valid: "), ("perplexity=low", "it takes METRIC=VALUE")):
+        refused = lookup("--at-most", bound)
+        assert refused.exit_code == 2
+        assert f"--at-most '{bound}'" in refused.stderr
+        assert message in " ".join(refused.stderr.split())
+
+
 def test_a_person_sees_a_table_and_what_to_do_next(lookup):
     done = lookup("--alias", "champion")
     assert done.exit_code == 0

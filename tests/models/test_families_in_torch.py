@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.config.data import TaskSettings
 from pipeline.config.quant import Quant
 from pipeline.models.build import build, read_config, skeleton
 from pipeline.models.family import families, family_for
-from pipeline.models.hidden_states import head_of, last_states
+from pipeline.models.hidden_states import WithStates, head_of, last_states, logits_of
 from pipeline.models.student import make_student, quant_targets
+from pipeline.tasks.chat import BEGINS, LEARNED, Chat
+from pipeline.tasks.scoring import token_nats
 from tests.family_models import DECODERS, ENCODER_DECODERS
 
 SOURCES = {**DECODERS, **ENCODER_DECODERS}
@@ -69,3 +72,49 @@ def test_attention_with_operands_of_eight_bits_is_near_the_models_own(name):
         make_student(model, Quant(bits="32-32-8", attention=attention).spec(), family_for(name))
     wanted = own_logits(plain)
     assert 0 < (own_logits(rounded) - wanted).square().mean().sqrt() < 0.1 * wanted.std()
+
+
+LENGTHS = (12, 1, 20, 5)  # of the conversations of a row, some longer than a window
+
+
+def packed_row(ids):
+    """The batch of one row with conversations of LENGTHS, of whose tokens all are learned, and padding."""
+    width = ids.shape[1]
+    beside = torch.full_like(ids, LEARNED)
+    beside[:, torch.tensor(LENGTHS).cumsum(0)[:-1]] = BEGINS
+    lengths = torch.tensor([[sum(LENGTHS), sum(LENGTHS) - len(LENGTHS)]])
+    beside[:, sum(LENGTHS) :] = 0
+    return Chat(TaskSettings(name="chat", block_length=width), packed=True).batch(torch.cat([ids, beside], 1), lengths)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_conversations_of_one_row_are_to_the_model_what_each_is_alone(name):
+    model, ids = random(name), torch.randint(3, 300, (1, 42), generator=torch.Generator().manual_seed(2))
+    batch, start = packed_row(ids), 0
+    states, _ = WithStates(model)(*batch.inputs)  # which attends without masks where it may
+    logits = logits_of(model, states)
+    (nats,) = token_nats(logits, None, batch.targets)
+    for length in LENGTHS:
+        here = slice(start, start + length)
+        alone = logits_of(model, last_states(model, ids[:, here]))
+        torch.testing.assert_close(logits[:, here], alone, rtol=1e-5, atol=1e-5 * float(alone.std()))
+        (lonely,) = token_nats(alone, None, ids[:, here][:, 1:])
+        torch.testing.assert_close(nats[:, here][:, :-1], lonely[:, :-1], rtol=1e-5, atol=1e-5)
+        assert batch.supervised[0, start : start + length - 1].all()
+        assert start == 0 or not batch.supervised[0, start - 1], "nobody tells a conversation's first token"
+        start += length
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_attention_with_quantized_operands_keeps_conversations_of_one_row_apart(name):
+    model, ids = random(name), torch.randint(3, 300, (1, 42), generator=torch.Generator().manual_seed(2))
+    make_student(model, Quant(bits="32-32-8", attention="qkv_probabilities").spec(), family_for(name))
+    before = last_states(model, *packed_row(ids).inputs)
+    ids[:, LENGTHS[0] :] = IDS[:1, :1]
+    after = last_states(model, *packed_row(ids).inputs)
+    assert torch.equal(before[:, : LENGTHS[0]], after[:, : LENGTHS[0]])
+    ids[:, : LENGTHS[0] + 1] = IDS[:1, 1:2]
+    then = last_states(model, *packed_row(ids).inputs)
+    assert torch.equal(then[:, sum(LENGTHS[:2]) : sum(LENGTHS)], after[:, sum(LENGTHS[:2]) : sum(LENGTHS)])

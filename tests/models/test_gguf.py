@@ -1,61 +1,331 @@
-"""A Llama in a GGUF file becomes a teacher like any other: loaded in fp32, and saved again."""
+"""A model in a GGUF file is a teacher like any other: loaded in fp32, of every type of tensors, and saved again; what
+transformers would read otherwise than it is written is refused."""
+
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from transformers import AutoTokenizer
 
-from pipeline.models.build import load_model
+from pipeline.errors import ConfigError
+from pipeline.export import gguf as exporter
+from pipeline.export.dequantized import plain_model
+from pipeline.flow.plan import plan_run
+from pipeline.flow.preflight import check_gguf_file
+from pipeline.models.build import load_model, read_config, skeleton
+from pipeline.models.family import families
+from pipeline.models.gguf_file import check_fits, check_readable, told_of_words
+from pipeline.package.package import read_package
+from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
+from tests.family_models import IN_LLAMA_CPP, LLAMA_LIKE
+from tests.packages import package, signed
 
-HIDDEN, INNER, HEADS, VOCABULARY = 32, 64, 4, 40
+OF_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256}
+HIDDEN, INNER, HEADS, VOCABULARY = 256, 512, 4, 40  # rows of whole blocks of every type
+MATRICES = {
+    "attn_q": ("self_attn.q_proj", HIDDEN, HIDDEN),
+    "attn_k": ("self_attn.k_proj", HIDDEN, HIDDEN),
+    "attn_v": ("self_attn.v_proj", HIDDEN, HIDDEN),
+    "attn_output": ("self_attn.o_proj", HIDDEN, HIDDEN),
+    "ffn_gate": ("mlp.gate_proj", INNER, HIDDEN),
+    "ffn_up": ("mlp.up_proj", INNER, HIDDEN),
+    "ffn_down": ("mlp.down_proj", HIDDEN, INNER),
+}
+FLOATS = ("F32", "F16", "BF16")
+BLOCKS = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+    "IQ4_NL",
+    "IQ4_XS",
+)
+INDEXED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+TYPES = (*FLOATS, *BLOCKS, *INDEXED)
 
 
-@pytest.fixture
-def written(tmp_path):
-    """A folder with a one-layer Llama whose linears are Q8_0, as llama.cpp writes them."""
-    random, tensors = np.random.default_rng(0), {}
+def packed(random, rows, columns, kind):
+    """A tensor of a type, of values where it has any: blocks of which each byte is one that small numbers have."""
+    if kind.name in FLOATS:
+        values = random.normal(size=(rows, columns)).astype(np.float32)
+        return gguf.quants.quantize(values, kind)
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    return random.integers(0, 60, (rows, columns // size * width)).astype(np.uint8)
 
-    def matrix(name, rows, columns):
-        tensors[name] = random.normal(size=(rows, columns)).astype(np.float32)
 
-    matrix("token_embd", VOCABULARY, HIDDEN)
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        matrix(f"blk.0.{name}", HIDDEN, HIDDEN)
-    for name, rows, columns in (("ffn_gate", INNER, HIDDEN), ("ffn_up", INNER, HIDDEN), ("ffn_down", HIDDEN, INNER)):
-        matrix(f"blk.0.{name}", rows, columns)
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        tensors[name] = np.ones(HIDDEN, np.float32)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(16)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    kind = gguf.GGMLQuantizationType.Q8_0
-    for name, values in tensors.items():
-        if values.ndim == 2:
-            packed = gguf.quants.quantize(values, kind)
-            tensors[name] = gguf.quants.dequantize(packed, kind)
-            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
-        else:
-            writer.add_tensor(f"{name}.weight", values)
+def write(path, kinds=("F32",), architecture="llama", settings=(), left_out=(), more=(), changed=None):
+    """A Llama of as many layers as hold all types, and its matrices as numbers by their name in the file."""
+    random, layers = np.random.default_rng(0), -(-len(kinds) // len(MATRICES))
+    writer = gguf.GGUFWriter(path, architecture)
+    for setting, value in {
+        "block_count": layers,
+        "context_length": 16,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": INNER,
+        "head_count": HEADS,
+        "head_count_kv": HEADS,
+        "layer_norm_rms_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+    }.items():
+        getattr(writer, f"add_{setting}")(value)
+    for key, kind, value in settings:
+        getattr(writer, f"add_{kind}")(key, value)
+    norms = ["output_norm", *(f"blk.{layer}.{name}_norm" for layer in range(layers) for name in ("attn", "ffn"))]
+    tensors = {f"{name}.weight": (np.ones(HIDDEN, np.float32), None) for name in norms}
+    tensors["token_embd.weight"] = random.normal(size=(VOCABULARY, HIDDEN)).astype(np.float32), None
+    tensors |= {name: (np.ones(HIDDEN, np.float32), None) for name in more}
+    numbers = {}
+    for place in range(layers * len(MATRICES)):
+        layer, (name, (ours, *shape)) = place // len(MATRICES), list(MATRICES.items())[place % len(MATRICES)]
+        kind = GGMLQuantizationType[kinds[place % len(kinds)]]
+        data = packed(random, *shape, kind)
+        tensors[f"blk.{layer}.{name}.weight"] = data, kind
+        numbers[f"model.layers.{layer}.{ours}.weight"] = kind.name, gguf.quants.dequantize(data, kind)
+    for name, (data, kind) in tensors.items():
+        if name not in left_out:
+            writer.add_tensor(name, data if changed is None else changed(name, data), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tmp_path, tensors
+    return numbers
 
 
-def test_a_gguf_model_is_read_in_fp32_and_saved_as_any_other(written):
-    folder, tensors = written
-    model = load_model(folder, "model.gguf")
+def in_transformers_order(rows):
+    """Rows of queries or keys, of which llama.cpp has the two halves of a head side by side."""
+    return rows.reshape(HEADS, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def test_every_type_is_read_as_the_numbers_that_its_blocks_stand_for_and_saved_as_any_other(tmp_path):
+    numbers = write(tmp_path / "model.gguf", TYPES)
+    assert {kind for kind, _ in numbers.values()} == {*TYPES}
+    check_readable(tmp_path / "model.gguf", "model.source")
+    model = load_model(tmp_path, "model.gguf")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    for name, ours in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.0.attn_v", "self_attn.v_proj")):
-        weight = model.get_parameter(f"model.layers.0.{ours}.weight")
-        np.testing.assert_allclose(weight.detach().numpy(), tensors[name], atol=1e-6)
-    model.save_pretrained(folder / "saved")
-    again = load_model(folder / "saved")
+    for name, (kind, values) in numbers.items():
+        assert values.std() > 0, kind
+        wanted = in_transformers_order(values) if name.split(".")[-2] in ("q_proj", "k_proj") else values
+        assert np.array_equal(model.get_parameter(name).detach().numpy(), wanted), kind
+    model.save_pretrained(tmp_path / "saved")
+    assert "bitmill-" not in (tmp_path / "saved" / "config.json").read_text()
+    again = load_model(tmp_path / "saved")
     assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+# With what transformers takes for granted of a file.
+READ: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gpt2": {"n_inner": 256, "n_positions": 1024},
+    "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **OF_GEMMA},
+    "gemma3_text": OF_GEMMA,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+@torch.no_grad()
+def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_path, monkeypatch):
+    """Nothing that lies beside it, or of its name in the working directory, is read instead."""
+    fields = {**IN_LLAMA_CPP[name], **READ[name]}
+    folder = package(tmp_path / "package", {"architecture": name, "vocab_size": 300, **fields})
+    words = train_bpe(["some words of a text, and some more words"], 300)
+    words.save_pretrained(folder)
+    signed(folder)
+    exporter.write(folder, tmp_path, widened=True)
+    for beside in ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"):
+        (tmp_path / beside).write_text("{")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model.gguf").write_bytes(b"another")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = read_config(tmp_path, "model.gguf")
+    assert (config.model_type, config.vocab_size) == ("llama" if name == "mistral" else name, 300)
+    assert check_gguf_file(skeleton(config), tmp_path / "model.gguf", "refuse") == []
+    ids, (frozen, written, _) = torch.arange(5, 45)[None], read_package(folder)
+    wanted = plain_model(frozen, written, families()[name].name)(ids).logits
+    found = load_model(tmp_path, "model.gguf")(ids).logits
+    assert wanted.std() > 0.2
+    assert (found - wanted).abs().max() < 5e-3  # scales are fp16 there
+    text = "some more words, and <|endoftext|> a text\n\nof 12 café"
+    assert read_tokenizer(tmp_path, "model.gguf")(text).input_ids == words(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            {"architecture": "gptj"},
+            "the architecture 'gptj', which transformers does not read from GGUF; valid: bloom, ",
+        ),
+        (
+            {"settings": [("split.count", "uint16", 3)]},
+            "is one of 3 parts of a model. Join them once: llama-gguf-split",
+        ),
+        ({"changed": lambda name, data: data.astype(np.float64) if "norm" in name else data}, "is of the type F64"),
+    ],
+)
+def test_a_file_that_transformers_cannot_read_is_refused(tmp_path, written, message):
+    write(tmp_path / "model.gguf", **written)
+    with pytest.raises(ConfigError, match=f"model.source: .*{message}"):
+        check_readable(tmp_path / "model.gguf", "model.source")
+
+
+def test_rules_of_cutting_text_that_transformers_has_not_are_told(tmp_path):
+    path, model = tmp_path / "model.gguf", ("tokenizer.ggml.model", "string", "gpt2")
+    for rules, told in (("gpt-2", False), ("llama-bpe", False), ("smollm", True)):
+        write(path, settings=[model, ("tokenizer.ggml.pre", "string", rules)])
+        assert [f"by the rules {rules!r}, which transformers has not" in line for line in told_of_words(path)] == [
+            True
+        ] * told
+
+
+@pytest.mark.parametrize("kept", [0, 3, 30, 400, 0.5, 0.999])
+def test_a_file_that_is_not_whole_is_refused(tmp_path, kept):
+    write(tmp_path / "model.gguf", ("Q4_0",))
+    content = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "model.gguf").write_bytes(content[: kept if kept > 1 else int(kept * len(content))])
+    with pytest.raises(ConfigError, match=r"MODEL: .*model.gguf is no GGUF file, or damaged or not whole"):
+        check_readable(tmp_path / "model.gguf", "MODEL")
+
+
+def test_another_file_and_a_type_that_is_not_known_are_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path)
+    content = path.read_bytes()
+    path.write_bytes(b"PK\3\4" + content[4:])
+    with pytest.raises(ConfigError, match="GGUF magic invalid"):
+        check_readable(path, "model.source")
+    place = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # behind one dimension
+    path.write_bytes(content[:place] + (42).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(ConfigError, match=r"uint32\(42\) is not a valid GGMLQuantizationType"):
+        check_readable(path, "model.source")
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_without_its_packages_a_file_is_refused(tmp_path, monkeypatch, package):
+    monkeypatch.setattr("pipeline.models.gguf_file.util.find_spec", lambda name: None if name == package else object())
+    with pytest.raises(
+        ConfigError, match=rf"is read with {package}, not installed here.*pip install 'bitmill\[gguf\]'"
+    ):
+        check_readable(tmp_path / "model.gguf", "model.source")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            {"left_out": ["blk.0.ffn_up.weight"]},
+            "lacks 1 tensors of a llama model .*: model.layers.0.mlp.up_proj.weight",
+        ),
+        (
+            {"more": ["blk.0.attn_q.bias", "rope_freqs.weight"]},
+            r"take 2 tensors of .*\(blk.0.attn_q.bias, rope_freqs.w",
+        ),
+        (
+            {"changed": lambda name, data: data[:-1] if "gate" in name else data},
+            "1 tensors of .* of another size than those of a llama model.*: blk.0.ffn_gate.weight",
+        ),
+        (
+            {
+                "settings": [
+                    ("llama.rope.scaling.type", "string", "linear"),
+                    ("llama.rope.scaling.factor", "float32", 2.0),
+                ]
+            },
+            "says that rope.scaling.type is linear, which transformers does not read",
+        ),
+        ({"settings": [("llama.attention.sliding_window", "uint32", 8)]}, "says that attention.sliding_window is 8"),
+        ({"settings": [("llama.attention.key_length", "uint32", 32)]}, "says that attention.key_length is 32"),
+    ],
+)
+def test_what_would_be_another_model_is_refused(tmp_path, written, message):
+    write(tmp_path / "model.gguf", **written)
+    model = skeleton(read_config(tmp_path, "model.gguf"))
+    with pytest.raises(ConfigError, match=message):
+        check_fits(model, tmp_path / "model.gguf")
+
+
+def test_a_gemma_whose_scores_transformers_would_scale_otherwise_is_refused(tmp_path):
+    """A file does not say by what: llama.cpp knows it of each size."""
+    folder = package(
+        tmp_path / "package", {"architecture": "gemma3_text", "vocab_size": 300, **IN_LLAMA_CPP["gemma3_text"]}
+    )
+    train_bpe(["some words of a text"], 300).save_pretrained(folder)
+    signed(folder)
+    exporter.write(folder, tmp_path, widened=True)
+    with pytest.raises(
+        ConfigError, match=r"llama.cpp computes scores times 0\.176777, not 0\.0625: transformers reads"
+    ):
+        check_gguf_file(skeleton(read_config(tmp_path, "model.gguf")), tmp_path / "model.gguf", "refuse")
+
+
+def test_a_file_goes_through_the_straight_line_and_is_known_by_its_content(corpus, tiny_config, run_flow, tmp_path):
+    """With the tokenizer that it holds, wherever it lies and whatever it is called."""
+    folder = package(tmp_path / "package", {"architecture": "llama", "vocab_size": 300, **LLAMA_LIKE}, bits="8-8-8")
+    train_bpe([corpus.read_text()], 300).save_pretrained(folder)
+    signed(folder)
+    exporter.write(folder, tmp_path)
+    steps = {"steps": 3, "batch_size": 4, "eval_every": 3}
+    config = tiny_config(
+        tmp_path, model={"source": str(tmp_path / "model.gguf"), "tokenizer": None}, finetune=None, distill=steps
+    )
+    ran = run_flow(config, until="pack")
+    assert (ran.record("finetune").family, ran.record("tokenize").vocabulary) == ("llama", 300)
+    teacher, (frozen, _, _) = load_model(ran.folder("finetune") / "model"), read_package(folder)
+    for name in frozen.codes:
+        torch.testing.assert_close(teacher.get_submodule(name).weight.data, frozen.weight(name), rtol=2e-3, atol=1e-6)
+    learned = read_tokenizer(ran.folder("tokenize") / "tokenizer")
+    text = corpus.read_text()[:2000]
+    assert learned(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert 1 < ran.record("evaluate").student["perplexity"] < 2000
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "model.gguf").rename(tmp_path / "elsewhere" / "another.gguf")
+    again = run_flow(
+        tiny_config(tmp_path, model={"source": str(moved), "tokenizer": None}, finetune=None, distill=steps),
+        until="pack",
+    )
+    assert not [stage for event, stage in again.listener.events if event == "started"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.gguf", None, "model.source: .*model.gguf is not there"),
+        ("model.gguf", b"GGUF", "model.source: .*damaged or not whole"),
+        ("model.bin", b"GGUF", "model.source: .*model.bin is a file, and no GGUF file by its name"),
+    ],
+)
+def test_the_plan_refuses_a_file_in_one_sentence(tiny_config, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        plan_run(tiny_config(tmp_path, model={"source": str(tmp_path / name), "tokenizer": None}))
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    path = tmp_path / "model.gguf"
+    scaling, window = ("llama.rope.scaling.type", "string", "none"), ("llama.attention.sliding_window", "uint32", 16)
+    lengths = [(f"llama.attention.{part}_length", "uint32", HIDDEN // HEADS) for part in ("key", "value")]
+    write(path, settings=[scaling, window, *lengths, ("llama.pooling", "bool", True)], more=["rope_freqs.weight"])
+    leaves_out, dropped = check_fits(skeleton(read_config(tmp_path, path.name)), path, drop=True)
+    assert leaves_out == f"transformers leaves out of {path}: pooling True."
+    assert dropped == f"model.unused_tensors is drop: 1 tensors of {path} (rope_freqs.weight) are left out."
+
+
+def test_numbers_that_are_none_are_refused_when_they_are_loaded(tmp_path):
+    write(tmp_path / "model.gguf", changed=lambda name, data: data * np.float32("nan") if "ffn_up" in name else data)
+    with pytest.raises(ConfigError, match=r"1 tensors of .* hold NaN or infinity: model\.layers\.0\.mlp\.up_proj\.w"):
+        load_model(tmp_path, "model.gguf")

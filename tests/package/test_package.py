@@ -33,10 +33,10 @@ from pipeline.store.shards import Rows
 from pipeline.store.step_store import StepDir, checksum
 from pipeline.tasks.language_modeling import score
 from pipeline.tasks.tokenizers import read_tokenizer, token_bytes
-from tests.packages import WIDE, package, packed_logits
+from tests.packages import NO_METRICS, WIDE, package, packed_logits
 
 ROOT = Path(pipeline.__file__).parents[1]
-FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": {"teacher": {}, "student": {}, "protocol": ""}}
+FACTS = {"name": "x", "teacher_bytes": 1000, "lineage": {}, "metrics": NO_METRICS}
 
 LOAD_ALL = """
 import sys

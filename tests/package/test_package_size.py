@@ -18,10 +18,10 @@ from pipeline.package import manifest
 from pipeline.package.codec import encode
 from pipeline.package.package import load, read_package, write_package
 from pipeline.package.safe_read import read_tensors
+from tests.packages import NO_METRICS
 
 MIB = 2**20
 TEACHER_BYTES = 124_439_808 * 4
-NOTHING = {"teacher": {}, "student": {}, "protocol": ""}
 SHORT = {"scale_dtype": "float16", "rest_dtype": "float16", "positions": "int8"}
 BASE = {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}
 
@@ -55,7 +55,7 @@ def frozen_at(model, bits, family="gpt2", **settings):
 def size_of(folder, model, bits, encoding, family="gpt2", **settings):
     """What a package of it weighs; what is read back is what was written."""
     frozen, quant = frozen_at(model, bits, family, **settings)
-    facts = {"name": family, "teacher_bytes": fp32_bytes(model), "lineage": {}, "metrics": NOTHING}
+    facts = {"name": family, "teacher_bytes": fp32_bytes(model), "lineage": {}, "metrics": NO_METRICS}
     size = write_package(folder, frozen, model.config, quant, encoding, family, facts)["size"]
     assert size["packed_bytes"] == (folder / manifest.WEIGHTS).stat().st_size
     assert read_package(folder)[0].digest() == frozen.digest()

@@ -14,9 +14,8 @@ from pipeline.models.student import freeze_student, make_student
 from pipeline.package.package import write_package
 from pipeline.package.size import layout
 from tests.conftest import ARCHITECTURES
-from tests.packages import WIDE
+from tests.packages import NO_METRICS, WIDE
 
-NOTHING = {"teacher": {}, "student": {}, "protocol": ""}
 MODELS = {
     "gpt2": {**ARCHITECTURES["gpt2"], "n_embd": 18},  # rows that do not fill their last byte
     "llama": ARCHITECTURES["llama"],
@@ -40,7 +39,7 @@ def written_bytes(config, family, quant, folder, encoding="dense"):
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.fill_(0.5)  # all zero, it would be left out
     frozen = freeze_student(model, quant, family_named(family))
-    facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NOTHING}
+    facts = {"name": "x", "teacher_bytes": 1, "lineage": {}, "metrics": NO_METRICS}
     size = write_package(folder, frozen, config, quant, encoding, family, facts)["size"]
     return size["packed_bytes"], size["paper_bytes"]
 

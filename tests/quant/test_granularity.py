@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.quant import Quant
 from pipeline.quant.frozen import FrozenTensors
-from pipeline.quant.granularity import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Granularity, row_scales
+from pipeline.quant.granularity import GROUP_SIZES, PER_CHANNEL, PER_TENSOR, Granularity
 from pipeline.quant.grid import dequantize
 from pipeline.quant.quantizers import QUANTIZERS
 from pipeline.quant.quantizers.base import after_step
@@ -302,11 +302,13 @@ def test_a_block_that_lies_in_two_groups_is_refused():
             groups.block_scales(torch.ones(4, 3), (4, 96), blocks)
 
 
-def test_formats_of_one_scale_a_row_take_no_groups():
-    assert row_scales(torch.tensor([[2.0]]), 3).tolist() == [[2.0]] * 3
-    assert row_scales(torch.tensor([[1.0], [2.0]]), 2).tolist() == [[1.0], [2.0]]
-    with pytest.raises(ValueError, match="one scale a group of a row"):
-        row_scales(torch.ones(2, 3), 2)
+@pytest.mark.parametrize(
+    ("scale", "rows"),
+    [([[2.0]], [[2.0], [2.0]]), ([[1.0], [2.0]], [[1.0], [2.0]]), ([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]])],
+)
+def test_every_row_has_its_scales(scale, rows):
+    frozen = FrozenTensors({"w": torch.zeros(2, 64, dtype=torch.int8)}, {"w": torch.tensor(scale).half()}, {"w": 2})
+    assert torch.equal(frozen.row_scales("w"), torch.tensor(rows))
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 48])

@@ -61,8 +61,11 @@ def test_the_cost_of_each_dtype_is_measured_and_its_bytes_are_known(tmp_path: Pa
 
 
 def test_states_that_cost_too_much_are_refused(tmp_path: Path) -> None:
-    section = {"cache": {"mode": "states", "dtype": "bfloat16", "max_kl_nats": 0}}
-    job = Case.make(tmp_path).step_job(section, workers=0)
+    case = Case.make(tmp_path)
+    build(read_config({**ARCHITECTURE, "initializer_range": 0.3}), seed=0).save_pretrained(
+        case.teacher
+    )  # it has opinions
+    job = case.step_job({"cache": {"mode": "states", "dtype": "bfloat16", "max_kl_nats": 0}}, workers=0)
     step = Step(**vars(job), version=1, engine=Engine(job.resources), advance=lambda done, total, note, points=(): None)
     with pytest.raises(RunError, match=r"in fp32, kept as states as bfloat16, costs .* above cache\.max_kl_nats"):
         cache.run(step)

@@ -1,6 +1,7 @@
 """Conversations as templates write them, and which tokens are learned: against references that are made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pipeline.config.data import TaskSettings
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from pipeline.models.attention import use_causal_attention
+from pipeline.models.hidden_states import WithStates
+from pipeline.stages.kept import KeptStates
 from pipeline.tasks.chat import Chat, asked, messages_of, rendered
 from pipeline.tasks.losses import DISTILLATION, NEXT_TOKEN, distilling_losses, teaching_losses
+from pipeline.tasks.samples import LONGEST, _prompt
 from pipeline.tasks.scoring import score_tokens
 from pipeline.tasks.tokenizers import token_bytes, train_bpe
 
@@ -164,6 +169,72 @@ def test_no_loss_and_no_score_touches_a_token_outside_the_assistants_turns(batch
     assert entropy == pytest.approx(0, abs=1e-3 * abs(kl)) or entropy < 0
 
 
+PACKED = Chat(TaskSettings(name="chat", block_length=96), packed=True)
+TALKS = [TALK[:3], TALK, TALK[1:3], TALK[3:], TALK[:3], TALK[1:3]]
+
+
+def encoded(task, talks=TALKS):
+    ids, lengths, size = task.encode(iter([(json.dumps(t),) for t in talks]), words(CHATML), "train", None, "document")
+    return torch.from_numpy(ids).long(), torch.from_numpy(lengths).long(), size
+
+
+def test_short_conversations_share_rows_and_each_is_scored_as_if_alone():
+    alone = replace(PACKED, packed=False)
+    tokenizer = words(CHATML)
+    student, teacher = models(len(tokenizer))
+    scored, digests = [], []
+    for task in (PACKED, alone):
+        ids, lengths, size = encoded(task)
+        rows = task.batch(ids, lengths)
+        ours, theirs = score_tokens([rows, rows], student, token_bytes(tokenizer), teacher)
+        known = [
+            d.tolist() for pair in zip(ids.numpy(), lengths.numpy(), strict=True) for d in task.documents_in(*pair)
+        ]
+        whole = [rendered(tokenizer, talk, None, "assistant")[0] for talk in TALKS]
+        assert sorted(known) == sorted(whole)
+        assert len(ours.nats) == len(theirs.nats) == 2 * len(TALKS), "a row's end ends a conversation"
+        scored.append((size, task.tokens(lengths.numpy()), task.counts(lengths), ours, theirs))
+        digests.append([known, len(ids)])
+    assert digests[0][1] < digests[1][1] == len(TALKS)
+    assert scored[0][:3] == scored[1][:3], "bytes, tokens, and what losses are divided by"
+    order = [digests[1][0].index(talk) for talk in digests[0][0]]
+    for packed, apart in zip(scored[0][3:], scored[1][3:], strict=True):
+        assert packed.tokens[: len(TALKS)] == [apart.tokens[place] for place in order]
+        np.testing.assert_allclose(packed.nats[: len(TALKS)], [apart.nats[place] for place in order], rtol=1e-5)
+        assert packed.metrics() == pytest.approx(apart.metrics(), rel=1e-5)
+
+
+def test_a_row_is_the_first_of_the_last_few_with_room(monkeypatch):
+    ids, lengths, _ = encoded(PACKED)
+    sizes = [len(rendered(words(CHATML), talk, None, "assistant")[0]) for talk in TALKS]
+    rows = []
+    for size in sizes:
+        fitting = next((row for row in rows if sum(row) + size <= 96), None)
+        rows.append([size]) if fitting is None else fitting.append(size)
+    documents = [PACKED.documents_in(*pair) for pair in zip(ids.numpy(), lengths.numpy(), strict=True)]
+    assert [[len(document) for document in row] for row in documents] == rows
+    assert max(map(len, rows)) > 1
+    monkeypatch.setattr("pipeline.tasks.chat.OPEN_ROWS", 1)
+    next_fit, _, _ = encoded(PACKED, TALKS * 3)
+    assert len(next_fit) >= len(encoded(PACKED)[0])
+
+
+def test_what_is_cached_of_a_packed_row_is_what_a_teacher_gives_in_a_step():
+    ids, lengths, _ = encoded(PACKED)
+    batch, (teacher, _) = PACKED.batch(ids, lengths), models(len(words(CHATML)))
+    use_causal_attention(teacher)
+    with torch.no_grad():
+        cached = KeptStates("float32").of(teacher, batch).wide()
+        online, _ = WithStates(teacher)(*batch.inputs)
+    torch.testing.assert_close(cached, online)
+
+
+def test_a_prompt_is_of_the_first_conversation_of_a_row():
+    ids, lengths, _ = encoded(PACKED, [TALK[1:3]] * 3)
+    prompt, more = _prompt(PACKED.batch(ids, lengths), 0)
+    assert prompt.shape[1] + more == min(LONGEST, len(rendered(words(CHATML), TALK[1:3], None, "assistant")[0]))
+
+
 def test_rows_do_not_see_each_other(batch):
     task, ids, lengths = batch
     student, _ = models(len(words(CHATML)))
@@ -180,7 +251,7 @@ def test_a_conversation_that_is_too_long_keeps_its_beginning(batch):
     assert ids[0, :40].tolist() == whole[:40]
     assert lengths.tolist() == [[40, sum(mask[:40])]]
     assert short.tokens(lengths) == 40
-    assert short.known_by(ids[0], lengths[0]).tolist() == whole[:40]
+    assert [document.tolist() for document in short.documents_in(ids[0], lengths[0])] == [whole[:40]]
 
 
 def test_a_tokenizer_that_is_learned_writes_no_conversations(tiny_fields, tmp_path):

@@ -5,10 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline.errors import ConfigError
-from pipeline.tasks.tokenizers import END_OF_TEXT, encoded, read_tokenizer, token_bytes, train_bpe
+from pipeline.tasks.tokenizers import END_OF_TEXT, encoded, read_tokenizer, save_tokenizer, token_bytes, train_bpe
 
 CORPUS = ["Hello world, größe naïve über straße.\n" * 3, "日本語 text 🙂 and more text, the cat"] * 20
 # Special tokens stand for no bytes; the metaspace sign itself and spelled-out byte tokens are ambiguous by design.
@@ -126,6 +126,17 @@ def test_a_tokenizer_survives_its_folder(request, tmp_path, kind):
     assert torch.equal(token_bytes(again), token_bytes(tokenizer))
     text = "größe  and the\n🙂 cat"
     assert again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_tokens_that_stand_for_gaps_stay_tokens_of_their_own(tmp_path):
+    """T5's `<extra_id_0>`, which its checkpoints have behind the pieces of their vocabulary."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁b", -3.0)]
+    gaps = [(f"<extra_id_{number}>", 0.0) for number in (1, 0)]
+    T5Tokenizer(vocab=[*pieces, *gaps], extra_ids=2).save_pretrained(tmp_path / "given")
+    save_tokenizer(read_tokenizer(tmp_path / "given"), tmp_path / "kept")
+    kept = read_tokenizer(tmp_path / "kept")
+    assert encoded(kept, ["a<extra_id_0> b<extra_id_1>"], special_tokens=True) == [[3, 4, 7, 5, 6, 1]]
+    assert token_bytes(kept).tolist() == [0, 0, 0, 1, 1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", "[]", '{"version": "1.0", "model": {"type": "None"}}'])

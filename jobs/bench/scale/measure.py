@@ -22,6 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from jobs.bench.scale.worker import peak_bytes
 from jobs.display import print_table
 from pipeline.config.run import Config
 from pipeline.flow.plan import plan_run
@@ -164,13 +165,8 @@ class _Gauge(SilentListener):
         self._begun = time.process_time()
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
-        took = {"cpu_s": time.process_time() - self._begun, "peak_mib": _peak_bytes() / MIB}
+        took = {"cpu_s": time.process_time() - self._begun, "peak_mib": peak_bytes() / MIB}
         self.measured_stages[stage] = took
-
-
-def _peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def _stages_up_to(until: str, fields: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -209,7 +205,7 @@ def _large(folder: Path, objects: int, versions: int) -> dict[str, Any]:
     collector = Collector(config.resources, 1, 0.0)
     garbage = timed("gc", collector.find)
     gone = timed("delete", lambda: collector.delete(garbage[:DELETED]))
-    return {**given, "garbage": len(garbage), "deleted": len(gone), "peak_mib": _peak_bytes() / MIB}
+    return {**given, "garbage": len(garbage), "deleted": len(gone), "peak_mib": peak_bytes() / MIB}
 
 
 def _other(key: str, number: int) -> str:

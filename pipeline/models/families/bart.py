@@ -1,6 +1,5 @@
 """BART: an encoder and a decoder over one table of words, learned positions after two rows of padding."""
 
-from pipeline.models.blocks import Sides
 from pipeline.models.family import like_bart
 
-FAMILY = like_bart("bart", Sides())
+FAMILY = like_bart("bart")

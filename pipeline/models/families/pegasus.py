@@ -1,6 +1,5 @@
 """Pegasus: Marian with norms before each part of a layer."""
 
-from pipeline.models.blocks import Sides
 from pipeline.models.family import like_bart
 
-FAMILY = like_bart("pegasus", Sides(norm_first=True, normed_embedding=False, first_position=0))
+FAMILY = like_bart("pegasus", first_position=0, normed_embedding=False, norm_first=True)

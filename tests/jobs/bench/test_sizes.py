@@ -19,7 +19,10 @@ def test_each_option_makes_the_file_smaller_and_the_paper_counts_the_same():
         for bits in BITS:
             size = {row["encoding"]: row for row in rows if (row["model"], row["bits"]) == (model, bits)}
             assert size.pop("dense, a scale a matrix")["packed_bytes"] < size["dense"]["packed_bytes"]
+            grouped = [size.pop(f"dense, groups of {n}")["packed_bytes"] for n in (32, 64, 128)]
             largest = size["dense"]["packed_bytes"]
+            assert grouped[0] > grouped[1] > grouped[2] > largest
+            assert grouped[1] > size.pop("dense, groups of 64, scales fp16")["packed_bytes"] > largest
             assert all(row["packed_bytes"] < largest for name, row in size.items() if name != "dense")
             assert size["dense, all short"] == min(
                 (row for name, row in size.items() if name.startswith("dense")), key=lambda row: row["packed_bytes"]

@@ -1,0 +1,23 @@
+"""The memory of a worker that tokenizes a large .jsonl.gz: measured here on a small one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from jobs.bench.scale.worker import FILE, measure, told, write_rows
+
+
+def test_a_worker_tokenizes_all_that_is_for_training(tmp_path: Path) -> None:
+    document = measure(0.5, tmp_path, run=lambda work, *arguments: work(*arguments))
+    assert json.loads((tmp_path / FILE).read_text()) == document
+    assert document["rows"] > 200
+    assert 0 < document["idle_mb"] <= document["peak_mb"]
+    assert document["stored_mib"] < document["mib"]
+    assert f"takes {document['peak_mb']:,.0f} MB at most" in told(document)
+    first = write_rows(tmp_path / "text.jsonl.gz", 20_000)
+    with gzip.open(tmp_path / "text.jsonl.gz", "rt") as file:
+        rows = [json.loads(line)["text"] for line in file]
+    assert rows == first
+    assert 20_000 <= sum(len(row) + 13 for row in rows) < 22_000
