@@ -37,6 +37,8 @@ DOCUMENTS = {
         "pipeline/package/README.md",
         "pipeline/retrain/README.md",
         "pipeline/store/README.md",
+        "pipeline/tasks/README.md",
+        "pipeline/models/README.md",
     )
 }
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]
