@@ -101,7 +101,8 @@ def write_random(folder: Path, source: dict[str, Any], quantizer: str) -> None:
     tokenizer = Tokenizer(models.BPE({**letters, "Ġt": len(letters)}, [("Ġ", "t")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    metrics = {"teacher": {}, "student": {}, "protocol": "none: random weights"}
+    nothing: dict[str, Any] = {"teacher": {}, "student": {}}
+    metrics = {**nothing, "validation": nothing, "protocol": "none: random weights"}
     facts = {"name": "random", "teacher_bytes": bytes_, "lineage": {}, "metrics": metrics}
     write_package(folder, frozen, config, quant, "dense", family.name, facts)
 

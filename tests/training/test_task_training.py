@@ -139,7 +139,8 @@ def test_validation_is_the_nats_of_the_reference_alone(case: Case) -> None:
     for sequence in range(0, len(batch.ids), batch.group):
         where = batch.supervised[sequence]
         with torch.no_grad():
-            last, _ = loop.model(*(part[sequence : sequence + 1] for part in batch.inputs))
+            one = slice(sequence, sequence + 1)
+            last, _ = loop.model(*(None if part is None else part[one] for part in batch.inputs))
             logits = loop.head(last)[0, : len(where)]
         nats = -logits.double().log_softmax(-1)[torch.arange(len(where)), batch.targets[sequence]]
         total, count = total + float(nats[where].sum()), count + int(where.sum())

@@ -12,8 +12,10 @@ import pytest
 import typer
 import yaml
 
+from jobs.bench.claims import Claim
+from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
-from jobs.bench.summary import UNTRAINED
+from jobs.bench.summary import UNTRAINED, Interval
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
 from pipeline.models.build import fp32_bytes, read_config, skeleton
@@ -34,75 +36,49 @@ DOCUMENTS = {
         "pipeline/package/README.md",
         "pipeline/retrain/README.md",
         "pipeline/store/README.md",
+        "pipeline/tasks/README.md",
+        "pipeline/models/README.md",
     )
 }
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["jobs/bench/README.md"]
 PRESETS = ("paper", "best", "smallest")
+TEACHERS = {"quickstart": 4, "stories260K": 3, "wikitext2": 4}  # how many digits its gaps are given
 
 
-def results(name: str) -> Any:
-    return json.loads((RESULTS / name / "quantizers.json").read_text(encoding="utf-8"))
+def results(name: str, of: str = "quantizers") -> Any:
+    return json.loads((RESULTS / name / f"{of}.json").read_text(encoding="utf-8"))
 
 
 def recipe(row: str) -> str:
-    return f"**`{row}`**" if row in PRESETS else f"`{row}`"
+    return f"**`{row}`**" if row in (*PRESETS, REFERENCE) else f"`{row}`"
 
 
 def rate(line: dict[str, Any]) -> str:
     if line["row"] in UNTRAINED:
         return ""
     end = {line["tried"][0]: " v", line["tried"][-1]: " ^"}.get(line["rate"], "")
-    return f"{line['rate']:g}{end}"
+    contrast = f", contrast {line['contrast_weight']:g}" if line["row"] == REFERENCE else ""
+    return f"{line['rate']:g}{end}{contrast}"
 
 
-def less(line: dict[str, Any], reference: str, metric: str, digits: int, times: int = 1) -> str:
-    found = line["differences"].get(reference, {}).get(metric)
-    if found is None:
-        return ""
-    mean, low, high = (f"{times * found[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def less(line: dict[str, Any], digits: int) -> str:
+    found = line["differences"].get(REFERENCE)
+    return "" if found is None else Interval(**found["gap_nats"]).shown(lambda nats: f"{nats:+.{digits}f}")
 
 
-def at_two_bits(name: str, digits: int) -> list[str]:
-    return [
+def compared(name: str) -> list[str]:
+    digits = TEACHERS[name]
+    lines = [
         f"| {recipe(line['row'])} | {rate(line)} | {line['packed_bytes']:,} | {line['gap_nats']:.{digits}f} "
-        f"| {less(line, 'paper', 'gap_nats', digits)} | {line['kl_nats']:.{digits}f} "
-        f"| {less(line, 'paper', 'kl_nats', digits)} | {line['top1_agreement']:.1%} "
-        f"| {less(line, 'paper', 'top1_agreement', 1, 100)} |".replace("% |", " |")
+        f"| {less(line, digits)} | {line['kl_nats']:.{digits}f} | {line['top1_agreement']:.1%} |"
         for line in results(name)["tables"]["2-2-8"]
     ]
+    return [re.sub(r"\|  (?=\|)", "| ", line).replace("% |", " |") for line in lines]
 
 
-def above_two_bits() -> list[str]:
-    teachers = ("quickstart", 4), ("stories260K", 3)
-    tables = {
-        (name, bits): {line["row"]: line for line in results(name)["tables"][bits]}
-        for name, _ in teachers
-        for bits in ("4-4-8", "8-8-8")
-    }
-
-    def cell(name: str, bits: str, row: str, digits: int) -> str:
-        line = tables[name, bits][row]
-        return f"{line['gap_nats']:.{digits}f}" + (f" ({rate(line)})" if rate(line) else "")
-
-    return [
-        " | ".join(
-            [
-                f"| {recipe(row)}",
-                *(
-                    part
-                    for name, digits in teachers
-                    for part in (
-                        cell(name, "4-4-8", row, digits),
-                        less(tables[name, "4-4-8"][row], "best", "gap_nats", digits),
-                        cell(name, "8-8-8", row, 4),
-                    )
-                ),
-            ]
-        )
-        + " |"
-        for row in tables["quickstart", "4-4-8"]
-    ]
+def told(name: str) -> list[str]:
+    """The claims of a teacher, each with its verdict and number, as the document lists them."""
+    return [f"- {Claim(**claim)}" for claim in results(name)["claims"]]
 
 
 def table(text: str, begins: str) -> list[str]:
@@ -128,18 +104,34 @@ def test_steps_on_a_gpu_took_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    ("begins", "expected"),
-    [
-        ("The GPT-2 at 2-2-8", lambda: at_two_bits("quickstart", 4)),
-        ("The Llama at 2-2-8", lambda: at_two_bits("stories260K", 3)),
-        ("Above 2 bits, gaps", above_two_bits),
-    ],
-    ids=["gpt2", "llama", "above"],
+    ("begins", "name"),
+    [("The GPT-2 at", "quickstart"), ("The Llama at", "stories260K"), ("The third teacher", "wikitext2")],
 )
-def test_tables(begins, expected):
-    lines = expected()
-    assert len(lines) > 10
+def test_tables(begins, name):
+    lines = compared(name)
+    assert len(lines) >= 4
     assert table(BENCH, begins) == lines
+
+
+def test_rates_at_an_end_are_counted():
+    counts = []
+    for name in TEACHERS:
+        searched = [line for line in results(name)["tables"]["2-2-8"] if line["row"] not in UNTRAINED]
+        ends = sum(rate(line).partition(",")[0].endswith((" v", " ^")) for line in searched)
+        counts.append(f"{ends} of {len(searched)}")
+    assert f"{counts[0]} on the GPT-2, {counts[1]} on the Llama, {counts[2]} on the third" in " ".join(BENCH.split())
+
+
+@pytest.mark.parametrize(
+    ("begins", "name"), [("Of the GPT-2", "quickstart"), ("Of the Llama", "stories260K"), ("Of the third", "wikitext2")]
+)
+def test_claims_are_told_with_what_became_of_them(begins, name):
+    claims = told(name)
+    assert len(claims) >= 2
+    _, found, after = BENCH.partition(f"\n{begins}")
+    assert found
+    said = after.partition("\n\n")[2].partition("\n\n")[0]
+    assert " ".join(said.split()) == " ".join(" ".join(claims).split())
 
 
 def test_sizes():
@@ -159,23 +151,32 @@ def test_sizes():
     }
 
 
-def test_presets_are_as_far_from_their_teachers_as_the_readmes_say():
-    shares = {}
-    for name in ("quickstart", "stories260K"):
+def test_presets_are_as_far_from_their_teachers_as_the_readme_says():
+    def share(name: str, preset: str) -> str:
         rows = {line["row"]: line for line in results(name)["tables"]["2-2-8"]}
-        reference = rows["quantgpt, per_tensor"]
-        for preset in ("best", "smallest"):
-            gap, size = (rows[preset][of] / reference[of] for of in ("gap_nats", "packed_bytes"))
-            shares[name, preset] = f"{gap:.2f}", f"{size:.2f}"
-    (best, best_size), (smallest, smallest_size) = (shares["quickstart", preset] for preset in ("best", "smallest"))
-    (llama, llama_size), (small, small_size) = (shares["stories260K", preset] for preset in ("best", "smallest"))
+        gap, size = (rows[preset][of] / rows[REFERENCE][of] for of in ("gap_nats", "packed_bytes"))
+        return f"{gap:.2f} in {size:.2f}"
+
     said = " ".join(README.split())
-    assert f"of `best` is {best} of that of the paper's quantizer in {best_size} of its bytes on a GPT-2" in said
-    assert f"0.5M parameters, and {llama} in {llama_size} on a Llama" in said
-    assert f"that of `smallest` is {smallest} in {smallest_size} and {small} in {small_size}" in said
-    bench = " ".join(BENCH.split())
-    assert f"the gap of `best` is {best} and {llama} of its, in {best_size} and {llama_size} of its bytes" in bench
-    assert f"that of `smallest` {smallest} and {small} in {smallest_size} and {small_size}" in bench
+    for preset in ("best", "smallest"):
+        gpt2, llama, third = (share(name, preset) for name in TEACHERS)
+        assert f"`{preset}` | {gpt2} | {llama} | {third} |" in said
+
+
+def test_summaries_score_what_was_measured():
+    document = json.loads((RESULTS / "paper-table-3.json").read_text(encoding="utf-8"))
+    names = {"full precision": "teacher", "quantgpt": "`paper`"}
+    measured = {}
+    for row in document["rows"]:
+        (ours,) = row["ours"].values()
+        name = names.get(row["method"], f"`{row['method']}`") + ("" if row["bits"] == "32" else f", {row['bits']}")
+        measured[name] = [f"{ours[metric]:.1f}" for metric in ("rouge1", "rouge2", "rougeL")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table(BENCH, "`bitmill bench paper --table 3`")
+    ]
+    assert len(rows) == 5
+    assert {row[0]: row[1:] for row in rows}.items() <= measured.items()
 
 
 def test_the_quickstart_has_the_quality_that_was_measured():
