@@ -107,7 +107,7 @@ class Killing(Recorder):
             named = ((p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"]))
             ours = [p for p, name in named if p.pid in below and "ImplicitFunc" in name]
             self.killed = ours[0].pid
-            ours[0].kill()
+            psutil.Process(self.killed).kill()  # not by what was listed, which may be of an earlier process of its id
             assert_untold(Path(tempfile.gettempdir()))
         super().advanced(stage, done, total, note)
 
