@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.quant import Quant
+from pipeline.errors import ConfigError
+from pipeline.metrics import LM_EVAL, metric_of
 from pipeline.models.build import load_model, read_config
 from pipeline.models.device import device_for
 from pipeline.models.family import family_named
@@ -69,9 +71,32 @@ def run(step: Step) -> Evaluation:
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
-    """Return how scores are taken, and of each suite what its numbers depend on. Raises ConfigError as `pinned`."""
-    suites = run.config.evaluate.suites
-    return scoring_recipe(run) | ({"suites": {name: pinned(name, run) for name in suites}} if suites else {})
+    """Return how scores are taken, and of each suite what its numbers depend on. Raises ConfigError as `pinned`, and
+    for a bound of a gate on what no task of lm-eval measures on its validation split."""
+    suites = {name: pinned(name, run) for name in run.config.evaluate.suites}
+    asked = {"validation": dict[str, str](), "test": dict[str, str]()}
+    for suite, depends in suites.items():
+        asked[depends.get("split", generated.SPLIT)] |= dict.fromkeys(depends.get("metrics", ()), suite)
+    for knob, metric in run.config.bounds:
+        known = metric_of(metric)
+        if known is None or known.suite != LM_EVAL or metric in asked["validation"]:
+            continue
+        why = f" of the test split of {asked['test'][metric]}, which is shown only" if metric in asked["test"] else ""
+        raise ConfigError(
+            f"{knob} names {metric!r}{why}; what tasks of lm-eval measure on validation here: "
+            f"{', '.join(asked['validation']) or 'nothing'}."
+        )
+    return scoring_recipe(run) | ({"suites": suites} if suites else {})
+
+
+def told_of_suites(recipe: dict[str, Any]) -> list[str]:
+    """Return which suites of a recipe choose nothing."""
+    return [
+        f"evaluate.suites: {suite} has no validation split and is asked on its test split, which is shown only: lookup "
+        "and gates cannot use it."
+        for suite, depends in recipe.get("suites", {}).items()
+        if depends.get("split") == "test"
+    ]
 
 
 def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:

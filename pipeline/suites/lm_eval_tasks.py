@@ -58,7 +58,10 @@ def recipe(task: str, encoder_decoder: bool) -> dict[str, Any]:
     if encoder_decoder:
         raise ConfigError(f"{KNOB}: lm_eval:{task} asks a decoder alone, and the model has an encoder; leave it out.")
     loaded, split = _load(task)
-    return {"lm_eval": metadata.version("lm_eval"), "split": split, "requests": _digest(loaded)}
+    filters = [own.name for own in loaded._filters]
+    measured = sorted({_name(task, metric, own) for metric in loaded.aggregation() for own in filters})
+    version = metadata.version("lm_eval")
+    return {"lm_eval": version, "split": split, "metrics": measured, "requests": _digest(loaded)}
 
 
 def measure(
@@ -91,9 +94,12 @@ def _named(task: str, result: Mapping[str, Any]) -> dict[str, float]:
     for key, value in result.items():
         metric, _, filtered = key.partition(",")
         if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
-            kind = metric if filtered == "none" else f"{metric}_{filtered}"
-            named[named_by_lm_eval(task, kind)] = float(value)
+            named[_name(task, metric, filtered)] = float(value)
     return named
+
+
+def _name(task: str, metric: str, filtered: str) -> str:
+    return named_by_lm_eval(task, metric if filtered == "none" else f"{metric}_{filtered}")
 
 
 def _load(task: str) -> tuple[Any, SplitName]:
@@ -172,7 +178,7 @@ def _code_of(path: Path) -> str:
 
 def _settled(loaded: Any) -> tuple[Any, SplitName]:
     """Set a task to the split that it is asked of, and make its requests. Shots that are of no split by name are of the
-    first that there is: lm-eval leaves out of them the document that is asked, where it is told that the split is one."""
+    first that there is, which is named: lm-eval leaves the document that is asked out of shots of its split."""
     split: SplitName = "validation" if loaded.has_validation_docs() else "test"
     if split == "validation":
         loaded.config.test_split = loaded.config.validation_split  # of which lm-eval asks

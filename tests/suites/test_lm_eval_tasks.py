@@ -114,7 +114,7 @@ def test_nothing_beyond_this_machine_is_asked_while_offline():
     with socket.create_server(("127.0.0.1", 0)) as server, offline():
         socket.create_connection(server.getsockname()).close()
         for call in (socket.create_connection, socket.socket().connect, socket.socket().connect_ex):
-            with pytest.raises(ConnectionError, match="it asks the network for .*192"):
+            with pytest.raises(ConnectionError, match=r"it asks the network for .*192"):
                 call(("192.0.2.1", 9))
         with pytest.raises(ConnectionError, match="it asks the network for example"):
             socket.create_connection(("example.invalid", 9))
@@ -142,6 +142,22 @@ def test_what_counts_as_right_is_keyed(task, line, own):
     elsewhere.mkdir()
     (elsewhere / "colours.yaml").write_text(text)
     assert recipe(str(elsewhere / "colours.yaml"), encoder_decoder=False) == before, "wherever it lies"
+
+
+def test_a_bound_that_no_validation_split_has_is_refused_by_the_plan(task, tmp_path, tiny_config):
+    def planned(metric):
+        gate = {"gate": {"at_least": {metric: 0.1}}} if metric else {}
+        return plan_run(tiny_config(tmp_path, evaluate={"suites": [f"lm_eval:{task}"]}, register=gate))
+
+    assert planned("lm_eval_colours_acc").warnings == planned("").warnings
+    with pytest.raises(
+        ConfigError, match=r"register\.gate\.at_least names 'lm_eval_colours_f1'.*: lm_eval_colours_acc\."
+    ):
+        planned("lm_eval_colours_f1")
+    Path(task).write_text(Path(task).read_text().replace("validation_split: validation\n", ""))
+    with pytest.raises(ConfigError, match=r"'lm_eval_colours_acc' of the test split of lm_eval:.* here: nothing\."):
+        planned("lm_eval_colours_acc")
+    assert any("shown only: lookup and gates cannot use it" in told for told in planned("").warnings)
 
 
 def test_no_shot_shows_the_question_that_is_asked(task):
