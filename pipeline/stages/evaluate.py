@@ -108,19 +108,21 @@ def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
 
 def measured(job: StepJob, suite: str) -> dict[str, Any]:
     """Return what a suite measures of a job's student and teacher."""
-    device, tokens = device_for(job.resources), job.input(Tokens)
+    device, tokens, at_once = device_for(job.resources), job.input(Tokens), job.resources.inference_batch
     student = student_of(job).to(device).eval()
     teacher = load_model(job.input(Teacher).folder()).to(device).eval()
     if suite != generated.NAME:
         models = {"student": student, "teacher": teacher}
-        return lm_eval_tasks.measure(suite.partition(":")[2], job.recipe["suites"][suite], models, tokens.folder())
+        task, depends = suite.partition(":")[2], job.recipe["suites"][suite]
+        return lm_eval_tasks.measure(task, depends, models, tokens.folder(), at_once)
     rows = Rows(tokens.dir, tokens.record.splits[generated.SPLIT].shards)
     ids, lengths, _ = rows.get(rows.drawn(generated.PROMPTS))
     shards = drawn_shards(tokens.record.splits["train"].shards, generated.COUNTED_SHARDS)
     read = (pair for shard in shards for pair in zip(*read_tokens(open_shard(tokens.dir, shard)), strict=True))
     documents = (document for row, length in read for document in job.task.documents_in(row, length))
     counts = generated.count_tokens(documents, int(teacher.config.vocab_size))
-    return generated.measure(student, teacher, job.task, job.task.batch(ids, lengths).references(), counts)
+    batch = job.task.batch(ids, lengths).references()
+    return generated.measure(student, teacher, job.task, batch, counts, at_once)
 
 
 STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel
 
 KNOB = "evaluate.suites"
-ASKED_AT_ONCE = 8  # requests of a pass
+ASKED_AT_ONCE = 8  # requests of a pass, at most
 SHOTS_SEED = 1234  # lm-eval's own default
 REFUSED = {  # settings of tasks, and why
     "class": "is code of its own",
@@ -65,10 +65,14 @@ def recipe(task: str, encoder_decoder: bool) -> dict[str, Any]:
 
 
 def measure(
-    task: str, pinned: Mapping[str, Any], models: Mapping[str, PreTrainedModel], tokenizer: Path
+    task: str,
+    pinned: Mapping[str, Any],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: Path,
+    at_once: int = ASKED_AT_ONCE,
 ) -> dict[str, Any]:
-    """Return the metrics of each model, under our names, and the split they are of. Raises RunError: the task is not,
-    on this machine, what it was when it was `pinned`."""
+    """Return the metrics of each model, under our names, and the split they are of; of the requests no more than
+    `at_once` are in a pass. Raises RunError: the task is not, on this machine, what it was when it was `pinned`."""
     loaded, split = _load(task)
     if _digest(loaded) != pinned["requests"]:
         raise RunError(
@@ -79,7 +83,7 @@ def measure(
 
     scores = {}
     for who, model in models.items():
-        asked = HFLM(pretrained=model, tokenizer=read_tokenizer(tokenizer), batch_size=ASKED_AT_ONCE)
+        asked = HFLM(pretrained=model, tokenizer=read_tokenizer(tokenizer), batch_size=min(ASKED_AT_ONCE, at_once))
         loaded.set_fewshot_seed(SHOTS_SEED)  # requests are made again
         tasks = {"tasks": {loaded.task_name: loaded}, "groups": {}, "group_map": {}}
         with offline():
@@ -255,8 +259,8 @@ def _local(call: Callable[..., Any], kept: Collection[threading.Thread]) -> Call
     def asked(first: Any, *rest: Any, **named: Any) -> Any:
         if threading.current_thread() not in kept:
             opened = isinstance(first, socket.socket)
-            host = (rest[0] if rest else named.get("address")) if opened else first
-            if not (opened and first.family not in NETWORKS) and not _is_here(host[0] if opened else host):
+            host = rest[0][0] if opened and first.family in NETWORKS else None if opened else first
+            if not _is_here(host):
                 raise ConnectionError(f"it asks the network for {host}")
         return call(first, *rest, **named)
 
