@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, StringConstraints, Tag, field_validat
 
 from pipeline.config.base import Closed, Positive
 from pipeline.credentials import taking_none
+from pipeline.metrics import LM_EVAL, named_by_lm_eval
 
 
 class TrainBpe(Closed):
@@ -226,4 +227,10 @@ class Evaluate(Closed):
     def _each_once(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
         if len({*suites}) < len(suites):
             raise ValueError(f"suites names one twice: {', '.join(suites)}")
+        named = [named_by_lm_eval(suite.partition(":")[2], "") for suite in suites if suite.startswith(LM_EVAL)]
+        if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+            raise ValueError(
+                f"suites has tasks of one name, by which their metrics go ({', '.join(twice)}_METRIC): "
+                f"{', '.join(suites)}; rename a file"
+            )
         return suites

@@ -69,6 +69,12 @@ class Config(Closed):
             return "task.name is next_utterance, whose teacher gives each token of a candidate its probability"
         return None
 
+    @property
+    def bounds(self) -> list[tuple[str, str]]:
+        """Return each bound of a gate: its knob, and the metric."""
+        gates = {"register.gate": self.register_.gate, "retrain.gate": self.retrain and self.retrain.gate}
+        return [(f"{name}.{knob}", metric) for name, gate in gates.items() if gate for knob, metric, _ in gate.bounds]
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         if self.pack.encoding == "base3" and not self.quant.ternary:
@@ -102,10 +108,8 @@ class Config(Closed):
                 f"quant.quantizer: {self.quant.quantizer} looks at whole matrices after each step, which no worker "
                 "holds with resources.strategy: fsdp; use another quantizer, such as quantgpt, or strategy: ddp"
             )
-        gates = {"register.gate": self.register_.gate, "retrain.gate": self.retrain and self.retrain.gate}
-        for section, gate in gates.items():
-            for knob, metric, _ in gate.bounds if gate else ():
-                self._refuse_unmeasured(f"{section}.{knob}", metric)
+        for knob, metric in self.bounds:
+            self._refuse_unmeasured(knob, metric)
         if isinstance(self.model.source, dict) and self.finetune is None:
             raise ValueError("model.source is an architecture without weights; add a finetune section to train it")
         if self.distill.compared_layer != -1 and self.cache.mode == "states":

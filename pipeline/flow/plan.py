@@ -14,10 +14,11 @@ from pipeline.flow import preflight, warm_start
 from pipeline.flow.line import LINE, line_to
 from pipeline.stages import register
 from pipeline.stages.cache import cache_bytes, decide_mode
+from pipeline.stages.evaluate import told_of_suites
 from pipeline.stages.stage import PinnedRun, Stage, Start
 from pipeline.store.keys import differences, step_key
 from pipeline.store.locations import scratch_dir, storage_uri
-from pipeline.store.records import ModelVersion, Overlap, Record, Student, Teacher, TeacherCache, Tokens
+from pipeline.store.records import Evaluation, ModelVersion, Overlap, Record, Student, Teacher, TeacherCache, Tokens
 from pipeline.store.step_store import StepDir, records
 from pipeline.tracking import registry
 from pipeline.tracking.runs import Target
@@ -158,6 +159,8 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
                 warm_start.check_quantization(run, start, student)
         tokens: Tokens | None = steps[Tokens.stage].record
         checked = [look(("check", step.dir), partial(step.stage.check, run, step.dir, tokens)) for step in left]
+        if Evaluation.stage in steps:
+            told += told_of_suites(steps[Evaluation.stage].recipe)
         overlap = tokens.overlap if tokens is not None else next(filter(None, checked), None)
     return RunPlan(config, run, tuple(steps.values()), parameters, overlap, (*told, *notes))
 

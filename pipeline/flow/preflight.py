@@ -11,7 +11,7 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.models.blocks import depth_of
+from pipeline.models.blocks import angles_change_at, depth_of
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
@@ -108,6 +108,13 @@ def told_of_packing(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     """Return that documents do not share rows where they were to, and why."""
     if not run.config.task.packs or run.packed:
         return []
+    length, changed = run.config.task.block_length, angles_change_at(shape.config)
+    if changed is not None and changed < length:
+        return [
+            f"task.packing: task.block_length is {length}, and a {shape.config.model_type} model of rope_type longrope "
+            f"turns by other angles in a pass of more than {changed} tokens: each conversation has a row of its own. "
+            f"Up to {changed} they share rows."
+        ]
     return [
         f"task.packing: no family knows a {shape.config.model_type} model, so that nobody can say whether a mask keeps "
         "conversations of one row apart: each has a row of its own."

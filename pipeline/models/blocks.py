@@ -197,6 +197,15 @@ def rope_types(config: PreTrainedConfig) -> set[str]:
     return {str(angles.get("rope_type", "default")) for angles in rotary_angles(config)}
 
 
+def angles_change_at(config: PreTrainedConfig) -> int | None:
+    """Return the length of a pass beyond which all its rotary angles are others, as those of longrope are; None: no
+    length changes them."""
+    kinds = [angles for angles in rotary_angles(config) if angles.get("rope_type") == "longrope"]
+    top = getattr(config, "original_max_position_embeddings", None)
+    lengths = [angles.get("original_max_position_embeddings") or top for angles in kinds]
+    return min((int(length) for length in lengths if length), default=None)
+
+
 def rotary_angles(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return what a configuration says of rotary angles, once for each kind of layers that has its own."""
     angles: dict[str, Any] = getattr(config, "rope_parameters", None) or {}

@@ -15,6 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.quant import Quant
+from pipeline.errors import ConfigError
+from pipeline.metrics import LM_EVAL, metric_of
 from pipeline.models.build import load_model, read_config
 from pipeline.models.device import device_for
 from pipeline.models.family import family_named
@@ -69,9 +71,32 @@ def run(step: Step) -> Evaluation:
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
-    """Return how scores are taken, and of each suite what its numbers depend on. Raises ConfigError as `pinned`."""
-    suites = run.config.evaluate.suites
-    return scoring_recipe(run) | ({"suites": {name: pinned(name, run) for name in suites}} if suites else {})
+    """Return how scores are taken, and of each suite what its numbers depend on. Raises ConfigError as `pinned`, and
+    for a bound of a gate on what no task of lm-eval measures on its validation split."""
+    suites = {name: pinned(name, run) for name in run.config.evaluate.suites}
+    asked = {"validation": dict[str, str](), "test": dict[str, str]()}
+    for suite, depends in suites.items():
+        asked[depends.get("split", generated.SPLIT)] |= dict.fromkeys(depends.get("metrics", ()), suite)
+    for knob, metric in run.config.bounds:
+        known = metric_of(metric)
+        if known is None or known.suite != LM_EVAL or metric in asked["validation"]:
+            continue
+        why = f" of the test split of {asked['test'][metric]}, which is shown only" if metric in asked["test"] else ""
+        raise ConfigError(
+            f"{knob} names {metric!r}{why}; what tasks of lm-eval measure on validation here: "
+            f"{', '.join(asked['validation']) or 'nothing'}."
+        )
+    return scoring_recipe(run) | ({"suites": suites} if suites else {})
+
+
+def told_of_suites(recipe: dict[str, Any]) -> list[str]:
+    """Return which suites of a recipe choose nothing."""
+    return [
+        f"evaluate.suites: {suite} has no validation split and is asked on its test split, which is shown only: lookup "
+        "and gates cannot use it."
+        for suite, depends in recipe.get("suites", {}).items()
+        if depends.get("split") == "test"
+    ]
 
 
 def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
@@ -83,19 +108,21 @@ def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
 
 def measured(job: StepJob, suite: str) -> dict[str, Any]:
     """Return what a suite measures of a job's student and teacher."""
-    device, tokens = device_for(job.resources), job.input(Tokens)
+    device, tokens, at_once = device_for(job.resources), job.input(Tokens), job.resources.inference_batch
     student = student_of(job).to(device).eval()
     teacher = load_model(job.input(Teacher).folder()).to(device).eval()
     if suite != generated.NAME:
         models = {"student": student, "teacher": teacher}
-        return lm_eval_tasks.measure(suite.partition(":")[2], job.recipe["suites"][suite], models, tokens.folder())
+        task, depends = suite.partition(":")[2], job.recipe["suites"][suite]
+        return lm_eval_tasks.measure(task, depends, models, tokens.folder(), at_once)
     rows = Rows(tokens.dir, tokens.record.splits[generated.SPLIT].shards)
     ids, lengths, _ = rows.get(rows.drawn(generated.PROMPTS))
     shards = drawn_shards(tokens.record.splits["train"].shards, generated.COUNTED_SHARDS)
     read = (pair for shard in shards for pair in zip(*read_tokens(open_shard(tokens.dir, shard)), strict=True))
     documents = (document for row, length in read for document in job.task.documents_in(row, length))
     counts = generated.count_tokens(documents, int(teacher.config.vocab_size))
-    return generated.measure(student, teacher, job.task, job.task.batch(ids, lengths).references(), counts)
+    batch = job.task.batch(ids, lengths).references()
+    return generated.measure(student, teacher, job.task, batch, counts, at_once)
 
 
 STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")

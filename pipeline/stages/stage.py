@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.config.training import Distill, Finetune
 from pipeline.execution.engine import Engine
+from pipeline.models.blocks import angles_change_at
 from pipeline.models.build import model_type_of, read_config
 from pipeline.models.family import Family, family_with
 from pipeline.provenance import provenance
@@ -79,10 +81,12 @@ class PinnedRun:
     @property
     def packed(self) -> bool:
         """Tell whether documents share rows: a model of no family, or one that goes by the name of another, may have
-        more that leads from a token to the next than attention, which a mask keeps apart."""
+        more that leads from a token to the next than attention, which a mask keeps apart; angles that change with the
+        length of a pass would be others than a document has by itself."""
         source = self.config.model.source if self.model is None else self.model.folder
         gguf_file = None if self.model is None else self.model.gguf_file
-        return self.config.task.packs and family_with("blocks", model_type_of(source, gguf_file)) is not None
+        known = self.config.task.packs and family_with("blocks", model_type_of(source, gguf_file)) is not None
+        return known and self.config.task.block_length <= (angles_change_at(self.settings) or math.inf)
 
     @cached_property
     def task(self) -> Task:

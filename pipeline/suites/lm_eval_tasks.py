@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import ipaddress
 import json
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+import re
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache, partial, wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +29,23 @@ if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedModel
 
 KNOB = "evaluate.suites"
-ASKED_AT_ONCE = 8  # requests of a pass
+ASKED_AT_ONCE = 8  # requests of a pass, at most
 SHOTS_SEED = 1234  # lm-eval's own default
-REFUSED = ("UNSAFE_CODE", "MULTIMODAL")  # kinds of tasks, by lm-eval's names
+REFUSED = {  # settings of tasks, and why
+    "class": "is code of its own",
+    "group": "is several tasks",
+    "unsafe_code": "runs what a model writes",
+    "doc_to_image": "shows more than text",
+    "doc_to_audio": "shows more than text",
+}
+FUNCTION = "!function"  # in a YAML file, what names code
+WHERE = (
+    "dataset_path",
+    "dataset_name",
+    "dataset_kwargs",
+    "metadata",
+)  # settings that may name paths, not what is there
+NETWORKS = (socket.AF_INET, socket.AF_INET6)
 YAML = (".yaml", ".yml")
 
 
@@ -40,14 +58,21 @@ def recipe(task: str, encoder_decoder: bool) -> dict[str, Any]:
     if encoder_decoder:
         raise ConfigError(f"{KNOB}: lm_eval:{task} asks a decoder alone, and the model has an encoder; leave it out.")
     loaded, split = _load(task)
-    return {"lm_eval": metadata.version("lm_eval"), "split": split, "requests": _digest(loaded)}
+    filters = [own.name for own in loaded._filters]
+    measured = sorted({_name(task, metric, own) for metric in loaded.aggregation() for own in filters})
+    version = metadata.version("lm_eval")
+    return {"lm_eval": version, "split": split, "metrics": measured, "requests": _digest(loaded)}
 
 
 def measure(
-    task: str, pinned: Mapping[str, Any], models: Mapping[str, PreTrainedModel], tokenizer: Path
+    task: str,
+    pinned: Mapping[str, Any],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: Path,
+    at_once: int = ASKED_AT_ONCE,
 ) -> dict[str, Any]:
-    """Return the metrics of each model, under our names, and the split they are of. Raises RunError: the task is not,
-    on this machine, what it was when it was `pinned`."""
+    """Return the metrics of each model, under our names, and the split they are of; of the requests no more than
+    `at_once` are in a pass. Raises RunError: the task is not, on this machine, what it was when it was `pinned`."""
     loaded, split = _load(task)
     if _digest(loaded) != pinned["requests"]:
         raise RunError(
@@ -58,7 +83,7 @@ def measure(
 
     scores = {}
     for who, model in models.items():
-        asked = HFLM(pretrained=model, tokenizer=read_tokenizer(tokenizer), batch_size=ASKED_AT_ONCE)
+        asked = HFLM(pretrained=model, tokenizer=read_tokenizer(tokenizer), batch_size=min(ASKED_AT_ONCE, at_once))
         loaded.set_fewshot_seed(SHOTS_SEED)  # requests are made again
         tasks = {"tasks": {loaded.task_name: loaded}, "groups": {}, "group_map": {}}
         with offline():
@@ -73,16 +98,19 @@ def _named(task: str, result: Mapping[str, Any]) -> dict[str, float]:
     for key, value in result.items():
         metric, _, filtered = key.partition(",")
         if filtered and not metric.endswith("_stderr") and isinstance(value, int | float):
-            kind = metric if filtered == "none" else f"{metric}_{filtered}"
-            named[named_by_lm_eval(task, kind)] = float(value)
+            named[_name(task, metric, filtered)] = float(value)
     return named
+
+
+def _name(task: str, metric: str, filtered: str) -> str:
+    return named_by_lm_eval(task, metric if filtered == "none" else f"{metric}_{filtered}")
 
 
 def _load(task: str) -> tuple[Any, SplitName]:
     """Return a task of lm-eval that asks its validation split if it has one, and which split it asks. Raises
     ConfigError as `recipe` does."""
     try:
-        from lm_eval.api.task import ConfigurableTask
+        import lm_eval.api.metrics  # noqa: F401  which registers them
     except ImportError as error:
         raise ConfigError(
             f"{KNOB} names lm_eval:{task}, and lm-eval cannot be imported ({error}): `pip install 'bitmill[eval]'`, or "
@@ -98,10 +126,12 @@ def _load(task: str) -> tuple[Any, SplitName]:
         )
     try:
         with offline():
+            if why := _refused(Path(task) if task.endswith(YAML) else manager.task_index[task].yaml_path):
+                raise ConfigError(f"{KNOB}: lm_eval:{task} {why}, which is not done here; leave it out.")
             (loaded,) = manager.load([task])["tasks"].values()
-            if not isinstance(loaded, ConfigurableTask) or any(getattr(loaded, kind, False) for kind in REFUSED):
-                raise ValueError("it is code of its own, runs what a model writes, or shows more than text")
             return _settled(loaded)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a task, its code or its data may raise
         raise ConfigError(
             f"{KNOB}: lm_eval:{task} cannot be asked here without the network: "
@@ -110,13 +140,57 @@ def _load(task: str) -> tuple[Any, SplitName]:
         ) from error
 
 
+def _refused(path: Path) -> str:
+    """Return what a task's file asks for that is not done here, read before anything that it names is run or fetched;
+    empty: nothing."""
+    from lm_eval.api.registry import metric_registry
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if code := _code_of(path):
+        return f"names code, {FUNCTION} {code}"
+    asked = load_yaml(path, resolve_func=False)
+    for setting, why in REFUSED.items():
+        if asked.get(setting):
+            return f"has {setting}: it {why}"
+    if asked.get("process_results"):  # which names metrics of its own
+        return ""
+    for metric in asked.get("metric_list") or ():
+        name = str(metric.get("metric"))
+        if metric.get("hf_evaluate"):
+            return f"has hf_evaluate: it fetches the code of its metric {name}"
+        if not Path(name).is_absolute() and name not in metric_registry:  # a function goes by its file
+            return f"measures {name}, no metric of lm-eval's own: its code is fetched"
+    return ""
+
+
+def _code_of(path: Path) -> str:
+    """Return what a YAML file of the user's own, or one that it includes, names as a function; empty: nothing."""
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = path.expanduser().resolve()
+    if path.is_relative_to(Path(lm_eval.tasks.__file__).parent):
+        return ""
+    for event in yaml.parse(path.read_text()):
+        if isinstance(event, yaml.ScalarEvent) and event.tag == FUNCTION:
+            return str(event.value)
+    included = load_yaml(path, resolve_func=False, recursive=False).get("include") or ()
+    several = [included] if isinstance(included, str) else included
+    return next(filter(None, (_code_of(path.parent / file) for file in several)), "")
+
+
 def _settled(loaded: Any) -> tuple[Any, SplitName]:
-    """Set a task to the split that it is asked of, and make its requests."""
+    """Set a task to the split that it is asked of, and make its requests. Shots that are of no split by name are of the
+    first that there is, which is named: lm-eval leaves the document that is asked out of shots of its split."""
     split: SplitName = "validation" if loaded.has_validation_docs() else "test"
     if split == "validation":
         loaded.config.test_split = loaded.config.validation_split  # of which lm-eval asks
     if loaded.config.num_fewshot is None:
         loaded.set_config("num_fewshot", 0)
+    shots, of = loaded.fewshot_cfg, loaded.config
+    if shots.split is None and shots.samples is None:
+        shots.split = of.training_split or of.validation_split or of.test_split
     loaded.set_fewshot_seed(SHOTS_SEED)
     loaded.build_all_requests()
     return loaded, split
@@ -135,22 +209,69 @@ def _tasks(all_there_are: bool) -> Any:
 
 def _digest(loaded: Any) -> str:
     """Return a hash of all that a task asks, what counts as right, and what is measured."""
-    asked = hashlib.sha256(json.dumps([sorted(loaded.aggregation()), str(loaded.VERSION)]).encode())
+    said = partial(json.dumps, sort_keys=True, default=lambda value: _said(loaded, value))
+    settings = {name: value for name, value in loaded.dump_config().items() if name not in WHERE}
+    asked = hashlib.sha256(said([sorted(loaded.aggregation()), str(loaded.VERSION), settings]).encode())
+    for document in loaded.eval_docs:
+        asked.update(said(loaded.doc_to_target(document)).encode())
     for request in loaded.instances:
-        line = [request.request_type, request.args, request.doc]
-        asked.update(json.dumps(line, sort_keys=True, default=str).encode())
+        asked.update(said([request.request_type, request.args, request.doc]).encode())
     return asked.hexdigest()[:32]
+
+
+def _said(loaded: Any, value: Any) -> str:
+    """Return what JSON has no form of, functions as they are written, without the place in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(loaded.config.serialize_function(value) if callable(value) else value))
 
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Keep `datasets` and the hub's client from asking for anything that is not on this machine."""
+    """Keep this thread, and those that it starts, from asking anything that is not on this machine; threads that were
+    there before, which may have a lease to keep, go on. One at a time in a process."""
     import datasets
+    import evaluate
     import huggingface_hub.constants as hub
 
-    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    try:
+    kept = {*threading.enumerate()} - {threading.current_thread()}
+    with _ALONE, contextlib.ExitStack() as restored:
+        for place, name in (
+            (datasets.config, "HF_HUB_OFFLINE"),
+            (evaluate.config, "HF_EVALUATE_OFFLINE"),
+            (hub, "HF_HUB_OFFLINE"),
+        ):
+            restored.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, True)
+        for place, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+            own = getattr(place, name)
+            restored.callback(setattr, place, name, own)
+            setattr(place, name, _local(own, kept))
         yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+
+
+_ALONE = threading.RLock()
+
+
+def _local(call: Callable[..., Any], kept: Collection[threading.Thread]) -> Callable[..., Any]:
+    """Return a call of the socket module that raises ConnectionError for what is not on this machine, but in threads
+    that are kept."""
+
+    @wraps(call)
+    def asked(first: Any, *rest: Any, **named: Any) -> Any:
+        if threading.current_thread() not in kept:
+            opened = isinstance(first, socket.socket)
+            host = rest[0][0] if opened and first.family in NETWORKS else None if opened else first
+            if not _is_here(host):
+                raise ConnectionError(f"it asks the network for {host}")
+        return call(first, *rest, **named)
+
+    return asked
+
+
+def _is_here(host: Any) -> bool:
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

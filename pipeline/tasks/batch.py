@@ -48,6 +48,11 @@ class Batch:
         given = self.ids, self.source_ids, self.source_mask, self.positions
         return given[:1] if given[1:] == (None, None, None) else given
 
+    def first_document(self, row: int) -> int:
+        """Return how many tokens the first document of a row has, of those that it packs; all that are not padding."""
+        begun = () if self.positions is None else (self.positions[row, 1:] == 0).nonzero().flatten() + 1
+        return min(int(length) for length in (self.lengths[row], *begun))
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; a GPU goes on while it is copied."""
         return self._with(lambda tensor: sent(tensor, device), self.group, self.on_host)

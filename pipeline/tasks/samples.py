@@ -42,7 +42,5 @@ def _prompt(batch: Batch, row: int) -> tuple[torch.Tensor, int]:
     """Return the ids (1, length) of a prompt and how many tokens may follow: a row's own length is never exceeded."""
     if batch.source_ids is not None and batch.source_mask is not None:
         return batch.source_ids[row : row + 1, : int(batch.source_mask[row].sum())], batch.ids.shape[1] - 1
-    length = min(LONGEST, int(batch.lengths[row]))
-    if batch.positions is not None:  # of the first document alone
-        length = min([length, *((batch.positions[row, 1:] == 0).nonzero().flatten() + 1).tolist()])
+    length = min(LONGEST, batch.first_document(row))
     return batch.ids[row : row + 1, : max(1, length // 2)], max(1, length - length // 2)

@@ -20,6 +20,7 @@ from pipeline.store.records import Evaluation, Package, Tokens
 from pipeline.store.shards import Rows
 from pipeline.tasks.tokenizers import save_tokenizer
 from tests.conftest import ARCHITECTURES
+from tests.family_models import ANGLES, LLAMA_LIKE
 from tests.tasks.test_chat import CHATML, words
 
 
@@ -100,6 +101,25 @@ def test_conversations_are_the_same_in_every_format(tokenizer, tmp_path, tiny_co
     assert sum(map(len, made("b.json", "conversations", "train"))) > 0
     with pytest.raises(ConfigError, match=r"no column 'messages'; valid: conversations\. Set data\.text_column"):
         made("b.json", "messages", "test")
+
+
+def test_a_model_whose_angles_change_with_the_length_of_a_pass_has_a_conversation_a_row(
+    tokenizer, tmp_path, tiny_config
+):
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks(0, 60)))
+    fields = fields_of(tokenizer, {"source": str(tmp_path / "talks.jsonl"), "holdout": 0.2})
+    length = fields["task"]["block_length"]
+
+    def planned(unchanged):
+        angles = {"rope_type": "longrope", **ANGLES["longrope"], "original_max_position_embeddings": unchanged}
+        source = {**LLAMA_LIKE, "architecture": "llama", "max_position_embeddings": 2 * length}
+        source["rope_parameters"] = {"rope_theta": 1e4, **angles}
+        return plan_run(tiny_config(tmp_path, **fields | {"model": {"source": source, "tokenizer": tokenizer}}))
+
+    apart, together = planned(length - 1), planned(length)
+    assert (apart.pinned.packed, together.pinned.packed) == (False, True)
+    told = f"task.packing: task.block_length is {length}, and a llama model of rope_type longrope"
+    assert [any(w.startswith(told) for w in plan.warnings) for plan in (apart, together)] == [True, False]
 
 
 def test_a_model_of_no_family_has_a_conversation_a_row(tokenizer, tmp_path, tiny_config):

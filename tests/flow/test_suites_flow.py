@@ -64,6 +64,7 @@ def test_a_suite_is_measured_after_all_else_and_found_by(cloned, tiny_config, ru
         ({"register": {"gate": {"at_least": {"rougeL": 1}}}}, "this run measures perplexity"),
         ({"evaluate": {"suites": ["mmlu"]}}, "suites"),
         ({"evaluate": {"suites": ["generated", "generated"]}}, "names one twice"),
+        ({"evaluate": {"suites": ["lm_eval:a/t.yaml", "lm_eval:b/t.yaml"]}}, r"of one name, .*\(lm_eval_t_METRIC\)"),
     ],
 )
 def test_what_no_run_measures_is_refused(tiny_fields, tmp_path, fields, message):

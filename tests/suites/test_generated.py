@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from pipeline.config.data import TaskSettings
 from pipeline.metrics import METRICS
+from pipeline.models.build import build, read_config
 from pipeline.suites import generated
 from pipeline.suites.generated import TOKENS, commonness, count_tokens, measure, prompts, written
 from pipeline.tasks.chat import Chat
 from pipeline.tasks.language_modeling import LanguageModeling
+from tests.family_models import ENCODER_DECODERS
 from tests.tasks import test_chat, test_summarization
 
 WIDTH = 24
@@ -92,6 +94,62 @@ def test_what_a_decoder_writes_and_how_far_the_student_is_from_it():
         assert weighed == pytest.approx(told["student"]["generated_kl_nats"])
     assert told["tables"]["position"][0]["band"] == "1"
     assert told["tables"]["position"][0]["flips"] == pytest.approx(1 - np.mean(first))
+
+
+def test_a_teachers_own_settings_of_generation_say_where_it_ends_and_nothing_else():
+    task, ids, lengths = running_text()
+    teacher = gpt2(0)
+    begun = prompts(task, task.batch(ids, lengths))
+    free = [by_hand(teacher, text, TOKENS) for text in begun]
+    end = free[0][-TOKENS + 2]
+    settings = GenerationConfig(eos_token_id=[end], repetition_penalty=5.0, num_beams=3)
+    teacher.generation_config = settings
+    expected = [
+        row[: row.index(end, text.start) + 1] if end in row[text.start :] else row
+        for row, text in zip(free, begun, strict=True)
+    ]
+    assert [text.ids.tolist() for text in written(teacher, begun)] == expected
+    assert expected != free
+    assert teacher.generation_config is settings
+
+
+def test_t5_writes_with_more_layers_in_its_decoder_than_in_its_encoder():
+    special = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None}
+    config = read_config({"architecture": "t5", **ENCODER_DECODERS["t5"], **special}, vocab_size=40)
+    teacher = build(config, seed=0).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    teacher.generation_config.update(repetition_penalty=5.0, num_beams=3)
+    begun = [generated.Written(torch.tensor([0]), 1, torch.arange(4, end)) for end in (9, 13, 11)]
+    texts = written(teacher, begun, at_once=2)
+    assert [text.ids.tolist() for text in texts] == [by_hand(teacher, text, TOKENS) for text in begun]
+
+
+def test_rows_of_a_pass_change_nothing_and_are_as_few_as_are_asked_for(monkeypatch):
+    task, ids, lengths = running_text()
+    batch, rows = task.batch(ids, lengths), []
+    teacher, student = gpt2(0), gpt2(1)
+    whole = measure(student, teacher, task, batch, np.ones(50, np.int64))
+    for model in (teacher, student):
+        model.transformer.register_forward_hook(lambda _, __, out: rows.append(len(out.last_hidden_state)))
+    product, positions = generated.head_product, []
+    spied = lambda head, states: positions.append(states.shape[:2].numel()) or product(head, states)  # noqa: E731
+    monkeypatch.setattr(generated, "head_product", spied)
+    told = measure(student, teacher, task, batch, np.ones(50, np.int64), 2)
+    assert sum(positions) == 2 * told["tokens"], "logits are made where something was written, and nowhere else"
+    assert max(rows) == 2
+    assert told["student"] == pytest.approx(whole["student"], abs=1e-5)
+
+
+def test_the_prompt_of_a_packed_row_is_of_its_first_conversation():
+    task = Chat(TaskSettings(name="chat", block_length=160, loss_on="all"), packed=True)
+    ids, lengths, _ = test_chat.encoded(task, [test_chat.TALK[1:3]] * 3)
+    batch = task.batch(ids, lengths)
+    first = batch.first_document(0)
+    assert 0 < 2 * first <= int(lengths[0, 0])
+    (text, *_) = prompts(task, batch)
+    assert text.ids.tolist() == ids[0, : first // 2].tolist()
 
 
 def test_a_student_that_is_its_teacher_is_nowhere_else():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from pipeline.metrics import larger_is_better, named_by_lm_eval
 from pipeline.stages import evaluate
 from pipeline.stages.stage import StepJob
 from pipeline.store.records import Evaluation
-from pipeline.suites.lm_eval_tasks import measure, recipe
+from pipeline.suites.lm_eval_tasks import _load, measure, offline, recipe
 from pipeline.tasks.tokenizers import read_tokenizer
 
 TASK = """
@@ -67,6 +70,103 @@ def test_what_cannot_be_asked_is_refused_without_the_network(name, message):
     pytest.importorskip("lm_eval", reason="pip install 'bitmill[eval]'")
     with pytest.raises(ConfigError, match=message):
         recipe(name, encoder_decoder=False)
+
+
+METRICS = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"
+
+
+@pytest.mark.parametrize(
+    ("line", "own", "message"),
+    [
+        (METRICS, "metric_list: [{metric: no_such}]", "measures no_such, no metric of lm-eval's own"),
+        (METRICS, "metric_list: [{metric: acc, hf_evaluate: true}]", "has hf_evaluate: it fetches the code .* acc"),
+        (METRICS, METRICS + "\nunsafe_code: true", "has unsafe_code: it runs what a model writes"),
+        ("doc_to_target: answer", "doc_to_target: !function code.answer", "names code, !function code.answer"),
+        ("task: colours", "include: shared.yaml\ntask: colours", "names code, !function code.shared"),
+        ("task: colours", "group: colours\ntask: [arc_easy]", "has group: it is several tasks"),
+    ],
+)
+def test_what_runs_or_fetches_code_is_refused_before_it_does(task, line, own, message, monkeypatch):
+    path, asked = Path(task), []
+    path.write_text(path.read_text().replace(line, own))
+    (path.parent / "shared.yaml").write_text("process_docs: !function code.shared\n")
+    (path.parent / "code.py").write_text(f"open({str(path.parent / 'ran')!r}, 'w')\nanswer = shared = None\n")
+    monkeypatch.setattr(socket.socket, "connect", lambda own, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
+    with pytest.raises(ConfigError, match=f"{message}.*; leave it out") as refused:
+        recipe(task, encoder_decoder=False)
+    assert str(refused.value).count("\n") == 0
+    assert (asked, (path.parent / "ran").exists()) == ([], False)
+
+
+def test_nothing_beyond_this_machine_is_asked_while_offline():
+    pytest.importorskip("lm_eval", reason="pip install 'bitmill[eval]'")
+    before, told = (socket.getaddrinfo, socket.socket.connect), []
+    enter, leave = threading.Event(), threading.Event()
+
+    def resolves() -> None:
+        enter.wait()
+        told.append(socket.getaddrinfo("192.0.2.1", 9))
+        leave.set()
+
+    there = threading.Thread(target=resolves)
+    there.start()
+    with socket.create_server(("127.0.0.1", 0)) as server, offline():
+        socket.create_connection(server.getsockname()).close()
+        for call in (socket.create_connection, socket.socket().connect, socket.socket().connect_ex):
+            with pytest.raises(ConnectionError, match=r"it asks the network for .*192"):
+                call(("192.0.2.1", 9))
+        with pytest.raises(ConnectionError, match="it asks the network for example"):
+            socket.create_connection(("example.invalid", 9))
+        enter.set()
+        leave.wait(30)
+    there.join()
+    assert told, "a thread that was there before goes on"
+    assert (socket.getaddrinfo, socket.socket.connect) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("doc_to_target: answer", 'doc_to_target: "{{(answer + 1) % 3}}"'),
+        (METRICS, METRICS + "\nfilter_list: [{name: first, filter: [{function: take_first}]}]"),
+        (METRICS, METRICS.replace("mean", "mean, few: 2")),
+    ],
+)
+def test_what_counts_as_right_is_keyed(task, line, own):
+    before = recipe(task, encoder_decoder=False)
+    text = Path(task).read_text()
+    Path(task).write_text(text.replace(line, own))
+    assert recipe(task, encoder_decoder=False) != before
+    elsewhere = Path(task).parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "colours.yaml").write_text(text)
+    assert recipe(str(elsewhere / "colours.yaml"), encoder_decoder=False) == before, "wherever it lies"
+
+
+def test_a_bound_that_no_validation_split_has_is_refused_by_the_plan(task, tmp_path, tiny_config):
+    def planned(metric):
+        gate = {"gate": {"at_least": {metric: 0.1}}} if metric else {}
+        return plan_run(tiny_config(tmp_path, evaluate={"suites": [f"lm_eval:{task}"]}, register=gate))
+
+    assert planned("lm_eval_colours_acc").warnings == planned("").warnings
+    with pytest.raises(
+        ConfigError, match=r"register\.gate\.at_least names 'lm_eval_colours_f1'.*: lm_eval_colours_acc\."
+    ):
+        planned("lm_eval_colours_f1")
+    Path(task).write_text(Path(task).read_text().replace("validation_split: validation\n", ""))
+    with pytest.raises(ConfigError, match=r"'lm_eval_colours_acc' of the test split of lm_eval:.* here: nothing\."):
+        planned("lm_eval_colours_acc")
+    assert any("shown only: lookup and gates cannot use it" in told for told in planned("").warnings)
+
+
+def test_no_shot_shows_the_question_that_is_asked(task):
+    path = Path(task)
+    path.write_text(path.read_text() + "num_fewshot: 5\n")
+    loaded, _ = _load(task)
+    for request in loaded.instances:
+        assert request.args[0].count("q") == 6
+        assert request.args[0].count(request.doc["question"]) == 1
 
 
 @torch.no_grad()
