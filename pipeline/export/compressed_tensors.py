@@ -32,6 +32,7 @@ from pipeline.quant.frozen import FrozenTensors
 from pipeline.quant.spec import grid
 
 FP16 = torch.finfo(torch.float16)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that vLLM makes one matrix of
 Scheme = tuple[int, int]  # bits; weights of a group, 0 where a row has one scale
 __all__ = ["check", "open_logits", "read_back", "serve_command", "write"]
 
@@ -49,16 +50,17 @@ def check(config: PreTrainedConfig) -> str:
 
 def write(package: Path, out: Path) -> list[str]:
     """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes. Raises
-    UnfitExportError for a scale that fp16 does not hold."""
+    UnfitExportError for a scale that fp16 does not hold, or a matrix of vLLM's of which only a part would be packed."""
     frozen, config, _ = read_package(package)
     layers = check(config)
     group_size = max((frozen.granularity(name).group_size for name in frozen.codes), default=0)
     tensors: dict[str, Tensor] = {}
     schemes: dict[str, Scheme] = {}
     notes = []
+    linears = [_module(name) for name, shape in frozen.shapes.items() if len(shape) == 2 and _linear(name, layers)]
+    widths = _widths(frozen, linears)
     for name in frozen.codes:
-        bits = _stored_bits(frozen, name)
-        if re.fullmatch(layers, name) and bits is not None:
+        if bits := widths.get(name):
             tensors |= _packed(frozen, name, bits)
             own = frozen.codes[name].shape[1] // frozen.scales[name].shape[1]  # weights of a row that share a scale
             schemes[name] = bits, own if own == group_size else 0
@@ -68,7 +70,6 @@ def write(package: Path, out: Path) -> list[str]:
     tensors |= {name: tensor.half().contiguous() for name, tensor in frozen.rest.items()}
     save_file(tensors, out / manifest.WEIGHTS, metadata={"format": "pt"})
     config.dtype = torch.float16
-    linears = [name for name in map(_module, frozen.shapes) if re.fullmatch(layers, name)]
     config.quantization_config = _quantization(schemes, linears)
     config.save_pretrained(out)
     copy_companions(package, out)
@@ -79,6 +80,32 @@ def write(package: Path, out: Path) -> list[str]:
 def serve_command(out: Path) -> str:
     """Return the command that serves the directory."""
     return f"vllm serve {out} --dtype float16"
+
+
+def _linear(tensor: str, layers: str) -> bool:
+    return tensor.endswith(".weight") and re.fullmatch(layers, _module(tensor)) is not None
+
+
+def _widths(frozen: FrozenTensors, linears: list[str]) -> dict[str, int]:
+    """Return the width that each packed linear is stored in: those that vLLM makes one matrix of have one, in which the
+    levels of all fit. Raises UnfitExportError where a part of one is packed and another is not."""
+    own = {name: _stored_bits(frozen, name) if name in frozen.codes else None for name in linears}
+    packed: dict[str, int] = {}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        fused = next((parts for parts in FUSED if leaf in parts), (leaf,))
+        parts = {part: own[part] for part in (f"{parent}.{other}" for other in fused) if part in own}
+        widths = [bits for bits in parts.values() if bits is not None]
+        if widths and len(widths) < len(parts):
+            raise UnfitExportError(
+                f"--format compressed-tensors: vLLM makes one matrix of {', '.join(parts)}, of which "
+                f"{', '.join(part for part, bits in parts.items() if bits is None)} would be stored in fp16 and the "
+                "others packed; nothing was exported. Give them one width in quant.overrides and compress again. Valid "
+                "for it as it is: transformers."
+            )
+        if widths:
+            packed[name] = max(widths)
+    return packed
 
 
 def _stored_bits(frozen: FrozenTensors, name: str) -> int | None:
@@ -110,17 +137,18 @@ def _module(tensor: str) -> str:
 
 
 def _quantization(schemes: dict[str, Scheme], linears: list[str]) -> dict[str, Any]:
-    """Return what config.json says of the quantization; the layers of each scheme are named where `linears` differ."""
+    """Return what config.json says of the quantization; the layers of each scheme are named where `linears` differ. As
+    vLLM wants it, each is a target or ignored."""
     layers = {scheme: sorted(name for name in schemes if schemes[name] == scheme) for scheme in schemes.values()}
-    alike = len(layers) == 1 and schemes.keys() >= set(linears)
+    unpacked = sorted(set(linears) - schemes.keys())
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *unpacked],
         "config_groups": {
             f"group_{index}": {
-                "targets": ["Linear"] if alike else layers[bits, size],
+                "targets": ["Linear"] if len(layers) == 1 else layers[bits, size],
                 "weights": {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **_shared_by(size)},
                 "format": "pack-quantized",
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,11 @@ def inspect_model(model: str, family: str, resources: Resources) -> Inspection:
         refuse_quantized(config, "MODEL", model)
     known, shape = family_for(config.model_type, family), skeleton(config)
     file = source.folder / source.gguf_file if source.gguf_file else None
-    unfit = (
-        _left_out(check_tensors_fit(shape, source.folder, DROP))
-        if file is None
-        else [*check_gguf_file(shape, file, DROP), *told_of_words(file)]
-    )
+    if file is None:
+        unfit = _left_out(check_tensors_fit(shape, source.folder, DROP), "config.json describes")
+    else:
+        notes, extra = check_gguf_file(shape, file, DROP)
+        unfit = [*notes, *_left_out(extra, "its settings describe"), *told_of_words(file)]
     matrices = _matrices(shape, known)
     return Inspection(
         model=model,
@@ -135,10 +136,10 @@ def _reason_against(name: str, config: PreTrainedConfig) -> str:
     return ""
 
 
-def _left_out(dropped: tuple[str, ...]) -> list[str]:
+def _left_out(dropped: Sequence[str], described: str) -> list[str]:
     if not dropped:
         return []
-    count = f"{len(dropped)} tensors are not of the model that config.json describes: {some_of(dropped)}"
+    count = f"{len(dropped)} tensors are not of the model that {described}: {some_of(dropped)}"
     return [f"{count}. `compress` refuses it without model.unused_tensors: drop."]
 
 

@@ -16,7 +16,7 @@ from pipeline.models.build import model_type_of, parameters, read_config, skelet
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
 from pipeline.models.family import AUTO, WALKED, Family, families, family_for
-from pipeline.models.gguf_file import check_fits, told_of_words
+from pipeline.models.gguf_file import check_fits, counted, told_of_words
 from pipeline.models.hidden_states import WithStates
 from pipeline.models.student import check_spec, make_student, quant_targets
 from pipeline.models.values import refuse_not_finite, remembered_values, some_of
@@ -69,7 +69,9 @@ def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
         return told
     if run.model.gguf_file is not None:
         path = run.model.folder / run.model.gguf_file
-        return told + check_gguf_file(shape, path, run.config.model.unused_tensors)
+        notes, extra = check_gguf_file(shape, path, run.config.model.unused_tensors)
+        left_out = [f"model.unused_tensors is drop: {counted(extra, path)} are left out."] if extra else []
+        return told + notes + left_out
     section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
     dropped = check_tensors_fit(shape, run.model.folder, section.unused_tensors)
     for path in weight_files(run.model.folder):
@@ -83,9 +85,9 @@ def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     ]
 
 
-def check_gguf_file(shape: PreTrainedModel, path: Path, unused: str) -> list[str]:
-    """Return what people should know of a GGUF file that a model without memory is to be loaded from. Raises
-    ConfigError where that would be another model than the file's."""
+def check_gguf_file(shape: PreTrainedModel, path: Path, unused: str) -> tuple[list[str], list[str]]:
+    """Return what people should know of a GGUF file that a model without memory is to be loaded from, and the names of
+    the tensors that it leaves out. Raises ConfigError where that would be another model than the file's."""
     from pipeline.export.gguf import check_read
 
     check_read(shape.config, path)

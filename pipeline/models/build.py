@@ -4,6 +4,7 @@ whose steps are all done needs none of it."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
-from pipeline.models.gguf_file import alone, refuse_numbers
+from pipeline.models.gguf_file import DAMAGED, alone, refuse_numbers
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,9 +57,11 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
     if not isinstance(source, dict):
         described = f"usable settings in {gguf_file}" if gguf_file else "usable config.json"
         try:
-            with alone(source, gguf_file) as (folder, kind):
-                return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            if gguf_file is None:
+                return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+            state = (path := Path(source).resolve() / gguf_file).stat()
+            return copy.deepcopy(_config_of(path, state.st_size, state.st_mtime_ns))
+        except (*DAMAGED, StrictDataclassError) as error:
             raise ConfigError(f"model.source: {source} has no {described}: {error}") from error
     architecture = source["architecture"]
     fields = {name: _number(value) for name, value in source.items() if name != "architecture"}
@@ -84,6 +87,15 @@ def read_config(source: Path | str | dict[str, Any], gguf_file: str | None = Non
         return AutoConfig.for_model(architecture, **{**special, **fields, **taken})
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConfigError(f"model.source: {source} does not make a {architecture} model: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _config_of(path: Path, size: int, mtime_ns: int) -> PreTrainedConfig:
+    """Read the configuration of a GGUF file, once for as long as the file stays as it is."""
+    from transformers import AutoConfig
+
+    with alone(path.parent, path.name) as (folder, kind):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
 
 
 def _number(value: Any) -> Any:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import util
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models.values import some_of
 
 if TYPE_CHECKING:  # which take long to import
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ENDING = ".gguf"
 NEEDS = ("gguf", "accelerate")  # transformers reads GGUF with both
-# Keys behind the architecture's name that transformers leaves out for some, and the setting that each decides.
+# By their names in a file, those of which tests show that transformers makes the model that was written.
+ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
+# Keys behind the architecture's name, and the setting that each decides: transformers leaves them out for some.
 DECIDES = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -29,10 +34,32 @@ DECIDES = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.dimension_count": "rotary size of a head",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_theta of windows",
     "vocab_size": "vocab_size",
 }
 SCALING = "rope.scaling."
 ORIGINAL = "Name the checkpoint that the file was made from, as a folder or org/name@commit."
+# What a header may declare: more than any model has, and little enough for the memory of those who read it.
+MOST_ENTRIES, MOST_ELEMENTS, MOST_LAYERS, MOST_DIMENSIONS = 2**16, 2**22, 1000, 4
+TEXT, ARRAY = 8, 9  # kinds of values that have a length; of the others, the bytes:
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+VERSIONS = (2, 3)
+DAMAGED = (
+    *(ValueError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, OSError),
+    *(NotImplementedError, struct.error),
+)
+
+
+class Header(NamedTuple):
+    """What a file says of its model: settings by key, without the tokenizer's tables, and tensors in their order, each
+    a name, a type and a number of elements."""
+
+    settings: dict[str, Any]
+    tensors: tuple[tuple[str, GGMLQuantizationType, int], ...]
 
 
 @contextmanager
@@ -47,66 +74,70 @@ def alone(folder: Path | str, gguf_file: str | None) -> Iterator[tuple[Path | st
 
 
 def check_readable(path: Path, knob: str) -> None:
-    """Raise ConfigError for a file that transformers cannot read: its packages are not installed, it is no GGUF file or
-    a part of one, or it holds an architecture or a type of tensors that is not known."""
+    """Raise ConfigError for a file that is not read: the packages for it are not installed, it is no GGUF file or a
+    part of one, or it holds another architecture than `ARCHITECTURES` or a type of tensors that is not known."""
     missing = [package for package in NEEDS if util.find_spec(package) is None]
     if missing:
         raise ConfigError(
             f"{knob} is {path}, which is read with {' and '.join(missing)}, not installed here. Install the extra: "
             "pip install 'bitmill[gguf]'."
         )
-    from gguf.quants import dequantize
-    from transformers.integrations.gguf import GGUF_ARCHS
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+    with _guarded(path, knob):
+        header = _header(path)
+        architecture = header.settings.get("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"{knob}: {path} is of the architecture {architecture!r}, and GGUF files of that are not read; valid: "
+                f"{', '.join(ARCHITECTURES)}. {ORIGINAL}"
+            )
+        if (parts := header.settings.get("split.count")) not in (None, 0, 1):
+            raise ConfigError(
+                f"{knob}: {path} is one of {parts!r} parts of a model. Join them once: llama-gguf-split --merge FIRST "
+                "OUT."
+            )
+        if not 0 < (layers := header.settings[f"{architecture}.block_count"]) <= MOST_LAYERS:
+            raise ValueError(f"{architecture}.block_count is {layers}; valid: 1 to {MOST_LAYERS}")
+        _refuse_unknown_types(header, path, knob)
 
-    reader = _reader(path, knob)
-    known = sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS} - {"general", "tokenizer"})
-    architecture = _value(reader, "general.architecture")
-    if architecture not in known:
-        raise ConfigError(
-            f"{knob}: {path} holds the architecture {architecture!r}, which transformers does not read from GGUF; "
-            f"valid: {', '.join(known)}. {ORIGINAL}"
-        )
-    if (parts := _value(reader, "split.count")) is not None and parts > 1:
-        raise ConfigError(
-            f"{knob}: {path} is one of {parts} parts of a model. Join them once: llama-gguf-split --merge FIRST OUT."
-        )
-    for tensor in reader.tensors:
+
+def _refuse_unknown_types(header: Header, path: Path, knob: str) -> None:
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    for name, kind, _ in header.tensors:
         try:
-            dequantize(tensor.data[:1], tensor.tensor_type)
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             raise ConfigError(
-                f"{knob}: {tensor.name} in {path} is of the type {tensor.tensor_type.name}, which the gguf package "
-                f"cannot turn into numbers. {ORIGINAL}"
+                f"{knob}: {name} in {path} is of the type {kind.name}, which the gguf package cannot turn into "
+                f"numbers. {ORIGINAL}"
             ) from None
 
 
-def check_fits(model: PreTrainedModel, path: Path, drop: bool = False) -> list[str]:
-    """Return what people should know of a file that `model`, on the meta device, is to be loaded from.
+def check_fits(model: PreTrainedModel, path: Path, drop: bool = False) -> tuple[list[str], list[str]]:
+    """Return what people should know of a file that `model`, on the meta device, is to be loaded from, and the names in
+    the file of the tensors that the model leaves out.
 
     Raises:
         ConfigError: settings of the file that transformers leaves out and the model computes otherwise; tensors that
             it lacks or has in another size; or tensors that the model leaves out, unless they are to be dropped.
     """
-    from transformers.integrations.gguf import GGUF_ARCHS
-
-    reader = _reader(path, "model.source")
-    architecture = _value(reader, "general.architecture")
-    if architecture in GGUF_ARCHS:  # whose names transformers itself compares, when it loads them
-        return []
-    ignored = _ignored_settings(reader, architecture)
-    _refuse_computed_otherwise(ignored, model.config, path)
-    extra = _refuse_unfit(model, reader, path, drop)
-    told = [f"transformers leaves out of {path}: {_listed(ignored)}."] if ignored else []
-    return told + ([f"model.unused_tensors is drop: {_counted(extra, path)} are left out."] if extra else [])
+    with _guarded(path, "model.source"):
+        header = _header(path)
+        settings = _settings(header)
+        _refuse_computed_otherwise(settings, model.config, path)
+        ignored = _ignored(settings, header.settings["general.architecture"])
+        extra = _refuse_unfit(model, header, path, drop)
+    return [f"transformers leaves out of {path}: {_listed(ignored)}."] if ignored else [], extra
 
 
 def told_of_words(path: Path) -> list[str]:
     """Return what people should know of the tokenizer of a file: that transformers has no rule for how it cuts text."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    reader = _reader(path, "model.tokenizer")
-    kind, cut = _value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre")
+    with _guarded(path, "model.tokenizer"):
+        settings = _header(path).settings
+    kind, cut = settings.get("tokenizer.ggml.model"), settings.get("tokenizer.ggml.pre")
     if kind != "gpt2" or cut in (None, "gpt-2", *GGUF_PRE_TOKENIZER_SPLITS):
         return []
     return [
@@ -125,64 +156,163 @@ def refuse_numbers(model: PreTrainedModel, path: Path) -> None:
         )
 
 
-def _reader(path: Path, knob: str) -> GGUFReader:
-    from gguf import GGUFReader
-
+@contextmanager
+def _guarded(path: Path, knob: str) -> Iterator[None]:
+    """Turn whatever a header that is not what it should be leads to into a ConfigError."""
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        yield
+    except DAMAGED as error:
         raise ConfigError(f"{knob}: {path} is no GGUF file, or damaged or not whole: {error}.") from error
 
 
-def _value(reader: GGUFReader, key: str) -> Any:
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
+def _header(path: Path) -> Header:
+    """Return the header of a file, which is read once for as long as the file stays as it is."""
+    state = path.stat()
+    return _read_header(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
-def _ignored_settings(reader: GGUFReader, architecture: str) -> dict[str, Any]:
-    """Return the settings of an architecture that transformers has no name for, but for those that say nothing."""
+@lru_cache(maxsize=4)
+def _read_header(path: Path, size: int, mtime_ns: int) -> Header:
+    from gguf import GGUFReader, GGUFValueType
+
+    with path.open("rb") as file:
+        _Lengths(file, size).check()
+    reader = GGUFReader(path)
+    tables = {
+        key
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.") and field.types[:1] == [GGUFValueType.ARRAY]
+    }
+    return Header(
+        {key: field.contents() for key, field in reader.fields.items() if key not in tables},
+        tuple((tensor.name, tensor.tensor_type, int(tensor.n_elements)) for tensor in reader.tensors),
+    )
+
+
+class _Lengths:
+    """The lengths that a header declares, held against the file before those read it who would take memory for all that
+    is declared, or stop with an error of their own. Layout: ggml's docs/gguf.md."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.elements = file, size, 0
+
+    def check(self) -> None:
+        """Raise ValueError or struct.error for a header that the file has no room for, or no model needs."""
+        if self.file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        if (version := self.number("I")) not in VERSIONS:
+            raise ValueError(f"its version is {version}; valid: {', '.join(map(str, VERSIONS))}")
+        tensors, settings = self.number("Q"), self.number("Q")
+        if max(tensors, settings) > MOST_ENTRIES:
+            raise ValueError(f"it declares {tensors} tensors and {settings} settings; valid: up to {MOST_ENTRIES}")
+        for _ in range(settings):
+            self.text()
+            self.value(self.number("I"))
+        for _ in range(tensors):
+            name, dimensions = self.text(), self.number("I")
+            if not 0 < dimensions <= MOST_DIMENSIONS:
+                raise ValueError(f"{name} has {dimensions} dimensions; valid: 1 to {MOST_DIMENSIONS}")
+            self.skip(8 * dimensions + 4 + 8)  # sizes, type, place
+
+    def number(self, layout: str) -> int:
+        """Read one whole number."""
+        (number,) = struct.unpack(f"<{layout}", self.file.read(struct.calcsize(f"<{layout}")))
+        return int(number)
+
+    def text(self) -> str:
+        """Read a string."""
+        return self.file.read(self.within(self.number("Q"))).decode("utf-8")
+
+    def value(self, kind: int) -> None:
+        """Pass over a value."""
+        if kind == TEXT:
+            self.text()
+        elif kind != ARRAY:
+            self.skip(WIDTHS[kind])
+        else:
+            inner, count = self.number("I"), self.number("Q")
+            self.elements += count
+            if inner == ARRAY:
+                raise ValueError("it holds arrays of arrays")
+            if self.elements > MOST_ELEMENTS:
+                raise ValueError(f"its arrays have {self.elements} elements; valid: up to {MOST_ELEMENTS}")
+            for _ in range(count):
+                self.value(inner)
+
+    def skip(self, length: int) -> None:
+        """Pass over so many bytes."""
+        self.file.seek(self.within(length), 1)
+
+    def within(self, length: int) -> int:
+        """Return a length that the file has room for."""
+        if length > (left := self.size - self.file.tell()):
+            raise ValueError(f"it declares {length} bytes where {left} are left")
+        return length
+
+
+def _settings(header: Header) -> dict[str, Any]:
+    """Return the settings of the file's architecture, but for those that say nothing."""
+    prefix = f"{header.settings['general.architecture']}."
+    settings = {key.removeprefix(prefix): value for key, value in header.settings.items() if key.startswith(prefix)}
+    plain = settings.get("rope.scaling.type") == "none"
+    return {key: value for key, value in settings.items() if not (plain and key.startswith(SCALING))}
+
+
+def _ignored(settings: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Return what transformers has no name for and nothing was compared with."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    known = {*GGUF_CONFIG_MAPPING.get(architecture, {}), "rope.dimension_count"}
-    prefix = f"{architecture}."
-    keys = [key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)]
-    found = {key: _value(reader, prefix + key) for key in keys if key not in known}
-    plain = found.get("rope.scaling.type") == "none"
-    return {key: value for key, value in found.items() if not (plain and key.startswith(SCALING))}
+    named = GGUF_CONFIG_MAPPING[architecture].keys() | DECIDES.keys()
+    return {key: value for key, value in settings.items() if key not in named}
 
 
-def _refuse_computed_otherwise(ignored: dict[str, Any], config: PreTrainedConfig, path: Path) -> None:
-    """Raise ConfigError for a setting of the file that the configuration made of it does not have; take those that it
-    has out of `ignored`."""
-    for key, value in [*ignored.items()]:
-        if key in DECIDES and _has(config, DECIDES[key], value):
-            del ignored[key]
-        elif key in DECIDES or key.startswith(SCALING):
+def _refuse_computed_otherwise(settings: dict[str, Any], config: PreTrainedConfig, path: Path) -> None:
+    """Raise ConfigError for a setting of the file that the configuration made of it does not have."""
+    for key, value in settings.items():
+        reason = ""
+        if key.startswith(SCALING):
+            reason = "which transformers does not read"
+        elif key in DECIDES and not _same(own := _own(config, DECIDES[key]), value, config, key):
+            reason = f"and transformers takes {DECIDES[key]} {own}"
+        if reason:
             raise ConfigError(
-                f"model.source: {path} says that {key} is {value}, which transformers does not read: it would compute "
-                f"another model. {ORIGINAL}"
+                f"model.source: {path} says that {key} is {value}, {reason}: it would compute another model. {ORIGINAL}"
             )
 
 
-def _has(config: PreTrainedConfig, setting: str, value: Any) -> bool:
-    """Tell whether a model computes with a value, or with what comes to the same."""
-    if setting == "sliding_window" and not 0 < value < getattr(config, "max_position_embeddings", 0):
-        return True
+def _own(config: PreTrainedConfig, setting: str) -> float | None:
+    """Return what a model computes with."""
     heads = getattr(config, "num_attention_heads", 1)
-    derived = {"head_dim": config.hidden_size // heads, "num_key_value_heads": heads}
-    own = getattr(config, setting, None)
-    own = derived.get(setting) if own is None else own
-    return own is not None and not isinstance(value, list) and math.isclose(own, value, rel_tol=1e-6)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    angles: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    full = angles.get("full_attention", angles)
+    derived = {
+        "head_dim": head,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "rotary size of a head": int(head * full.get("partial_rotary_factor", 1.0)),
+        "rope_theta": full.get("rope_theta"),
+        "rope_theta of windows": angles.get("sliding_attention", angles).get("rope_theta"),
+    }
+    return derived[setting] if setting in derived else getattr(config, setting, None)
 
 
-def _refuse_unfit(model: PreTrainedModel, reader: GGUFReader, path: Path, drop: bool) -> list[str]:
+def _same(own: float | None, value: Any, config: PreTrainedConfig, key: str) -> bool:
+    """Tell whether a model computes with a value of the file, or with what comes to the same."""
+    if not isinstance(value, int | float):
+        return False
+    if key == "attention.sliding_window" and not 0 < value < getattr(config, "max_position_embeddings", 0):
+        return True
+    return own is not None and math.isclose(own, value, rel_tol=1e-6)
+
+
+def _refuse_unfit(model: PreTrainedModel, header: Header, path: Path, drop: bool) -> list[str]:
     """Return the names in the file of the tensors that a model leaves out of it. Raises as `check_fits`."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    architecture = _value(reader, "general.architecture")
+    architecture = header.settings["general.architecture"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     place = get_gguf_hf_weights_map(model, processor)
-    stored = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    stored = {name: elements for name, _, elements in header.tensors}
     wanted = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     lacked = sorted(wanted.keys() - {place[name] for name in stored if name in place} - tied.keys())
@@ -198,13 +328,14 @@ def _refuse_unfit(model: PreTrainedModel, reader: GGUFReader, path: Path, drop: 
         )
     if extra and not drop:
         raise ConfigError(
-            f"model.source: {kind} does not take {_counted(extra, path)}. Without them it is another model. {ORIGINAL} "
+            f"model.source: {kind} does not take {counted(extra, path)}. Without them it is another model. {ORIGINAL} "
             "Or set model.unused_tensors: drop to leave them out; valid: refuse, drop."
         )
     return extra
 
 
-def _counted(names: list[str], path: Path) -> str:
+def counted(names: list[str], path: Path) -> str:
+    """Say how many tensors of a file they are, and some of their names."""
     return f"{len(names)} tensors of {path} ({some_of(names)})"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.models.gguf_file import alone
+from pipeline.models.gguf_file import DAMAGED, alone
 
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ def read_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 source, trust_remote_code=False, local_files_only=True, **kind
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (*DAMAGED, ImportError) as error:
         raise ConfigError(
             f"model.tokenizer: {folder / (gguf_file or '')} holds no tokenizer that transformers can read: {error}"
         ) from error

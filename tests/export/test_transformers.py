@@ -17,7 +17,7 @@ from pipeline.errors import UnfitExportError
 from pipeline.export import compressed_tensors, dequantized
 from pipeline.export.probes import make_probes
 from pipeline.export.verify import measure, reasons_against
-from pipeline.models.build import build, read_config
+from pipeline.models.build import build, read_config, skeleton
 from pipeline.models.family import family_named
 from pipeline.models.student import make_student
 from pipeline.package.package import load, load_in_fp32, read_package, write_package
@@ -104,12 +104,12 @@ def test_each_grid_takes_the_width_that_holds_its_levels(trained, tmp_path, bits
     assert compressed_tensors.read_back(package, out)[0] <= 2**-10
 
 
-@pytest.mark.parametrize(("size", "of_values"), [(32, 8), (64, 32), (128, 8)])
-def test_compressed_tensors_hold_a_scale_a_group(tmp_path, size, of_values):
+@pytest.mark.parametrize(("size", "of_outputs"), [(32, 8), (64, 32), (128, 8)])
+def test_compressed_tensors_hold_a_scale_a_group(tmp_path, size, of_outputs):
     """Of two widths, or with a matrix that is not quantized; a row of 128 is one group of 128."""
     out = tmp_path / "out"
     out.mkdir()
-    quant = {"granularity": {"per_group": size}, "quantizer": "lsq", "overrides": {r".*\.v_proj": of_values}}
+    quant = {"granularity": {"per_group": size}, "quantizer": "lsq", "overrides": {r".*\.o_proj": of_outputs}}
     folder = package(tmp_path / "package", WIDE["llama"], **quant)
     compressed_tensors.write(folder, out)
     told = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
@@ -130,6 +130,53 @@ def test_compressed_tensors_hold_a_scale_a_group(tmp_path, size, of_values):
     wanted = packed_logits(folder, ids, activations=32)
     assert wanted.std() > 0.3
     assert np.abs(wanted - compressed_tensors.open_logits(out, 1)(ids)).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ignored", "widths"),
+    [
+        ({r".*\.o_proj": 32}, ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"], {4}),
+        ({r"model\.layers\.0\..*": 32, r".*1\..*\.v_proj": 8, r".*1.*\.gate_proj": 4}, None, {4, 8}),
+    ],
+)
+def test_each_linear_is_a_target_or_ignored_and_what_vllm_makes_one_of_has_one_scheme(
+    tmp_path, overrides, ignored, widths
+):
+    (out := tmp_path / "out").mkdir()
+    folder = package(tmp_path / "package", WIDE["llama"], quantizer="lsq", overrides=overrides)
+    compressed_tensors.write(folder, out)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    shape = skeleton(read_config(WIDE["llama"]))
+    linears = {name for name, module in shape.named_modules() if isinstance(module, torch.nn.Linear)}
+    groups = [(group["weights"]["num_bits"], group["targets"]) for group in told["config_groups"].values()]
+    assert {bits for bits, _ in groups} == widths
+    rest = linears - {*told["ignore"]}
+    scheme = {name: bits for bits, targets in groups for name in (rest if targets == ["Linear"] else targets)}
+    assert scheme.keys() == rest
+    assert told["ignore"][1:] == (sorted(n for n in linears if ".layers.0." in n) if ignored is None else ignored)
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for layer in {name.rpartition(".")[0] for name in linears if name.endswith(names)}:
+            assert len({scheme.get(f"{layer}.{name}") for name in names}) == 1
+    assert compressed_tensors.read_back(folder, out)[0] <= 2**-10
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        (
+            {"overrides": {r".*\.v_proj": 32}},
+            "q_proj, .*k_proj, .*v_proj, of which model.layers.0.self_attn.v_proj would",
+        ),
+        (
+            {"quantizer": "seq", "overrides": {r".*\.up_proj": 8}},
+            "gate_proj, .*of which model.layers.0.mlp.up_proj would be stored in fp16.*quant.overrides",
+        ),
+    ],
+)
+def test_a_matrix_of_vllm_that_is_packed_in_part_is_refused(tmp_path, quant, message):
+    folder = package(tmp_path / "package", WIDE["llama"], **quant)
+    with pytest.raises(UnfitExportError, match=message):
+        compressed_tensors.write(folder, tmp_path)
 
 
 def test_compressed_tensors_refuse_a_scale_that_fp16_does_not_hold(tmp_path):

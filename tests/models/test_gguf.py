@@ -1,6 +1,7 @@
 """A model in a GGUF file is a teacher like any other: loaded in fp32, of every type of tensors, and saved again; what
 transformers would read otherwise than it is written is refused."""
 
+import struct
 from typing import Any
 
 import gguf
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from pipeline.errors import ConfigError
 from pipeline.export import gguf as exporter
 from pipeline.export.dequantized import plain_model
+from pipeline.flow.inspection import inspect_model
 from pipeline.flow.plan import plan_run
 from pipeline.flow.preflight import check_gguf_file
 from pipeline.models.build import load_model, read_config, skeleton
@@ -133,6 +135,7 @@ READ: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 256, "n_positions": 1024},
     "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **OF_GEMMA},
     "gemma3_text": OF_GEMMA,
+    "phi3": {"rope_parameters": {"rope_theta": 1e4}, "vocab_size": 32064},  # which its padding is in
 }
 
 
@@ -140,8 +143,8 @@ READ: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_path, monkeypatch):
     """Nothing that lies beside it, or of its name in the working directory, is read instead."""
-    fields = {**IN_LLAMA_CPP[name], **READ[name]}
-    folder = package(tmp_path / "package", {"architecture": name, "vocab_size": 300, **fields})
+    fields = {"vocab_size": 300, **IN_LLAMA_CPP[name], **READ[name]}
+    folder = package(tmp_path / "package", {"architecture": name, **fields})
     words = train_bpe(["some words of a text, and some more words"], 300)
     words.save_pretrained(folder)
     signed(folder)
@@ -152,8 +155,8 @@ def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_
     (tmp_path / "elsewhere" / "model.gguf").write_bytes(b"another")
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = read_config(tmp_path, "model.gguf")
-    assert (config.model_type, config.vocab_size) == ("llama" if name == "mistral" else name, 300)
-    assert check_gguf_file(skeleton(config), tmp_path / "model.gguf", "refuse") == []
+    assert (config.model_type, config.vocab_size) == ("llama" if name == "mistral" else name, fields["vocab_size"])
+    assert check_gguf_file(skeleton(config), tmp_path / "model.gguf", "refuse") == ([], [])
     ids, (frozen, written, _) = torch.arange(5, 45)[None], read_package(folder)
     wanted = plain_model(frozen, written, families()[name].name)(ids).logits
     found = load_model(tmp_path, "model.gguf")(ids).logits
@@ -167,9 +170,11 @@ def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_
     ("written", "message"),
     [
         (
-            {"architecture": "gptj"},
-            "the architecture 'gptj', which transformers does not read from GGUF; valid: bloom, ",
+            {"architecture": "starcoder2"},
+            "architecture 'starcoder2', and GGUF files of that are not read; valid: gemma2, gemma3, gpt2, llama, ",
         ),
+        ({"architecture": "qwen3moe"}, "architecture 'qwen3moe', and GGUF files of that are not read"),
+        ({"architecture": "t5"}, "architecture 't5', and GGUF files of that are not read"),
         (
             {"settings": [("split.count", "uint16", 3)]},
             "is one of 3 parts of a model. Join them once: llama-gguf-split",
@@ -206,7 +211,7 @@ def test_another_file_and_a_type_that_is_not_known_are_refused(tmp_path):
     write(path)
     content = path.read_bytes()
     path.write_bytes(b"PK\3\4" + content[4:])
-    with pytest.raises(ConfigError, match="GGUF magic invalid"):
+    with pytest.raises(ConfigError, match="does not begin with GGUF"):
         check_readable(path, "model.source")
     place = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # behind one dimension
     path.write_bytes(content[:place] + (42).to_bytes(4, "little") + content[place + 4 :])
@@ -256,6 +261,121 @@ def test_what_would_be_another_model_is_refused(tmp_path, written, message):
     model = skeleton(read_config(tmp_path, "model.gguf"))
     with pytest.raises(ConfigError, match=message):
         check_fits(model, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "change", "message"),
+    [
+        (
+            "rope.freq_base",
+            "float32",
+            5e5,
+            lambda config: config.rope_parameters.update(rope_theta=1e4),
+            "rope.freq_base is 500000.0, and transformers takes rope_theta 10000.0",
+        ),
+        (
+            "rope.dimension_count",
+            "uint32",
+            HIDDEN // HEADS,
+            lambda config: config.rope_parameters.update(partial_rotary_factor=0.5),
+            "rope.dimension_count is 64, and transformers takes rotary size of a head 32",
+        ),
+        (
+            "rope.freq_base",
+            "float32",
+            5e5,
+            lambda config: setattr(config, "rms_norm_eps", 1e-6),
+            "attention.layer_norm_rms_epsilon is 9.99.*e-06, and transformers takes rms_norm_eps 1e-06",
+        ),
+    ],
+)
+def test_angles_and_epsilons_are_compared_with_what_is_made_of_them(tmp_path, key, kind, value, change, message):
+    path = tmp_path / "model.gguf"
+    write(path, settings=[(f"llama.{key}", kind, value)])
+    config = read_config(tmp_path, path.name)
+    assert check_fits(skeleton(config), path) == ([], [])
+    change(config)
+    with pytest.raises(ConfigError, match=message):
+        check_fits(skeleton(config), path)
+
+
+def test_a_phi3_that_turns_a_part_of_its_heads_is_refused(tmp_path):
+    path, padding = tmp_path / "model.gguf", ("tokenizer.ggml.padding_token_id", "uint32", 0)
+    write(path, architecture="phi3", settings=[padding, ("phi3.rope.dimension_count", "uint32", 32)])
+    with pytest.raises(
+        ConfigError, match=r"rope.dimension_count is 32, and transformers takes rotary size of a head 64"
+    ):
+        check_fits(skeleton(read_config(tmp_path, path.name)), path)
+
+
+def a_text(content):
+    content = content.encode() if isinstance(content, str) else content
+    return struct.pack("<Q", len(content)) + content
+
+
+def crafted(*settings, tensors=(), declared=None):
+    """A header of settings, each a key, the number of its kind, and its bytes."""
+    entries = [a_text(key) + struct.pack("<I", kind) + content for key, kind, content in settings]
+    counts = struct.pack("<IQQ", 3, len(tensors) if declared is None else declared, len(entries))
+    return b"GGUF" + counts + b"".join(entries) + b"".join(tensors) + bytes(64)
+
+
+LLAMA = ("general.architecture", 8, a_text("llama"))
+LAYERS = ("llama.block_count", 4, struct.pack("<I", 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (crafted(LLAMA, ("llama.a", 9, struct.pack("<IQ", 0, 2**60))), "its arrays have 1152921504606846976 elements"),
+        (crafted(LLAMA, ("llama.a", 9, struct.pack("<IQ", 9, 1) * 9000)), "it holds arrays of arrays"),
+        (crafted(LLAMA, ("llama.a", 8, struct.pack("<Q", 2**60))), "declares 1152921504606846976 bytes where 64 are"),
+        (crafted(LLAMA, declared=2**60), "it declares 1152921504606846976 tensors and 1 settings"),
+        (crafted(("general.architecture", 8, a_text(b"\xff\xfe"))), "'utf-8' codec can't decode"),
+        (crafted(LLAMA, LAYERS, ("split.count", 8, a_text("three"))), "is one of 'three' parts of a model"),
+        (crafted(LLAMA, ("llama.block_count", 4, struct.pack("<I", 2**31))), "llama.block_count is 2147483648; valid"),
+        (crafted(LLAMA, LAYERS, tensors=[a_text("t") + struct.pack("<IIQ", 0, 0, 0)]), "t has 0 dimensions"),
+        (crafted(("general.architecture", 4, struct.pack("<I", 7))), "of the architecture 7, and GGUF files"),
+    ],
+)
+def test_a_header_made_to_do_harm_is_refused_in_one_sentence(tiny_config, tmp_path, content, message):
+    (path := tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"model.source: {path} .*{message}"):
+        plan_run(tiny_config(tmp_path, model={"source": str(path), "tokenizer": None}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (("llama.attention.sliding_window", "array", [7, 7]), r"says that attention.sliding_window is \[7, 7\]"),
+        (("general.name", "string", "mistral"), "damaged or not whole: Unknown gguf model_type: mistral"),
+    ],
+)
+def test_a_setting_of_another_kind_than_it_should_be_is_refused(tmp_path, setting, message):
+    write(tmp_path / "model.gguf", settings=[setting])
+    with pytest.raises(ConfigError, match=message):
+        check_fits(skeleton(read_config(tmp_path, "model.gguf")), tmp_path / "model.gguf")
+
+
+def test_a_header_is_read_once_for_as_long_as_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    """By us once, and once more by transformers for the configuration."""
+    write(path := tmp_path / "model.gguf")
+    opened, init = [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *all_: (opened.append(1), init(self, *all_))[1])
+
+    def plan():
+        check_readable(path, "model.source")
+        for _ in range(2):
+            assert check_fits(skeleton(read_config(tmp_path, path.name)), path) == ([], [])
+        return read_config(tmp_path, path.name)
+
+    plan().vocab_size = 1
+    first = len(opened)
+    assert plan().vocab_size == VOCABULARY
+    assert len(opened) == first <= 3
+    write(path, more=["rope_freqs.weight"])
+    with pytest.raises(ConfigError, match="does not take 1 tensors"):
+        plan()
 
 
 def test_a_gemma_whose_scores_transformers_would_scale_otherwise_is_refused(tmp_path):
@@ -320,9 +440,19 @@ def test_what_is_left_out_is_told(tmp_path):
     scaling, window = ("llama.rope.scaling.type", "string", "none"), ("llama.attention.sliding_window", "uint32", 16)
     lengths = [(f"llama.attention.{part}_length", "uint32", HIDDEN // HEADS) for part in ("key", "value")]
     write(path, settings=[scaling, window, *lengths, ("llama.pooling", "bool", True)], more=["rope_freqs.weight"])
-    leaves_out, dropped = check_fits(skeleton(read_config(tmp_path, path.name)), path, drop=True)
-    assert leaves_out == f"transformers leaves out of {path}: pooling True."
-    assert dropped == f"model.unused_tensors is drop: 1 tensors of {path} (rope_freqs.weight) are left out."
+    notes, dropped = check_fits(skeleton(read_config(tmp_path, path.name)), path, drop=True)
+    assert notes == [f"transformers leaves out of {path}: pooling True."]
+    assert dropped == ["rope_freqs.weight"]
+
+
+def test_inspect_says_of_tensors_left_out_what_it_says_of_a_folders(tiny_config, tmp_path):
+    """Nobody set model.unused_tensors there."""
+    write(tmp_path / "model.gguf", more=["rope_freqs.weight"])
+    told = inspect_model(str(tmp_path / "model.gguf"), "auto", tiny_config(tmp_path).resources).unusual
+    assert told[0] == (
+        "1 tensors are not of the model that its settings describe: rope_freqs.weight. `compress` refuses it without "
+        "model.unused_tensors: drop."
+    )
 
 
 def test_numbers_that_are_none_are_refused_when_they_are_loaded(tmp_path):
