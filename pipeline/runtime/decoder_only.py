@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types, rotary_angles
+from pipeline.models.blocks import Blocks, Numbers, angles_change_at, numbers_of, rope_types
 from pipeline.models.build import skeleton
 from pipeline.models.family import families
 from pipeline.runtime.decoder import Decoder, KeyValueShape
@@ -20,7 +20,9 @@ ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proport
 def cache_of(config: PreTrainedConfig) -> KeyValueShape:
     """Return the shape of the key-value cache."""
     blocks, numbers = _described(config)
-    longest = min([config.max_position_embeddings] + ([] if blocks.positions else [LONGEST, *_unchanging(config)]))
+    longest: int = config.max_position_embeddings
+    if not blocks.positions:  # angles of a kind that depends on the text are up to there what they are of a short one
+        longest = min(longest, LONGEST, angles_change_at(config) or LONGEST)
     return KeyValueShape(numbers.layers, numbers.kv_heads, numbers.head_size, longest)
 
 
@@ -142,13 +144,6 @@ def _inner(graph: Graph, blocks: Blocks, numbers: Numbers, name: str, x: str) ->
     gate, up = graph.ops([f"{name}.gate", f"{name}.up"], "Split", inner, axis=-1, num_outputs=2)
     product = graph.op("Mul", graph.activate(gate, numbers.activation), up)
     return graph.linear(product, f"{name}.{blocks.out_of_mlp}")
-
-
-def _unchanging(config: PreTrainedConfig) -> list[int]:
-    """Return the lengths up to which angles of a kind that depends on the text are what they are of a short one. That
-    of dynamic ones is the model's positions."""
-    kinds = [angles for angles in rotary_angles(config) if angles.get("rope_type") == "longrope"]
-    return [int(angles["original_max_position_embeddings"]) for angles in kinds]
 
 
 def _rotary(graph: Graph, config: PreTrainedConfig, cache: KeyValueShape, kind: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from jobs.bench.scale.worker import peak_bytes
+from jobs.bench.scale.worker import language, peak_bytes
 from jobs.display import print_table
 from pipeline.config.run import Config
 from pipeline.flow.plan import plan_run
@@ -123,10 +123,9 @@ def _stages(folder: Path, mib: float, run: Callable[..., Any]) -> Iterator[dict[
 
 
 def _write_corpus(path: Path, size: int) -> None:
-    """Write paragraphs of 20,000 words, as frequent as those of a language."""
-    draw = random.Random(0)  # noqa: S311
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(20_000)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    """Write paragraphs of words as frequent as those of a language."""
+    draw = random.Random(0)  # noqa: S311 - a text that is the same each time
+    words, weights = language(draw)
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         while written < size:

@@ -74,9 +74,9 @@ def tokenized(job: StepJob, tokenizer: dict[str, StoredFile], part: SplitPart) -
 def write_rows(path: Path, size: int) -> list[str]:
     """Write so many bytes of JSON lines, compressed, of words as frequent as those of a language; return the first few
     texts. Each row begins with its number; what follows comes again after some 30 MB."""
-    draw = random.Random(0)  # noqa: S311
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(WORDS)]
-    cumulative = [*itertools.accumulate(1 / rank for rank in range(1, WORDS + 1))]
+    draw = random.Random(0)  # noqa: S311 - a text that is the same each time
+    words, weights = language(draw)
+    cumulative = [*itertools.accumulate(weights)]
     texts, first, written = list[str](), list[str](), 0
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as file:
         for number in itertools.count():
@@ -88,6 +88,12 @@ def write_rows(path: Path, size: int) -> list[str]:
             if written >= size:
                 break
     return first
+
+
+def language(draw: random.Random) -> tuple[list[str], list[float]]:
+    """Return words of a made-up language, the most frequent first, and how frequent each is (Zipf's law)."""
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(WORDS)]
+    return words, [1 / rank for rank in range(1, WORDS + 1)]
 
 
 def _fields(folder: Path) -> dict[str, Any]:
