@@ -33,6 +33,8 @@ class Resources(Closed):
     namespace: Name | None = None  # a folder below storage_uri
     ray_address: str | None = None
     workers: Annotated[int, Field(ge=0)] = 1  # 0: everything in this process, without Ray
+    # With so few training goes on where nodes are gone, until more come; null: with `workers` or not at all
+    min_workers: Positive | None = None
     cpus_per_worker: Rate = 1
     gpus_per_worker: NotNegative = 0  # 0: all is computed on CPUs, whatever there is
     strategy: Literal["ddp", "fsdp"] = (
@@ -56,6 +58,20 @@ class Resources(Closed):
     def compiles(self, device: Any) -> bool:
         """Tell whether what trains on a torch device is compiled."""
         return device.type == "cuda" and self.strategy == "ddp" if self.compile is None else self.compile
+
+    @property
+    def least_workers(self) -> int:
+        """Return how few workers training makes do with."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _no_more_than_workers(self) -> Resources:
+        if self.least_workers > self.workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, and workers {self.workers}; set min_workers to at most workers, "
+                "or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layers_of_parts(self) -> Resources:

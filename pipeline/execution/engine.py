@@ -115,7 +115,7 @@ class Engine:
             # Sealed, so that Ray's controller does not import what only the workers need.
             work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, actor)))
             workers = {
-                "num_workers": resources.workers,
+                "num_workers": (least, resources.workers) if (least := resources.min_workers) else resources.workers,
                 "use_gpu": resources.gpus_per_worker > 0,
                 "resources_per_worker": {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
             }

@@ -12,19 +12,20 @@ POLL_S = 1.0
 
 
 def check_room(resources: Resources) -> None:
-    """Raise ConfigError if the workers do not fit into the nodes that are there."""
+    """Raise ConfigError if not even the least workers fit into the nodes that are there."""
     short = _shortage(resources, resources.gpus_per_worker)
     if short is not None:
         kind, each, there = short
+        knob = "resources.workers" if resources.min_workers is None else "resources.min_workers"
         raise ConfigError(
-            f"resources.workers is {resources.workers} with {each:g} {kind} each, and this Ray has {there:g} {kind}. "
-            f"Lower resources.workers or {kind.lower()}s_per_worker; or, on a cluster with an autoscaler, set "
+            f"{knob} is {resources.least_workers} with {each:g} {kind} each, and this Ray has {there:g} {kind}. "
+            f"Lower {knob} or {kind.lower()}s_per_worker; or, on a cluster with an autoscaler, set "
             "resources.scale_up_minutes to how long to wait for nodes."
         )
 
 
 def await_room(resources: Resources, gpus: float, told: Callable[[str], None]) -> None:
-    """Wait until the workers, with so many GPUs each, fit into the nodes that are there, and say so meanwhile. A
+    """Wait until the least workers, with so many GPUs each, fit into the nodes that are there, and say so meanwhile. A
     placement group that is pending is what an autoscaler adds nodes for; where they are there, it goes.
 
     Raises:
@@ -41,7 +42,7 @@ def await_room(resources: Resources, gpus: float, told: Callable[[str], None]) -
     try:
         while short is not None:
             kind, each, there = short
-            waited_for = f"{resources.workers * each:g} {kind}; the cluster has {there:g} now"
+            waited_for = f"{resources.least_workers * each:g} {kind}; the cluster has {there:g} now"
             told(f"waiting for {waited_for}")
             if time.monotonic() >= end:
                 raise LostError(
@@ -61,7 +62,7 @@ def _shortage(resources: Resources, gpus: float) -> tuple[str, float, float] | N
 
     there = ray.cluster_resources()
     for kind, each in _each(resources, gpus).items():
-        if resources.workers * each > there.get(kind, 0):
+        if resources.least_workers * each > there.get(kind, 0):
             return kind, each, there.get(kind, 0)
     return None
 

@@ -187,13 +187,16 @@ class Trainer:
                 torch.cuda.empty_cache()
 
     def _take_micro_batch(self, rows: int) -> None:
-        """Pass so many rows at once from here on, and say so where all can read it: in the record's history."""
+        """Pass so many rows at once from here on, and say so."""
         self.micro_batch = rows
-        point = {"step": float(self.progress.step), "micro_batch": float(rows)}
+        self._note("micro_batch", rows, "as memory allows")
+
+    def _note(self, knob: str, value: int, why: str) -> None:
+        """Say what changes from here on where all can read it: in the record's history."""
+        point = {"step": float(self.progress.step), knob: float(value)}
         self.progress.history.append(point)
         if self.rank == 0:
-            note = f"micro_batch is {rows} from here on, as memory allows"
-            self.report(self.progress.step, self.job.steps, note, [point])
+            self.report(self.progress.step, self.job.steps, f"{knob} is {value} from here on, {why}", [point])
 
     @contextlib.contextmanager
     def _memory_explained(self) -> Iterator[None]:
@@ -404,6 +407,9 @@ class Trainer:
             )
         if fits != self.micro_batch:
             self._take_micro_batch(fits)
+        before = next((int(p["workers"]) for p in self.progress.history[::-1] if "workers" in p), None)
+        if self.world != (before or self.job.resources.workers or 1):
+            self._note("workers", self.world, "as nodes allow")
         self.kept_step, self.kept_s = self.progress.step, self.clock()
         self._barrier()
 

@@ -1,9 +1,10 @@
-"""A node that goes away says so before: training makes a checkpoint in time, and goes on from it elsewhere."""
+"""A node that goes away says so before: training makes a checkpoint in time, and goes on from it on what is left."""
 
 from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +33,7 @@ RECIPE = {"steps": 100, "batch_size": 4, "negatives": 4, "eval_every": 100, "eva
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head that computes nothing, and two nodes for one worker."""
+    """A head that computes nothing, and two nodes of one CPU."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     handler = signal.getsignal(signal.SIGTERM)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -62,25 +63,35 @@ def slowly(job: StepJob, folder: Path, device: Any, report: Any, ending: Callabl
     distill._train(job, device, told, ending)
 
 
-def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    case = Case.make(tmp_path)
-    job = case.step_job({"distill": recipe_of(Distill(**RECIPE)), "quant": recipe_of(Quant())}, checkpoint_minutes=1000)
-    drained: list[int] = []
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, workers: int) -> None:
+    """One worker goes on where the other node is, two as one."""
+    case, elastic = Case.make(tmp_path), {"workers": workers, "min_workers": 1}
+    recipes = {"distill": recipe_of(Distill(**RECIPE)), "quant": recipe_of(Quant())}
+    job = case.step_job(recipes, checkpoint_minutes=1000, **elastic)
+    drained, goes = list[int](), list[threading.Timer]()
 
     def advance(done: int, total: int, note: str, points: Any = ()) -> None:
         if done > 0 and not drained:
             drained.append(done)
             deadline_ms = int(1000 * (time.time() + GRACE_S))
             reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
-            client = ray._raylet.GcsClient(address=cluster.address)
-            assert client.drain_node((tmp_path / "node").read_text(), reason, "taken back", deadline_ms)[0]
+            client, name = ray._raylet.GcsClient(address=cluster.address), (tmp_path / "node").read_text()
+            assert client.drain_node(name, reason, "taken back", deadline_ms)[0]
+            (node,) = (node for node in cluster.worker_nodes if node.node_id == name)
+            gone = threading.Timer(GRACE_S, cluster.remove_node, (node, False))
+            gone.start()
+            goes.append(gone)
 
-    engine = Engine(Resources(workers=1, ray_address=cluster.address, max_failures=0))
+    engine = Engine(Resources(ray_address=cluster.address, max_failures=workers - 1, **elastic))
     engine.train(partial(slowly, job, tmp_path), job.dir, advance)
     engine.close()
+    goes[0].join()
     told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
     (announced,) = (done for done, note in told if note.endswith("checkpoint before the end that was announced"))
     assert [done for done, note in told if note == "resumed"] == [announced]
     assert announced > drained[0]
     assert told[-1][0] == 100
     assert (Path(job.dir.uri) / "1/attempt/result.json").exists()
+    fewer = [note for _, note in told if "workers" in note]
+    assert fewer == ["workers is 1 from here on, as nodes allow"] * (workers - 1)

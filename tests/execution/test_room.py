@@ -48,6 +48,17 @@ def test_what_does_not_fit_is_refused_with_the_knobs(cluster: Cluster) -> None:
     assert cluster.asked == []
 
 
+def test_training_that_makes_do_with_fewer_workers_needs_room_for_those(cluster: Cluster) -> None:
+    cluster.looks = [{"CPU": 1.0}]
+    check_room(Resources(workers=4, min_workers=1))
+    await_room(Resources(workers=4, min_workers=1, scale_up_minutes=5), 0, print)
+    assert cluster.asked == []
+    with pytest.raises(
+        ConfigError, match=r"^resources\.min_workers is 2 with 1 CPU .* Lower resources\.min_workers or"
+    ):
+        check_room(Resources(workers=4, min_workers=2))
+
+
 def test_a_cluster_that_grows_from_nothing_is_waited_for(cluster: Cluster) -> None:
     cluster.looks = [{}, {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 4.0}]
     heard: list[str] = []
