@@ -57,6 +57,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console, self._lines = console, lines_of(console)
         self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
         self._printed: dict[str, int] = {}
         self._pointed: dict[str, float] = {}  # when a stage's points were written
         self._begun = self._spoke = time.perf_counter()
@@ -92,10 +93,11 @@ class Display:
         self._line("started", stage, "started")
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
-        """Move the bar, or print a line at each quarter and after a silent minute."""
+        """Move the bar, or print a line at each quarter, after a silent minute, and where work goes on from before."""
         self._progress.update(self._task(stage), completed=done, total=total, note=note)
-        quarter = 4 * done // max(1, total)
-        if quarter > self._printed.get(stage, 0) or time.perf_counter() - self._spoke >= SILENT_S:
+        quarter, went_back = 4 * done // max(1, total), done < self._done.get(stage, 0)
+        self._done[stage] = done
+        if went_back or quarter > self._printed.get(stage, 0) or time.perf_counter() - self._spoke >= SILENT_S:
             self._printed[stage] = quarter
             told = f"{done}/{total} {units().get(stage, '')}{', ' + note if note else ''}"
             self._line("advanced", stage, told, done=done, total=total)

@@ -156,6 +156,23 @@ def scale(
 
 
 @command(bench)
+def chaos(
+    console: Console,
+    faults: Annotated[int, typer.Option(min=1, help="Strikes: kills, stops, times in which S3 fails.")] = 20,
+    seed: Annotated[int, typer.Option(help="What strikes, and when, is drawn from it.")] = 0,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where chaos.json goes.")] = "bench-chaos",
+) -> dict[str, Any]:
+    """Compress a model while nodes, workers and S3 fail, and undisturbed; status 1 if the packages differ. Minutes.
+
+    Three Ray nodes and an S3 are started on this machine, and end with the command. Every few seconds a worker, an
+    actor, a node or the command is killed, a shard is spoilt, or S3 fails in one of eight ways.
+    """
+    from jobs.bench.chaos.measure import measure
+
+    return measure(faults, seed, Path(out), console)
+
+
+@command(bench)
 def inference(
     console: Console,
     model: Annotated[

@@ -1,4 +1,4 @@
-"""Really killing processes of a run on Ray: it goes on where it was and ends bit for bit as an undisturbed one."""
+"""A command that is interrupted, or killed at random moments, goes on where it was, and ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -167,46 +167,6 @@ def ended(driver: subprocess.Popen[str]) -> bool:
 
 def kill(process: psutil.Process | subprocess.Popen[str]) -> None:
     os.kill(process.pid, signal.SIGKILL)
-
-
-def test_killed_processes_and_a_spoilt_shard_end_as_undisturbed(
-    project: Project, undisturbed: tuple[dict[str, str], Any]
-) -> None:
-    digests, document = undisturbed
-
-    # A training worker, mid-epoch: Ray starts the group again, which goes on from the last checkpoint.
-    driver = project.start()
-    project.until(lambda: 30 <= project.newest("finetune") < STEPS, driver)
-    worker = project.until(lambda: project.worker("ray::RayTrainWorker"), driver)
-    kill(worker)
-
-    # An actor, mid-cache: another takes over its shard.
-    project.until(project.exists("cache/*/*/rows/*.arrow"), driver)
-    assert not project.exists("cache/*/record.json")()
-    actor = project.worker("ray::MapWorker")
-    assert actor is not None
-    kill(actor)
-
-    # The driver, mid-training: its workers live on for a moment and may still write.
-    project.until(lambda: 20 <= project.newest("distill") < STEPS, driver)
-    kill(driver)
-    driver.wait()
-    assert not list(project.store.glob("distill/*/record.json"))
-
-    # And a shard of the cache is spoilt: the worker that meets it does not read it, and it is made again.
-    shard = next(project.store.glob("cache/*/*/rows/*.arrow"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-
-    second = project.finish(project.start())
-    assert [stage["status"] for stage in second["stages"]] == ["reused"] * 3 + ["done"] * 4
-    assert project.digests() == digests
-    assert second["metrics"] == document["metrics"]
-    (lease,) = project.store.glob("distill/*/lease.json")
-    assert json.loads(lease.read_text())["fence"] == 3  # killed; stopped at the spoilt shard; ended
-    assert not list(project.store.glob("*/*/*/**/*.tmp"))
-    assert not list(project.store.glob("*/*/*/attempt"))
 
 
 def test_an_interrupted_command_ends_what_it_started(project: Project) -> None:

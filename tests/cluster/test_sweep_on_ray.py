@@ -23,6 +23,7 @@ import ray
 import yaml
 from ray.util import placement_group_table
 
+from jobs.bench.chaos.cluster import Cluster
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import FencedOffError, LostError
@@ -229,10 +230,10 @@ class Project:
         self.path.write_text(yaml.safe_dump(fields))
         self.started: dict[int, float] = {}
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.cli", "sweep", str(self.path), "--json"]
         with open(self.root / "stdout", "w") as stdout, open(self.root / "stderr", "a") as stderr:
-            return start(command, stdout=stdout, stderr=stderr, text=True)
+            return start(command, stdout=stdout, stderr=stderr, text=True, env=os.environ | (environment or {}))
 
     def until(self, happened: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
         """Poll until something has happened or the driver has ended, taking note of what it starts."""
@@ -246,8 +247,8 @@ class Project:
             time.sleep(0.1)
         raise TimeoutError((self.root / "stderr").read_text()[-3000:])
 
-    def finish(self) -> dict[str, Any]:
-        driver = self.start()
+    def finish(self, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        driver = self.start(environment)
         self.until(lambda: False, driver)
         assert driver.returncode == 0, (self.root / "stderr").read_text()[-3000:]
         document: dict[str, Any] = json.loads((self.root / "stdout").read_text())
@@ -312,18 +313,32 @@ def check(project: Project, document: dict[str, Any], undisturbed: SweepResult) 
     assert not list(project.root.glob("store/sweep/*/*/attempt"))
 
 
-def killed_then_finished(project: Project, seed: int) -> dict[str, Any]:
-    """Kill the driver some time after the first trial has a checkpoint, then give the command again."""
-    driver = project.start()
+def started_and_met_in_training(project: Project, seed: int, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Give the command; return it some time after its first trial has a checkpoint."""
+    driver = project.start(environment)
     project.until(lambda: any(project.root.glob("store/distill/*/*/attempt/*checkpoint*")), driver)
     end = time.monotonic() + random.Random(seed).uniform(0, 3)
     project.until(lambda: time.monotonic() > end, driver)
-    assert driver.poll() is None, "it ended before it could be killed"
+    assert driver.poll() is None, "it ended before it could be met"
+    return driver
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10, 15))
+def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult, seed: int) -> None:
+    driver = started_and_met_in_training(project, seed, {})
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    return project.finish()
+    check(project, project.finish(), undisturbed)
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(10, 15))])
-def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult, seed: int) -> None:
-    check(project, killed_then_finished(project, seed), undisturbed)
+def test_a_killed_head_then_a_new_one_and_the_same_command(project: Project, undisturbed: SweepResult) -> None:
+    with Cluster(2) as cluster:
+        driver = started_and_met_in_training(project, 1, cluster.variables)
+        cluster.kill_head()
+        project.until(lambda: False, driver)
+        assert driver.returncode == 1
+        print((project.root / "stderr").read_text())
+        assert project.trials() < set(undisturbed.front) | project.trials()
+        cluster.begin()
+        check(project, project.finish(cluster.variables), undisturbed)

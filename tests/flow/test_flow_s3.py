@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import pipeline
+from jobs.bench.chaos.proxy import FAULTS, FaultProxy
 from pipeline.errors import ConfigError
 from pipeline.flow.line import LINE
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.store import s3
 from tests.conftest import ARCHITECTURES, Recorder
-from tests.store.faults import FAULTS, FaultProxy
 from tests.store.test_step_store import serve_s3
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 import pytest
 
+from jobs.bench.chaos.proxy import FaultProxy
 from pipeline.execution import progress_actor
 from pipeline.flow.capacity import rates_of, step_cost
 from pipeline.flow.plan import plan_run
 from pipeline.flow.requests import BEAT, PART_BYTES, Requests, fetched, of_checkpoints, of_rows, of_step, stored
 from pipeline.store import lease, s3, shards
 from pipeline.store.objects import open_objects
-from tests.store.faults import FaultProxy
 from tests.store.test_step_store import serve_s3
 
 MARGIN = 0.15

@@ -42,14 +42,14 @@ def test_so_is_progress(capsys, monkeypatch, terminal):
 
 
 def test_what_goes_on_for_long_is_heard_of(capsys, monkeypatch):
-    """Where no bar is drawn: at each quarter, and after each silent minute."""
+    """Where no bar is drawn: at each quarter, after each silent minute, and where work goes on from before."""
     with Display(open_console()) as display, display.stage("verify") as advance:
-        for done in range(1, 9):
+        for done in (1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8):
             advance(done, 8)
         monkeypatch.setattr("jobs.display.SILENT_S", 0.0)
         advance(9, 10_000)
     lines = [re.sub(r"^\[ *[0-9.]+ s\] |[0-9.]+ s$", "", line).strip() for line in shown(capsys).splitlines()]
-    quarters = [f"verify: {done}/8" for done in (2, 4, 6, 8)]
+    quarters = [f"verify: {done}/8" for done in (2, 4, 3, 4, 6, 8)]
     assert lines == ["verify: started", *quarters, "verify: 9/10000", "verify: done in"]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import pytest
 
+from jobs.bench.chaos.proxy import FAULTS, Fault, FaultProxy
 from pipeline.errors import ConfigError, DamagedError, FencedOffError
 from pipeline.store import lease as lease_module
 from pipeline.store import s3 as s3_module
@@ -26,7 +27,6 @@ from pipeline.store.objects import Objects, open_objects
 from pipeline.store.records import Evaluation
 from pipeline.store.s3 import REFUSED_TRIES, TRIES, Patience, S3Error
 from pipeline.store.step_store import StepDir, check_store
-from tests.store.faults import FAULTS, Fault, FaultProxy
 from tests.store.test_leases import lease_of, set_lease
 from tests.store.test_step_store import KEY, at_once, evaluation, file_of, serve_s3
 

@@ -1,11 +1,8 @@
 """The store's objects, the same on a directory and on S3."""
 
-import base64
 import contextlib
 import errno
 import fcntl
-import hashlib
-import io
 import os
 import threading
 import uuid
@@ -14,12 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import boto3
 import pytest
 from botocore.awsrequest import AWSResponse
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug import Response
-from werkzeug.exceptions import ClientDisconnected
-from werkzeug.serving import make_server
-from werkzeug.wsgi import get_input_stream
 
+from jobs.bench.chaos.server import CLEARED, SETTINGS, atomic_s3, served
 from pipeline.errors import ConfigError, RunError
 from pipeline.store import objects as objects_module
 from pipeline.store.objects import Directory, open_objects
@@ -30,56 +23,17 @@ KEY = "0" * 32
 EVERYWHERE = ["directory", "s3"]
 
 
-def refusal(code, status=400):
-    return Response(f"<Error><Code>{code}</Code></Error>", status)
-
-
-def atomic_s3():
-    """moto's S3 as a WSGI application that checks a condition and writes the object in one, as S3 does: of sixteen
-    writers moto by itself lets two win now and then. It refuses what was damaged on its way, and forgets an upload once
-    that is complete, as some endpoints do."""
-    moto, lock, completed = DomainDispatcherApplication(create_backend_app), threading.Lock(), set()
-
-    def answer(environ, start_response):
-        try:
-            body = get_input_stream(environ).read()
-        except ClientDisconnected:
-            return refusal("IncompleteBody")(environ, start_response)
-        digest = base64.b64encode(hashlib.md5(body).digest()).decode()
-        if environ.get("HTTP_CONTENT_MD5", digest) != digest:
-            return refusal("BadDigest")(environ, start_response)
-        with lock:
-            if environ["REQUEST_METHOD"] == "POST" and "uploadId" in (query := environ["QUERY_STRING"]):
-                if query in completed:
-                    return refusal("NoSuchUpload", 404)(environ, start_response)
-                completed.add(query)
-            return list(moto({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
-
-    return answer
-
-
 @contextlib.contextmanager
 def serve_s3(application=None, faults=None):
     """S3 on this machine, for many clients side by side, perhaps behind a FaultProxy; yields the URI of an empty
     bucket."""
-    server = make_server("127.0.0.1", 0, application or atomic_s3(), threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    settings = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        stack.callback(server.server_close)
-        stack.callback(thread.join)
-        stack.callback(server.shutdown)
-        port = server.server_port if faults is None else stack.enter_context(faults.before(server.server_port))
-        for name, value in {**settings, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+        port = stack.enter_context(served(application))
+        if faults is not None:
+            port = stack.enter_context(faults.before(port))
+        for name, value in {**SETTINGS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
             patch.setenv(name, value)
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_MAX_ATTEMPTS"):
+        for name in CLEARED:
             patch.delenv(name, raising=False)
         open_objects.cache_clear()
         bucket = f"bucket-{uuid.uuid4().hex}"

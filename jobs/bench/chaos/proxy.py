@@ -1,6 +1,6 @@
 """A proxy before S3 that does harm: it fails, is too busy, refuses, loses answers, cuts connections and uploads.
 
-A fault befalls requests at a rate, drawn with a seed that is printed; or `each` request once, the first time it comes.
+A fault befalls requests at a rate, drawn from a seed; or `each` request once, the first time it comes.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class FaultProxy:
     came, with their headers."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed, self.injected, self.requests = seed, Counter[str](), list[tuple[Request, dict[str, str]]]()
-        self.rate, self.kinds, self.befalls = 0.0, FAULTS, lambda request: True
+        self.injected, self.requests = Counter[str](), list[tuple[Request, dict[str, str]]]()
+        self.rate, self.kinds = 0.0, FAULTS
+        self.befalls: Callable[[Request], bool] = lambda request: True
         self._each: set[tuple[str, ...]] | None = None
-        self._draw, self._lock, self._port = random.Random(seed), threading.Lock(), 0
+        self._draw, self._lock, self._port = random.Random(seed), threading.Lock(), 0  # noqa: S311
         self.gone = threading.Event()  # ends requests that nobody answers
 
     @contextlib.contextmanager
@@ -71,7 +72,6 @@ class FaultProxy:
     @contextlib.contextmanager
     def at(self, rate: float, *kinds: Fault) -> Iterator[Counter[str]]:
         """Do harm at a rate while inside; yields the faults so far."""
-        print(f"faults at {rate:.0%} from seed {self.seed}")
         self.injected.clear()
         self.requests.clear()
         self.rate, self.kinds = rate, kinds or FAULTS
@@ -79,7 +79,6 @@ class FaultProxy:
             yield self.injected
         finally:
             self.rate = 0.0
-            print(f"of {len(self.requests)} requests met a fault: {dict(self.injected)}")
 
     @contextlib.contextmanager
     def each(self, kind: Fault, befalls: Callable[[Request], bool] = lambda request: True) -> Iterator[Counter[str]]:
