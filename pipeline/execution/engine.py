@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
 from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
-from pipeline.execution.progress_actor import LOOK_S, Lookout, ProgressActor, asked, delivered, send
+from pipeline.execution.progress_actor import LOOK_S, Lookout, asked, beside_driver, delivered, send
 from pipeline.execution.room import await_room, check_room
 from pipeline.execution.signals import Signals
 from pipeline.store.records import Advance
@@ -75,10 +75,9 @@ class Engine:
         if self.resources.workers == 0:
             yield note
             return
-        import ray
 
         self.start()
-        actor = ray.remote(num_cpus=0)(ProgressActor).remote()
+        actor = beside_driver()
         with delivered(actor, lambda done, total, said, points=(): note(said), self.groups):
             yield partial(send, actor, 0, 0)
 
@@ -91,7 +90,6 @@ class Engine:
             FencedOffError: the step was taken over; its workers are ended, as they are by an error that `advance`
                 raises.
         """
-        import ray
         from ray import cloudpickle
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -111,7 +109,7 @@ class Engine:
         workers: dict[str, Any] = {"num_workers": 0}
         if resources.workers:
             self.start(resources.gpus_per_worker)
-            actor = ray.remote(num_cpus=0)(ProgressActor).remote()
+            actor = beside_driver()
             # Sealed, so that Ray's controller does not import what only the workers need.
             work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, actor)))
             workers = {

@@ -80,6 +80,15 @@ class ProgressActor:
         return taken
 
 
+def beside_driver() -> Any:
+    """Start the actor on the node of this process, with which alone it is lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
+
+
 def remove_groups(groups: Iterable[str]) -> None:
     """Remove placement groups by their ids, and end what runs in them."""
     from ray._raylet import PlacementGroupID

@@ -31,7 +31,7 @@ from pipeline.store.lease import DEAD_AFTER_S, Owner
 from pipeline.store.locations import scratch_dir, storage_uri, tracking_uri
 from pipeline.store.pieces import Pieces
 from pipeline.store.records import Contest, Evaluation, ModelVersion, Package, Record, Sensitivity, SweepRecord
-from pipeline.store.step_store import StepDir, StoredStep, check_store, now_of, stored_steps
+from pipeline.store.step_store import StepDir, StoredStep, check_store, delete_probes, now_of, stored_steps
 from pipeline.tracking import registry
 from pipeline.tracking.lookup import reach
 from pipeline.tracking.registry import Registered
@@ -106,6 +106,7 @@ class Collector:
             RunError: as `find` does.
         """
         check_store(self._root)
+        delete_probes(self._root, self._now - self.grace_s)
         steps = [item for item in garbage if item.stage != SCRATCH]
         at_once, gone = max(AT_ONCE, math.ceil(len(steps) / LOOKS)), list[Garbage]()
         for first in range(0, len(steps), at_once):

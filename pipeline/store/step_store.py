@@ -43,6 +43,7 @@ RECORD, FORMER = "record.json", "former.json"
 CLEARED_DIGITS = 32  # of the token of who cleared a step away; a record is longer
 LOOKS = 4  # for each record that is wanted
 PLAN = "attempt/plan.json"
+PROBES = "probes/"  # objects that tell what a store is like
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
 
@@ -368,12 +369,20 @@ def _cleared_by(content: bytes) -> int:
 
 def now_of(storage_uri: str) -> float:
     """Return the time by the store's own clock, in seconds. Raises OSError if nothing can be written there."""
-    objects, name = open_objects(storage_uri), f"probe-{uuid.uuid4().hex}"
+    objects, name = open_objects(storage_uri), f"{PROBES}{uuid.uuid4().hex}"
     objects.write(name, b"")
     try:
         return objects.stats(name)[name].written
     finally:
         objects.delete(name)
+
+
+def delete_probes(storage_uri: str, before: float) -> None:
+    """Delete what commands that were killed had written before some time to learn of the store."""
+    objects = open_objects(storage_uri)
+    for name, stat in objects.stats(PROBES).items():
+        if stat.written < before:
+            objects.delete(name)
 
 
 def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
@@ -391,7 +400,7 @@ def records(storage_uri: str, kind: type[R], limit: int = 50) -> list[R]:
 
 def check_store(storage_uri: str) -> None:
     """Raise ConfigError if nothing can be written under `storage_uri`, or two processes could both win a race there."""
-    name = f"probe-{uuid.uuid4().hex}"
+    name = f"{PROBES}{uuid.uuid4().hex}"
     try:
         objects = open_objects(storage_uri)
         try:

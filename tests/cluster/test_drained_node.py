@@ -69,9 +69,10 @@ def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, wo
     case, elastic = Case.make(tmp_path), {"workers": workers, "min_workers": 1}
     recipes = {"distill": recipe_of(Distill(**RECIPE)), "quant": recipe_of(Quant())}
     job = case.step_job(recipes, checkpoint_minutes=1000, **elastic)
-    drained, goes = list[int](), list[threading.Timer]()
+    drained, heard, goes = list[int](), list[int](), list[threading.Timer]()
 
     def advance(done: int, total: int, note: str, points: Any = ()) -> None:
+        heard.append(done)
         if done > 0 and not drained:
             drained.append(done)
             deadline_ms = int(1000 * (time.time() + GRACE_S))
@@ -91,6 +92,7 @@ def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, wo
     (announced,) = (done for done, note in told if note.endswith("checkpoint before the end that was announced"))
     assert [done for done, note in told if note == "resumed"] == [announced]
     assert announced > drained[0]
+    assert heard[-1] == 100
     assert told[-1][0] == 100
     assert (Path(job.dir.uri) / "1/attempt/result.json").exists()
     fewer = [note for _, note in told if "workers" in note]

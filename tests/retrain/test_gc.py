@@ -436,6 +436,19 @@ def test_raced_by_collections_a_command_ends_as_it_would_alone_thirty_times(aged
     raced_by_collections(aged, 30)
 
 
+def test_a_probe_goes_that_a_killed_command_left(aged: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A young one may be in use."""
+    probes = aged.folder / "store" / "probes"
+    monkeypatch.setattr(Directory, "delete", lambda store, name: None)  # as where a command ends before it
+    collector(aged)
+    age(aged)
+    collection = collector(aged)
+    assert len(list(probes.iterdir())) == 2
+    monkeypatch.undo()
+    collection.delete([])
+    assert len(list(probes.iterdir())) == 1
+
+
 def test_scratch_that_is_old_goes_and_what_is_to_be_sent_stays(aged: Schedule) -> None:
     folder = Path(str(aged.config().resources.local_cache_dir))
     old = time.time() - 2 * HOUR

@@ -52,7 +52,8 @@ class Storm:
     def _draw_kind(self, command: Command) -> str:
         """Return one of the kinds that struck least. What ends something waits until the command has moved since."""
         kinds: list[str] = [*FAULTS, "training worker held"]
-        if command.follow().heard > command.progress.struck:
+        progress = command.follow()
+        if progress.heard > progress.struck or self._newest_checkpoints() != progress.newest:
             kinds += ["node killed", "command killed", "command interrupted", "shard spoilt"]
             kinds += [kind for kind, title in WORKERS.items() if self._cluster.workers(title)]
         least = min(self.strikes[kind] for kind in kinds)
