@@ -24,7 +24,8 @@ from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
 SILENT_S = 60.0  # at most, where bars are not drawn, while something goes on
-POINTS_S = 10.0  # at least, between two lines of a stage with points; those of a validation come always
+POINTS_S = 10.0  # at least, between two lines of a stage with points
+RARE = {"validation_nats", "begins", "workers", "micro_batch"}  # what points have that come always
 
 
 @cache
@@ -112,10 +113,11 @@ class Display:
         if self._lines is None:
             return
         for point in points:
-            now = time.perf_counter()
-            if "validation_nats" in point or now - self._pointed.get(stage, -POINTS_S) >= POINTS_S:
+            if RARE.isdisjoint(point):
+                if (now := time.perf_counter()) - self._pointed.get(stage, -POINTS_S) < POINTS_S:
+                    continue
                 self._pointed[stage] = now
-                self._lines.tell("measured", stage=stage, **point)
+            self._lines.tell("measured", stage=stage, **point)
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         """Show that the stage is done or was reused."""

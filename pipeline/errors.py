@@ -20,6 +20,10 @@ class BitmillError(Exception):
     """A failure that is explained to the user without a traceback."""
 
 
+class BeginAgainError(Exception):
+    """The workers of a training group are to begin again from the last checkpoint, with what one of them found out."""
+
+
 class ConfigError(BitmillError):
     """The configuration or the input cannot work; said before any worker starts (exit status 2)."""
 

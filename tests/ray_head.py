@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import start
+from jobs.bench.chaos.processes import start
 
 TOKEN = "5ecret0fTheHead"
 DEADLINE_S = 300.0

@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from tests.processes import start
+from jobs.bench.chaos.processes import start
 
 FORK = multiprocessing.get_context("fork")
 DEADLINE_S = 60

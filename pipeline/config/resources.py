@@ -71,6 +71,11 @@ class Resources(Closed):
                 f"min_workers is {self.min_workers}, and workers {self.workers}; set min_workers to at most workers, "
                 "or leave it out"
             )
+        if self.strategy == "fsdp" and self.least_workers < self.workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, and strategy fsdp, whose model need not fit into fewer workers; "
+                "leave min_workers out, or use strategy: ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from pipeline.config.base import Closed
 from pipeline.config.resources import Resources
-from pipeline.errors import ERRORS, BitmillError, ConfigError, LostError, UnforeseenError
+from pipeline.errors import ERRORS, BeginAgainError, BitmillError, ConfigError, LostError, UnforeseenError
 from pipeline.execution.progress_actor import LOOK_S, Lookout, asked, beside_driver, delivered, send
 from pipeline.execution.room import await_room, check_room
 from pipeline.execution.signals import Signals
@@ -114,6 +114,8 @@ class Engine:
             work = partial(cloudpickle.loads, cloudpickle.dumps(partial(_guarded, worker, actor)))
             workers = {
                 "num_workers": (least, resources.workers) if (least := resources.min_workers) else resources.workers,
+                # More are taken after a checkpoint that was made with fewer: taking them ends the group unannounced.
+                "elastic_resize_monitor_interval_s": 60 * (resources.checkpoint_minutes + 1),
                 "use_gpu": resources.gpus_per_worker > 0,
                 "resources_per_worker": {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
             }
@@ -390,9 +392,9 @@ def explained(step_dir: StepDir | None, what: str = "A shard's worker") -> Itera
             raise
         if isinstance(ours, BitmillError):
             raise type(ours)(str(ours)) from error
-        cause = _chain(error)[-1]
-        lost = type(cause).__module__.partition(".")[0] == "ray" or isinstance(cause, OSError)
-        kind = LostError if lost else UnforeseenError
+        causes = [e for e in _chain(error) if not _inner(e)]
+        cause = next((e for e in causes if not _passes(e)), causes[0])  # what one worker met tells others nothing
+        kind = LostError if _passes(cause) else UnforeseenError
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
         where = f"The {step_dir.stage} step {step_dir.key}" if step_dir is not None else what
         raise kind(
@@ -405,7 +407,20 @@ def _chain(error: BaseException) -> list[BaseException]:
     """Return an error and all that it wraps, outermost first."""
     chain = [error]
     for current in chain:  # which grows
-        failures = getattr(current, "worker_failures", None) or {}
-        inner = [getattr(current, "cause", None), current.__cause__, *failures.values()]
-        chain += [e for e in dict.fromkeys(inner) if isinstance(e, BaseException) and e not in chain]
+        chain += [e for e in _inner(current) if e not in chain]
     return chain
+
+
+def _inner(error: BaseException) -> list[BaseException]:
+    """Return what an error wraps."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = [getattr(error, "cause", None), error.__cause__, *failures.values()]
+    return [e for e in dict.fromkeys(inner) if isinstance(e, BaseException)]
+
+
+def _passes(error: BaseException) -> bool:
+    """Tell whether an error at the bottom may pass: of Ray, of a disk or a network, of a group that is to begin again,
+    or of a worker that another one left, as torch says it."""
+    ours, theirs = isinstance(error, OSError | BeginAgainError), type(error).__module__.partition(".")[0] == "ray"
+    left = type(error).__name__.startswith("Dist") or "gloo/" in str(error)
+    return ours or theirs or (isinstance(error, RuntimeError) and left)

@@ -16,7 +16,7 @@ def check_room(resources: Resources) -> None:
     short = _shortage(resources, resources.gpus_per_worker)
     if short is not None:
         kind, each, there = short
-        knob = "resources.workers" if resources.min_workers is None else "resources.min_workers"
+        knob = _knob(resources)
         raise ConfigError(
             f"{knob} is {resources.least_workers} with {each:g} {kind} each, and this Ray has {there:g} {kind}. "
             f"Lower {knob} or {kind.lower()}s_per_worker; or, on a cluster with an autoscaler, set "
@@ -31,7 +31,7 @@ def await_room(resources: Resources, gpus: float, told: Callable[[str], None]) -
     Raises:
         LostError: they do not after `resources.scale_up_minutes`.
     """
-    short = _shortage(resources, gpus)
+    short, knob = _shortage(resources, gpus), _knob(resources)
     if short is None:
         return
     from ray.util import placement_group, remove_placement_group
@@ -48,7 +48,7 @@ def await_room(resources: Resources, gpus: float, told: Callable[[str], None]) -
                 raise LostError(
                     f"The cluster did not grow in resources.scale_up_minutes ({resources.scale_up_minutes:g}): waited "
                     f"for {waited_for}. What was committed is kept; run the same command again, with more minutes or "
-                    f"fewer resources.workers, or see by `ray status` why the autoscaler adds no nodes."
+                    f"a lower {knob}, or see by `ray status` why the autoscaler adds no nodes."
                 )
             time.sleep(POLL_S)
             short = _shortage(resources, gpus)
@@ -65,6 +65,10 @@ def _shortage(resources: Resources, gpus: float) -> tuple[str, float, float] | N
         if resources.least_workers * each > there.get(kind, 0):
             return kind, each, there.get(kind, 0)
     return None
+
+
+def _knob(resources: Resources) -> str:
+    return "resources.workers" if resources.min_workers is None else "resources.min_workers"
 
 
 def _each(resources: Resources, gpus: float) -> dict[str, float]:

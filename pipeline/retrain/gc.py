@@ -106,7 +106,7 @@ class Collector:
             RunError: as `find` does.
         """
         check_store(self._root)
-        delete_probes(self._root, self._now - self.grace_s)
+        delete_probes(self._root, self._now - max(self.grace_s, DEAD_AFTER_S))  # a live command's are younger
         steps = [item for item in garbage if item.stage != SCRATCH]
         at_once, gone = max(AT_ONCE, math.ceil(len(steps) / LOOKS)), list[Garbage]()
         for first in range(0, len(steps), at_once):

@@ -36,6 +36,7 @@ class Progress:
     best_nats: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
     modules: list[dict[str, Any]] = field(default_factory=list)  # what `diagnostics.Watch` saw
+    workers: int = 0  # that it was made by
 
 
 class CheckpointWriter:

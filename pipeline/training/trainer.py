@@ -24,7 +24,7 @@ from pipeline.config.resources import Resources
 from pipeline.config.training import Distill, Finetune
 from pipeline.distill.random import draw
 from pipeline.distill.transfer import sent
-from pipeline.errors import RunError
+from pipeline.errors import BeginAgainError, RunError
 from pipeline.models.compiled import compile_layers, compiled
 from pipeline.models.hidden_states import WithStates, head_input, head_of, head_product
 from pipeline.models.sharded import filled, give_parts, hollow, is_part, let_go, own, share_out, shares
@@ -52,10 +52,6 @@ from pipeline.training.read_ahead import ReadAhead
 HISTORY_POINTS = 1000
 DIAGNOSES = 50  # looks at the modules over a training job, about
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: a GPU that is asked for a loss waits until it has caught up
-
-
-class BeginAgainError(Exception):
-    """The workers of a training group are to begin again from the last checkpoint, with what one of them found out."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +116,9 @@ class Trainer:
         """Train to the last step, resuming from the last checkpoint. On rank 0 the model ends with its best weights,
         and the progress is returned; other ranks return None."""
         self._resume()
-        steps = self.job.steps
-        self.report(self.progress.step, steps, "resumed" if self.progress.step else "")
+        steps, step = self.job.steps, self.progress.step
+        begins = [{"step": float(step), "begins": 1.0}] if self.rank == 0 else []  # however often it is begun again
+        self.report(step, steps, "resumed" if step else "", begins)
         with contextlib.closing(self.rows), self.writer, self._memory_explained():
             if self.progress.best_step < 0 and self.distillation is not None:  # the student as it starts may be best
                 self._validate()
@@ -407,9 +404,9 @@ class Trainer:
             )
         if fits != self.micro_batch:
             self._take_micro_batch(fits)
-        before = next((int(p["workers"]) for p in self.progress.history[::-1] if "workers" in p), None)
-        if self.world != (before or self.job.resources.workers or 1):
-            self._note("workers", self.world, "as nodes allow")
+        if self.world != (self.progress.workers or self.job.resources.workers or 1):
+            self._note("workers", self.world, "as many as there are")
+        self.progress.workers = self.world
         self.kept_step, self.kept_s = self.progress.step, self.clock()
         self._barrier()
 

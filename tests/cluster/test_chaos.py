@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jobs.bench.chaos import measure as bench
-from jobs.bench.chaos.command import Progress, WentBack
+from jobs.bench.chaos.command import Progress, Resumed
 
 pytestmark = pytest.mark.timeout(2400)
 RUN: dict[str, Any] = {"digest": "a", "again": [], "undisturbed": {"digest": "a"}}
@@ -24,6 +24,7 @@ def test_a_storm_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert [run["digest"] for run in document["runs"]] == [run["undisturbed"]["digest"] for run in document["runs"]]
     assert document["left"] == []
     assert any(run["commands"] > 1 for run in document["runs"])
+    assert any(again["resumed"] > 0 for run in document["runs"] for again in run["again"])
     assert json.loads((tmp_path / "chaos.json").read_text()) == document
 
 
@@ -32,25 +33,27 @@ def test_a_storm_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     [
         ({"runs": [RUN | {"digest": "b"}]}, "The package of seed 0 is b, and undisturbed a."),
         (
-            {"runs": [RUN | {"again": [WentBack("distill", 90, 30, 60)._asdict()]}]},
+            {"runs": [RUN | {"again": [Resumed("distill", 90, 30, 60)._asdict()]}]},
             "distill went on from step 30, and a checkpoint had step 60.",
         ),
         ({"left": ["cache/1/rows/2.arrow"]}, "After gc the stores differ by cache/1/rows/2.arrow."),
     ],
 )
 def test_what_must_not_be_is_told(changed: dict[str, Any], flaw: str) -> None:
-    sound = {"runs": [RUN | {"again": [WentBack("distill", 90, 60, 60)._asdict()]}], "left": []}
+    sound = {"runs": [RUN | {"again": [Resumed("distill", 90, 60, 60)._asdict()]}], "left": []}
     assert bench._flaws(sound) == []
     assert bench._flaws(sound | changed) == [flaw]
 
 
 def test_a_log_tells_what_was_trained_again() -> None:
     progress = Progress(newest={"distill": 30})
-    told = [("finetune", 10), ("finetune", 50), ("distill", 20), ("distill", 45), ("distill", 31), ("distill", 60)]
-    for stage, done in told:
-        progress.hear(json.dumps({"event": "advanced", "stage": stage, "done": done}))
+    told = [("finetune", 0, True), ("finetune", 50, False), ("distill", 0, True), ("distill", 45, False)]
+    for stage, step, begins in [*told, ("distill", 31, True), ("distill", 60, False)]:
+        point = {"step": step, "begins": 1.0} if begins else {"step": step}
+        progress.hear(json.dumps({"event": "measured", "stage": stage, **point}))
+    progress.hear(json.dumps({"event": "advanced", "stage": "distill", "done": 70}))
     progress.hear('{"event": "advanced", "sta')
     progress.hear("a line of a library")
-    assert progress.lost == [WentBack("distill", 45, 31, 30)]
-    assert progress.furthest == {"finetune": 50, "distill": 60}
-    assert progress.heard == len(told)
+    assert progress.again == [Resumed("distill", 45, 31, 30)]
+    assert progress.reached == {"finetune": 50, "distill": 70}
+    assert progress.heard == len(told) + 3

@@ -96,4 +96,4 @@ def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, wo
     assert told[-1][0] == 100
     assert (Path(job.dir.uri) / "1/attempt/result.json").exists()
     fewer = [note for _, note in told if "workers" in note]
-    assert fewer == ["workers is 1 from here on, as nodes allow"] * (workers - 1)
+    assert fewer == ["workers is 1 from here on, as many as there are"] * (workers - 1)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.processes import start
+from jobs.bench.chaos.processes import start
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)

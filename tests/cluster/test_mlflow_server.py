@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from jobs.bench.chaos.processes import start
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.flow.plan import plan_run, target_of
@@ -24,7 +25,6 @@ from pipeline.tracking import runs
 from pipeline.tracking.mlflow_listener import MlflowListener
 from pipeline.tracking.outbox import Outbox, outbox_folder
 from tests.conftest import Recorder
-from tests.processes import start
 from tests.store.test_step_store import serve_s3
 
 PASSWORD = "correct-horse-battery"

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 import jobs
 from jobs import submit
+from jobs.bench.chaos.processes import start
 from jobs.cli import app
 from pipeline.config.load import load_config
 from pipeline.errors import LostError
 from pipeline.execution import jobs as client
 from pipeline.execution.jobs import Jobs
 from tests.mlflow_server import LOGIN, assert_untold
-from tests.processes import start
 from tests.ray_head import DEADLINE_S, TOKEN, Proxy, head_with_token
 
 ROOT = Path(jobs.__file__).parents[1]

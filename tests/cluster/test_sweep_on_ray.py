@@ -24,6 +24,7 @@ import yaml
 from ray.util import placement_group_table
 
 from jobs.bench.chaos.cluster import Cluster
+from jobs.bench.chaos.processes import start
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import FencedOffError, LostError
@@ -38,7 +39,6 @@ from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
 from tests.conftest import Recorder
 from tests.mlflow_server import LOGIN, assert_untold, serve_mlflow
-from tests.processes import start
 
 DEADLINE_S = 900  # bounds what hangs; a busy machine may take its time
 pytestmark = pytest.mark.timeout(2 * DEADLINE_S)
@@ -98,21 +98,26 @@ def test_stopped_trials_of_many_workers_free_their_cpus(
 
 
 class Killing(Recorder):
-    """Kills the worker of the first trial that reports, once, and looks into what Tune has written by then."""
+    """Kills a process of the first trial that reports, once, and looks into what Tune has written by then."""
 
-    killed = 0
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title, self.killed = title, 0
 
     def advanced(self, stage: str, done: int, total: int, note: str) -> None:
         if stage == "trials" and "validation" in note and not self.killed:
             below = {child.pid for child in psutil.Process().children(recursive=True)}
             named = ((p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"]))
-            ours = [p for p, name in named if p.pid in below and "ImplicitFunc" in name]
+            ours = [p for p, name in named if p.pid in below and self.title in name]
             self.killed = ours[0].pid
             psutil.Process(self.killed).kill()  # not by what was listed, which may be of an earlier process of its id
             assert_untold(Path(tempfile.gettempdir()))
         super().advanced(stage, done, total, note)
 
 
+@pytest.mark.parametrize(
+    ("workers", "title"), [(1, "ImplicitFunc"), pytest.param(2, "RayTrainWorker", marks=pytest.mark.soak)]
+)
 def test_a_trial_whose_worker_was_killed_is_tried_again_and_no_secret_is_told(
     two_cpus: Path,
     tiny_config: Callable[..., Config],
@@ -120,16 +125,18 @@ def test_a_trial_whose_worker_was_killed_is_tried_again_and_no_secret_is_told(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    title: str,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with serve_mlflow(tmp_path_factory.mktemp("server")) as address:
         config = tiny_config(
             with_shared_steps(tmp_path, finished),
             distill={"steps": 400, "eval_every": 10, "eval_rows": 8},
-            resources={"workers": 1, "checkpoint_minutes": 0.001, "tracking_uri": f"http://{LOGIN}@{address}"},
+            resources={"workers": workers, "checkpoint_minutes": 0.001, "tracking_uri": f"http://{LOGIN}@{address}"},
             sweep={"space": {"distill.seed": [1, 2]}},
         )
-        killing = Killing()
+        killing = Killing(title)
         found = run_sweep(plan_sweep(config), killing)
     assert killing.killed
     assert_untold(tmp_path)
@@ -338,7 +345,6 @@ def test_a_killed_head_then_a_new_one_and_the_same_command(project: Project, und
         cluster.kill_head()
         project.until(lambda: False, driver)
         assert driver.returncode == 1
-        print((project.root / "stderr").read_text())
-        assert project.trials() < set(undisturbed.front) | project.trials()
+        assert len(project.trials()) < len(BITS)
         cluster.begin()
         check(project, project.finish(cluster.variables), undisturbed)

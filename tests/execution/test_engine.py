@@ -16,12 +16,14 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorDiedError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.config.resources import Resources
-from pipeline.errors import ConfigError, FencedOffError, LostError, OverBudgetError
+from pipeline.errors import BeginAgainError, ConfigError, FencedOffError, LostError, OverBudgetError, UnforeseenError
 from pipeline.execution import engine as engine_module
 from pipeline.execution import gauges, progress_actor
-from pipeline.execution.engine import Engine, _guarded, _told
+from pipeline.execution.engine import Engine, _guarded, _told, explained
 from pipeline.models import device
 from pipeline.store.lease import Lease, Owner
 from pipeline.store.objects import open_objects
@@ -287,3 +289,24 @@ def test_a_cluster_that_is_too_small_is_refused_unless_it_may_grow(two_cpus: Non
         assert set(heard) == {f"waiting for {waited_for}"}
     engine.start()  # work on CPUs waits for no GPU
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
+
+
+LEFT = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "said"),
+    [
+        ({0: ActorDiedError(), 1: LEFT}, LostError, "ActorDiedError"),
+        ({0: LEFT, 1: ActorDiedError()}, LostError, "Connection closed by peer"),
+        ({1: LEFT}, LostError, "Connection closed by peer"),
+        ({0: BeginAgainError("memory is too small"), 1: LEFT}, LostError, "memory is too small"),
+        ({0: LEFT, 1: ValueError("a bug")}, UnforeseenError, "ValueError: a bug"),
+    ],
+)
+def test_what_a_worker_says_that_another_one_left_is_no_bug(
+    failures: dict[int, Exception], kind: type[Exception], said: str
+) -> None:
+    """So a trial of several workers is tried again."""
+    with pytest.raises(kind, match=said), explained(None):
+        raise WorkerGroupError("the group failed", failures)

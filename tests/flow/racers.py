@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.chaos.processes import LIBC, PR_SET_PDEATHSIG
 from pipeline.config.run import Config
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.store.lease import Owner
 from pipeline.store.objects import open_objects
 from tests.conftest import Recorder
-from tests.processes import LIBC, PR_SET_PDEATHSIG
 
 RACERS = 8
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.bench.chaos.processes import start
 from pipeline.errors import BusyError, DamagedError
 from pipeline.flow.line import STAGES
 from pipeline.flow.plan import plan_run
@@ -17,7 +18,6 @@ from pipeline.flow.run import run_plan
 from pipeline.store.records import Evaluation, Student
 from pipeline.store.shards import open_shard
 from tests.conftest import ROOT
-from tests.processes import start
 
 HOLD = """
 import sys, time

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from jobs.bench.chaos.processes import start
 from tests.flow.racers import RACERS
-from tests.processes import start
 from tests.store.test_step_store import EVERYWHERE, serve_s3
 
 

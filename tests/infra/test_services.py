@@ -29,13 +29,13 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from jobs.bench.chaos.processes import start
 from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.store.objects import open_objects
 from pipeline.store.step_store import check_store
 from tests.infra.chart import INFRA, ROOT
 from tests.infra.test_files import BIN, composed
-from tests.processes import start
 from tests.store.test_step_store import serve_s3
 
 DEADLINE_S = 300.0

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from mlflow.entities import LoggedModelStatus, Metric
 
 import pipeline
+from jobs.bench.chaos.processes import start
 from pipeline.errors import ConfigError
 from pipeline.tracking import lookup as lookups
 from pipeline.tracking import runs
 from pipeline.tracking.lookup import matches, nearest_misses, reach
 from pipeline.tracking.query import MIB, Query, RegisteredModel, ranked, shortcomings
-from tests.processes import start
 
 # name, bits, task, MiB, perplexity and accuracy on validation, formats; the test split ranks them the other way round
 MODELS = [

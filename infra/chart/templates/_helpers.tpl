@@ -90,6 +90,9 @@ spec:
         {{- end }}
       env:
         {{- include "bitmill.env" $root | nindent 8 }}
+        # Of the grace period: Ray drains for 30 s, and training hears of it after 5, if nobody says otherwise.
+        - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "110"}
+        - {name: RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S, value: "1"}
       envFrom:
         {{- include "bitmill.envFrom" $root | nindent 8 }}
       resources:

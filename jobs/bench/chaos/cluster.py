@@ -19,6 +19,7 @@ from typing import Self
 
 import psutil
 
+from jobs.bench.chaos.processes import start
 from pipeline.errors import RunError
 
 STARTS_S = 300.0  # at most, on a machine that has other things to do
@@ -111,9 +112,7 @@ class Cluster:
         environment = os.environ | patient | self.variables
         del environment["RAY_ADDRESS"]
         with open(self._folder / name, "wb") as said:
-            return subprocess.Popen(
-                command, stdout=said, stderr=said, cwd=self._folder, env=environment, start_new_session=True
-            )
+            return start(command, stdout=said, stderr=said, cwd=self._folder, env=environment, start_new_session=True)
 
     def _await(self, name: str, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + STARTS_S

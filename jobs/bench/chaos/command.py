@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from jobs.bench.chaos.processes import start
 
-class WentBack(NamedTuple):
-    """A training stage went on from a step before the one it had reached; `checkpoint` is the newest that the store had
-    when the last strike came."""
+TRAINING = ("finetune", "distill")
+
+
+class Resumed(NamedTuple):
+    """A training stage began again; `checkpoint` is the step of the newest that the store had at the last strike which
+    ended something, `reached` the last step that the log told."""
 
     stage: str
     reached: int
@@ -24,10 +29,10 @@ class WentBack(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far training stages came, by what the log told; `lost` has each time that one went back."""
+    """How far training stages came, by what the log told; `again` has each time that one began again."""
 
-    furthest: dict[str, int] = field(default_factory=dict)  # of the current life
-    lost: list[WentBack] = field(default_factory=list)
+    reached: dict[str, int] = field(default_factory=dict)
+    again: list[Resumed] = field(default_factory=list)
     newest: dict[str, int] = field(default_factory=dict)  # checkpoint of each stage, as a strike found them
     heard: int = 0  # events, of any stage
     struck: int = 0  # so many of them before the last strike that ended something
@@ -38,15 +43,14 @@ class Progress:
             event = json.loads(line)
         except json.JSONDecodeError:
             return
-        if event["event"] not in ("advanced", "finished"):
+        kind, stage = event["event"], event["stage"]
+        self.heard += kind in ("advanced", "measured", "finished")
+        if kind not in ("advanced", "measured") or stage not in TRAINING:
             return
-        self.heard += 1
-        if event["stage"] not in ("finetune", "distill") or event["event"] != "advanced":
-            return
-        stage, done = event["stage"], event["done"]
-        if done < self.furthest.get(stage, 0):
-            self.lost.append(WentBack(stage, self.furthest[stage], done, self.newest.get(stage, 0)))
-        self.furthest[stage] = done
+        step = int(event["done" if kind == "advanced" else "step"])
+        if event.get("begins") and stage in self.reached:
+            self.again.append(Resumed(stage, self.reached[stage], step, self.newest.get(stage, 0)))
+        self.reached[stage] = step
 
 
 class Command:
@@ -62,7 +66,7 @@ class Command:
         """Start it, once more."""
         words = [sys.executable, "-m", "jobs.cli", "compress", str(self._config), "--json", "--log-format", "json"]
         with open(self._out, "wb") as out, open(self._log, "ab") as log:
-            self._process = subprocess.Popen(words, stdout=out, stderr=log, env=self._environment)
+            self._process = start(words, stdout=out, stderr=log, env=self._environment)
         self.given += 1
 
     @property
@@ -103,6 +107,7 @@ class Command:
         """Kill it, if it runs, and all below it."""
         if (process := self.running) is not None:
             for below in [*process.children(recursive=True), process]:
-                below.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    below.kill()
         if self._process is not None:
             self._process.wait()

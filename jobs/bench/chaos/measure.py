@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _compared(
         "strikes": dict(sorted(storm.strikes.items())),
         "failed_requests": dict(sorted(storm.requests.items())),
         "runs": runs,
-        "left": sorted(left[STORM] ^ left[CALM]),
+        "left": sorted(((left[STORM] - left[CALM]) + (left[CALM] - left[STORM])).elements()),
     }
 
 
@@ -157,16 +158,16 @@ def _run(folder: Path, store: str, command: Command) -> dict[str, Any]:
     return {
         "digest": record["digest"],
         "commands": command.given,
-        "again": [went_back._asdict() for went_back in command.progress.lost],
+        "again": [resumed._asdict() for resumed in command.progress.again],
     }
 
 
-def _left_by_gc(resources: Resources) -> set[str]:
-    """Return what is in a store after a collection, whichever attempt at a step it is of."""
+def _left_by_gc(resources: Resources) -> Counter[str]:
+    """Return what is in a store after a collection, how often, whichever attempts at a step it is of."""
     collector = Collector(resources, 1, 0.0)
     collector.delete(collector.find())
     names = open_objects(resources.storage_uri).sizes("")
-    return {re.sub(r"^([^/]+/[^/]+)/\d+/", r"\1/", name) for name in names}
+    return Counter(re.sub(r"^([^/]+/[^/]+)/\d+/", r"\1/", name) for name in names)
 
 
 def _flaws(document: dict[str, Any]) -> list[str]:

@@ -71,10 +71,10 @@ class Storm:
             return self._held(self._one_of("ray::RayTrainWorker"))
         newest, heard = self._newest_checkpoints(), command.follow().heard
         ended = {
-            "node killed": self._kill_node,
+            "node killed": lambda: command.running is not None and self._kill_node(),
             "command killed": lambda: _signalled(command.running, signal.SIGKILL),
             "command interrupted": lambda: _signalled(command.running, signal.SIGINT),
-            "shard spoilt": self._spoil,
+            "shard spoilt": lambda: command.running is not None and self._spoil(),
         }.get(kind, lambda: _signalled(self._one_of(WORKERS[kind]), signal.SIGKILL))()
         if ended:
             command.progress.newest, command.progress.struck = newest, heard
@@ -100,10 +100,12 @@ class Storm:
         if not names or not any(name.endswith(f"/{RECORD}") for name in self._objects.sizes("cache/")):
             return False
         name = self._draw.choice(sorted(names))
-        content = bytearray(self._objects.read(name))
-        content[len(content) // 2] ^= 1
-        self._objects.write(name, bytes(content))
-        return True
+        with contextlib.suppress(FileNotFoundError):  # a step that is made again is cleared away first
+            content = self._objects.read(name)
+            spoilt = bytearray(content)
+            spoilt[len(content) // 2] ^= 1
+            return self._objects.swap(name, content, bytes(spoilt))
+        return False
 
     def _newest_checkpoints(self) -> dict[str, int]:
         """Return the step of the newest checkpoint that the store has, by stage."""

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from jobs.bench.claims import Claim
+from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED, Interval
@@ -161,6 +162,34 @@ def test_presets_are_as_far_from_their_teachers_as_the_readme_says():
     for preset in ("best", "smallest"):
         gpt2, llama, third = (share(name, preset) for name in TEACHERS)
         assert f"`{preset}` | {gpt2} | {llama} | {third} |" in said
+
+
+def test_a_model_of_135m_parameters_has_the_quality_that_was_measured():
+    document = json.loads((RESULTS / "smollm2-135m.json").read_text(encoding="utf-8"))
+    rows = [
+        f"| {name} | {s['perplexity']:,.1f} | {s['kl_nats']:.3f} | {s['top1_agreement']:.1%} "
+        f"| {s['packed_bytes'] / MIB:.1f} | {s['ratio']:.1f}x |".replace("%", " %")
+        for name, s in document["students"].items()
+    ]
+    fp32 = {s["teacher_bytes"] for s in document["students"].values()}.pop() / MIB
+    teacher = f"| teacher, fp32 | {document['teacher']['perplexity']:.1f} | | | {fp32:.1f} | |"
+    assert table(BENCH, "    bitmill compress configs/smollm2-135m.yaml") == [teacher, *rows]
+
+
+def test_engines_are_as_fast_as_was_measured():
+    document = json.loads((RESULTS / "inference.json").read_text(encoding="utf-8"))
+
+    def line(engine: str, more: str, measures: dict[str, dict[str, float]]) -> str:
+        cells = (
+            f"{measures[key]['median']:{form}} ({measures[key]['least']:{form}}-{measures[key]['most']:{form}})"
+            for key, (_, form) in MEASURES.items()
+        )
+        return f"| {engine}{more} | {' | '.join(cells)} |"
+
+    three, four = (document[quantizer]["engines"] for quantizer in ("quantgpt", "seq"))
+    lines = [line(engine, "", measures) for engine, measures in three.items()]
+    lines += [line(engine, ", four levels", four[engine]) for engine in ("packed", "llama.cpp")]
+    assert table(BENCH, "rounds (least-most)") == lines
 
 
 def test_summaries_score_what_was_measured():

@@ -15,9 +15,9 @@ import psutil
 import pytest
 from rich.console import Console
 
+from jobs.bench.chaos.processes import start
 from jobs.bench.scale.measure import LIMITS_S, MOST_MEMORY, MOST_TIME, STAGES, TIMES, cells, growth, measure
 from tests.conftest import ROOT
-from tests.processes import start
 
 RESULTS = ROOT / "jobs" / "bench" / "results" / "scale.json"
 README = (ROOT / "pipeline" / "store" / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Commands that tests start, which do not outlive the tests, however those end."""
+"""Commands that do not outlive who starts them, however that ends."""
 
 from __future__ import annotations
 
