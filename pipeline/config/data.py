@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.config.base import Closed, Positive
 from pipeline.credentials import taking_none
@@ -206,7 +207,16 @@ def _each(given: Sources | None) -> tuple[Source, ...]:
     return tuple(Source(path=source) if isinstance(source, str) else source for source in several)
 
 
-Suite = Annotated[str, StringConstraints(pattern=r"^(generated|lm_eval:[A-Za-z0-9_./\-]+)$")]
+def _checked_suite(name: str) -> str:
+    if not re.fullmatch(rf"generated|{LM_EVAL}:[A-Za-z0-9_./-]+", name):
+        raise ValueError(
+            f"{name!r} is no suite; valid: generated, and {LM_EVAL}:TASK, where TASK is the name of a task of lm-eval or "
+            f"the path of its YAML file, of letters, digits, '_', '-', '.' and '/', such as {LM_EVAL}:arc_easy"
+        )
+    return name
+
+
+Suite = Annotated[str, AfterValidator(_checked_suite)]
 
 
 class Evaluate(Closed):

@@ -62,7 +62,7 @@ def test_a_suite_is_measured_after_all_else_and_found_by(cloned, tiny_config, ru
         ),
         ({"retrain": {"gate": {"at_least": {"lm_eval_x_acc": 1}}}}, r"retrain\.gate\.at_least names 'lm_eval_x_acc'"),
         ({"register": {"gate": {"at_least": {"rougeL": 1}}}}, "this run measures perplexity"),
-        ({"evaluate": {"suites": ["mmlu"]}}, "suites"),
+        ({"evaluate": {"suites": ["mmlu"]}}, "'mmlu' is no suite; valid: generated, and lm_eval:TASK, where TASK"),
         ({"evaluate": {"suites": ["generated", "generated"]}}, "names one twice"),
         ({"evaluate": {"suites": ["lm_eval:a/t.yaml", "lm_eval:b/t.yaml"]}}, r"of one name, .*\(lm_eval_t_METRIC\)"),
     ],
