@@ -210,7 +210,7 @@ def _each(given: Sources | None) -> tuple[Source, ...]:
 def _checked_suite(name: str) -> str:
     if not re.fullmatch(rf"generated|{LM_EVAL}:[A-Za-z0-9_./-]+", name):
         raise ValueError(
-            f"{name!r} is no suite; valid: generated, and {LM_EVAL}:TASK, where TASK is the name of a task of lm-eval or "
+            f"{name!r} is no suite; valid: generated, and {LM_EVAL}:TASK, where TASK is a task of lm-eval by name or "
             f"the path of its YAML file, of letters, digits, '_', '-', '.' and '/', such as {LM_EVAL}:arc_easy"
         )
     return name
@@ -226,7 +226,8 @@ class Evaluate(Closed):
     `suites` measure the student and its teacher once more. `generated`: how far the student is from the teacher in text
     that the teacher writes after prompts of the validation split. `lm_eval:TASK`: a task of lm-eval, or the
     YAML file of one, which needs `pip install 'bitmill[eval]'` and the task's data on this machine, on the task's
-    validation split; on its test split if it has no other, which is shown and chooses nothing."""
+    validation split; on its test split if it has no other, which is shown and chooses nothing. Of the task `chat` the
+    model is asked by its tokenizer's chat template."""
 
     beams: Positive = 6
     generated_rows: Positive | None = None  # null: all

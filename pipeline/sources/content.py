@@ -35,6 +35,10 @@ class ContentMemo:
         """Return what `find_out` says of a file, or said before of the same file under the name `what`."""
         status = path.stat()
         name = f"{path.resolve()}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}{what and '|'}{what}"
+        return self.known(name, find_out)
+
+    def known(self, name: str, find_out: Callable[[], str]) -> str:
+        """Return what `find_out` says, or said before under a name, which holds all that the answer depends on."""
         known = self._execute("SELECT fact FROM facts WHERE name = ?", name)
         if known:
             return known[0][0]

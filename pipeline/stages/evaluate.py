@@ -21,11 +21,14 @@ from pipeline.models.build import load_model, read_config
 from pipeline.models.device import device_for
 from pipeline.models.family import family_named
 from pipeline.models.student import load_frozen, restore_frozen
+from pipeline.sources.content import ContentMemo
 from pipeline.stages.scorer import score_splits, scoring_recipe
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
+from pipeline.store.locations import make_scratch_dir
 from pipeline.store.records import BothMetrics, Evaluation, SplitName, Student, Teacher, Tokens
 from pipeline.store.shards import Rows, drawn_shards, open_shard, read_tokens
 from pipeline.suites import generated, lm_eval_tasks
+from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +106,10 @@ def pinned(suite: str, run: PinnedRun) -> dict[str, Any]:
     """Return what a suite's numbers depend on. Raises ConfigError: a task of lm-eval that cannot be run here."""
     if suite == generated.NAME:
         return generated.recipe()
-    return lm_eval_tasks.recipe(suite.partition(":")[2], encoder_decoder=run.family.encoder_decoder)
+    words, memo = None, ContentMemo(make_scratch_dir(run.config.resources))
+    if run.task.templated and run.tokenizer is not None:
+        words = read_tokenizer(run.tokenizer.folder, run.tokenizer.gguf_file)
+    return lm_eval_tasks.recipe(suite.partition(":")[2], run.family.encoder_decoder, memo, words)
 
 
 def measured(job: StepJob, suite: str) -> dict[str, Any]:

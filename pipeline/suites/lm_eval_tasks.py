@@ -1,7 +1,8 @@
 """Tasks of lm-eval, which is an extra: its prompts, its metrics, its way of asking a model, with data on this machine.
 
-A task's validation split is asked, whose metrics may choose; of one that has a test split alone they are shown. What
-is keyed is every request with its document, so that another version of data, prompt or split is another step.
+A task's validation split is asked, whose metrics may choose; of one that has a test split alone they are shown. A
+model of conversations is asked as lm-eval's `--apply_chat_template` does: by its template, each shot a turn. What is
+keyed is every request with its document, so that another version of data, prompt, template or split is another step.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache, partial, wraps
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from pipeline.errors import ConfigError, RunError
 from pipeline.metrics import named_by_lm_eval
+from pipeline.sources.content import ContentMemo
 from pipeline.store.records import SplitName
+from pipeline.tasks.chat import template_of
 from pipeline.tasks.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:  # which takes long to import
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KNOB = "evaluate.suites"
 ASKED_AT_ONCE = 8  # requests of a pass, at most
 SHOTS_SEED = 1234  # lm-eval's own default
+DIGEST = 1  # of the form of what is remembered: another `_digest` is another number
 REFUSED = {  # settings of tasks, and why
     "class": "is code of its own",
     "group": "is several tasks",
@@ -49,19 +56,25 @@ NETWORKS = (socket.AF_INET, socket.AF_INET6)
 YAML = (".yaml", ".yml")
 
 
-def recipe(task: str, encoder_decoder: bool) -> dict[str, Any]:
-    """Return what a task's numbers depend on beside the models. Nothing is fetched.
+def recipe(
+    task: str, encoder_decoder: bool, memo: ContentMemo, words: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """Return what a task's numbers depend on beside the models; `words` is the tokenizer by whose chat template they
+    are asked, None: without one. Nothing is fetched, and requests are made once for the same files and template.
 
     Raises:
-        ConfigError: lm-eval is not installed, does not know the task, or its data is not on this machine.
+        ConfigError: lm-eval is not installed, does not know the task, or lacks its data, or a package, here.
     """
     if encoder_decoder:
         raise ConfigError(f"{KNOB}: lm_eval:{task} asks a decoder alone, and the model has an encoder; leave it out.")
     loaded, split = _load(task)
     filters = [own.name for own in loaded._filters]
     measured = sorted({_name(task, metric, own) for metric in loaded.aggregation() for own in filters})
-    version = metadata.version("lm_eval")
-    return {"lm_eval": version, "split": split, "metrics": measured, "requests": _digest(loaded)}
+    with _explained(task):
+        made_of, asked = _made_of(loaded, words), partial(_digest, loaded, words)
+        digest = asked() if made_of is None else memo.known(made_of, asked)
+    as_chat = {} if words is None else {"chat_template": True}
+    return {"lm_eval": metadata.version("lm_eval"), "split": split, "metrics": measured, "requests": digest, **as_chat}
 
 
 def measure(
@@ -74,7 +87,8 @@ def measure(
     """Return the metrics of each model, under our names, and the split they are of; of the requests no more than
     `at_once` are in a pass. Raises RunError: the task is not, on this machine, what it was when it was `pinned`."""
     loaded, split = _load(task)
-    if _digest(loaded) != pinned["requests"]:
+    as_chat = pinned.get("chat_template", False)
+    if _digest(loaded, read_tokenizer(tokenizer) if as_chat else None) != pinned["requests"]:
         raise RunError(
             f"{KNOB}: lm_eval:{task} asks other questions here than where the plan was made; nothing is kept."
         )
@@ -87,7 +101,7 @@ def measure(
         loaded.set_fewshot_seed(SHOTS_SEED)  # requests are made again
         tasks = {"tasks": {loaded.task_name: loaded}, "groups": {}, "group_map": {}}
         with offline():
-            results = evaluate(lm=asked, task_dict=tasks, bootstrap_iters=0, log_samples=False)
+            results = evaluate(asked, tasks, bootstrap_iters=0, log_samples=False, **_chat_settings(as_chat))
         scores[who] = _named(task, results["results"][loaded.task_name])
     return {"split": split, "questions": len(loaded.eval_docs), **scores, "tables": {}}
 
@@ -124,15 +138,33 @@ def _load(task: str) -> tuple[Any, SplitName]:
         raise ConfigError(
             f"{KNOB}: {task!r} {why}{f'; near: {chr(44).join(near)}' if near else ''}. `lm-eval ls tasks` lists them."
         )
+    with _explained(task):
+        if why := _refused(Path(task) if task.endswith(YAML) else manager.task_index[task].yaml_path):
+            raise ConfigError(f"{KNOB}: lm_eval:{task} {why}, which is not done here; leave it out.")
+        (loaded,) = manager.load([task])["tasks"].values()
+        return _settled(loaded)
+
+
+@contextlib.contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """Keep what a task does off the network, and turn what it, its code or its data raise into ConfigError."""
     try:
         with offline():
-            if why := _refused(Path(task) if task.endswith(YAML) else manager.task_index[task].yaml_path):
-                raise ConfigError(f"{KNOB}: lm_eval:{task} {why}, which is not done here; leave it out.")
-            (loaded,) = manager.load([task])["tasks"].values()
-            return _settled(loaded)
+            yield
     except ConfigError:
         raise
-    except Exception as error:  # whatever a task, its code or its data may raise
+    except ImportError as error:
+        needed = repr(error.name) if error.name else f"packages ({str(error).splitlines()[0]})"
+        raise ConfigError(
+            f"{KNOB}: lm_eval:{task} needs {needed}, which `pip install 'bitmill[eval]'` does not bring: install it "
+            "beside, or leave the task out."
+        ) from error
+    except TemplateError as error:
+        raise ConfigError(
+            f"{KNOB}: lm_eval:{task} cannot be asked by the chat template of model.tokenizer, which refuses what it "
+            f"says: {error}; leave it out."
+        ) from error
+    except Exception as error:
         raise ConfigError(
             f"{KNOB}: lm_eval:{task} cannot be asked here without the network: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Load its data once where there is "
@@ -181,8 +213,8 @@ def _code_of(path: Path) -> str:
 
 
 def _settled(loaded: Any) -> tuple[Any, SplitName]:
-    """Set a task to the split that it is asked of, and make its requests. Shots that are of no split by name are of the
-    first that there is, which is named: lm-eval leaves the document that is asked out of shots of its split."""
+    """Set a task to the split that it is asked of. Shots that are of no split by name are of the first that there is,
+    which is named: lm-eval leaves the document that is asked out of shots of its split."""
     split: SplitName = "validation" if loaded.has_validation_docs() else "test"
     if split == "validation":
         loaded.config.test_split = loaded.config.validation_split  # of which lm-eval asks
@@ -191,8 +223,6 @@ def _settled(loaded: Any) -> tuple[Any, SplitName]:
     shots, of = loaded.fewshot_cfg, loaded.config
     if shots.split is None and shots.samples is None:
         shots.split = of.training_split or of.validation_split or of.test_split
-    loaded.set_fewshot_seed(SHOTS_SEED)
-    loaded.build_all_requests()
     return loaded, split
 
 
@@ -207,21 +237,55 @@ def _tasks(all_there_are: bool) -> Any:
     return TaskManager(include_defaults=all_there_are)
 
 
-def _digest(loaded: Any) -> str:
+def _chat_settings(as_chat: bool) -> dict[str, bool]:
+    """Return the settings of lm-eval by which a model is asked: a shot is a turn of its own, as its command has it."""
+    return {"apply_chat_template": as_chat, "fewshot_as_multiturn": as_chat}
+
+
+def _made_of(loaded: Any, words: PreTrainedTokenizerBase | None) -> str | None:
+    """Return a name of all that a task's digest is made of, read without making a request: lm-eval's version, the
+    settings, the files that datasets keeps its splits in, and the chat template. None: data that is in no file."""
+    splits = loaded.dataset if isinstance(loaded.dataset, dict) else {}
+    if not splits or not all(split.cache_files for split in splits.values()):
+        return None
+    files = {file["filename"] for split in splits.values() for file in split.cache_files}
+    kept = [(name, (at := Path(name).stat()).st_ino, at.st_size, at.st_mtime_ns) for name in sorted(files)]
+    template = None if words is None else [template_of(words, "model.tokenizer"), words.special_tokens_map]
+    whole = [DIGEST, metadata.version("lm_eval"), str(loaded.VERSION), loaded.dump_config(), kept, template]
+    return f"requests of lm-eval {hashlib.sha256(_said(loaded, whole).encode()).hexdigest()}"
+
+
+def _digest(loaded: Any, words: PreTrainedTokenizerBase | None) -> str:
     """Return a hash of all that a task asks, what counts as right, and what is measured."""
-    said = partial(json.dumps, sort_keys=True, default=lambda value: _said(loaded, value))
     settings = {name: value for name, value in loaded.dump_config().items() if name not in WHERE}
-    asked = hashlib.sha256(said([sorted(loaded.aggregation()), str(loaded.VERSION), settings]).encode())
+    loaded.set_fewshot_seed(SHOTS_SEED)
+    loaded.build_all_requests(**_chat_settings(words is not None), chat_template=_written(words))
+    asked = hashlib.sha256(_said(loaded, [sorted(loaded.aggregation()), str(loaded.VERSION), settings]).encode())
     for document in loaded.eval_docs:
-        asked.update(said(loaded.doc_to_target(document)).encode())
+        asked.update(_said(loaded, loaded.doc_to_target(document)).encode())
     for request in loaded.instances:
-        asked.update(said([request.request_type, request.args, request.doc]).encode())
+        asked.update(_said(loaded, [request.request_type, request.args, request.doc]).encode())
     return asked.hexdigest()[:32]
 
 
+def _written(words: PreTrainedTokenizerBase | None) -> Callable[..., str] | None:
+    """Return how lm-eval's models write messages by the template of a tokenizer, of which no model is needed."""
+    if words is None:
+        return None
+    from lm_eval.models.huggingface import HFLM
+
+    return partial(HFLM.apply_chat_template, SimpleNamespace(tokenizer=words, chat_template_args={}))
+
+
 def _said(loaded: Any, value: Any) -> str:
-    """Return what JSON has no form of, functions as they are written, without the place in memory."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(loaded.config.serialize_function(value) if callable(value) else value))
+    """Return a value as JSON, in which functions are as they are written, and nothing tells its place in memory."""
+
+    def plain(other: Any) -> str:
+        return re.sub(
+            r" at 0x[0-9a-f]+", "", str(loaded.config.serialize_function(other) if callable(other) else other)
+        )
+
+    return json.dumps(value, sort_keys=True, default=plain)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ class Chat(Task):
     packed: bool = False
     document: ClassVar[str] = "conversation with a word of the assistant"
     objects: ClassVar[bool] = True
+    templated: ClassVar[bool] = True
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Chat:

@@ -37,6 +37,7 @@ class Task(ABC):
     encoder_decoder: ClassVar[bool] = False
     document: ClassVar[str] = "text"  # that gives a row, for people
     objects: ClassVar[bool] = False  # columns hold lists of objects, read as JSON
+    templated: ClassVar[bool] = False  # the tokenizer's chat template writes what the model reads
     running: ClassVar[bool] = False  # documents follow each other in rows, each as far as `document_end`
 
     @property
