@@ -149,7 +149,8 @@ def plan_run(config: Config, until: str = ModelVersion.stage, once: Once | None 
         else:
             model = look(("model", pinned), partial(preflight.model_of, run))
             parameters = preflight.inspect(run, model)
-            told = preflight.told_of_family(model, run.family) + preflight.told_of_packing(run, model)
+            told = preflight.told_of_family(model, run.family)
+            told += preflight.told_of_packing(run, model) + preflight.told_of_lengths(run, model)
             if teacher is None:  # one that is there was loaded
                 notes = look(("checkpoint", pinned), partial(preflight.check_checkpoint, run, model))
             if start is not None and Student.stage in {step.name for step in left}:

@@ -11,7 +11,7 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.quant import Quant
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.models.blocks import angles_change_at, depth_of
+from pipeline.models.blocks import LONGEST, angles_change_at, depth_of
 from pipeline.models.build import model_type_of, parameters, read_config, skeleton
 from pipeline.models.checkpoint import DROP, check_tensors_fit, refuse_quantized, weight_files
 from pipeline.models.device import CPU, device_for, emulates_bf16, this_device
@@ -121,6 +121,29 @@ def told_of_packing(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
         f"task.packing: no family knows a {shape.config.model_type} model, so that nobody can say whether a mask keeps "
         "conversations of one row apart: each has a row of its own."
     ]
+
+
+def told_of_lengths(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
+    """Return which lengths of the task go beyond what a model has learned whose positions are relative, and have no
+    bound that would refuse them; nothing of other models."""
+    sides, config = run.family.sides, shape.config
+    if sides is None or not sides.encoder.relative:
+        return []
+    known = getattr(config, "n_positions", None) if run.model is not None else None
+    told = []
+    for knob, length in run.task.positions.items():
+        if known is not None and length > known:
+            told.append(
+                f"{knob} is {length}, and {run.config.model.source} was trained on up to {known} tokens (its "
+                f"n_positions). Positions of a {config.model_type} model are relative and have no bound: more are "
+                f"read, those {config.relative_attention_max_distance} and more apart as if all were equally far."
+            )
+        if length > LONGEST:
+            told.append(
+                f"{knob} is {length}, and of what ships `generate` and the packed runtime read up to {LONGEST} tokens, "
+                f"for positions of a {config.model_type} model have no bound of their own."
+            )
+    return told
 
 
 def inspect(run: PinnedRun, shape: PreTrainedModel | None = None) -> int:

@@ -13,6 +13,7 @@ from pipeline.config.data import TrainBpe
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.config.training import Distill, Finetune
+from pipeline.errors import ConfigError
 from pipeline.execution.engine import Engine
 from pipeline.models.blocks import angles_change_at
 from pipeline.models.build import model_type_of, read_config
@@ -75,6 +76,11 @@ class PinnedRun:
         if self.packed:
             recipe["packed"] = True
         if self.family.encoder_decoder and self.model is not None:  # what a pretrained decoder reads first
+            if not hasattr(self.settings, "decoder_start_token_id"):
+                raise ConfigError(
+                    f"model.source: the config.json of {self.config.model.source} has no decoder_start_token_id, which "
+                    "its decoder reads first: set it there; T5's is the padding token, 0."
+                )
             recipe["decoder_start"] = self.settings.decoder_start_token_id
         return recipe
 

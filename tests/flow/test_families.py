@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,17 @@ import pipeline.plugin
 from jobs.generate import Request, generate
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
+from pipeline.errors import ConfigError
+from pipeline.flow.plan import plan_run
+from pipeline.models.build import build, read_config
 from pipeline.models.family import family_named
+from pipeline.tasks.summarization import Summarization
+from pipeline.tasks.tokenizers import train_bpe
 from tests.conftest import ROOT, Ran
-from tests.family_models import DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP
+from tests.family_models import DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP, T5_1_1
 
 IDS = torch.arange(5, 25)[None]
+IN_THE_LINE = ENCODER_DECODERS | {"t5": T5_1_1}  # version 1.0 goes by the commands, below
 STEPS = {"steps": 3, "batch_size": 4, "eval_every": 3}
 
 
@@ -84,7 +91,7 @@ def test_a_family_with_an_encoder_goes_through_the_whole_line(
     tiny_config: Callable[..., Config],
     run_flow: Callable[..., Ran],
 ) -> None:
-    source = {"architecture": name, **ENCODER_DECODERS[name]}
+    source = {"architecture": name, **IN_THE_LINE[name]}
     model = {"source": source, "tokenizer": {"train_bpe": 300}}
     config = tiny_config(together, model=model, finetune=STEPS, distill=STEPS, **summarizing(summed_up))
     ran = run_flow(config, until="pack")
@@ -97,6 +104,35 @@ def test_a_family_with_an_encoder_goes_through_the_whole_line(
         assert torch.equal(logits, taught(IDS, decoder_input_ids=IDS[:, :7]).logits)
     written = generate(str(ran.package), Request("ba", 4, 0.0, 0), Resources(), Console(quiet=True), lambda piece: None)
     assert 0 < written["tokens"] <= 4
+
+
+def test_lengths_that_no_bound_of_a_t5_refuses_are_told(
+    summed_up: Path, tmp_path: Path, tiny_config: Callable[..., Config]
+) -> None:
+    words = train_bpe([summed_up.read_text()], 300, Summarization.special_tokens)
+    words.save_pretrained(tmp_path / "t5")
+    special = {"pad_token_id": words.pad_token_id, "decoder_start_token_id": words.pad_token_id}
+    shape = read_config({"architecture": "t5", **T5_1_1}, vocab_size=len(words), **special)
+    shape.n_positions = 40  # as checkpoints have it, beside the settings that transformers knows
+    build(shape, seed=0).save_pretrained(tmp_path / "t5")
+
+    def told(length: int, **model: Any) -> list[str]:
+        sections = summarizing(summed_up)
+        sections["task"] = sections["task"] | {"source_length": length}
+        return plan_run(tiny_config(tmp_path, model=model, **sections)).warnings
+
+    checkpoint = {"source": str(tmp_path / "t5"), "tokenizer": None}
+    assert told(40, **checkpoint) == []
+    (known,) = told(41, **checkpoint)
+    assert re.match(r"task\.source_length is 41, .*/t5 was trained on up to 40 tokens .* those 12 and more", known)
+    untrained = {"source": {"architecture": "t5", **T5_1_1}}
+    assert [len(told(length, **untrained)) for length in (4096, 4097)] == [0, 1]
+    assert len(told(4097, **checkpoint)) == 2
+    described = json.loads((tmp_path / "t5" / "config.json").read_text())
+    del described["decoder_start_token_id"]
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=r"/t5 has no decoder_start_token_id.*: set it there; T5's is the padding"):
+        told(40, **checkpoint)
 
 
 @pytest.mark.soak
