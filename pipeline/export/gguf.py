@@ -181,7 +181,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
         "head_count": numbers.heads,
         "head_count_kv": numbers.kv_heads,
         "feed_forward_length": numbers.inner,
-        "layer_norm_rms_eps" if hasattr(config, "rms_norm_eps") else "layer_norm_eps": numbers.epsilon,
+        "layer_norm_rms_eps" if blocks.epsilon == "rms_norm_eps" else "layer_norm_eps": numbers.epsilon,
     }
     if not blocks.positions:
         angles = config.rope_parameters.get("full_attention", config.rope_parameters)

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # which takes long to import
     from transformers import PreTrainedConfig
 
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "dense_act_fn")
-INNER = ("intermediate_size", "ffn_dim", "n_inner")
 DECODER_LAYERS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
 ENCODER_LAYERS = ("encoder_layers", "num_hidden_layers")
 EPSILON = 1e-5  # torch's own, of norms whose configuration has none
@@ -51,6 +48,9 @@ class Blocks:
     norm_offset: float = 0.0  # added to the weight of every norm
     scaled_embedding: bool = False  # by the root of the hidden size
     capped_attention: bool = False  # scores by attn_logit_softcapping
+    activation: str = "hidden_act"  # the setting of config.json that names it
+    epsilon: str = "rms_norm_eps"  # the setting of the norms'; empty: torch's own
+    inner: str = "intermediate_size"  # the setting of the MLP's width; null there: four times the hidden size
     refuses: Callable[[PreTrainedConfig], str] = lambda config: ""  # names what these terms do not cover
 
     @property
@@ -117,7 +117,8 @@ class SideNumbers:
 
 
 def numbers_of(config: PreTrainedConfig, blocks: Blocks) -> Numbers:
-    """Return what a configuration says of a family's layers, by the names that transformers' configurations share."""
+    """Return what a configuration says of a family's layers, by the settings that the family names and those that
+    transformers' configurations share."""
     layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     kinds = getattr(config, "layer_types", None) or [""] * layers
@@ -129,9 +130,9 @@ def numbers_of(config: PreTrainedConfig, blocks: Blocks) -> Numbers:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_size=head_size,
-        inner=int(_first(config, INNER, 4 * config.hidden_size)),
-        epsilon=float(_first(config, EPSILONS, EPSILON)),
-        activation=str(_first(config, ACTIVATIONS, "")),
+        inner=int(getattr(config, blocks.inner) or 4 * config.hidden_size),
+        epsilon=_epsilon(config, blocks),
+        activation=str(getattr(config, blocks.activation)),
         attention_scale=_attention_scale(config, head_size),
         attention_cap=float(getattr(config, "attn_logit_softcapping", None) or 0) if blocks.capped_attention else 0.0,
         windows=tuple(window if kind in ("", "sliding_attention") else 0 for kind in kinds),
@@ -158,8 +159,8 @@ def numbers_of_side(config: PreTrainedConfig, sides: Sides, side: str) -> SideNu
         layers=encoder_layers if side == "encoder" else decoder_layers,
         heads=heads,
         head_size=head_size,
-        epsilon=float(_first(config, EPSILONS, EPSILON)),
-        activation=str(_first(config, ACTIVATIONS, "")),
+        epsilon=_epsilon(config, sides.decoder),
+        activation=str(getattr(config, sides.decoder.activation)),
         gated=sides.decoder.gated and bool(getattr(config, "is_gated_act", True)),
         attention_scale=head_size**-0.5 if sides.divided_scores else 1.0,
         embedding_scale=config.d_model**0.5 if getattr(config, "scale_embedding", False) else 1.0,
@@ -210,6 +211,10 @@ def rotary_angles(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return what a configuration says of rotary angles, once for each kind of layers that has its own."""
     angles: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return [value for value in angles.values() if isinstance(value, dict)] or ([angles] if angles else [])
+
+
+def _epsilon(config: PreTrainedConfig, blocks: Blocks) -> float:
+    return float(getattr(config, blocks.epsilon)) if blocks.epsilon else EPSILON
 
 
 def _attention_scale(config: PreTrainedConfig, head_size: int) -> float:

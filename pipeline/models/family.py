@@ -107,6 +107,8 @@ def like_bart(name: str, first_position: int = 2, normed_embedding: bool = True,
             out_of_mlp="fc2",
             before_attention="self_attn_layer_norm",
             before_mlp="final_layer_norm",
+            activation="activation_function",
+            epsilon="",
             **more,
         )
 

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.config.data import TaskSettings
 from pipeline.config.quant import Quant
+from pipeline.models.blocks import numbers_of, numbers_of_side
 from pipeline.models.build import build, read_config, skeleton
 from pipeline.models.family import families, family_for
 from pipeline.models.hidden_states import WithStates, head_of, last_states, logits_of
@@ -45,6 +46,24 @@ def own_logits(model):
 
 def test_every_family_has_a_model_here():
     assert SOURCES.keys() == families().keys()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_keys_of_other_families_in_a_config_json_change_nothing(name):
+    """Of which transformers takes what the model's own class names, and keeps the others."""
+
+    def computed():
+        family = families()[name]
+        return numbers_of(config, family.blocks) if family.blocks else numbers_of_side(config, family.sides, "encoder")
+
+    config = config_of(name)
+    before, own = computed(), config.to_dict().keys() | config.attribute_map
+    others = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), 0.5)
+    others |= dict.fromkeys(("hidden_activation", "hidden_act", "activation_function", "dense_act_fn"), "tanh")
+    others |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 7)
+    for key in others.keys() - own:
+        setattr(config, key, others[key])
+    assert computed() == before
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -11,6 +11,7 @@ FAMILY = decoder_only(
         after_mlp="post_feedforward_layernorm",
         norm_offset=1.0,
         scaled_embedding=True,
+        activation="hidden_activation",
         capped_attention=True,
     ),
     gguf=Gguf(

@@ -13,6 +13,7 @@ FAMILY = decoder_only(
         of_keys="self_attn.k_norm",
         norm_offset=1.0,
         scaled_embedding=True,
+        activation="hidden_activation",
     ),
     gguf=Gguf(
         architecture="gemma3",

@@ -30,6 +30,9 @@ FAMILY = decoder_only(
         out_of_mlp="mlp.c_proj",
         before_attention="ln_1",
         before_mlp="ln_2",
+        activation="activation_function",
+        epsilon="layer_norm_epsilon",
+        inner="n_inner",
         refuses=_refuses,
     ),
     gguf=Gguf(

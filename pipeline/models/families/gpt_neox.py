@@ -15,6 +15,7 @@ FAMILY = decoder_only(
         into_mlp=("mlp.dense_h_to_4h",),
         gated=False,
         out_of_mlp="mlp.dense_4h_to_h",
+        epsilon="layer_norm_eps",
     ),
     gguf=Gguf(architecture="gptneox", activations=("gelu", "gelu_new", "gelu_fast")),
 )

@@ -27,6 +27,8 @@ def _side(named: str, mlp: str, **more: Any) -> Blocks:
         out_of_mlp=f"{mlp}.DenseReluDense.wo",
         before_attention="layer.0.layer_norm",
         before_mlp=f"{mlp}.layer_norm",
+        activation="dense_act_fn",
+        epsilon="layer_norm_epsilon",
         **more,
     )
 
