@@ -3,6 +3,7 @@ tensors are those that the `gguf` package has for an architecture; what llama.cp
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -31,7 +32,8 @@ from pipeline.quant.spec import grid
 FILE = "model.gguf"
 MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about a minute
 ANGLE_DIVISORS = "rope_freqs.weight"  # one for each pair of a head
-DIVIDED = ("linear", "llama3")  # kinds of rotary angles that are plain ones, divided
+DIVIDED = "llama3"  # the kind of rotary angles that are plain ones, each divided by a number of its own
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp computes yarn's angles with
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
 
@@ -76,26 +78,38 @@ def _computed_otherwise(config: PreTrainedConfig, of: Gguf, blocks: Blocks) -> s
         if getattr(config, name) != value:
             return f"with {name} {value!r}, not {getattr(config, name)!r}"
     layers, longest = range(1, numbers.layers + 1), config.max_position_embeddings
-    kinds = rope_types(config) - {"default", "dynamic", *(DIVIDED if of.divides_angles else ())}  # see `_divisors`
     scale = (config.hidden_size / numbers.heads if numbers.layers == of.largest else numbers.head_size) ** -0.5
     windowed = [bool(of.window_every) and layer % of.window_every != 0 for layer in layers]
     turned = [not of.unturned_every or layer % of.unturned_every != 0 for layer in layers]
-    angles = config.rope_parameters.get("sliding_attention", {}) if of.angles_in_window else {}
     if numbers.activation not in of.activations:
         return f"{of.activations[0]}, not the activation {numbers.activation!r}"
-    if kinds:
-        return f"plain rotary positions, not rope_type {min(kinds)!r}"
+    if turned_otherwise := _turned_otherwise(config, of):
+        return turned_otherwise
     if [0 < window < longest for window in numbers.windows] != [w and _window(numbers) < longest for w in windowed]:
         every = f"a window in all but every {of.window_every}th layer" if of.window_every else "no window"
         return f"{every}, not sliding_window {_window(numbers)} in the layers that config.json says"
-    if of.angles_in_window and float(angles.get("rope_theta", 0)) != of.angles_in_window:
-        return f"layers with a window with a rope_theta of {of.angles_in_window:g}, not {angles.get('rope_theta')}"
     if numbers.rotary.count(None) < numbers.layers and [kind is not None for kind in numbers.rotary] != turned:
         return f"no positions in every {of.unturned_every}th layer, not in those of no_rope_layers"
     if not of.scaled and abs(numbers.attention_scale / scale - 1) > 1e-6:
         return f"scores times {scale:.6g}, not {numbers.attention_scale:.6g}"
     if (bool(numbers.attention_cap), bool(numbers.logit_cap)) != (of.capped, of.capped):
         return f"{'capped' if of.capped else 'no caps of'} scores and logits, unlike config.json"
+    return ""
+
+
+def _turned_otherwise(config: PreTrainedConfig, of: Gguf) -> str:
+    """Return which rotary angles llama.cpp would compute otherwise; nothing where both agree."""
+    valid = ("default", "dynamic", *of.scales_angles, *([DIVIDED] if of.divides_angles else []))  # see `_divisors`
+    if kinds := rope_types(config).difference(valid):
+        return f"rotary angles of rope_type {', '.join(valid)}, not {min(kinds)!r}"
+    for name, value in YARN.items() if "yarn" in rope_types(config) else ():
+        if _angles(config).get(name) not in (None, value):
+            return f"yarn with {name} {value}, whatever a file says, not {_angles(config)[name]}"
+    in_window = config.rope_parameters.get("sliding_attention", {}) if of.angles_in_window else {}
+    if of.angles_in_window and float(in_window.get("rope_theta", 0)) != of.angles_in_window:
+        return f"layers with a window with a rope_theta of {of.angles_in_window:g}, not {in_window.get('rope_theta')}"
+    if (kind := in_window.get("rope_type", "default")) != "default":
+        return f"layers with a window with plain rotary angles, not of rope_type {kind!r}"
     return ""
 
 
@@ -113,7 +127,7 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     for setting, value in _settings(config).items():
         getattr(writer, f"add_{setting}")(value)
     write_vocabulary(writer, package, config.vocab_size)
-    if rope_types(config).intersection(DIVIDED):
+    if DIVIDED in rope_types(config):
         writer.add_tensor(ANGLE_DIVISORS, _divisors(config))
     rest = [name for name in frozen.rest if not name.endswith(COMPUTED)]
     notes = [note for module in (*frozen.codes, *rest) for note in _add(writer, frozen, module, config)]
@@ -122,6 +136,32 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     return notes
+
+
+def _angles(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what a configuration says of the rotary angles of layers without a window."""
+    angles: dict[str, Any] = config.rope_parameters.get("full_attention", config.rope_parameters)
+    return angles
+
+
+def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what llama.cpp is told of angles that are scaled, in the form of `_settings`; nothing of others."""
+    angles = _angles(config)
+    kind = angles.get("rope_type", "default")
+    if kind not in ("linear", "yarn"):
+        return {}
+    if kind == "linear":
+        return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(angles["factor"])}
+    original = int(angles["original_max_position_embeddings"])
+    factor = float(angles["factor"] or config.max_position_embeddings / original)
+    turned = type(skeleton(config).base_model.rotary_emb)(config)
+    return {
+        "rope_scaling_type": gguf.RopeScalingType.YARN,
+        "rope_scaling_factor": factor,
+        "rope_scaling_orig_ctx_len": original,
+        # what multiplies the turned heads, beside what llama.cpp takes for this factor
+        "rope_scaling_attn_factors": turned.attention_scaling / (1 + 0.1 * math.log(max(factor, 1.0))),
+    }
 
 
 def _divisors(config: PreTrainedConfig) -> NDArray[np.float32]:
@@ -184,8 +224,8 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
         "layer_norm_rms_eps" if blocks.epsilon == "rms_norm_eps" else "layer_norm_eps": numbers.epsilon,
     }
     if not blocks.positions:
-        angles = config.rope_parameters.get("full_attention", config.rope_parameters)
-        settings |= {
+        angles = _angles(config)
+        settings |= _scaling(config) | {
             "key_length": numbers.head_size,
             "value_length": numbers.head_size,
             "rope_dimension_count": int(numbers.head_size * angles.get("partial_rotary_factor", 1.0)),

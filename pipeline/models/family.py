@@ -26,7 +26,8 @@ class Gguf:
     side_by_side: bool = False  # pairs of a rotary turn lie side by side there, half a head apart in transformers
     window_every: int = 0  # layers of which the last attends to all tokens, the others to a window
     unturned_every: int = 0  # layers of which the last knows no positions
-    divides_angles: bool = False  # takes a divisor of each angle, which makes some kinds of rotary angles of others
+    scales_angles: tuple[str, ...] = ("linear", "yarn")  # kinds of rotary angles beside plain ones
+    divides_angles: bool = False  # takes a divisor of each angle, which makes those of llama3
     angles_in_window: float = 0.0  # rope_theta of layers with a window, where it is not that of the others
     capped: bool = False  # scores and logits are capped, and not may
     scaled: bool = False  # takes numbers that multiply embedding, scores, what layers add, and logits

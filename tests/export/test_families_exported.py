@@ -30,17 +30,35 @@ def test_a_family_is_the_same_in_llama_cpp(name, tmp_path):
     assert np.abs(wanted - gguf.open_logits(tmp_path, 1)(IDS)).max() < 5e-3
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3"])
-def test_rotary_angles_that_are_plain_ones_divided_are_the_same_in_llama_cpp(kind, tmp_path):
-    angles = {"rope_type": kind, "rope_theta": 100.0, **ANGLES[kind]}
-    source = {"architecture": "llama", "vocab_size": 300, **DECODERS["llama"], "rope_parameters": angles}
+ROTARY = sorted(IN_LLAMA_CPP.keys() - {"gpt2", "phi3", "gemma3_text"})  # transformers makes longrope of Phi's
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fields"),
+    [
+        ("llama", "dynamic", {}),
+        ("llama", "llama3", {}),
+        *((name, kind, {}) for name in ROTARY for kind in ("linear", "yarn")),
+        ("gemma3_text", "linear", {}),
+        ("qwen3", "yarn", {"attention_factor": 1.7}),
+    ],
+)
+def test_rotary_angles_that_are_not_plain_are_the_same_in_llama_cpp(name, kind, fields, tmp_path):
+    """Of Gemma 3 in the layers without a window, as those of its models that read long texts have them."""
+    angles, plain = {"rope_type": kind, "rope_theta": 100.0, **ANGLES[kind], **fields}, {"rope_type": "default"}
+    if name == "gemma3_text":
+        angles, plain = (
+            {"full_attention": of_all, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+            for of_all in (angles, {"rope_type": "default", "rope_theta": 100.0})
+        )
+    source = {"architecture": name, "vocab_size": 300, **IN_LLAMA_CPP[name], "rope_parameters": angles}
     folder = package(tmp_path / "package", source)
     train_bpe(["some words of a text"], 300).save_pretrained(folder)
     signed(folder)
     gguf.write(folder, tmp_path, widened=True)
     wanted = torch.tensor(packed_logits(folder, IDS, activations=32)).log_softmax(-1).numpy()
     assert np.abs(wanted - gguf.open_logits(tmp_path, 1)(IDS)).max() < 5e-3
-    plain = {**source, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    plain = {**source, "rope_parameters": {"rope_theta": 100.0, **plain}}
     other = torch.tensor(packed_logits(package(tmp_path / "plain", plain), IDS, activations=32)).log_softmax(-1)
     assert (np.abs(wanted - other.numpy()).max() > 0.05) == (kind != "dynamic")
 
@@ -92,11 +110,30 @@ def test_what_vllm_does_not_read_packed_is_refused():
         compressed_tensors.check(config)
 
 
-def test_angles_of_windowed_layers_other_than_llama_cpps_are_refused():
+@pytest.mark.parametrize(
+    ("in_window", "elsewhere", "message"),
+    [
+        ({"rope_theta": 5e3}, {}, "layers with a window with a rope_theta of 10000, not 5000"),
+        ({"rope_type": "linear", "factor": 2.0}, {}, "layers with a window with plain rotary angles, not .* 'linear'"),
+        (
+            {},
+            {"rope_type": "yarn", **ANGLES["yarn"]},
+            "rope_type default, dynamic, linear, not 'yarn'.* Valid for it",
+        ),
+    ],
+)
+def test_angles_of_gemma_3_other_than_llama_cpps_are_refused(in_window, elsewhere, message):
     angles = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, **in_window},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6, **elsewhere},
     }
     fields = {**IN_LLAMA_CPP["gemma3_text"], "rope_parameters": angles}
-    with pytest.raises(ConfigError, match="a rope_theta of 10000, not 5000"):
+    with pytest.raises(ConfigError, match=message):
         gguf.check(read_config({"architecture": "gemma3_text", "vocab_size": 300, **fields}))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("beta_fast", 16), ("beta_slow", 2), ("truncate", False)])
+def test_settings_of_yarn_that_llama_cpp_does_not_read_are_refused(setting, value):
+    angles = {"rope_type": "yarn", "rope_theta": 1e4, **ANGLES["yarn"], setting: value}
+    with pytest.raises(ConfigError, match=f"yarn with {setting} .*, not {value}. Valid for it: compressed-tensors"):
+        gguf.check(read_config({"architecture": "qwen3", **DECODERS["qwen3"], "rope_parameters": angles}))

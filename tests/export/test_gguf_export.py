@@ -274,8 +274,8 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path):
         ({"architecture": "gpt2", "activation_function": "relu"}, "computes gelu_new, not the activation 'relu'"),
         ({"architecture": "llama", "mlp_bias": True}, "with mlp_bias False, not True"),
         (
-            {"architecture": "qwen3", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "plain rotary",
+            {"architecture": "qwen3", "rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type default, dynamic, linear, yarn, not 'proportional'",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -20,6 +20,7 @@ FAMILY = decoder_only(
         activations=("gelu_pytorch_tanh",),
         window_every=6,
         angles_in_window=10000.0,
+        scales_angles=("linear",),
         largest=62,
         requires={"attention_bias": False},
     ),
