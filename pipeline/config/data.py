@@ -27,8 +27,9 @@ class Model(Closed):
     `family` is by default that of the model's type; a decoder alone of no family is walked over, which the plan tells.
 
     Before anything starts a checkpoint's tensors are compared with the model's, and all its numbers are read once, for
-    NaN and infinity, in about the time of a checksum; those of a GGUF file when it is loaded. Tensors that the model of
-    its config.json, or of the file's settings, does not take are refused, or with `unused_tensors: drop` left out."""
+    NaN and infinity, in about the time of a checksum, or of a GGUF file a second for some 100 million. Tensors that the
+    model of its config.json, or of the file's settings, does not take are refused, or with `unused_tensors: drop` left
+    out."""
 
     source: str | dict[str, Any]
     tokenizer: str | TrainBpe | None = None

@@ -158,14 +158,13 @@ def _padding(config: PreTrainedConfig, model: str, memo: ContentMemo) -> list[st
 
 
 def _of_values(source: ModelSource, memo: ContentMemo) -> list[str]:
-    """Tell of tensors with NaN or infinity, outliers, rows of zeros; of a GGUF file nothing."""
-    if source.gguf_file is not None:
-        return []
-    shapes = {name: tensor.shape for name, tensor in stored_tensors(source.folder).items()}
+    """Tell of tensors with NaN or infinity, and of those of a folder outliers and rows of zeros."""
+    packed = [source.folder / source.gguf_file] if source.gguf_file is not None else []
+    shapes = {} if packed else {name: tensor.shape for name, tensor in stored_tensors(source.folder).items()}
     told = []
-    for path in weight_files(source.folder):
+    for path in packed or weight_files(source.folder):
         for name, values in remembered_values(memo.remembered, path).items():
-            told += _of_tensor(name, shapes[name], values)
+            told += _of_tensor(name, shapes.get(name, ()), values)
     return told
 
 

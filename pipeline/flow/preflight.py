@@ -58,7 +58,7 @@ def model_of(run: PinnedRun) -> PreTrainedModel:
 
 def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     """Return what people should know of the checkpoint of a run, whose model without memory is `shape`. Its numbers are
-    read once and remembered, as its checksums are; those of a GGUF file when it is loaded.
+    read once and remembered, as its checksums are.
 
     Raises:
         ConfigError: its tensors are not the model's, or hold NaN or infinity.
@@ -67,12 +67,13 @@ def check_checkpoint(run: PinnedRun, shape: PreTrainedModel) -> list[str]:
     told = [] if words is None else told_of_words(words.folder / str(words.gguf_file))
     if run.model is None:
         return told
+    section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
     if run.model.gguf_file is not None:
         path = run.model.folder / run.model.gguf_file
-        notes, extra = check_gguf_file(shape, path, run.config.model.unused_tensors)
+        notes, extra = check_gguf_file(shape, path, section.unused_tensors)
+        refuse_not_finite(remembered_values(memo.remembered, path), path)
         left_out = [f"model.unused_tensors is drop: {counted(extra, path)} are left out."] if extra else []
         return told + notes + left_out
-    section, memo = run.config.model, ContentMemo(make_scratch_dir(run.config.resources))
     dropped = check_tensors_fit(shape, run.model.folder, section.unused_tensors)
     for path in weight_files(run.model.folder):
         refuse_not_finite(remembered_values(memo.remembered, path), path)

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
-from pipeline.models.gguf_file import DAMAGED, alone, refuse_numbers
+from pipeline.models.gguf_file import DAMAGED, alone
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -165,7 +165,7 @@ def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE)
 
     Raises:
         ConfigError: a tensor of the model is missing or has another shape; the folder has more than the model takes,
-            unless what is `unused` is to be dropped; or a GGUF file holds NaN or infinity.
+            unless what is `unused` is to be dropped.
     """
     from safetensors import SafetensorError
 
@@ -185,9 +185,7 @@ def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE)
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error
     loaded = with_own_head(model)
     refuse_unfit(loaded, loading, folder, DROP if gguf_file else unused)
-    if gguf_file:
-        refuse_numbers(loaded, folder / gguf_file)
-    else:
+    if not gguf_file:
         loaded.tie_weights()  # as config.json has it, also where the folder has two tables
     loaded.hf_quantizer = None  # GGUF weights are dequantized by now, and a model that says otherwise cannot be saved
     if hasattr(loaded.config, "quantization_config"):

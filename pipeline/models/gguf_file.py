@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 
 from pipeline.errors import ConfigError
 from pipeline.models.values import some_of
@@ -144,16 +143,6 @@ def told_of_words(path: Path) -> list[str]:
         f"The tokenizer of {path} cuts text by the rules {cut!r}, which transformers has not: it takes those of GPT-2, "
         "so that numbers, for one, may become other tokens. Set model.tokenizer to that of the original checkpoint."
     ]
-
-
-def refuse_numbers(model: PreTrainedModel, path: Path) -> None:
-    """Raise ConfigError for a loaded model whose tensors hold NaN or infinity."""
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if broken:
-        raise ConfigError(
-            f"model.source: {len(broken)} tensors of {path} hold NaN or infinity: {some_of(broken)}. Fetch the file "
-            "again, or name another model."
-        )
 
 
 @contextmanager

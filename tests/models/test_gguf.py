@@ -1,6 +1,7 @@
 """A model in a GGUF file is a teacher like any other: loaded in fp32, of every type of tensors, and saved again; what
 transformers would read otherwise than it is written is refused."""
 
+import re
 import struct
 from typing import Any
 
@@ -16,7 +17,8 @@ from pipeline.export import gguf as exporter
 from pipeline.export.dequantized import plain_model
 from pipeline.flow.inspection import inspect_model
 from pipeline.flow.plan import plan_run
-from pipeline.flow.preflight import check_gguf_file
+from pipeline.flow.preflight import check_checkpoint, check_gguf_file, pin
+from pipeline.models import values as numbers_in
 from pipeline.models.build import load_model, read_config, skeleton
 from pipeline.models.family import families
 from pipeline.models.gguf_file import check_fits, check_readable, told_of_words
@@ -455,7 +457,25 @@ def test_inspect_says_of_tensors_left_out_what_it_says_of_a_folders(tiny_config,
     )
 
 
-def test_numbers_that_are_none_are_refused_when_they_are_loaded(tmp_path):
-    write(tmp_path / "model.gguf", changed=lambda name, data: data * np.float32("nan") if "ffn_up" in name else data)
-    with pytest.raises(ConfigError, match=r"1 tensors of .* hold NaN or infinity: model\.layers\.0\.mlp\.up_proj\.w"):
-        load_model(tmp_path, "model.gguf")
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_numbers_that_are_none_are_refused_before_anything_starts(tiny_config, tmp_path, monkeypatch, kind):
+    def broken(name, data):
+        if "ffn_up" in name:  # of blocks the first scale, which 32 codes have
+            data[5, :2] = np.frombuffer(np.float16("inf").tobytes(), np.uint8) if kind == "Q8_0" else np.float32("nan")
+        return data
+
+    path, looked = tmp_path / "model.gguf", []
+    write(path, (kind,), changed=broken)
+    monkeypatch.setattr(numbers_in, "BLOCK", 3 * HIDDEN)
+    monkeypatch.setattr(numbers_in, "_in_gguf", lambda path, own=numbers_in._in_gguf: looked.append(path) or own(path))
+    train_bpe(["a text"], VOCABULARY + 256).save_pretrained(tmp_path / "words")
+    config = tiny_config(tmp_path, model={"source": str(path), "tokenizer": str(tmp_path / "words")})
+    run, named = pin(config), r"1 tensors in .* hold NaN .*: blk\.0\.ffn_up\.weight \((\d+) NaN, (\d+) infinite\)"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=named) as refused:
+            check_checkpoint(run, skeleton(run.settings))
+    counts = re.search(named, str(refused.value)).groups()
+    assert sum(map(int, counts)) == (32 if kind == "Q8_0" else 2)
+    assert len(looked) == 1
+    told = inspect_model(str(path), "auto", config.resources).unusual
+    assert any(line.startswith("blk.0.ffn_up.weight holds") for line in told)
