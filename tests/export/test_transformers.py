@@ -104,6 +104,14 @@ def test_each_grid_takes_the_width_that_holds_its_levels(trained, tmp_path, bits
     assert compressed_tensors.read_back(package, out)[0] <= 2**-10
 
 
+def test_what_vllm_has_no_kernel_for_is_told(tmp_path):
+    source = {**WIDE["llama"], "intermediate_size": 172, "num_hidden_layers": 1}
+    notes = compressed_tensors.write(package(tmp_path / "package", source), tmp_path)
+    told = [note for note in notes if "vLLM" in note]
+    assert told == ["model.layers.0.mlp.down_proj: 172 inputs, and vLLM's kernels take multiples of 32"]
+    assert compressed_tensors.read_back(tmp_path / "package", tmp_path)[0] <= 2**-10
+
+
 @pytest.mark.parametrize(("size", "of_outputs"), [(32, 8), (64, 32), (128, 8)])
 def test_compressed_tensors_hold_a_scale_a_group(tmp_path, size, of_outputs):
     """Of two widths, or with a matrix that is not quantized; a row of 128 is one group of 128."""
