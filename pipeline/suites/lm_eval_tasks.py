@@ -88,7 +88,9 @@ def measure(
     `at_once` are in a pass. Raises RunError: the task is not, on this machine, what it was when it was `pinned`."""
     loaded, split = _load(task)
     as_chat = pinned.get("chat_template", False)
-    if _digest(loaded, read_tokenizer(tokenizer) if as_chat else None) != pinned["requests"]:
+    with _explained(task):
+        digest = _digest(loaded, read_tokenizer(tokenizer) if as_chat else None)
+    if digest != pinned["requests"]:
         raise RunError(
             f"{KNOB}: lm_eval:{task} asks other questions here than where the plan was made; nothing is kept."
         )
@@ -281,9 +283,8 @@ def _said(loaded: Any, value: Any) -> str:
     """Return a value as JSON, in which functions are as they are written, and nothing tells its place in memory."""
 
     def plain(other: Any) -> str:
-        return re.sub(
-            r" at 0x[0-9a-f]+", "", str(loaded.config.serialize_function(other) if callable(other) else other)
-        )
+        written = loaded.config.serialize_function(other) if callable(other) else other
+        return re.sub(r" at 0x[0-9a-f]+", "", str(written))
 
     return json.dumps(value, sort_keys=True, default=plain)
 
