@@ -106,8 +106,8 @@ class StepDir:
     def commit(self, record: R, instead_of: R | None = None) -> R:
         """Create the record, or put it where `instead_of` is; whoever loses a race adopts the winner's.
 
-        What the attempts so far kept for themselves goes, and files and shards of theirs that the record names in
-        another, or in none.
+        What the attempts so far kept for themselves goes, files and shards of theirs that the record names in another,
+        or in none, what a later attempt has anew, and marks that Ray's file system makes for folders in S3.
         """
         stored = self._content(RECORD)  # before the fence is checked: so it is replaced only if nobody did meanwhile
         self.check_fence()
@@ -121,10 +121,11 @@ class StepDir:
         self.check_fence()  # else whoever took over meanwhile may still be reading them
         for fence in self._attempts():
             self._objects.delete_below(self._prefix + place_of("attempt/", fence))
-        places = {name: file.place(name) for name, file in winner.stored.items()}
+        places, newest = {name: file.place(name) for name, file in winner.stored.items()}, self.newest()
         for place in self.sizes():
             name = place.partition("/")[2]
-            if place != places.get(name) and (name in places or name.startswith(ROWS)):
+            known = places.get(name, "" if name.startswith(ROWS) else newest.get(name, place))
+            if place != known or place.endswith("/"):
                 self._objects.delete(self._prefix + place)
         return winner
 
