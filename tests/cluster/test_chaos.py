@@ -24,7 +24,6 @@ def test_a_storm_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert [run["digest"] for run in document["runs"]] == [run["undisturbed"]["digest"] for run in document["runs"]]
     assert document["left"] == []
     assert any(run["commands"] > 1 for run in document["runs"])
-    assert any(again["resumed"] > 0 for run in document["runs"] for again in run["again"])
     assert json.loads((tmp_path / "chaos.json").read_text()) == document
 
 

@@ -19,6 +19,7 @@ from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED, Interval
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
+from pipeline.config.resources import Resources
 from pipeline.models.build import fp32_bytes, read_config, skeleton
 from pipeline.models.family import family_named
 from pipeline.package.size import layout
@@ -101,6 +102,8 @@ def test_steps_on_a_gpu_took_what_was_measured():
     ]
     again = json.loads((RESULTS / "train-h200-again.json").read_text(encoding="utf-8"))
     later = {name: row["of_baseline"]["median"] for run in again for name, row in run["rows"].items()}
+    seconds, minutes = rows["paper, cached"]["checkpoint_s"], Resources().checkpoint_minutes
+    assert f"took {seconds:.1f} s, written to the end: {seconds / (60 * minutes):.1%} of".replace("%", " %") in BENCH
     assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
 
 
@@ -190,6 +193,23 @@ def test_engines_are_as_fast_as_was_measured():
     lines = [line(engine, "", measures) for engine, measures in three.items()]
     lines += [line(engine, ", four levels", four[engine]) for engine in ("packed", "llama.cpp")]
     assert table(BENCH, "rounds (least-most)") == lines
+
+
+def test_a_storm_is_told_as_it_was():
+    document = json.loads((RESULTS / "chaos.json").read_text(encoding="utf-8"))
+    failed = document["failed_requests"]
+    assert table(BENCH, "struck least so far") == [
+        f"| {kind} | {times} | {failed.get(kind, '')} |".replace("|  |", "| |")
+        for kind, times in document["strikes"].items()
+    ]
+    runs = document["runs"]
+    assert all(run["digest"] == run["undisturbed"]["digest"] for run in runs)
+    assert document["left"] == []
+    again = [again for run in runs for again in run["again"]]
+    assert all(begun["resumed"] >= begun["checkpoint"] for begun in again)
+    seconds, commands = sum(run["seconds"] for run in runs), sum(run["commands"] for run in runs)
+    said = f"{seconds:.0f} s: the command was given {commands} times, and training began again {len(again)} times"
+    assert said in " ".join(BENCH.split())
 
 
 def test_summaries_score_what_was_measured():
