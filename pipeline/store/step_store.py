@@ -121,8 +121,9 @@ class StepDir:
         self.check_fence()  # else whoever took over meanwhile may still be reading them
         for fence in self._attempts():
             self._objects.delete_below(self._prefix + place_of("attempt/", fence))
-        places, newest = {name: file.place(name) for name, file in winner.stored.items()}, self.newest()
-        for place in self.sizes():
+        places, there = {name: file.place(name) for name, file in winner.stored.items()}, self.sizes()
+        newest = {place.partition("/")[2]: place for place in there}
+        for place in there:
             name = place.partition("/")[2]
             known = places.get(name, "" if name.startswith(ROWS) else newest.get(name, place))
             if place != known or place.endswith("/"):

@@ -52,7 +52,7 @@ def test_every_command_explains_itself(bitmill):
     names = [[name] for name in top.commands if name != "bench"] + [["bench", name] for name in benches]
     known = {"inspect", "compress", "sweep", "submit", "lookup", "report", "pull", "generate", "export", "evaluate"}
     assert known <= set(top.commands)
-    assert set(benches) == {"quantizers", "paper", "sizes", "inference", "train", "real", "scale"}
+    assert set(benches) == {"quantizers", "paper", "sizes", "inference", "train", "real", "scale", "chaos"}
     listed = bitmill("--help").stdout + bitmill("bench", "--help").stdout
     for name in names:
         assert name[-1] in listed
