@@ -422,5 +422,5 @@ def _passes(error: BaseException) -> bool:
     """Tell whether an error at the bottom may pass: of Ray, of a disk or a network, of a group that is to begin again,
     or of a worker that another one left, as torch says it."""
     ours, theirs = isinstance(error, OSError | BeginAgainError), type(error).__module__.partition(".")[0] == "ray"
-    left = type(error).__name__.startswith("Dist") or "gloo/" in str(error)
-    return ours or theirs or (isinstance(error, RuntimeError) and left)
+    left = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # gloo has no class of its own
+    return ours or theirs or left or (type(error) is RuntimeError and "/gloo/transport/" in str(error))

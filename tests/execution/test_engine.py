@@ -291,7 +291,7 @@ def test_a_cluster_that_is_too_small_is_refused_unless_it_may_grow(two_cpus: Non
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
-LEFT = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+LEFT = RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4711")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,8 @@ LEFT = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer 
         ({0: ActorDiedError(), 1: LEFT}, LostError, "ActorDiedError"),
         ({0: LEFT, 1: ActorDiedError()}, LostError, "Connection closed by peer"),
         ({1: LEFT}, LostError, "Connection closed by peer"),
+        ({1: torch.distributed.DistBackendError("NCCL")}, LostError, "NCCL"),
+        ({1: RuntimeError("a bug near gloo/")}, UnforeseenError, "a bug near"),
         ({0: BeginAgainError("memory is too small"), 1: LEFT}, LostError, "memory is too small"),
         ({0: LEFT, 1: ValueError("a bug")}, UnforeseenError, "ValueError: a bug"),
     ],
