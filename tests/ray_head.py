@@ -18,16 +18,11 @@ from pathlib import Path
 
 import psutil
 
+from jobs.bench.chaos.cluster import free_port
 from jobs.bench.chaos.processes import start
 
 TOKEN = "5ecret0fTheHead"
 DEADLINE_S = 300.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

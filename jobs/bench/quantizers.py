@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
@@ -153,7 +152,6 @@ def compare(base: Config, extent: Extent, out: Path, console: Console, generates
     for bits in extent.bits:
         if names := [row.name for row in extent.rows if not row.offered_at(bits, base.quant.overrides.values())]:
             console.print(f"not at {bits}, being ternary: {'; '.join(names)}")
-    _refuse_unwritable(out)
     if generates is not None:
         base = with_generated_text(base, generates, extent, console)
     print_warnings(console, plan_run(base).warnings)
@@ -197,13 +195,6 @@ def _search(base: Config, extent: Extent) -> list[BenchRun]:
         for tried in row.tries(bits)
     ]
     return [run for row, run in runs if row.trained]  # rounding, which has nothing to choose, is only refused
-
-
-def _refuse_unwritable(out: Path) -> None:
-    """Raise ConfigError unless `out` is a directory that can be written to, or can become one. Makes nothing."""
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out}: {existing} is no directory that you may write to; give another.")
 
 
 def _measure(base: Config, extent: Extent, chosen: Mapping[Key, Try]) -> list[BenchRun]:

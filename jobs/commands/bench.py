@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.commands.options import Overrides, command, environment
+from jobs.commands.options import Overrides, command, environment, folder_of
 from pipeline.errors import ConfigError
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -89,12 +89,12 @@ def quantizers(
         path = config or QUICKSTART
         if data is not None:
             raise ConfigError(f"--data {data} goes with --teacher DIR; without it {path} says what is read.")
-        return compare(load_config(path, chosen, environment()), extent, Path(out), console)
+        return compare(load_config(path, chosen, environment()), extent, folder_of(out), console)
     if config is not None:
         raise ConfigError(f"{config} and --teacher {teacher} both name a teacher; give one of them.")
     fields = teacher_fields(Path(teacher), data or "generated.jsonl", extent)
     base = load_fields(fields, chosen, environment(), f"--teacher {teacher}")
-    return compare(base, extent, Path(out), console, Path(teacher) if data is None else None)
+    return compare(base, extent, folder_of(out), console, Path(teacher) if data is None else None)
 
 
 @command(bench)
@@ -149,17 +149,17 @@ def scale(
     from jobs.bench.scale.measure import alone, measure
 
     if jsonl_gz_mib is not None:
-        document = worker.measure(jsonl_gz_mib, Path(out), alone)
+        document = worker.measure(jsonl_gz_mib, folder_of(out), alone)
         console.print(worker.told(document))
         return document
-    return measure(mib, objects, versions, Path(out), console)
+    return measure(mib, objects, versions, folder_of(out), console)
 
 
 @command(bench)
 def chaos(
     console: Console,
     faults: Annotated[int, typer.Option(min=1, help="Strikes: kills, stops, times in which S3 fails.")] = 20,
-    seed: Annotated[int, typer.Option(help="What strikes, and when, is drawn from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws; what is there to strike depends on the machine.")] = 0,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where chaos.json goes.")] = "bench-chaos",
 ) -> dict[str, Any]:
     """Compress a model while nodes, workers and S3 fail, and undisturbed; status 1 if the packages differ. Minutes.
@@ -169,7 +169,7 @@ def chaos(
     """
     from jobs.bench.chaos.measure import measure
 
-    return measure(faults, seed, Path(out), console)
+    return measure(faults, seed, folder_of(out), console)
 
 
 @command(bench)
@@ -262,7 +262,7 @@ def train(
     if width % heads:
         raise ConfigError(f"--heads {heads} does not divide --width {width}.")
     floors = read_floors(place) if check else {}
-    document = compare(shape, place, compiled, extent, Path(out), console)
+    document = compare(shape, place, compiled, extent, folder_of(out), console)
     if document["failed"]:
         raise RunError(f"These rows failed, and {out}/train.json has the rest: {'; '.join(document['failed'])}")
     if check and (missed := shortfalls(document, floors)):
@@ -322,7 +322,7 @@ def real(
     from pipeline.sources.content import ContentMemo
     from pipeline.sources.models import pin_model
 
-    rows, place, folder = chosen_rows(only), chosen_device(device), Path(out)
+    rows, place, folder = chosen_rows(only), chosen_device(device), folder_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     if shapes:
         return smoke(place, compiled, folder, console)

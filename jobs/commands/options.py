@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import IntEnum
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
 import typer
@@ -61,6 +62,16 @@ VARIABLES = {
 def environment() -> dict[str, str]:
     """Return resources as the variables of their ecosystems set them; a configuration's own values win."""
     return {field: os.environ[name] for field, name in VARIABLES.items() if os.environ.get(name)}
+
+
+def folder_of(out: str) -> Path:
+    """Return the folder that `--out` names. Raises ConfigError unless it is a directory that can be written to, or can
+    become one. Makes nothing."""
+    path = Path(out)
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.exists(place))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {existing} is no directory that you may write to; give another.")
+    return path
 
 
 def _option(name: str, annotation: Any, default: Any) -> Parameter:

@@ -243,3 +243,12 @@ def test_an_error_that_nobody_foresaw_is_one_paragraph_and_debug_shows_it(tmp_pa
     holds(said("compress", tmp_path / "any.yaml", status=1), "LookupError", "a [bracketed] surprise", "--debug")
     shown = CliRunner().invoke(app, ["compress", str(tmp_path / "any.yaml"), "--debug"])
     assert isinstance(shown.exception, LookupError)
+
+
+@pytest.mark.parametrize("name", ["quantizers", "train", "real", "scale", "chaos"])
+def test_the_folder_of_a_bench_is_no_file(tmp_path, name):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        said = CliRunner().invoke(app, ["bench", name, "--out", str(out)])
+        assert said.exit_code == 2
+        holds(said.stderr, f"--out {out}: {tmp_path / 'file'} is no directory that you may write to; give another.")

@@ -55,9 +55,9 @@ class Cluster:
 
     def begin(self) -> None:
         """Start a head, and the nodes that it is to have. Raises RunError if they do not come up."""
-        self._port = _free_port()
+        self._port = free_port()
         options = ["--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false"]
-        self.head = self._start("head", [*options, f"--ray-client-server-port={_free_port()}"])
+        self.head = self._start("head", [*options, f"--ray-client-server-port={free_port()}"])
         self._await("head", self.head)
         for _ in range(self._wanted):
             self._await(self.add(), self.nodes[-1])  # by turns: Ray gives each half a minute
@@ -144,7 +144,8 @@ def _kill_all(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
