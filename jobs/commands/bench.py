@@ -135,7 +135,7 @@ def scale(
     console: Console,
     mib: Annotated[
         float, typer.Option(min=0.01, help="MiB of the smallest of four texts; the largest has 10 times.")
-    ] = 2,
+    ] = 10,
     objects: Annotated[int, typer.Option(min=1, help="Objects of the large store.")] = 100_000,
     versions: Annotated[int, typer.Option(min=1, help="Versions of its registry.")] = 20_000,
     jsonl_gz_mib: Annotated[
@@ -144,7 +144,7 @@ def scale(
     ] = None,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where scale.json and scale.png go.")] = "bench-scale",
 ) -> dict[str, Any]:
-    """Time and memory of tokenize and cache as text grows tenfold; plan, lookup and gc of a large store. Minutes."""
+    """Time and memory of tokenize and cache as text grows tenfold; what asks of a large store. Minutes."""
     from jobs.bench.scale import worker
     from jobs.bench.scale.measure import alone, measure
 

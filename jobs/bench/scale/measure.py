@@ -1,4 +1,5 @@
-"""`bitmill bench scale`: what a corpus ten times as large takes, and a store and a registry that have grown for years.
+"""`bitmill bench scale`: what a corpus ten times as large takes, and a store and a registry that have grown for years,
+of which a run, a sweep of a thousand trials, a lookup and `gc` ask.
 
 Seconds are of the CPU, over all threads, so that what else a machine does changes them little; memory is the most that
 the process had resident while a stage ran, libraries and all, each stage in a process of its own.
@@ -25,6 +26,7 @@ from rich.console import Console
 from jobs.bench.scale.worker import language, peak_bytes
 from jobs.display import print_table
 from pipeline.config.run import Config
+from pipeline.config.sweep import MOST_TRIALS, Sweep
 from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.provenance import provenance
@@ -32,6 +34,7 @@ from pipeline.retrain.gc import Collector
 from pipeline.store.lease import LEASE
 from pipeline.store.locations import tracking_uri
 from pipeline.store.step_store import RECORD
+from pipeline.sweep.run import plan_sweep
 from pipeline.tracking.listener import SilentListener
 from pipeline.tracking.lookup import lookup
 from pipeline.tracking.runs import sqlite_file
@@ -39,8 +42,9 @@ from pipeline.tracking.runs import sqlite_file
 MIB = 2**20
 TIMES = (1, 2, 5, 10)  # as large as the smallest corpus
 STAGES = ("tokenize", "cache")
+HEADER = ("stage", "text, MiB", "rows", "CPU, s", "MiB before it", "memory, MiB")
 MOST_MEMORY, MOST_TIME = 1.20, 1.15  # of ten times the text: of the memory of one, and of ten times its seconds
-LIMITS_S = {"plan": 1.0, "lookup": 30.0, "gc": 45.0}  # of the CPU, with 100,000 objects and 20,000 versions
+LIMITS_S = {"plan": 1.0, "sweep": 30.0, "lookup": 30.0, "gc": 45.0}  # of the CPU: 100,000 objects, 20,000 versions
 DELETED = 32  # steps, in one go
 CLONED = ("runs", "model_versions", "model_version_tags", "logged_models", "logged_model_tags", "logged_model_metrics")
 
@@ -71,14 +75,17 @@ def measure(
         document = {"provenance": provenance(), "stages": stages, "growth": growth(stages), "large": large}
         (out / "scale.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         figure(stages).savefig(out / "scale.png", dpi=120)  # before so many files are cleared away
-    print_table(console, ("stage", "text, MiB", "rows", "CPU, s", "memory, MiB"), map(cells, stages))
+    print_table(console, HEADER, map(cells, stages))
     for stage, grown in document["growth"].items():
         console.print(
             f"{stage}: ten times the text takes {grown['time']:.2f} times as long a MiB, "
             f"and {grown['memory']:.2f} times the memory"
         )
     asked = [(name, f"{large[name]['cpu_s']:.2f}", f"{limit:g}") for name, limit in LIMITS_S.items()]
-    console.print(f"{large['objects']:,} objects, {large['versions']:,} versions; {large['garbage']:,} steps may go")
+    console.print(
+        f"{large['objects']:,} objects, {large['versions']:,} versions; {large['garbage']:,} steps may go; "
+        f"a sweep of {large['trials']:,} trials"
+    )
     print_table(console, ("asked", "CPU, s", "limit, s"), asked)
     return document
 
@@ -97,7 +104,8 @@ def growth(stages: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """Return a measured stage as a line of the table."""
-    return row["stage"], f"{row['mib']:g}", f"{row['rows']:,}", f"{row['cpu_s']:.1f}", f"{row['peak_mib']:,.0f}"
+    memory = f"{row['idle_mib']:,.0f}", f"{row['peak_mib']:,.0f}"
+    return row["stage"], f"{row['mib']:g}", f"{row['rows']:,}", f"{row['cpu_s']:.1f}", *memory
 
 
 def figure(stages: list[dict[str, Any]]) -> Figure:
@@ -157,15 +165,15 @@ class _Gauge(SilentListener):
 
     def __init__(self) -> None:
         self.measured_stages: dict[str, dict[str, float]] = {}
-        self._begun = 0.0
+        self._idle, self._begun = 0, 0.0
 
     def started(self, stage: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # from here the kernel's peak counts anew
-        self._begun = time.process_time()
+        self._idle, self._begun = peak_bytes(), time.process_time()
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
-        took = {"cpu_s": time.process_time() - self._begun, "peak_mib": peak_bytes() / MIB}
-        self.measured_stages[stage] = took
+        seconds, most = time.process_time() - self._begun, peak_bytes()
+        self.measured_stages[stage] = {"cpu_s": seconds, "idle_mib": self._idle / MIB, "peak_mib": most / MIB}
 
 
 def _stages_up_to(until: str, fields: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -200,11 +208,17 @@ def _large(folder: Path, objects: int, versions: int) -> dict[str, Any]:
         return answer
 
     given["left"] = len(timed("plan", lambda: plan_run(config)).left)
+    given["trials"] = len(timed("sweep", lambda: plan_sweep(_of_many(config))).known)
     given["found"] = len(timed("lookup", lambda: lookup(storage_uri=config.resources.storage_uri, max_size_mib=100.0)))
     collector = Collector(config.resources, 1, 0.0)
     garbage = timed("gc", collector.find)
     gone = timed("delete", lambda: collector.delete(garbage[:DELETED]))
     return {**given, "garbage": len(garbage), "deleted": len(gone), "peak_mib": peak_bytes() / MIB}
+
+
+def _of_many(config: Config) -> Config:
+    """Return a sweep of as many trials of a run as there may be."""
+    return config.model_copy(update={"sweep": Sweep(space={"distill.seed": list(range(MOST_TRIALS))})})
 
 
 def _other(key: str, number: int) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from jobs.bench.training import steps as kinds
 from jobs.bench.training.held import OwnStore
 from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
+from jobs.bench.training.newton_schulz import orthogonalising
 from jobs.bench.training.peers import fake_quantization
 from jobs.bench.training.steps import ROWS, Case, Shape, Steps
 from jobs.bench.training.workers import of_two
@@ -36,10 +37,15 @@ SHOWN = 500  # characters of an error
 HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits", "peak GiB", "first, s")
 GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
 CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
-QUANTIZING, WORKERS = "fake-quantization", "two workers"
-OF_TORCHAO, OF_IDEAL = "fake-quantization, of torchao's", "two workers, of the ideal"
+QUANTIZING, ORTHOGONALISING, WORKERS = "fake-quantization", "Newton-Schulz", "two workers"
+RATIOS_BESIDE = (
+    (QUANTIZING, "of_torchao", "fake-quantization, of torchao's"),
+    (ORTHOGONALISING, "of_fp32_avx2", "Newton-Schulz in bf16, of fp32, with AVX2 alone"),
+    (WORKERS, "of_ideal", "two workers, of the ideal"),
+)
 BESIDE: dict[str, Callable[[Shape, int], dict[str, Any]]] = {  # the rows, on a CPU
     QUANTIZING: lambda shape, rounds: fake_quantization(shape.width, shape.tokens, rounds),
+    ORTHOGONALISING: lambda shape, rounds: orthogonalising(rounds),
     WORKERS: of_two,
 }
 
@@ -197,7 +203,7 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     ):
         if {cached, online} <= set(times):
             given[f"cached of what it could be: {preset}"] = (times[online] - spared) / times[cached]
-    for name, measure, ratio in ((QUANTIZING, "of_torchao", OF_TORCHAO), (WORKERS, "of_ideal", OF_IDEAL)):
+    for name, measure, ratio in RATIOS_BESIDE:
         if measure in document.get(name, {}):
             given[ratio] = document[name][measure]
     return given

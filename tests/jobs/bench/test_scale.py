@@ -29,13 +29,14 @@ def test_all_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads((tmp_path / "scale.json").read_text()) == document
     assert (tmp_path / "scale.png").stat().st_size > 0
     assert [row["stage"] for row in document["stages"]] == [*STAGES] * len(TIMES)
-    assert all(row["cpu_s"] > 0 and row["peak_mib"] > 0 for row in document["stages"])
+    assert all(row["cpu_s"] > 0 and row["peak_mib"] >= row["idle_mib"] > 0 for row in document["stages"])
     rows = [row["rows"] for row in document["stages"] if row["stage"] == "tokenize"]
     assert 9 < rows[-1] / rows[0] < 11
     large = document["large"]
     assert large["objects"] >= 300
     assert large["versions"] == large["found"] == 40
     assert large["left"] == 0
+    assert large["trials"] == 1000
     assert large["garbage"] >= large["deleted"] > 20
     assert all(large[name]["cpu_s"] > 0 for name in LIMITS_S)
     assert "40 versions" in console.file.getvalue()
@@ -78,6 +79,7 @@ def test_what_was_measured_is_within_the_limits_and_is_what_the_readme_says() ->
         assert grown["time"] <= MOST_TIME
     assert large["objects"] >= 100_000
     assert large["versions"] >= 20_000
+    assert large["trials"] >= 1000
     lines = [cells(row) for row in stages]
     lines += [(name, f"{large[name]['cpu_s']:.2f}", f"{limit:g}") for name, limit in LIMITS_S.items()]
     for line in lines:
