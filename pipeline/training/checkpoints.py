@@ -38,6 +38,13 @@ class Progress:
     modules: list[dict[str, Any]] = field(default_factory=list)  # what `diagnostics.Watch` saw
     workers: int = 0  # that it was made by
 
+    def exploded(self, vocabulary: int) -> int:
+        """Count the newest validations in a row that are worse, by a nat, than guessing among all tokens, and than the
+        student was that training started from."""
+        scored = [(point["step"], point["validation_nats"]) for point in self.history if "validation_nats" in point]
+        worst = max([math.log(vocabulary), *(nats for step, nats in scored if step == 0)]) + 1
+        return next((count for count, (_, nats) in enumerate(reversed(scored)) if nats <= worst), len(scored))
+
 
 class CheckpointWriter:
     """Stores checkpoints in a thread of its own while training goes on; inside, as a context, it may be used.

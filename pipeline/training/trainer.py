@@ -50,6 +50,7 @@ from pipeline.training.pace import Pace
 from pipeline.training.read_ahead import ReadAhead
 
 HISTORY_POINTS = 1000
+EXPLODED = 3  # validations in a row that are worse than no training, after which it stops
 DIAGNOSES = 50  # looks at the modules over a training job, about
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps: a GPU that is asked for a loss waits until it has caught up
 
@@ -154,11 +155,12 @@ class Trainer:
 
     def _refuse_divergence(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
-            self.writer.wait()
-            raise RunError(
-                f"The {what} is {value} at step {step}. Lower the learning rate (lr is {self.recipe.lr}), or "
-                f"use precision: fp32. {self._kept}"
-            )
+            self._stop(f"The {what} is {value} at step {step}")
+
+    def _stop(self, why: str) -> None:
+        """Raise RunError with the knobs, once what is being stored is."""
+        self.writer.wait()
+        raise RunError(f"{why}. Lower the learning rate (lr is {self.recipe.lr}), or use precision: fp32. {self._kept}")
 
     @property
     def _kept(self) -> str:
@@ -284,11 +286,12 @@ class Trainer:
         if validates:
             note += f", validation perplexity {math.exp(min(self._validate(), 700)):.2f}"
         announced, self.announced = ending and not self.announced and step < steps, ending
-        if announced or (due and step < steps):
+        # What has exploded takes no good checkpoint's place.
+        if (announced or (due and step < steps)) and not progress.exploded(self.vocabulary):
             self._keep()
-        if announced:
-            self.writer.wait()
-            note += ", checkpoint before the end that was announced"
+            if announced:
+                self.writer.wait()
+                note += ", checkpoint before the end that was announced"
         self.writer.look()
         if self.rank == 0:
             self.report(step, steps, note, [*progress.history[known:], pace])
@@ -339,6 +342,11 @@ class Trainer:
                 self.watch.step = step
                 give_parts(weight for _, weight, _ in quantizers(self.model.model))
         progress.history.append(entry)
+        if (validations := progress.exploded(self.vocabulary)) >= EXPLODED:
+            self._stop(
+                f"The validation loss is {nats:.2f} at step {step}, {validations} times in a row worse than that of a "
+                "guess among all tokens, and than at the start"
+            )
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats
             if self.rank == 0:

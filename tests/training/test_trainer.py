@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import signal
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.config.training import Distill, Finetune
 from pipeline.errors import RunError
 from pipeline.quant.modules import quantizers
 from pipeline.quant.quantizers import base
-from pipeline.training.checkpoints import under
+from pipeline.training.checkpoints import Progress, latest_checkpoint, under
 from pipeline.training.trainer import Trainer, TrainingJob
 from tests.training.cases import VOCABULARY, Case, gradients, run_until, steps_of, with_workers
 
@@ -217,6 +219,29 @@ def test_a_run_by_draws_that_is_interrupted_ends_bit_for_bit_as_an_undisturbed_o
     assert all(torch.equal(disturbed[key], undisturbed[key]) for key in undisturbed)
 
 
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_what_workers_that_become_more_or_fewer_train_is_within_the_spread_of_seeds(
+    case: Case, first: int, then: int
+) -> None:
+    """Quantized: a rounding that falls otherwise grows, and the validation ends as far apart as by another seed."""
+    recipe = DISTILL | {"eval_every": 50}
+
+    def nats(rank: int = 0, seed: int = 0, until: int | None = None, run: TrainingJob | None = None) -> Any:
+        loop = case.loop(run or case.run(Distill(**recipe, seed=seed), f"seed{seed}"), LOW)
+        if until is not None:
+            return run_until(loop, until)
+        loop.run()
+        changed = [point["workers"] for point in loop.progress.history if "workers" in point]
+        return [loop.progress.history[-1]["validation_nats"], *changed]
+
+    seeds = [nats(seed=seed)[0] for seed in range(3)]
+    run = case.run(Distill(**recipe), f"elastic{first}{then}", checkpoint_minutes=1, workers=first, min_workers=1)
+    for world, until in ((first, 25), (then, None)):
+        ended = with_workers(world, case.root, partial(nats, until=until, run=run))
+    assert ended[0][1:] == [then]  # the record says so
+    assert abs(ended[0][0] - seeds[0]) <= max(seeds) - min(seeds)
+
+
 def test_resuming_neither_replays_nor_skips_rows(case: Case) -> None:
     recipe = Distill(**DISTILL)
     whole = steps_of(case.loop(case.run(recipe, "whole"), LOW), 30)["rows"]
@@ -241,7 +266,7 @@ def test_a_damaged_checkpoint_is_not_read(case: Case) -> None:
 
 
 def test_the_best_weights_on_validation_ship(case: Case) -> None:
-    run = case.run(Distill(**{**DISTILL, "lr": 5.0, "warmup_steps": 45, "eval_every": 5, "clip_norm": None}), "best")
+    run = case.run(Distill(**{**DISTILL, "lr": 0.3, "warmup_steps": 45, "eval_every": 5, "clip_norm": None}), "best")
     loop = case.loop(run, LOW)
     progress = Trainer(loop.model, run, loop.distillation, torch.device("cpu"), lambda *_: None).run()
     assert progress is not None
@@ -290,6 +315,40 @@ def test_a_diverged_loss_stops_the_run(case: Case) -> None:
     loop = case.loop(run, FULL)
     with pytest.raises(RunError, match=r"Lower the learning rate.*There was no checkpoint yet\."):
         loop.run()
+
+
+def test_a_loss_that_explodes_and_stays_a_number_stops_the_run_with_the_checkpoint_before(case: Case) -> None:
+    """A step moves the weights far away, and validations of 10 to 12 are the ones that are as bad."""
+    run = case.run(Distill(**DISTILL | {"steps": 50, "eval_every": 1}), "exploded", checkpoint_minutes=1)
+    loop = case.loop(run, LOW)
+    step = loop.optimizers.step
+
+    def stepping(number: int, steps: int) -> None:
+        step(number, steps)
+        if number == 9:
+            with torch.no_grad():
+                for parameter in loop.model.parameters():
+                    parameter.mul_(-900)
+
+    loop.optimizers.step = stepping  # type: ignore[method-assign]
+    with pytest.raises(
+        RunError, match=r"at step 12, 3 times in a row worse .* The last checkpoint, of step 9, is kept"
+    ):
+        loop.run()
+    fields = latest_checkpoint(run.dir)
+    assert fields is not None
+    assert fields["progress"]["step"] == 9
+
+
+def test_an_explosion_that_ends_is_gone_through(case: Case) -> None:
+    chance, nats = math.log(VOCABULARY), [3.0, 99.0, 99.0, 3.0, 99.0]
+    progress = Progress(history=[{"step": step, "validation_nats": value} for step, value in enumerate(nats)])
+    assert progress.exploded(VOCABULARY) == 1
+    progress.history.insert(0, {"step": 0, "validation_nats": 98.5})  # a student that starts as bad
+    assert progress.exploded(VOCABULARY) == 0
+    assert Progress(history=[{"step": 9, "validation_nats": chance + 0.9}]).exploded(VOCABULARY) == 0
+    assert Progress(history=[{"step": 9, "validation_nats": chance + 1.1}]).exploded(VOCABULARY) == 1
+    assert Progress().exploded(VOCABULARY) == 0
 
 
 def test_a_row_is_read_from_the_cache_of_its_own_shard(case: Case) -> None:
