@@ -124,7 +124,9 @@ class Engine:
         held_back = signals if actor is None else contextlib.nullcontext()
         with quiet(), delivered(actor, advance, self.groups, step_dir), explained(step_dir), _told(actor), held_back:
             scaling = ScalingConfig(**workers)
-            Trainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run).fit()
+            trainer = Trainer(_train_worker, train_loop_config=config, scaling_config=scaling, run_config=run)
+            while not _fitted(trainer):
+                pass  # with what a worker found out
 
     def task(self, work: Callable[[], T], step_dir: StepDir, gpus: float = 0) -> T:
         """Run `work()` as one plain task, in this process if Ray would start for it alone; return what it gives."""
@@ -333,6 +335,17 @@ def _leaves() -> bool:
 
     # `ray.train.get_preemption_info` says the same, and has all workers wait for one another.
     return get_train_context().preemption_context.preemption_info is not None
+
+
+def _fitted(trainer: Any) -> bool:
+    """Train; return False if the workers are to begin again, which to Ray is a failure among `max_failures`."""
+    try:
+        trainer.fit()
+    except Exception as error:
+        if not any(isinstance(e, BeginAgainError) for e in _chain(error)):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

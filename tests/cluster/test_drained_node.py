@@ -33,12 +33,11 @@ RECIPE = {"steps": 100, "batch_size": 4, "negatives": 4, "eval_every": 100, "eva
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head that computes nothing, and two nodes of one CPU."""
+    """A head that computes nothing, and a node of one CPU."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     handler = signal.getsignal(signal.SIGTERM)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -66,6 +65,7 @@ def slowly(job: StepJob, folder: Path, device: Any, report: Any, ending: Callabl
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, workers: int) -> None:
     """One worker goes on where the other node is, two as one."""
+    cluster.add_node(num_cpus=1)
     case, elastic = Case.make(tmp_path), {"workers": workers, "min_workers": 1}
     recipes = {"distill": recipe_of(Distill(**RECIPE)), "quant": recipe_of(Quant())}
     job = case.step_job(recipes, checkpoint_minutes=1000, **elastic)
@@ -97,3 +97,27 @@ def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, wo
     assert (Path(job.dir.uri) / "1/attempt/result.json").exists()
     fewer = [note for _, note in told if "workers" in note]
     assert fewer == ["workers is 1 from here on, as many as there are"] * (workers - 1)
+
+
+@pytest.mark.soak
+def test_a_node_that_comes_gets_a_worker_after_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    """A group that began as one worker, for want of room, goes on as two."""
+    case, elastic = Case.make(tmp_path), {"workers": 2, "min_workers": 1, "checkpoint_minutes": 0.05}
+    recipe = Distill(**RECIPE | {"steps": 1500, "eval_every": 1500})
+    job = case.step_job({"distill": recipe_of(recipe), "quant": recipe_of(Quant())}, **elastic)
+    heard = list[int]()
+
+    def advance(done: int, total: int, note: str, points: Any = ()) -> None:
+        if done > 0 and not heard:
+            cluster.add_node(num_cpus=1)
+        heard.append(done)
+
+    engine = Engine(Resources(ray_address=cluster.address, max_failures=0, **elastic))
+    engine.train(partial(slowly, job, tmp_path), job.dir, advance)
+    engine.close()
+    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    changes = [(done, note) for done, note in told if "workers" in note]
+    assert [note.partition(" from here")[0] for _, note in changes] == ["workers is 1", "workers is 2"]
+    grown, before = changes[1][0], max(done for done, _ in told[: told.index(list(changes[1]))])
+    assert 0 < grown <= before < grown + 100  # a checkpoint came every three seconds, some 30 steps
+    assert heard[-1] == 1500

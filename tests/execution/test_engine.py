@@ -253,6 +253,19 @@ def test_workers_of_a_training_that_was_taken_over_are_ended(
     check_ended(tmp_path)
 
 
+def test_workers_that_are_to_begin_again_do_so_though_none_may_fail(
+    two_cpus: None, step_dir: StepDir, tmp_path: Path
+) -> None:
+    def worker(*, device: Any, report: Any, ending: Any) -> None:
+        (tmp_path / f"{len(list(tmp_path.glob('*.begun')))}.begun").touch()
+        if len(list(tmp_path.glob("*.begun"))) < 3:
+            raise BeginAgainError("memory is too small for micro_batch 4; next is 2")
+
+    with step_dir.hold(False, print) as held:
+        Engine(Resources(workers=1, max_failures=0)).train(worker, held, lambda *progress, points=(): None)
+    assert len(list(tmp_path.glob("*.begun"))) == 3
+
+
 def check_ended(folder: Path) -> None:
     """Check that the one worker that waited was ended, and none is in its place."""
     assert not (folder / "ended").exists()
