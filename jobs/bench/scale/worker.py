@@ -5,13 +5,14 @@ It is a process of its own that does what a worker of `tokenize` is told, and no
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,36 @@ from pipeline.tasks.tokenizers import save_tokenizer, train_bpe
 
 MIB = 2**20
 MOST_MB = 500.0  # of a worker, its libraries among it
-FILE = "scale-jsonl-gz.json"
+FILE, TEXT = "scale-jsonl-gz.json", "text.jsonl.gz"
 WORDS, ROW_WORDS = 20_000, 150
 ROWS, FIRST = 30_000, 1_000  # that are not repeated, and that a tokenizer is learned from
 
 
 def measure(mib: float, out: Path, run: Callable[..., Any]) -> dict[str, Any]:
     """Measure a worker, by `run`, on so many MiB of JSON lines, and write it; returns the document of `--json`."""
-    from pipeline.flow.plan import plan_run  # with MLflow, which no worker imports
-
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        text = write_rows(folder / "text.jsonl.gz", int(mib * MIB))
-        save_tokenizer(train_bpe(text, 4096), folder / "words")
-        config = Config.model_validate(_fields(folder))
-        step = plan_run(config, Tokens.stage).step(Tokens)
-        with step.dir.hold(True, lambda owner: None) as held:
-            job = StepJob(step.recipe, {}, held, config.resources, step.locations)
-            part = next(p for p in split_parts(step.recipe, step.locations) if p.split == "train")
+    with tempfile.TemporaryDirectory() as folder:
+        with tokenizing_step(Path(folder), mib) as (job, part):
             took = run(tokenized, job, make_tokenizer(job, ()), part)
-        stored = (folder / "text.jsonl.gz").stat().st_size
+        stored = (Path(folder) / TEXT).stat().st_size
     document = {"provenance": provenance(), "mib": mib, "stored_mib": stored / MIB, **took}
     (out / FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
+
+
+@contextlib.contextmanager
+def tokenizing_step(folder: Path, mib: float) -> Iterator[tuple[StepJob, SplitPart]]:
+    """Write JSON lines of so many MiB, compressed, into a folder; yield what a worker that tokenizes them is told, and
+    the one part that it reads."""
+    from pipeline.flow.plan import plan_run  # with MLflow, which no worker imports
+
+    text = write_rows(folder / TEXT, int(mib * MIB))
+    save_tokenizer(train_bpe(text, 4096), folder / "words")
+    config = Config.model_validate(_fields(folder))
+    step = plan_run(config, Tokens.stage).step(Tokens)
+    with step.dir.hold(True, lambda owner: None) as held:
+        part = next(p for p in split_parts(step.recipe, step.locations) if p.split == "train")
+        yield StepJob(step.recipe, {}, held, config.resources, step.locations), part
 
 
 def told(document: dict[str, Any]) -> str:
@@ -103,7 +110,7 @@ def _fields(folder: Path) -> dict[str, Any]:
     return {
         "name": "scale",
         "model": {"source": {"architecture": "gpt2", **shape}, "tokenizer": str(folder / "words")},
-        "data": {"source": str(folder / "text.jsonl.gz")},
+        "data": {"source": str(folder / TEXT)},
         "finetune": training,
         "distill": training,
         "resources": {"storage_uri": str(folder / "store"), "local_cache_dir": str(folder / "scratch")},

@@ -22,6 +22,7 @@ from jobs.bench.training.held import OwnStore
 from jobs.bench.training.measures import Memory, Spread, counted, described, peak_flops, seconds_a_step, top_table, wait
 from jobs.bench.training.newton_schulz import orthogonalising
 from jobs.bench.training.peers import fake_quantization
+from jobs.bench.training.stages import evaluating, packing, tokenizing
 from jobs.bench.training.steps import ROWS, Case, Shape, Steps
 from jobs.bench.training.workers import of_two
 from jobs.display import print_table
@@ -38,15 +39,18 @@ HEADER = ("step", "ms", "of baseline", "tokens/s", "of peak", "launches", "waits
 GPU_SHAPE = {"length": 512, "batch": 32, "steps": 8}
 CPU_SHAPE = {"length": 128, "batch": 4, "steps": 1}
 QUANTIZING, ORTHOGONALISING, WORKERS = "fake-quantization", "Newton-Schulz", "two workers"
+STAGES = {"tokenize": tokenizing, "evaluate": evaluating, "pack": packing}
 RATIOS_BESIDE = (
     (QUANTIZING, "of_torchao", "fake-quantization, of torchao's"),
     (ORTHOGONALISING, "of_fp32_avx2", "Newton-Schulz in bf16, of fp32, with AVX2 alone"),
     (WORKERS, "of_ideal", "two workers, of the ideal"),
+    *((stage, "speed", f"{stage}, of the least") for stage in STAGES),
 )
 BESIDE: dict[str, Callable[[Shape, int], dict[str, Any]]] = {  # the rows, on a CPU
     QUANTIZING: lambda shape, rounds: fake_quantization(shape.width, shape.tokens, rounds),
     ORTHOGONALISING: lambda shape, rounds: orthogonalising(rounds),
     WORKERS: of_two,
+    **STAGES,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from jobs.bench.training import peers, workers
+from jobs.bench.training import newton_schulz, peers, stages, workers
 from jobs.bench.training.measures import Spread, counted, described, peak_flops, top_table
 from jobs.bench.training.steps import Shape
 
@@ -76,6 +77,26 @@ def test_our_fake_quantization_is_timed_beside_plain_layers_without_torchao(monk
     measured = peers.fake_quantization(32, 8, 2)
     assert measured["torchao"] == peers.NOT_RUN
     assert set(measured) == {"plain_ms", "ours_ms", "torchao"}
+
+
+def test_an_iteration_of_newton_and_schulz_is_timed_with_and_without_what_a_cpu_has_for_bf16() -> None:
+    names = [("fp32", "_ms"), ("bf16", "_ms"), ("of_fp32", "")]
+    measured = newton_schulz.orthogonalising(1)
+    assert set(measured) == {f"{name}{isa}{unit}" for name, unit in names for isa in ("", "_avx2")}
+    assert measured["of_fp32_avx2"] == pytest.approx(measured["bf16_avx2_ms"] / measured["fp32_avx2_ms"])
+
+
+def test_stages_are_timed_beside_the_least_that_does_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "MIB", 0.05)
+    monkeypatch.delenv(stages.PARALLEL, raising=False)
+    shape, threads = Shape(1, 32, 2, 64, 16, 4, 4), torch.get_num_threads()
+    for measure in (stages.tokenizing, stages.evaluating, stages.packing):
+        measured = measure(shape, 1)
+        stage, least = (value for name, value in measured.items() if name.endswith("_ms"))
+        assert stage > 0
+        assert measured["speed"] == pytest.approx(least / stage)
+    assert torch.get_num_threads() == threads
+    assert stages.PARALLEL not in os.environ
 
 
 def test_a_worker_says_how_long_its_steps_and_exchanges_take(tmp_path: Path) -> None:
