@@ -135,7 +135,7 @@ def scale(
     console: Console,
     mib: Annotated[
         float, typer.Option(min=0.01, help="MiB of the smallest of four texts; the largest has 10 times.")
-    ] = 10,
+    ] = 20,
     objects: Annotated[int, typer.Option(min=1, help="Objects of the large store.")] = 100_000,
     versions: Annotated[int, typer.Option(min=1, help="Versions of its registry.")] = 20_000,
     jsonl_gz_mib: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -138,7 +139,7 @@ def run(step: Step) -> Tokens:
         shards, text_bytes = (*split.shards, *part.shards), split.text_bytes + part.text_bytes
         splits[part.split] = Split(shards=shards, text_bytes=text_bytes)
         sketch.documents += part.documents
-        sketch.hashes += part.hashes
+        sketch.hashes.frombytes(b64decode(part.hashes))
     for name, shared in shared_documents(sketches, step.recipe["data"]).items():
         counted = {"documents": sketches[name].documents, "shared": shared}
         split = splits[name] = splits[name].model_copy(update=counted)
@@ -228,7 +229,7 @@ class TokenizedPart(Closed):
     shards: tuple[Shard, ...]
     text_bytes: int
     documents: int
-    hashes: list[int]
+    hashes: str  # base64, for the driver holds those of all parts
 
 
 class TokenizePart:
@@ -271,7 +272,7 @@ class TokenizePart:
             shards=tuple(shards),
             text_bytes=text_bytes,
             documents=sketch.documents,
-            hashes=sketch.hashes,
+            hashes=b64encode(sketch.hashes.tobytes()).decode(),
         )
 
     def _pieces(self, documents: Iterator[Any]) -> Iterator[Iterator[Any]]:

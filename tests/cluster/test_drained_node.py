@@ -62,7 +62,7 @@ def slowly(job: StepJob, folder: Path, device: Any, report: Any, ending: Callabl
     distill._train(job, device, told, ending)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_drained_node_leaves_a_checkpoint(cluster: Cluster, tmp_path: Path, workers: int) -> None:
     """One worker goes on where the other node is, two as one."""
     cluster.add_node(num_cpus=1)
