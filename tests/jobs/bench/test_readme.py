@@ -16,7 +16,7 @@ from jobs.bench.claims import Claim
 from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
-from jobs.bench.summary import UNTRAINED, Interval
+from jobs.bench.summary import UNTRAINED, Interval, interval
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
 from pipeline.config.resources import Resources
@@ -91,7 +91,8 @@ def table(text: str, begins: str) -> list[str]:
 
 
 def test_steps_on_a_gpu_took_what_was_measured():
-    rows = json.loads((RESULTS / "train-h200.json").read_text(encoding="utf-8"))["rows"]
+    document = json.loads((RESULTS / "train-h200.json").read_text(encoding="utf-8"))
+    rows, teacher = document["rows"], document["teacher"]
     ratios = {name: row["of_baseline"] for name, row in rows.items()}
     assert table(BENCH, "One NVIDIA H200") == [
         f"| {name} | {row['ms']['median']:.1f} "
@@ -104,6 +105,14 @@ def test_steps_on_a_gpu_took_what_was_measured():
     later = {name: row["of_baseline"]["median"] for run in again for name, row in run["rows"].items()}
     seconds, minutes = rows["paper, cached"]["checkpoint_s"], Resources().checkpoint_minutes
     assert f"took {seconds:.1f} s, written to the end: {seconds / (60 * minutes):.1%} of".replace("%", " %") in BENCH
+    assert seconds / (60 * minutes) <= 0.02
+    ours = [row for name, row in rows.items() if name != document["baseline"]]
+    for measure, form in (("busy_ms", "busy for {:.0f} to {:.0f} ms"), ("first_step_s", "took {:.0f} to {:.0f} s")):
+        assert form.format(*(of(row[measure] for row in ours) for of in (min, max))) in BENCH
+    assert f"{teacher['cache_tokens_per_s'] / teacher['forward_tokens_per_s']:.2f} of the bare forward pass" in BENCH
+    best, paper = (ratios[f"{preset}, cached"]["median"] for preset in ("best", "paper"))
+    assert f"takes {best:.2f} (`best`) to {paper:.2f} times (`paper`) compiled" in README
+    assert 0.4 <= rows["paper, cached"]["peak_bytes"] / rows[document["baseline"]]["peak_bytes"] <= 0.55  # half
     assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
 
 
@@ -193,6 +202,79 @@ def test_engines_are_as_fast_as_was_measured():
     lines = [line(engine, "", measures) for engine, measures in three.items()]
     lines += [line(engine, ", four levels", four[engine]) for engine in ("packed", "llama.cpp")]
     assert table(BENCH, "rounds (least-most)") == lines
+
+
+# Lines of the table of what helped: recipe, what `levers.json` calls the change.
+HELPED = {
+    "`best` with Adam in place of Muon, at the best of three rates": (
+        "best",
+        "Adam in place of Muon, at the best of three rates",
+    ),
+    "`best` with `betas` of 0.9 and 0.999 in place of 0.8 and 0.98": ("best", "betas 0.9, 0.999"),
+    "`best` with `muon_momentum` 0.9 in place of 0.6": ("best", "muon_momentum 0.9"),
+    "`best` with norms, biases and positions at Adam's own rate (`vector_lr_scale` 1 in place of 8)": (
+        "best",
+        "vector_lr_scale 1",
+    ),
+    "`best` with the embedding at Adam's own rate (`embedding_lr_scale` 1 in place of 0.25)": (
+        "best",
+        "embedding_lr_scale 1",
+    ),
+    "`best` with `gamma_lr` 1e-3 in place of 2e-2": ("best", "gamma_lr 1e-3"),
+    "`smallest` with Adam in place of Muon, at the best of three rates": (
+        "smallest",
+        "Adam in place of Muon, at the best of three rates",
+    ),
+    "`smallest` with a gradient that ends at the outermost levels": ("smallest", "ste clipped"),
+    "`smallest` with `muon_momentum` 0.6 in place of 0.9": ("smallest", "muon_momentum 0.6"),
+    "`best` with fp32 activations, what any better range of theirs could gain": ("best", "activations fp32"),
+}
+# Lines of the table of what did not help, on the GPT-2: what `levers.json` calls each of a line's values.
+DID_NOT = {
+    "100 of the 300 steps at 4 bits first": ["4 bits for 100 steps first"],
+    "exponential mean of the weights, 0.95; 0.98": ["EMA 0.95", "EMA 0.98"],
+    "relations between the last block's states (softmax of their products), weight 0.1": ["relations 0.1"],
+    "the states of all layers as well, weight 0.1; 1": ["all layers 0.1", "all layers 1"],
+    "linear schedule": ["linear"],
+    "warm-up of 30 steps": ["warm-up 30"],
+    "weight decay 0.01; 0.1": ["weight decay 0.01", "weight decay 0.1"],
+    "quantized attention operands; with probabilities": ["attention qkv", "attention qkv_probabilities"],
+    "one activation range a tensor": ["one range a tensor"],
+}
+
+
+def cells_of(before: str) -> dict[str, list[str]]:
+    """The cells of a table by those of its first column."""
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(BENCH, before))
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_parts_of_presets_are_worth_what_was_measured():
+    document = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
+    digits = {"quickstart": 4, "stories260K": 3}
+    nats = {
+        name: {(line["row"], line["change"]): line["nats"] for line in document[name]["changed"] if line["seed"] == 0}
+        for name in digits
+    }
+    assert cells_of("each line is a run with that one value changed") == {
+        label: [f"{nats[name][row, change] - nats[name][row, 'as it is']:+.{digits[name]}f}" for name in digits]
+        for label, (row, change) in HELPED.items()
+    }
+    told, former = cells_of("another seed alone moves them"), document["quickstart"]["former"]
+    shown = {label: told[label][0] for label in DID_NOT}
+    assert shown == {
+        label: "; ".join(f"{former[f'best, {change}'] - former['best']:+.4f}" for change in changes)
+        for label, changes in DID_NOT.items()
+    }
+    for place, name in enumerate(digits):
+        more = results(name, "more-seeds")
+        left, right = (
+            {line["seed"]: line["validation_nats"] for line in more[key]}
+            for key in ("without_fading_in", "best_with_clipped_gradient")
+        )
+        difference = interval([left[seed] - right[seed] for seed in left])
+        form = f"{{:+.{digits[name]}f}}"
+        assert told["no fading in, five and ten paired seeds"][place] == difference.shown(form.format)
 
 
 def test_a_storm_is_told_as_it_was():
