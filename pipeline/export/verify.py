@@ -5,9 +5,10 @@ weights to fp16, whatever the model. Some runtimes round activations to 8 bits b
 package by another. As it runs there, an export may stray from the exact numbers by what the package's own rounding
 costs (`rounding`), at most 1e-2 nats, and the same floor again. No floor depends on what is measured of the export.
 
-What true exports need, KL in nats a token: GPT-2 and Llama are the tests' models, trained at 2-2-8, the other two were
-rounded at 8-8-8. The likeliest token is the same at 99.87 % of all steps and more under fp32 activations; as they run,
-at 93.7 % on SmolLM2-135M, whose activations have outliers, and 97.7 % elsewhere. Noise of 0.1 logit costs 4.5e-3 nats.
+What true exports need, KL in nats a token by their verdicts: GPT-2 and Llama are the tests' models, trained at 2-2-8,
+the other two were rounded at 8-8-8. The likeliest token is the same at 99.87 % of all steps and more under fp32
+activations; as they run, at 93.7 % on SmolLM2-135M, whose activations have outliers, and 97.7 % elsewhere. Noise of 0.1
+logit costs 4.5e-3 nats.
 
 | under fp32 activations  | GPT-2  | Llama  | stories260K | SmolLM2-135M |
 |-------------------------|--------|--------|-------------|--------------|
