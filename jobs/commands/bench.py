@@ -165,7 +165,7 @@ def chaos(
     """Compress a model while nodes, workers and S3 fail, and undisturbed; status 1 if the packages differ. Minutes.
 
     Three Ray nodes and an S3 are started on this machine, and end with the command. Every few seconds a worker, an
-    actor, a node or the command is killed, a shard is spoilt, or S3 fails in one of eight ways.
+    actor, a node or the command is killed, a shard is spoilt, or S3 fails in one of seven ways.
     """
     from jobs.bench.chaos.measure import measure
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jobs.bench.chaos import measure as bench
 from jobs.bench.chaos.command import Progress, Resumed
+from jobs.bench.chaos.storm import FIRST
 
 pytestmark = pytest.mark.timeout(2400)
 RUN: dict[str, Any] = {"digest": "a", "again": [], "undisturbed": {"digest": "a"}}
@@ -18,8 +19,11 @@ RUN: dict[str, Any] = {"digest": "a", "again": [], "undisturbed": {"digest": "a"
 
 def test_a_storm_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     document = bench.measure(20, 0, tmp_path, Console())
-    assert document["strikes"]["node killed"] >= 1
+    assert set(FIRST) <= set(document["strikes"])
     assert len(document["strikes"]) >= 11
+    assert {strike["strike"] for strike in document["stages"]} >= set(FIRST)
+    again = [again for run in document["runs"] for again in run["again"]]
+    assert any(one["stage"] == "distill" and one["resumed"] > 0 for one in again)
     assert sum(document["strikes"].values()) >= 20
     assert [run["digest"] for run in document["runs"]] == [run["undisturbed"]["digest"] for run in document["runs"]]
     assert document["left"] == []
@@ -56,3 +60,4 @@ def test_a_log_tells_what_was_trained_again() -> None:
     assert progress.again == [Resumed("distill", 45, 31, 30)]
     assert progress.reached == {"finetune": 50, "distill": 70}
     assert progress.heard == len(told) + 3
+    assert progress.stage == "distill"

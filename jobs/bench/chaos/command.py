@@ -34,6 +34,7 @@ class Progress:
     reached: dict[str, int] = field(default_factory=dict)
     again: list[Resumed] = field(default_factory=list)
     newest: dict[str, int] = field(default_factory=dict)  # checkpoint of each stage, as a strike found them
+    stage: str = ""  # of the last event
     heard: int = 0  # events, of any stage
     struck: int = 0  # so many of them before the last strike that ended something
 
@@ -44,6 +45,7 @@ class Progress:
         except json.JSONDecodeError:
             return
         kind, stage = event["event"], event["stage"]
+        self.stage = stage or self.stage
         self.heard += kind in ("advanced", "measured", "finished")
         if kind not in ("advanced", "measured") or stage not in TRAINING:
             return

@@ -67,8 +67,8 @@ def _compared(
     """Return the document: runs in a storm and the same runs after it."""
     _write_corpus(folder / "text.txt")
     runs: list[dict[str, Any]] = []
-    storm = Storm(cluster, proxy, open_objects(_resources(folder, STORM).storage_uri), seed)
-    while storm.strikes.total() < faults:
+    storm = Storm(cluster, proxy, open_objects(_resources(folder, STORM).storage_uri), faults, seed)
+    while not storm.over:
         command, begun = _command(folder, out, STORM, len(runs), cluster), time.monotonic()
         _see_through(command, storm, faults, console)
         runs.append(_run(folder, STORM, command) | {"seconds": round(time.monotonic() - begun, 1)})
@@ -83,6 +83,7 @@ def _compared(
         "nodes": NODES,
         "workers": WORKERS,
         "strikes": dict(sorted(storm.strikes.items())),
+        "stages": [{"strike": kind, "stage": stage} for kind, stage in storm.stages],
         "failed_requests": dict(sorted(storm.requests.items())),
         "runs": runs,
         "left": sorted(((left[STORM] - left[CALM]) + (left[CALM] - left[STORM])).elements()),
@@ -97,7 +98,7 @@ def _see_through(command: Command, storm: Storm, faults: int, console: Console) 
         while command.status != 0 and command.given <= faults + 1 and time.monotonic() < end:
             if command.status is not None:
                 command.give()
-            if storm.strikes.total() >= faults:
+            if storm.over:
                 time.sleep(0.2)
             elif (kind := storm.strike(command)) is not None:
                 console.print(f"{storm.strikes.total()} of {faults}: {kind}")
@@ -124,7 +125,7 @@ def _command(folder: Path, out: Path, store: str, number: int, cluster: Cluster)
         },
         "task": {"block_length": 64},
         "data": {"source": str(folder / "text.txt")},
-        "finetune": {"steps": STEPS["finetune"], "lr": 3e-3, **training},
+        "finetune": {"steps": STEPS["finetune"], "lr": 3e-3, "seed": number, **training},
         "cache": {"mode": "states"},
         "distill": {"steps": STEPS["distill"], "lr": 1e-3, "seed": number, **training},
         "resources": _resources(folder, store).model_dump(mode="json", exclude_unset=True),

@@ -16,29 +16,36 @@ from jobs.bench.chaos.proxy import FAULTS, Fault, FaultProxy
 from pipeline.store.objects import Objects
 from pipeline.store.step_store import RECORD
 
+S3 = tuple(fault for fault in FAULTS if fault != "slow")  # which at some milliseconds harms nobody
+FIRST = ("training worker killed", "actor killed", "node killed", "command killed", "shard spoilt")  # once it can come
 WORKERS = {  # by the title that Ray gives their processes
     "training worker killed": "ray::RayTrainWorker",
     "training's controller killed": "ray::TrainController",
     "actor killed": "ray::MapWorker",
 }
-BETWEEN_S = (2.0, 5.0)
+BETWEEN_S, SOON_S = (2.0, 5.0), (0.0, 1.0)
 HELD_S = 3.0  # a process that is stopped and goes on
 RATE = 0.2  # of requests, while S3 fails
 
 
 class Storm:
     """Strikes while a command runs. `strikes` counts them by kind: a kill or a stop is one, and so are some seconds in
-    which S3 fails in one way, of which `requests` counts the failed ones."""
+    which S3 fails in one way, of which `requests` counts the failed ones. `stages` has what other strikes met."""
 
-    def __init__(self, cluster: Cluster, proxy: FaultProxy, objects: Objects, seed: int) -> None:
-        self._cluster, self._proxy, self._objects = cluster, proxy, objects
+    def __init__(self, cluster: Cluster, proxy: FaultProxy, objects: Objects, faults: int, seed: int) -> None:
+        self._cluster, self._proxy, self._objects, self._faults = cluster, proxy, objects, faults
         self._draw = random.Random(seed)  # noqa: S311
         self.strikes, self.requests = Counter[str](), Counter[str]()
+        self.stages: list[tuple[str, str]] = []
 
     def strike(self, command: Command) -> str | None:
         """Wait some seconds and do harm of one kind; return the kind, or None if there was nothing to do it to."""
         self._cluster.mend()
-        wait, kind = self._draw.uniform(*BETWEEN_S), self._draw_kind(command)
+        kind = self._draw_kind(command)
+        wait = self._draw.uniform(*(SOON_S if kind in self._missing else BETWEEN_S))
+        if kind is None:
+            time.sleep(wait)
+            return None
         if kind in FAULTS:
             struck = self._failing_s3(kind, wait)
         else:
@@ -47,15 +54,35 @@ class Storm:
         if not struck:
             return None
         self.strikes[kind] += 1
+        self.stages += [] if kind in FAULTS else [(kind, command.progress.stage)]
         return kind
 
-    def _draw_kind(self, command: Command) -> str:
-        """Return one of the kinds that struck least. What ends something waits until the command has moved since."""
-        kinds: list[str] = [*FAULTS, "training worker held"]
-        progress = command.follow()
-        if progress.heard > progress.struck or self._newest_checkpoints() != progress.newest:
-            kinds += ["node killed", "command killed", "command interrupted", "shard spoilt"]
+    @property
+    def over(self) -> bool:
+        """Tell whether there were as many strikes as there are to be."""
+        return self.strikes.total() >= self._faults
+
+    @property
+    def _missing(self) -> list[str]:
+        return [kind for kind in FIRST if not self.strikes[kind]]
+
+    def _draw_kind(self, command: Command) -> str | None:
+        """Return one of the kinds that struck least, but first those of `FIRST`, for which the last strikes are kept;
+        None if they cannot come yet. What ends something waits until the command has moved since; a training worker,
+        until it has something to go on from in both stages."""
+        kinds: list[str] = [*S3, "training worker held"]
+        progress, newest = command.follow(), self._newest_checkpoints()
+        if progress.heard > progress.struck or newest != progress.newest:
+            kinds += ["node killed", "command killed", "command interrupted"]
+            kinds += ["shard spoilt"] if self._shards() else []
             kinds += [kind for kind, title in WORKERS.items() if self._cluster.workers(title)]
+        if "distill" not in newest:
+            kinds = [kind for kind in kinds if kind != "training worker killed"]
+        missing = self._missing
+        kept = self.strikes.total() >= self._faults - len(missing)
+        kinds = [kind for kind in kinds if kind in missing] or ([] if missing and kept else kinds)
+        if not kinds:
+            return None
         least = min(self.strikes[kind] for kind in kinds)
         return self._draw.choice([kind for kind in kinds if self.strikes[kind] == least])
 
@@ -96,16 +123,22 @@ class Storm:
 
     def _spoil(self) -> bool:
         """Change a byte of a shard of the cache, once that is whole."""
-        names = [name for name in self._objects.sizes("cache/") if name.endswith(".arrow")]
-        if not names or not any(name.endswith(f"/{RECORD}") for name in self._objects.sizes("cache/")):
+        shards = self._shards()
+        if not shards:  # the step is made again
             return False
-        name = self._draw.choice(sorted(names))
+        name = self._draw.choice(shards)
         with contextlib.suppress(FileNotFoundError):  # a step that is made again is cleared away first
             content = self._objects.read(name)
             spoilt = bytearray(content)
             spoilt[len(content) // 2] ^= 1
             return self._objects.swap(name, content, bytes(spoilt))
         return False
+
+    def _shards(self) -> list[str]:
+        """Return the shards of the cache, none before it is whole."""
+        names = sorted(self._objects.sizes("cache/"))
+        whole = any(name.endswith(f"/{RECORD}") for name in names)
+        return [name for name in names if whole and name.endswith(".arrow")]
 
     def _newest_checkpoints(self) -> dict[str, int]:
         """Return the step of the newest checkpoint that the store has, by stage."""
