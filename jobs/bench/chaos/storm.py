@@ -23,6 +23,7 @@ WORKERS = {  # by the title that Ray gives their processes
     "training's controller killed": "ray::TrainController",
     "actor killed": "ray::MapWorker",
 }
+ON_ACTORS = ("tokenize", "cache")
 BETWEEN_S, SOON_S = (2.0, 5.0), (0.0, 1.0)
 HELD_S = 3.0  # a process that is stopped and goes on
 RATE = 0.2  # of requests, while S3 fails
@@ -42,7 +43,7 @@ class Storm:
         """Wait some seconds and do harm of one kind; return the kind, or None if there was nothing to do it to."""
         self._cluster.mend()
         kind = self._draw_kind(command)
-        wait = self._draw.uniform(*(SOON_S if kind in self._missing else BETWEEN_S))
+        wait = self._draw.uniform(*(SOON_S if kind is None or kind in self._missing else BETWEEN_S))
         if kind is None:
             time.sleep(wait)
             return None
@@ -76,8 +77,9 @@ class Storm:
             kinds += ["node killed", "command killed", "command interrupted"]
             kinds += ["shard spoilt"] if self._shards() else []
             kinds += [kind for kind, title in WORKERS.items() if self._cluster.workers(title)]
-        if "distill" not in newest:
-            kinds = [kind for kind in kinds if kind != "training worker killed"]
+        early = [] if "distill" in newest else ["training worker killed"]
+        idle = [] if progress.stage in ON_ACTORS else ["actor killed"]  # that of a stage which is done
+        kinds = [kind for kind in kinds if kind not in (*early, *idle)]
         missing = self._missing
         kept = self.strikes.total() >= self._faults - len(missing)
         kinds = [kind for kind in kinds if kind in missing] or ([] if missing and kept else kinds)
@@ -96,7 +98,9 @@ class Storm:
         """Do harm of a kind; tell whether there was something to do it to."""
         if kind == "training worker held":
             return self._held(self._one_of("ray::RayTrainWorker"))
-        newest, heard = self._newest_checkpoints(), command.follow().heard
+        newest, progress = self._newest_checkpoints(), command.follow()
+        if kind == "actor killed" and progress.stage not in ON_ACTORS:
+            return False
         ended = {
             "node killed": lambda: command.running is not None and self._kill_node(),
             "command killed": lambda: _signalled(command.running, signal.SIGKILL),
@@ -104,7 +108,7 @@ class Storm:
             "shard spoilt": lambda: command.running is not None and self._spoil(),
         }.get(kind, lambda: _signalled(self._one_of(WORKERS[kind]), signal.SIGKILL))()
         if ended:
-            command.progress.newest, command.progress.struck = newest, heard
+            progress.newest, progress.struck = newest, progress.heard
         return ended
 
     def _one_of(self, title: str) -> psutil.Process | None:
