@@ -22,7 +22,7 @@ from pipeline.export.companions import valid_for
 from pipeline.export.ggml_blocks import NoBlockError, pack_blocks
 from pipeline.export.probes import PROMPTS
 from pipeline.export.vocabulary import write_vocabulary
-from pipeline.models.blocks import Blocks, Numbers, numbers_of, rope_types
+from pipeline.models.blocks import Blocks, Numbers, angles_change_at, numbers_of, rope_types
 from pipeline.models.build import skeleton
 from pipeline.models.family import Gguf, family_with, names_with
 from pipeline.package.package import read_package
@@ -33,6 +33,8 @@ FILE = "model.gguf"
 MOST_PROBABILITIES = 2**23  # that the server tells of a file, 6 µs each: about a minute
 ANGLE_DIVISORS = "rope_freqs.weight"  # one for each pair of a head
 DIVIDED = "llama3"  # the kind of rotary angles that are plain ones, each divided by a number of its own
+CONTEXTS = 256  # tokens, of which llama.cpp's contexts are multiples
+LENGTHS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}  # of longrope
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what llama.cpp computes yarn's angles with
 COMPUTED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers that older transformers stored
 
@@ -105,6 +107,8 @@ def _turned_otherwise(config: PreTrainedConfig, of: Gguf) -> str:
     for name, value in YARN.items() if "yarn" in rope_types(config) else ():
         if _angles(config).get(name) not in (None, value):
             return f"yarn with {name} {value}, whatever a file says, not {_angles(config)[name]}"
+    if (change := angles_change_at(config)) is not None and change % CONTEXTS:
+        return f"longrope in contexts of a multiple of {CONTEXTS} tokens, of which {change} is none"
     in_window = config.rope_parameters.get("sliding_attention", {}) if of.angles_in_window else {}
     if of.angles_in_window and float(in_window.get("rope_theta", 0)) != of.angles_in_window:
         return f"layers with a window with a rope_theta of {of.angles_in_window:g}, not {in_window.get('rope_theta')}"
@@ -129,8 +133,15 @@ def write(package: Path, out: Path, widened: bool = False) -> list[str]:
     write_vocabulary(writer, package, config.vocab_size)
     if DIVIDED in rope_types(config):
         writer.add_tensor(ANGLE_DIVISORS, _divisors(config))
+    for factors, name in LENGTHS.items() if angles_change_at(config) else ():
+        writer.add_tensor(name, np.asarray(_angles(config)[factors], np.float32))
     rest = [name for name in frozen.rest if not name.endswith(COMPUTED)]
     notes = [note for module in (*frozen.codes, *rest) for note in _add(writer, frozen, module, config)]
+    if (longest := _longest(config)) < config.max_position_embeddings:
+        notes.append(
+            f"texts of up to {longest} tokens, of the model's {config.max_position_embeddings}: llama.cpp chooses "
+            "longrope's angles by its context, and would take those of long texts for short ones too"
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -148,13 +159,15 @@ def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
     """Return what llama.cpp is told of angles that are scaled, in the form of `_settings`; nothing of others."""
     angles = _angles(config)
     kind = angles.get("rope_type", "default")
-    if kind not in ("linear", "yarn"):
+    if kind not in ("linear", "yarn", "longrope"):
         return {}
     if kind == "linear":
         return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(angles["factor"])}
     original = int(angles["original_max_position_embeddings"])
-    factor = float(angles["factor"] or config.max_position_embeddings / original)
     turned = type(skeleton(config).base_model.rotary_emb)(config)
+    if kind == "longrope":
+        return {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": turned.attention_scaling}
+    factor = float(angles["factor"] or config.max_position_embeddings / original)
     return {
         "rope_scaling_type": gguf.RopeScalingType.YARN,
         "rope_scaling_factor": factor,
@@ -162,6 +175,12 @@ def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
         # what multiplies the turned heads, beside what llama.cpp takes for this factor
         "rope_scaling_attn_factors": turned.attention_scaling / (1 + 0.1 * math.log(max(factor, 1.0))),
     }
+
+
+def _longest(config: PreTrainedConfig) -> int:
+    """Return the tokens of a context in which llama.cpp takes the model's angles, whatever the length of a text."""
+    longest = int(config.max_position_embeddings)
+    return min(longest, angles_change_at(config) or longest)
 
 
 def _divisors(config: PreTrainedConfig) -> NDArray[np.float32]:
@@ -215,7 +234,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     numbers = numbers_of(config, blocks)
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
+        "context_length": _longest(config),
         "embedding_length": config.hidden_size,
         "block_count": numbers.layers,
         "head_count": numbers.heads,

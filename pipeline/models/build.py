@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.blocks import ties_head
 from pipeline.models.checkpoint import DROP, REFUSE, refuse_unfit
 from pipeline.models.family import families
-from pipeline.models.gguf_file import DAMAGED, alone
+from pipeline.models.gguf_file import DAMAGED, alone, scale_angles
 
 if TYPE_CHECKING:  # which takes long to import, for those who only plan
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -95,7 +95,9 @@ def _config_of(path: Path, size: int, mtime_ns: int) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     with alone(path.parent, path.name) as (folder, kind):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **kind)
+    scale_angles(config, path)
+    return config
 
 
 def _number(value: Any) -> Any:
@@ -179,7 +181,7 @@ def load_model(folder: Path, gguf_file: str | None = None, unused: str = REFUSE)
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # which are refused by name
-                **(kind or {"use_safetensors": True}),
+                **({**kind, "config": config} if kind else {"use_safetensors": True}),
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model in {folder} cannot be loaded: {error}") from error

@@ -40,7 +40,11 @@ DECIDES = {
     "rope.freq_base_swa": "rope_theta of windows",
     "vocab_size": "vocab_size",
 }
-SCALING = "rope.scaling."
+SCALING, SCALED = "rope.scaling.", "rope.scale_linear"  # and what files of 2023 have
+READ = {  # what is read of angles of a kind, behind SCALING; `finetuned` decides nothing
+    "linear": ("type", "factor", "original_context_length", "finetuned"),
+    "yarn": ("type", "factor", "original_context_length", "finetuned", "attn_factor"),
+}
 ORIGINAL = "Name the checkpoint that the file was made from, as a folder or org/name@commit."
 # What a header may declare: more than any model has, and little enough for the memory of those who read it.
 MOST_ENTRIES, MOST_ELEMENTS, MOST_LAYERS, MOST_DIMENSIONS = 2**16, 2**22, 1000, 4
@@ -128,6 +132,29 @@ def check_fits(model: PreTrainedModel, path: Path, drop: bool = False) -> tuple[
         ignored = _ignored(settings, header.settings["general.architecture"])
         extra = _refuse_unfit(model, header, path, drop)
     return [f"transformers leaves out of {path}: {_listed(ignored)}."] if ignored else [], extra
+
+
+def scale_angles(config: PreTrainedConfig, path: Path) -> None:
+    """Give a configuration the rotary angles that its file says, in place, as llama.cpp computes them (ggml's
+    `rope_yarn`): transformers reads none of that. `check_fits` refuses what is not read here either."""
+    scaling, angles = _scaling(_settings(_header(path))), getattr(config, "rope_parameters", None)
+    if not _is_read(scaling) or not angles:
+        return
+    kind, factor, full = scaling["type"], float(scaling["factor"]), angles.get("full_attention", angles)
+    full |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        full["original_max_position_embeddings"] = int(
+            scaling.get("original_context_length", config.max_position_embeddings)
+        )
+        full["attention_factor"] = scaling.get("attn_factor", 1.0) * (1 + 0.1 * math.log(max(factor, 1.0)))
+
+
+def _scaling(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(SCALING): value for key, value in settings.items() if key.startswith(SCALING)}
+
+
+def _is_read(scaling: dict[str, Any]) -> bool:
+    return "factor" in scaling and scaling.keys() <= {*READ.get(scaling.get("type", ""), ())}
 
 
 def told_of_words(path: Path) -> list[str]:
@@ -252,15 +279,16 @@ def _ignored(settings: dict[str, Any], architecture: str) -> dict[str, Any]:
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     named = GGUF_CONFIG_MAPPING[architecture].keys() | DECIDES.keys()
-    return {key: value for key, value in settings.items() if key not in named}
+    return {key: value for key, value in settings.items() if key not in named and not key.startswith(SCALING)}
 
 
 def _refuse_computed_otherwise(settings: dict[str, Any], config: PreTrainedConfig, path: Path) -> None:
     """Raise ConfigError for a setting of the file that the configuration made of it does not have."""
+    scaled = _is_read(_scaling(settings)) and bool(getattr(config, "rope_parameters", None))
     for key, value in settings.items():
         reason = ""
-        if key.startswith(SCALING):
-            reason = "which transformers does not read"
+        if key == SCALED or (key.startswith(SCALING) and not scaled):
+            reason = f"and angles are read that are plain, {' or '.join(READ)} alone"
         elif key in DECIDES and not _same(own := _own(config, DECIDES[key]), value, config, key):
             reason = f"and transformers takes {DECIDES[key]} {own}"
         if reason:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pipeline.export import compressed_tensors, gguf
 from pipeline.models.build import read_config
 from pipeline.models.family import families
 from pipeline.tasks.tokenizers import train_bpe
+from tests.conftest import ROOT
 from tests.family_models import ANGLES, DECODERS, ENCODER_DECODERS, IN_LLAMA_CPP
 from tests.packages import package, packed_logits, signed
 
@@ -63,6 +66,43 @@ def test_rotary_angles_that_are_not_plain_are_the_same_in_llama_cpp(name, kind, 
     assert (np.abs(wanted - other.numpy()).max() > 0.05) == (kind != "dynamic")
 
 
+def phi_of_long_texts(original=256):
+    """With angles for texts of up to so many tokens, and others for longer ones."""
+    angles = {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [4.0, 6.0, 3.0, 5.0],
+        "original_max_position_embeddings": original,
+    }
+    more = {"max_position_embeddings": 1024, "original_max_position_embeddings": original, "rope_parameters": angles}
+    return {"architecture": "phi3", "vocab_size": 300, **IN_LLAMA_CPP["phi3"], **more}
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_longrope_of_phi_3_is_the_same_in_llama_cpp(long, tmp_path, monkeypatch):
+    """In contexts of short texts, which the file says; those of long ones take the other angles, and transformers
+    takes these for longer texts alone."""
+    folder = package(tmp_path / "package", phi_of_long_texts())
+    train_bpe(["some words of a text"], 300).save_pretrained(folder)
+    signed(folder)
+    if long:
+        monkeypatch.setattr(gguf, "_longest", lambda config: config.max_position_embeddings)
+    notes = gguf.write(folder, tmp_path, widened=True)
+    assert [note.startswith("texts of up to 256 tokens, of the model's 1024") for note in notes] == [True] * (not long)
+    ids = np.random.default_rng(0).integers(3, 300, 270 if long else 250).tolist()
+    logits = [packed_logits(folder, some, activations=32) for some in (ids, ids[:250])]
+    wanted, of_short = (torch.tensor(given).log_softmax(-1).numpy() for given in logits)
+    assert (np.abs(wanted[:250] - of_short).max() > 0.05) == long
+    assert np.abs(wanted - gguf.open_logits(tmp_path, 1)(ids)).max() < 5e-3
+
+
+def test_longrope_that_changes_within_a_context_of_llama_cpp_is_refused():
+    with pytest.raises(ConfigError, match="contexts of a multiple of 256 tokens, of which 300 is none"):
+        gguf.check(read_config(phi_of_long_texts(300)))
+
+
 @pytest.mark.parametrize("name", [name for name, family in families().items() if family.compressed_tensors])
 def test_a_family_is_the_same_in_compressed_tensors(name, tmp_path):
     out = tmp_path / "out"
@@ -72,6 +112,23 @@ def test_a_family_is_the_same_in_compressed_tensors(name, tmp_path):
     assert compressed_tensors.read_back(folder, out)[0] < 2**-10
     wanted = packed_logits(folder, IDS, activations=32)
     assert np.abs(wanted - compressed_tensors.open_logits(out, 1)(IDS)).max() < 0.02
+
+
+def test_the_document_says_of_each_family_what_takes_it():
+    text = (ROOT / "pipeline" / "models" / "README.md").read_text(encoding="utf-8")
+    said = {}
+    for line in re.findall(r"^\| (`.*) \|$", text, re.MULTILINE):
+        names, *takes = line.split(" | ")
+        said |= {name: tuple(cell.startswith("yes") for cell in takes) for name in re.findall(r"`(\w+)`", names)}
+        assert all(cell.startswith(("yes", "no")) for cell in takes)
+    supported = ("graph", "gguf", "compressed_tensors")
+    assert said == {name: tuple(bool(getattr(of, kind)) for kind in supported) for name, of in families().items()}
+    turned = {name: of.gguf for name, of in families().items() if of.gguf and of.blocks and not of.blocks.positions}
+    scaled = {kind: {name for name, of in turned.items() if kind in of.scales_angles} for kind in ANGLES}
+    assert scaled["linear"] == turned.keys() - {"phi3"}
+    assert scaled["yarn"] == turned.keys() - {"phi3", "gemma3_text"}
+    assert scaled["longrope"] == {"phi3"}
+    assert {name for name, of in turned.items() if of.divides_angles} == {"llama", "mistral"}
 
 
 @pytest.mark.parametrize(

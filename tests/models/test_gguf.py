@@ -19,12 +19,13 @@ from pipeline.flow.inspection import inspect_model
 from pipeline.flow.plan import plan_run
 from pipeline.flow.preflight import check_checkpoint, check_gguf_file, pin
 from pipeline.models import values as numbers_in
+from pipeline.models.blocks import rope_types
 from pipeline.models.build import load_model, read_config, skeleton
 from pipeline.models.family import families
 from pipeline.models.gguf_file import check_fits, check_readable, told_of_words
 from pipeline.package.package import read_package
 from pipeline.tasks.tokenizers import read_tokenizer, train_bpe
-from tests.family_models import IN_LLAMA_CPP, LLAMA_LIKE
+from tests.family_models import ANGLES, IN_LLAMA_CPP, LLAMA_LIKE
 from tests.packages import package, signed
 
 OF_GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256}
@@ -141,11 +142,24 @@ READ: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
+SCALED = [
+    ("llama", "linear", {}),
+    ("llama", "yarn", {}),
+    ("qwen3", "yarn", {"attention_factor": 1.7}),
+    ("gemma3_text", "linear", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "more"), [*((name, "", {}) for name in READ), *SCALED])
 @torch.no_grad()
-def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_path, monkeypatch):
+def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, kind, more, tmp_path, monkeypatch):
     """Nothing that lies beside it, or of its name in the working directory, is read instead."""
     fields = {"vocab_size": 300, **IN_LLAMA_CPP[name], **READ[name]}
+    if kind:
+        angles = {"rope_type": kind, "rope_theta": 100.0, **ANGLES[kind], **more}
+        in_window = {"rope_type": "default", "rope_theta": 1e4}
+        of_gemma = {"full_attention": angles, "sliding_attention": in_window}
+        fields["rope_parameters"] = of_gemma if name == "gemma3_text" else angles
     folder = package(tmp_path / "package", {"architecture": name, **fields})
     words = train_bpe(["some words of a text, and some more words"], 300)
     words.save_pretrained(folder)
@@ -158,6 +172,7 @@ def test_a_file_that_we_write_is_read_as_the_same_model_and_tokenizer(name, tmp_
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = read_config(tmp_path, "model.gguf")
     assert (config.model_type, config.vocab_size) == ("llama" if name == "mistral" else name, fields["vocab_size"])
+    assert kind in ("", *rope_types(config))
     assert check_gguf_file(skeleton(config), tmp_path / "model.gguf", "refuse") == ([], [])
     ids, (frozen, written, _) = torch.arange(5, 45)[None], read_package(folder)
     wanted = plain_model(frozen, written, families()[name].name)(ids).logits
@@ -248,12 +263,23 @@ def test_without_its_packages_a_file_is_refused(tmp_path, monkeypatch, package):
         (
             {
                 "settings": [
-                    ("llama.rope.scaling.type", "string", "linear"),
+                    ("llama.rope.scaling.type", "string", "longrope"),
                     ("llama.rope.scaling.factor", "float32", 2.0),
                 ]
             },
-            "says that rope.scaling.type is linear, which transformers does not read",
+            "says that rope.scaling.type is longrope, and angles are read that are plain, linear or yarn alone",
         ),
+        (
+            {
+                "settings": [
+                    ("llama.rope.scaling.type", "string", "yarn"),
+                    ("llama.rope.scaling.factor", "float32", 2.0),
+                    ("llama.rope.scaling.yarn_beta_fast", "float32", 16.0),
+                ]
+            },
+            "says that rope.scaling.type is yarn, and angles are read that are plain",
+        ),
+        ({"settings": [("llama.rope.scale_linear", "float32", 2.0)]}, "says that rope.scale_linear is 2.0, and angles"),
         ({"settings": [("llama.attention.sliding_window", "uint32", 8)]}, "says that attention.sliding_window is 8"),
         ({"settings": [("llama.attention.key_length", "uint32", 32)]}, "says that attention.key_length is 32"),
     ],
