@@ -166,7 +166,9 @@ def export(
     data: Annotated[
         str | None, typer.Option(help="Text to verify on, as data.source; without it the model samples some.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime that verifies.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of the runtime that verifies, in each of its two ways.")
+    ] = 1,
 ) -> dict[str, Any]:
     """Write a packed model in another format, run it there, and keep it only if it computes the same.
 
