@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 
@@ -163,13 +164,35 @@ def test_the_head_is_on_demand_and_computes_nothing_while_workers_are_spot() -> 
 
 
 def test_a_job_waits_in_kueues_queue_with_a_cluster_of_its_own() -> None:
-    (job,) = of_kind("spot-gpu", "RayJob")
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ml-team"
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "batch"
-    assert job["spec"]["shutdownAfterJobFinishes"]
-    cluster = job["spec"]["rayClusterSpec"]
-    assert not cluster["enableInTreeAutoscaling"]
-    assert [(g["groupName"], g["replicas"]) for g in cluster["workerGroupSpecs"]] == [("gpu", 4)]
+    nodes = {}
+    for job in of_kind("spot-gpu", "RayJob"):
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "ml-team"
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "batch"
+        assert job["spec"]["shutdownAfterJobFinishes"]
+        cluster = job["spec"]["rayClusterSpec"]
+        assert not cluster["enableInTreeAutoscaling"]
+        nodes[job["spec"]["entrypoint"]] = [(g["groupName"], g["replicas"]) for g in cluster["workerGroupSpecs"]]
+    assert nodes == {
+        'bitmill compress /etc/bitmill/chat.yaml "--bits" "2-2-8"': [("gpu", 1)],
+        "bitmill sweep /etc/bitmill/chat.yaml": [("gpu", 4)],
+    }
+
+
+def test_a_head_that_is_gone_is_missed_where_there_should_be_one() -> None:
+    def heads(*options: str) -> list[str]:
+        made = filter(None, yaml.safe_load_all(rendered("--set", "monitoring.enabled=true", *options).stdout))
+        (found,) = (document["spec"]["groups"] for document in made if document["kind"] == "PrometheusRule")
+        assert [rule for group in found for rule in group["rules"] if rule["alert"] == "BitmillNoTick"]
+        return [rule["expr"] for group in found for rule in group["rules"] if rule["alert"] == "BitmillHeadLost"]
+
+    assert heads("--set", "cluster.enabled=false") == []
+    (expression,) = heads()
+    absent = promql_parser.parse(expression)
+    assert absent.func.name == "absent"  # of a pod that is gone there is no series
+    (ready,) = absent.args
+    assert (str(ready.op), ready.rhs.val) == ("==", 1)
+    matchers = {matcher.name: matcher.value for matcher in ready.lhs.matchers.matchers}
+    assert matchers == {"condition": "true", "namespace": "ml", "pod": "prod-head-.*"}
 
 
 def test_ticks_never_overlap_and_do_not_pile_up() -> None:
