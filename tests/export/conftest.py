@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from tests.conftest import Ran
 
-collect_ignore = [] if os.environ.get("BITMILL_VLLM_PYTHON") else ["test_vllm.py"]  # for a Python of its own
 SOURCES: dict[str, dict[str, Any]] = {
     "gpt2": {"architecture": "gpt2", "n_layer": 2, "n_embd": 256, "n_head": 4, "n_positions": 80},
     "llama": {
