@@ -20,6 +20,7 @@ from rich.text import Text
 
 from jobs.log import lines_of
 from pipeline.errors import ConfigError
+from pipeline.execution.gauges import KEY_CHARACTERS
 from pipeline.store.lease import Owner
 from pipeline.store.records import Point
 
@@ -57,6 +58,7 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console, self._lines = console, lines_of(console)
+        self._keys: dict[str, str] = {}
         self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._printed: dict[str, int] = {}
@@ -88,6 +90,10 @@ class Display:
         yield partial(self.advanced, name, note="")
         self.finished(name, "done", time.perf_counter() - begun)
 
+    def named(self, stage: str, key: str) -> None:
+        """Have each object of a log name the stage's step, as gauges do."""
+        self._keys[stage] = key[:KEY_CHARACTERS]
+
     def started(self, stage: str) -> None:
         """Show a bar for the stage, or a line."""
         self._task(stage)
@@ -117,7 +123,7 @@ class Display:
                 if (now := time.perf_counter()) - self._pointed.get(stage, -POINTS_S) < POINTS_S:
                     continue
                 self._pointed[stage] = now
-            self._lines.tell("measured", stage=stage, **point)
+            self._lines.tell("measured", stage=stage, key=self._keys.get(stage), **point)
 
     def finished(self, stage: str, status: str, seconds: float) -> None:
         """Show that the stage is done or was reused."""
@@ -134,7 +140,7 @@ class Display:
         if self._lines is None:
             self.console.print(f"{stage}: {told}")
         else:
-            self._lines.tell("waiting", stage=stage, message=told)
+            self._lines.tell("waiting", stage=stage, key=self._keys.get(stage), message=told)
 
     def _task(self, stage: str) -> TaskID:
         if stage not in self._tasks:
@@ -145,7 +151,7 @@ class Display:
         """Print a line where bars are not drawn."""
         if self._lines is not None:
             self._spoke = time.perf_counter()
-            self._lines.tell(event, stage=stage, message=text, **facts)
+            self._lines.tell(event, stage=stage, key=self._keys.get(stage), message=text, **facts)
         elif self._progress.disable:
             self._spoke = time.perf_counter()
             elapsed = self._spoke - self._begun

@@ -10,7 +10,8 @@ from rich.console import Console
 
 TEXT, JSON = "text", "json"
 LOG_FORMATS = (TEXT, JSON)
-FIELDS = ("time", "run", "stage", "event", "step", "loss", "message")  # that every line has, null where there is none
+# What every line has, null where there is none; `key` is the first characters of the step's, as gauges have it.
+FIELDS = ("time", "run", "stage", "key", "event", "step", "loss", "message")
 
 
 class JsonLines:

@@ -194,6 +194,10 @@ class Recorder:
     owners: list[Owner] = field(default_factory=list)
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     points: list[tuple[str, Point]] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def named(self, stage: str, key: str) -> None:
+        self.keys[stage] = key
 
     def started(self, stage: str) -> None:
         self.events.append(("started", stage))

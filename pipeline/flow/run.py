@@ -77,6 +77,7 @@ class _Runner:
         """Load or run every step in order."""
         for step in self.plan.steps:
             start = time.perf_counter()
+            self.listener.named(step.name, step.key)
             record, status = step.record, "reused"
             if record is None:
                 self.listener.started(step.name)

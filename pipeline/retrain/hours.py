@@ -101,6 +101,9 @@ class _Counting:
     def __init__(self, listener: Listener, hours: WorkerHours) -> None:
         self._listener, self._hours = listener, hours
 
+    def named(self, stage: str, key: str) -> None:
+        self._listener.named(stage, key)
+
     def started(self, stage: str) -> None:
         self._hours.run(stage)
         self._listener.started(stage)

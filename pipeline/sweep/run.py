@@ -167,6 +167,8 @@ def run_sweep(planned: SweepPlan, listener: Listener, wait: bool = True) -> Swee
     runs.connect(parent.uri)
     outbox = Outbox(outbox_folder(planned.config.resources))
     engine = Engine(planned.config.resources)
+    for name in ("sweep", TRIALS):
+        listener.named(name, planned.key)
     try:
         with planned.step_dir.hold(wait, lambda owner: listener.waiting("sweep", owner)) as step_dir, outbox:
             curves = MlflowListener(listener, outbox, parent)

@@ -12,6 +12,9 @@ from pipeline.store.records import Point
 class Listener(Protocol):
     """A listener is told how the run goes."""
 
+    def named(self, stage: str, key: str) -> None:
+        """Hear the key of a stage's step, before anything else of it."""
+
     def started(self, stage: str) -> None:
         """Hear that a stage begins."""
 
@@ -31,6 +34,7 @@ class Listener(Protocol):
 class SilentListener:
     """A listener that says nothing."""
 
+    def named(self, stage: str, key: str) -> None: ...
     def started(self, stage: str) -> None: ...
     def advanced(self, stage: str, done: int, total: int, note: str) -> None: ...
     def measured(self, stage: str, points: Sequence[Point]) -> None: ...

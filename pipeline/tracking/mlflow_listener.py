@@ -20,7 +20,8 @@ class MlflowListener:
 
     def __init__(self, listener: Listener, outbox: Outbox, target: Target) -> None:
         self._listener, self._outbox, self._target = listener, outbox, target
-        self.advanced, self.finished, self.waiting = listener.advanced, listener.finished, listener.waiting
+        self.named, self.waiting = listener.named, listener.waiting
+        self.advanced, self.finished = listener.advanced, listener.finished
 
     def started(self, stage: str) -> None:
         if stage == "register":  # which completes the curves, so that nothing may come after it

@@ -157,6 +157,9 @@ class Releasing:
     def __init__(self, release):
         self.release, self.owners, self.statuses = release, [], {}
 
+    def named(self, stage, key):
+        pass
+
     def started(self, stage):
         pass
 

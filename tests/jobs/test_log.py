@@ -34,9 +34,11 @@ def written(tiny_config, tmp_path):
 
 def test_a_run_is_told_as_objects(written, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    said = CliRunner().invoke(app, ["compress", written, "--until", "finetune", "--log-format", "json"])
+    command = ["compress", written, "--until", "finetune", "--log-format", "json", "--json"]
+    said = CliRunner().invoke(app, command)
     assert said.exit_code == 0, said.stderr
     told = lines(said.stderr)
+    steps = {stage["stage"]: stage["key"] for stage in json.loads(said.stdout)["stages"]}
     name = yaml.safe_load(Path(written).read_text())["name"]
     assert {line["run"] for line in told} == {name}
     assert ("finetune", "started") in {(line["stage"], line["event"]) for line in told}
@@ -44,6 +46,10 @@ def test_a_run_is_told_as_objects(written, monkeypatch):
     assert losses
     assert all(line["stage"] == "finetune" and line["step"] > 0 for line in losses)
     assert [line["status"] for line in told if line["event"] == "finished"] == ["done", "done"]
+    again = lines(CliRunner().invoke(app, command).stderr)
+    assert [line["status"] for line in again if line["event"] == "finished"] == ["reused", "reused"]
+    named = [line for line in told + again if line["stage"] is not None]
+    assert {(line["stage"], line["key"]) for line in named} == {(name, key[:12]) for name, key in steps.items()}
 
 
 def test_the_variable_sets_it_and_an_error_is_an_object_too(monkeypatch):
@@ -66,11 +72,13 @@ def test_another_format_is_refused():
 def test_validations_are_told_always_and_losses_now_and_then(capsys, monkeypatch):
     monkeypatch.setattr("jobs.display.POINTS_S", float("inf"))
     with Display(open_console(JSON)) as display:
+        display.named("distill", "0123456789abcdef")
         display.measured("distill", [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.5}])
         display.measured("distill", [{"step": 2.0, "validation_nats": 1.25}])
         display.waiting("pack", Owner.this_process())
     loss, validation, waiting = lines(capsys.readouterr().err)
     assert (loss["step"], loss["loss"], validation["validation_nats"]) == (1.0, 2.0, 1.25)
+    assert loss["key"] == validation["key"] == "0123456789ab"
     assert (waiting["event"], waiting["stage"]) == ("waiting", "pack")
 
 
