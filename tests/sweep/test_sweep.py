@@ -74,6 +74,13 @@ def test_shared_steps_are_made_once_and_the_rest_for_each_trial(swept):
         assert len(steps_in(folder, stage)) == 3
 
 
+def test_the_queue_is_told_as_it_empties(swept):
+    points = [point for stage, point in swept[3].points if stage == "trials"]
+    queue = [(point["step"], point["trials_running"], point["trials_waiting"]) for point in points]
+    assert (queue[0], queue[-1]) == ((0, 1, 2), (3, 0, 0))
+    assert all(sum(counts) == 3 for counts in queue)
+
+
 def test_a_trial_has_the_keys_and_results_that_compress_gives(swept, run_flow, tiny_config):
     folder, config, found, _ = swept
     compressed = run_flow(tiny_config(folder, quant={"bits": "4-4-8"}))

@@ -187,6 +187,8 @@ def test_the_table_stands_beside_ours(finished, tiny_config, cloned, monkeypatch
     assert document["rate"] == {"one": 2e-3, "other": 2e-3}
     assert [(row["method"], row["bits"]) for row in document["rows"]] == [*few, (paper.ROUNDING, "2-2-8")]
     shown = console.file.getvalue()
+    assert " s] table: started" in shown  # and each student that follows
+    assert re.search(r" s\] table: [1-9]\d*/", shown)
     for row in document["rows"]:
         cells = few.get((row["method"], row["bits"]), ())
         expected = {name: c for name, c in zip(TABLES["1"].columns, cells, strict=False) if not math.isnan(c.value)}

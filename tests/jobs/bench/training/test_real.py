@@ -53,6 +53,7 @@ def ran(made: Path) -> tuple[dict[str, Any], Path]:
     text = ("--text", str(made / "text.jsonl"), "--block-length", "16", "--only", ROW)
     shown = bench(made, out, *text, "--set", "distill.muon_lr=0.01")
     assert shown.exit_code == 0, shown.stderr
+    assert shown.stderr.index(f"{ROW} ...") < shown.stderr.index(f"{ROW}: ")
     return json.loads(shown.stdout), out
 
 
