@@ -89,5 +89,7 @@ def test_what_was_measured_is_within_the_limits_and_is_what_the_readme_says() ->
     assert f"takes {grown[0]} times the seconds of one of the smallest in `tokenize` and {grown[1]}" in README
     assert f"`gc` finds {large['garbage']:,} steps" in README
     assert f"the sweep has {large['trials']:,} trials" in README
-    assert f"{large['deleted']} steps took {large['delete']['cpu_s']:.1f} s" in README
+    assert f"`delete` is of {large['deleted']} steps" in README
+    memory = [f"{document['growth'][stage]['memory']:.2f}" for stage in STAGES]
+    assert f"memory is\n{memory[0]} and {memory[1]} times as much" in README
     assert all(large[name]["cpu_s"] <= limit for name, limit in LIMITS_S.items())
