@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+from jobs.bench.chaos.storm import FIRST
 from jobs.bench.claims import Claim
 from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
@@ -280,8 +281,12 @@ def test_parts_of_presets_are_worth_what_was_measured():
 def test_a_storm_is_told_as_it_was():
     document = json.loads((RESULTS / "chaos.json").read_text(encoding="utf-8"))
     failed = document["failed_requests"]
+
+    def where(kind: str) -> str:
+        return ", ".join(dict.fromkeys(one["stage"] for one in document["stages"] if one["strike"] == kind))
+
     assert table(BENCH, "struck least so far") == [
-        f"| {kind} | {times} | {failed.get(kind, '')} |".replace("|  |", "| |")
+        f"| {kind} | {times} | {failed.get(kind, '')} | {where(kind)} |".replace("|  |", "| |").replace("|  |", "| |")
         for kind, times in document["strikes"].items()
     ]
     runs = document["runs"]
@@ -289,6 +294,8 @@ def test_a_storm_is_told_as_it_was():
     assert document["left"] == []
     again = [again for run in runs for again in run["again"]]
     assert all(begun["resumed"] >= begun["checkpoint"] for begun in again)
+    assert any(begun["stage"] == "distill" and begun["checkpoint"] > 0 for begun in again)
+    assert set(FIRST) <= set(document["strikes"])
     seconds, commands = sum(run["seconds"] for run in runs), sum(run["commands"] for run in runs)
     said = f"{seconds:.0f} s: the command was given {commands} times, and training began again {len(again)} times"
     assert said in " ".join(BENCH.split())
