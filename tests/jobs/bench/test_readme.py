@@ -117,6 +117,21 @@ def test_steps_on_a_gpu_took_what_was_measured():
     assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
 
 
+def test_stages_on_a_cpu_took_what_was_measured():
+    document = json.loads((RESULTS / "train-cpu.json").read_text(encoding="utf-8"))
+    said = " ".join(BENCH.split())
+    stages = [document[stage]["speed"] for stage in ("tokenize", "evaluate", "pack")]
+    assert "has {:.2f} of the speed of `encode_batch`, `evaluate` {:.2f} of that of plain".format(*stages[:2]) in said
+    assert f"`pack` {stages[2]:.2f} of that of a copy" in said
+    for measured, least in zip(stages, (0.85, 0.9, 1 / 3), strict=True):
+        assert measured >= least
+    muon = document["Newton-Schulz"]
+    assert "takes {bf16_avx2_ms:.1f} ms in bf16 and {fp32_avx2_ms:.1f} ms in fp32 with AVX2".format(**muon) in said
+    assert "and {bf16_ms:.1f} and {fp32_ms:.1f} ms with all".format(**muon) in said
+    assert muon["of_fp32_avx2"] > 10  # which a CPU takes that lacks units for bf16
+    assert f"costs {document['fake-quantization']['of_torchao']:.2f} times torchao's" in said
+
+
 @pytest.mark.parametrize(
     ("begins", "name"),
     [("The GPT-2 at", "quickstart"), ("The Llama at", "stories260K"), ("The third teacher", "wikitext2")],
