@@ -322,6 +322,7 @@ def open_server(file: Path, threads: int) -> Any:
     # exact keys and values: only weights and activations are to differ from the package's
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.swa_full = True  # else the server takes up checkpoints of windows that another text left
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError) as error:
