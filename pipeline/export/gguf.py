@@ -122,8 +122,8 @@ def _window(numbers: Numbers) -> int:
 
 
 def write(package: Path, out: Path, widened: bool = False) -> list[str]:
-    """Write `out`/model.gguf; return what is not held as codes. With `widened` every tensor is in fp32, with the values
-    that it would have else. Raises as `check` and `write_vocabulary` do."""
+    """Write `out`/model.gguf; return notes of what is not as in the package. With `widened` every tensor is in fp32,
+    with the values that it would have else. Raises as `check` and `write_vocabulary` do."""
     frozen, config, _ = read_package(package)
     check(config)
     writer = (_Widening if widened else GGUFWriter)(out / FILE, _described(config)[0].architecture)

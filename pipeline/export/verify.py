@@ -170,7 +170,7 @@ def floors_as_it_runs(rounding: Comparison, tokens: int) -> Floors:
     """Return the floors of a runtime that rounds activations, for a package whose own rounding costs that much, and
     perplexities of so many tokens: log(their ratio) is a mean over these of what varies by twice its KL where that is
     small."""
-    allowed = min(rounding.kl_nats, MAX_ROUNDING_NATS)
+    allowed = max(0.0, min(rounding.kl_nats, MAX_ROUNDING_NATS))
     return Floors(
         max_kl_nats=MAX_KL_NATS + allowed,
         least_agreement=LEAST_AGREEMENT_ROUNDED,

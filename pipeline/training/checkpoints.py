@@ -40,10 +40,10 @@ class Progress:
 
     def exploded(self, vocabulary: int) -> int:
         """Count the newest validations in a row that are worse, by a nat, than guessing among all tokens, and than the
-        student was that training started from."""
-        scored = [(point["step"], point["validation_nats"]) for point in self.history if "validation_nats" in point]
-        worst = max([math.log(vocabulary), *(nats for step, nats in scored if step == 0)]) + 1
-        return next((count for count, (_, nats) in enumerate(reversed(scored)) if nats <= worst), len(scored))
+        first one was."""
+        scored = [point["validation_nats"] for point in self.history if "validation_nats" in point]
+        worst = max([math.log(vocabulary), *scored[:1]]) + 1
+        return next((count for count, nats in enumerate(reversed(scored)) if nats <= worst), len(scored))
 
 
 class CheckpointWriter:

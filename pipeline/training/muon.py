@@ -19,8 +19,8 @@ class StackedMuon(torch.optim.Muon):
     few operations: those of one shape, or of its transpose, are orthogonalised as one stack. Where workers share
     matrices out each keeps its parts of the averages, and all orthogonalise what is gathered of a stack at a time.
 
-    On GPUs in bf16, as torch does; on CPUs in fp32: one that has no units for bf16 emulates it, at 16 to 27 times the
-    time, and what is emulated differs from what is not.
+    On GPUs in bf16, as torch does; on CPUs in fp32: one that has no units for bf16 emulates it, some 16 times as
+    long, and what is emulated differs from what is not.
     """
 
     @torch.no_grad()

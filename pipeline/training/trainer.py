@@ -345,7 +345,7 @@ class Trainer:
         if (validations := progress.exploded(self.vocabulary)) >= EXPLODED:
             self._stop(
                 f"The validation loss is {nats:.2f} at step {step}, {validations} times in a row worse than that of a "
-                "guess among all tokens, and than at the start"
+                "guess among all tokens, and than the first one was"
             )
         if nats < progress.best_nats:
             progress.best_step, progress.best_nats = step, nats

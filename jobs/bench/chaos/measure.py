@@ -69,6 +69,10 @@ def _compared(
     runs: list[dict[str, Any]] = []
     storm = Storm(cluster, proxy, open_objects(_resources(folder, STORM).storage_uri), faults, seed)
     while not storm.over:
+        if len(runs) > faults:
+            raise RunError(
+                f"No {' and no '.join(storm.missing)} in {len(runs)} runs: stages end before they can be struck."
+            )
         command, begun = _command(folder, out, STORM, len(runs), cluster), time.monotonic()
         _see_through(command, storm, faults, console)
         runs.append(_run(folder, STORM, command) | {"seconds": round(time.monotonic() - begun, 1)})

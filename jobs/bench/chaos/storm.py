@@ -43,7 +43,7 @@ class Storm:
         """Wait some seconds and do harm of one kind; return the kind, or None if there was nothing to do it to."""
         self._cluster.mend()
         kind = self._draw_kind(command)
-        wait = self._draw.uniform(*(SOON_S if kind is None or kind in self._missing else BETWEEN_S))
+        wait = self._draw.uniform(*(SOON_S if kind is None or kind in self.missing else BETWEEN_S))
         if kind is None:
             time.sleep(wait)
             return None
@@ -64,7 +64,8 @@ class Storm:
         return self.strikes.total() >= self._faults
 
     @property
-    def _missing(self) -> list[str]:
+    def missing(self) -> list[str]:
+        """Return the kinds of `FIRST` that did not strike yet."""
         return [kind for kind in FIRST if not self.strikes[kind]]
 
     def _draw_kind(self, command: Command) -> str | None:
@@ -80,7 +81,7 @@ class Storm:
         early = [] if "distill" in newest else ["training worker killed"]
         idle = [] if progress.stage in ON_ACTORS else ["actor killed"]  # that of a stage which is done
         kinds = [kind for kind in kinds if kind not in (*early, *idle)]
-        missing = self._missing
+        missing = self.missing
         kept = self.strikes.total() >= self._faults - len(missing)
         kinds = [kind for kind in kinds if kind in missing] or ([] if missing and kept else kinds)
         if not kinds:
