@@ -1,8 +1,6 @@
 # Everything runs in .venv, which is made on first use with the versions in constraints.txt.
 PYTHON ?= python3.11
 BIN := .venv/bin
-# Clusters of the tests wait half of their time, so one process more than there are cores, but no more than four.
-PROCESSES := $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
 
 .PHONY: demo demo-retrain test check soak install clean
 demo: .venv/demo
@@ -13,7 +11,7 @@ demo-retrain: .venv/demo
 	$(BIN)/python -m jobs.schedule.demo
 
 test: check
-	$(BIN)/python -m pytest tests -m "not soak" --verbose --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not soak" --verbose --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/test
 	$(BIN)/python -m pytest tests -m soak

@@ -68,6 +68,8 @@ def test_growth_is_that_of_the_largest_over_the_smallest() -> None:
     measured = ((1, 2, 50), (10, 22, 55))
     rows = [{"stage": s, "mib": m, "cpu_s": t, "idle_mib": 25, "peak_mib": p} for s in STAGES for m, t, p in measured]
     assert growth(rows) == {stage: {"time": 1.1, "memory": 1.2} for stage in STAGES}
+    none = [row | {"peak_mib": row["idle_mib"]} for row in rows]
+    assert growth(none) == {stage: {"time": 1.1, "memory": 1.0} for stage in STAGES}
 
 
 def test_what_was_measured_is_within_the_limits_and_is_what_the_readme_says() -> None:
