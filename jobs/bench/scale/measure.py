@@ -31,6 +31,7 @@ from pipeline.flow.plan import plan_run
 from pipeline.flow.run import run_plan
 from pipeline.provenance import provenance
 from pipeline.retrain.gc import Collector
+from pipeline.sources.content import ContentMemo
 from pipeline.store.lease import LEASE
 from pipeline.store.locations import tracking_uri
 from pipeline.store.step_store import RECORD
@@ -47,6 +48,7 @@ MOST_MEMORY, MOST_TIME = 1.20, 1.15  # of ten times the text: of the memory of o
 LEAST_MIB = 1.0  # of a stage's own: a small one may find all that it needs let go before
 # Of the CPU, with 100,000 objects and 20,000 versions
 LIMITS_S = {"plan": 1.0, "sweep": 30.0, "lookup": 30.0, "gc": 45.0, "delete": 45.0}
+FILES_S = 120.0  # of the CPU, to learn what 100,000 files hold
 DELETED = 32  # steps, in one go
 CLONED = ("runs", "model_versions", "model_version_tags", "logged_models", "logged_model_tags", "logged_model_metrics")
 
@@ -74,7 +76,10 @@ def measure(
             stages += _stages(Path(folder) / str(times), times * mib, run)
         console.print(f"a store of {objects:,} objects and a registry of {versions:,} versions")
         large = run(_large, Path(folder) / "large", objects, versions)
+        console.print(f"the contents of {objects:,} files, twice")
+        files = run(pinned, Path(folder) / "files", objects)
         document = {"provenance": provenance(), "stages": stages, "growth": growth(stages), "large": large}
+        document["files"] = files
         (out / "scale.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         figure(stages).savefig(out / "scale.png", dpi=120)  # before so many files are cleared away
     print_table(console, HEADER, map(cells, stages))
@@ -89,6 +94,8 @@ def measure(
         f"a sweep of {large['trials']:,} trials"
     )
     print_table(console, ("asked", "CPU, s", "limit, s"), asked)
+    seconds = f"{files['first_s']:.1f} s of the CPU, {FILES_S:g} are too many, and again {files['again_s']:.1f}"
+    console.print(f"what {files['files']:,} files hold is learned in {seconds}")
     return document
 
 
@@ -188,6 +195,21 @@ def _stages_up_to(until: str, fields: dict[str, Any]) -> dict[str, dict[str, flo
     outcome = run_plan(plan_run(Config.model_validate(fields), until), gauge)
     rows = sum(split.rows for split in outcome.steps["tokenize"].record.splits.values())
     return {stage: {"rows": rows, **took} for stage, took in gauge.measured_stages.items()}
+
+
+def pinned(folder: Path, files: int) -> dict[str, float]:
+    """Return the seconds of the CPU in which the contents of so many files are learned, and told again."""
+    folder.mkdir()
+    paths = [folder / f"{number}.txt" for number in range(files)]
+    for number, path in enumerate(paths):
+        path.write_text(f"{number}\n")
+    given: dict[str, float] = {"files": files}
+    for name in ("first_s", "again_s"):
+        memo, begun = ContentMemo(str(folder / "memo")), time.process_time()
+        for path in paths:
+            memo.sha256(path)
+        given[name] = time.process_time() - begun
+    return given
 
 
 def _large(folder: Path, objects: int, versions: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def orthogonalising(rounds: int) -> dict[str, float]:
     given: dict[str, float] = {}
     for suffix, environment in (("", {}), ("_avx2", AVX2_ALONE)):
         command = [sys.executable, "-m", __name__, str(rounds)]
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
         times = json.loads(done.stdout)
         given |= {f"{dtype}{suffix}_ms": 1e3 * seconds for dtype, seconds in times.items()}
         given[f"of_fp32{suffix}"] = times["bf16"] / times["fp32"]

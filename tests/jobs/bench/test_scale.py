@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from jobs.bench.chaos.processes import start
-from jobs.bench.scale.measure import LIMITS_S, MOST_MEMORY, MOST_TIME, STAGES, TIMES, cells, growth, measure
+from jobs.bench.scale.measure import FILES_S, LIMITS_S, MOST_MEMORY, MOST_TIME, STAGES, TIMES, cells, growth, measure
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "jobs" / "bench" / "results" / "scale.json"
@@ -37,6 +37,7 @@ def test_all_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
     assert large["versions"] == large["found"] == 40
     assert large["left"] == 0
     assert large["trials"] == 1000
+    assert document["files"]["files"] == 300
     assert large["garbage"] >= large["deleted"] > 20
     assert all(large[name]["cpu_s"] > 0 for name in LIMITS_S)
     assert "40 versions" in console.file.getvalue()
@@ -83,6 +84,13 @@ def test_what_was_measured_is_within_the_limits_and_is_what_the_readme_says() ->
     assert large["objects"] >= 100_000
     assert large["versions"] >= 20_000
     assert large["trials"] >= 1000
+    files = document["files"]
+    assert files["files"] >= 100_000
+    assert files["first_s"] <= FILES_S
+    assert (
+        f"of 100,000 files are learned in {files['first_s']:.0f} s of the CPU, and told again in {files['again_s']:.0f}"
+        in README
+    )
     lines = [cells(row) for row in stages]
     lines += [(name, f"{large[name]['cpu_s']:.2f}", f"{limit:g}") for name, limit in LIMITS_S.items()]
     for line in lines:
