@@ -34,6 +34,7 @@ from pipeline.execution.ray_tune import LOSS, STEP, run_trials
 from pipeline.store.lease import Lease, Owner
 from pipeline.store.locations import tracking_uri
 from pipeline.store.objects import open_objects
+from pipeline.store.records import Student
 from pipeline.store.step_store import StepDir
 from pipeline.sweep.run import SweepResult, plan_sweep, run_sweep
 from pipeline.tracking import runs
@@ -320,30 +321,36 @@ def check(project: Project, document: dict[str, Any], undisturbed: SweepResult) 
     assert not list(project.root.glob("store/sweep/*/*/attempt"))
 
 
-def started_and_met_in_training(project: Project, seed: int, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Give the command; return it some time after its first trial has a checkpoint."""
-    driver = project.start(environment)
-    project.until(lambda: any(project.root.glob("store/distill/*/*/attempt/*checkpoint*")), driver)
-    end = time.monotonic() + random.Random(seed).uniform(0, 3)
-    project.until(lambda: time.monotonic() > end, driver)
-    assert driver.poll() is None, "it ended before it could be met"
-    return driver
+@contextlib.contextmanager
+def met_in_training(project: Project, seed: int, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Give the command; yield it some time after its first trial has a checkpoint. Its last trial cannot end in the
+    block, where somebody else holds its training."""
+    config = Config.model_validate(yaml.safe_load(project.path.read_text()))
+    (last,) = (trial for trial in plan_sweep(config).known if trial.values["quant.bits"] == BITS[-1])
+    with last.plan.step(Student).dir.hold(False, print):
+        driver = project.start(environment)
+        checkpoints = "store/distill/*/*/attempt/*checkpoint*"
+        project.until(lambda: bool(project.trials()) or any(project.root.glob(checkpoints)), driver)
+        end = time.monotonic() + random.Random(seed).uniform(0, 3)
+        project.until(lambda: time.monotonic() > end, driver)
+        assert driver.poll() is None, (project.root / "stderr").read_text()[-3000:]
+        yield driver
+        driver.wait()
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_a_killed_driver_then_the_same_command(project: Project, undisturbed: SweepResult, seed: int) -> None:
-    driver = started_and_met_in_training(project, seed, {})
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    with met_in_training(project, seed, {}) as driver:
+        os.kill(driver.pid, signal.SIGKILL)
     check(project, project.finish(), undisturbed)
 
 
 def test_a_killed_head_then_a_new_one_and_the_same_command(project: Project, undisturbed: SweepResult) -> None:
     with Cluster(2) as cluster:
-        driver = started_and_met_in_training(project, 1, cluster.variables)
-        cluster.kill_head()
-        project.until(lambda: False, driver)
+        with met_in_training(project, 1, cluster.variables) as driver:
+            cluster.kill_head()
+            project.until(lambda: False, driver)
         assert driver.returncode == 1
         assert len(project.trials()) < len(BITS)
         cluster.begin()
