@@ -3,11 +3,15 @@ computed in fp32 and summed in fp64, so that the grouping of a batch does not sh
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distill.negatives import Negatives
+
+SHORTEST = 1e-12  # length that states are divided by
 
 
 def target_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,15 +55,39 @@ def contrastive_loss(
         negatives: those of all rows.
         temperature: tau.
     """
-    query, positives = (F.normalize(states.float(), dim=-1) for states in (query, teacher))
-    pool = positives if negatives.pool is teacher else F.normalize(negatives.pool.float(), dim=-1)
+    query, positives = (directions(states.float()) for states in (query, teacher))
+    pool = positives if negatives.pool is teacher else directions(negatives.pool.float())
     positive = (query * positives).sum(-1, keepdim=True)
     scores = query @ pool.mT
     if negatives.index is not None:
         scores = scores.gather(2, negatives.index)
-    candidates = torch.cat([positive, scores.masked_fill(~negatives.taken, -torch.inf)], dim=-1) / temperature
+    if negatives.taken is not None:
+        scores = scores.masked_fill(~negatives.taken, -torch.inf)
+    candidates = torch.cat([positive, scores], dim=-1) / temperature
     nats = -candidates.log_softmax(-1)[..., 0]
     return (nats * valid).sum(dtype=torch.float64), valid.sum()
+
+
+def directions(states: Tensor) -> Tensor:
+    """Return states over their lengths, along the last axis; zeros stay zeros. With y = x / |x| the gradient is
+    (g - y (y . g)) / |x|, which takes a third of the operations that go through the length's own."""
+    return cast(Tensor, _Directions.apply(states))  # type: ignore[no-untyped-call]
+
+
+class _Directions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_(min=SHORTEST)
+        of_length_one: Tensor = states / lengths
+        ctx.save_for_backward(of_length_one, lengths)
+        return of_length_one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        of_length_one, lengths = ctx.saved_tensors
+        along = (grad * of_length_one).sum(-1, keepdim=True)
+        return torch.addcmul(grad, of_length_one, along, value=-1).div_(lengths)
 
 
 def valid_tokens(lengths: Tensor, width: int) -> Tensor:

@@ -19,19 +19,20 @@ Gather = Callable[[Tensor], list[Tensor]]
 
 
 class MemoryBank:
-    """State (vocabulary, hidden) fp32 and which ids were seen, the same on every worker."""
+    """State (vocabulary, hidden) fp32, on the device, and which ids were seen, on the host; the same on every
+    worker."""
 
     def __init__(self, vocabulary: int, hidden: int, momentum: float, device: torch.device | str = "cpu") -> None:
         self.momentum = momentum
         self.states = torch.zeros(vocabulary, hidden, device=device)
-        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self._seen_on_host = torch.zeros(vocabulary, dtype=torch.bool)
+        self.seen = torch.zeros(vocabulary, dtype=torch.bool)
+        self._weights = torch.zeros(vocabulary, device=device)  # of the bank in a mixture: 0 until an id was seen
         self._added: list[tuple[Tensor, Tensor]] = []  # ids and states of this step
 
     @property
     def seen_ids(self) -> Tensor:
         """Return the ids that were seen, in order, on the host."""
-        return self._seen_on_host.nonzero()[:, 0]
+        return self.seen.nonzero()[:, 0]
 
     def query(self, ids: Tensor, states: Tensor) -> Tensor:
         """Return the queries q (batch, length, hidden) for ids (batch, length) and the student's states."""
@@ -41,7 +42,10 @@ class MemoryBank:
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
         """Add one micro-batch's valid states to the sums of this step; ids and mask (batch, length) are the host's."""
         places = valid.flatten().nonzero()[:, 0]
-        self._added.append((ids.flatten()[places], states.flatten(0, 1)[sent(places, states.device)].float()))
+        ids, states = ids.flatten(), states.flatten(0, 1)
+        if len(places) < len(ids):
+            ids, states = ids[places], states[sent(places, states.device)]
+        self._added.append((ids, states.float()))
 
     @torch.no_grad()
     def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
@@ -63,12 +67,12 @@ class MemoryBank:
         device = self.states.device
         moved, mean = sent(ids, device), sums / sent(counts, device).unsqueeze(1)
         self.states[moved] = self._mixed(moved, mean)
-        self.seen[moved] = True
-        self._seen_on_host[ids] = True
+        self._weights[moved] = self.momentum
+        self.seen[ids] = True
 
     def _mixed(self, ids: Tensor, states: Tensor) -> Tensor:
         """Return the bank's states of ids moved towards others, which stay as they are where an id was not seen."""
-        return torch.lerp(states, self.states[ids], self.momentum * self.seen[ids].unsqueeze(-1))
+        return torch.lerp(states, self.states[ids], self._weights[ids].unsqueeze(-1))
 
     def forget(self) -> None:
         """Forget the sums of a step that is begun again."""
@@ -82,7 +86,7 @@ class MemoryBank:
         """Restore the bank from its `state_dict`."""
         self.states.copy_(state["states"])
         self.seen.copy_(state["seen"])
-        self._seen_on_host.copy_(state["seen"])
+        self._weights.copy_(self.momentum * self.seen)
 
 
 def _summed(rows: Tensor, places: Tensor, count: int) -> Tensor:

@@ -20,12 +20,12 @@ class Negatives:
     """The negatives of the tokens of several sequences.
 
     `pool` is (sequences, candidates, hidden); `index` (sequences, length, negatives) says which of them a token takes,
-    None: all; `taken`, bool (sequences, length or 1, negatives), is false where there is none.
+    None: all; `taken`, bool (sequences, length or 1, negatives), is false where there is none, None: nowhere.
     """
 
     pool: Tensor
     index: Tensor | None
-    taken: Tensor
+    taken: Tensor | None
 
 
 def other_positions(states: Tensor, lengths: Tensor, offsets: Sequence[Tensor]) -> Negatives:
@@ -52,13 +52,17 @@ def pooled(pools: Sequence[Tensor]) -> Negatives:
     return Negatives(padded, None, _taken([len(pool) for pool in pools], padded.device))
 
 
-def _padded(draws: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(draws: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return draws side by side, filled up with zeros, and which are none of these."""
-    return sent(pad_sequence(list(draws), batch_first=True), device), _taken([*map(len, draws)], device)
+    taken = _taken([*map(len, draws)], device)
+    rows = torch.stack(list(draws)) if taken is None else pad_sequence(list(draws), batch_first=True)
+    return sent(rows, device), taken
 
 
-def _taken(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Return the mask (sequences, 1, most) of so many negatives each."""
+def _taken(counts: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return the mask (sequences, 1, most) of so many negatives each; None if all have as many."""
+    if len({*counts}) == 1:
+        return None
     mask = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
     return sent(mask.unsqueeze(1), device)
 

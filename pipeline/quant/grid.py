@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.quant.spec import ActivationRange, Grid, levels
+
+SMALLEST = 1e-30  # of the scales that weights are divided by: no weight over it is infinite
+NOTHING = 1.9e-38  # next to it: what activations are divided by at least; no row is made of this number alone
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -53,7 +57,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, grid: Grid, reach: float = 0.0)
 
 def nearest_codes(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Return the whole-number codes of the nearest levels, in the weight's dtype."""
-    return _codes(weight / nonzero(scale), grid).add_(0.0)
+    return _codes(weight / positive(scale), grid).add_(0.0)
 
 
 def _codes(places: Tensor, grid: Grid) -> Tensor:
@@ -63,39 +67,44 @@ def _codes(places: Tensor, grid: Grid) -> Tensor:
     return rounded.clamp_(grid.low, grid.high)
 
 
-def nonzero(scale: Tensor) -> Tensor:
-    """Return the scale, or 1 where it is 0: a row of zeros (a padding row) must give zeros, not NaN."""
-    return scale + (scale == 0)
+def positive(scale: Tensor) -> Tensor:
+    """Return the scale, or next to nothing where it is 0: a row of zeros (a padding row) must give zeros, not NaN."""
+    return scale.clamp(min=SMALLEST)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:
-        ctx.save_for_backward(weight, scale)  # and no codes, which are sooner computed again than kept for all weights
+        divisor = positive(scale)
+        # And no codes, which are sooner computed again than kept for all weights.
+        ctx.save_for_backward(weight, scale, divisor)
         ctx.grid, ctx.reach = grid, reach
-        return _codes(weight / nonzero(scale), grid).to(scale.dtype).add_(grid.shift).mul_(scale)
+        return _codes(weight / divisor, grid).to(scale.dtype).add_(grid.shift).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        weight, scale = ctx.saved_tensors
+        weight, scale, divisor = ctx.saved_tensors
         grid, everywhere = ctx.grid, math.isinf(ctx.reach)
         inside = _inside(weight, scale, grid, 0.0 if everywhere else ctx.reach)
-        grad_weight = grad if everywhere else grad * inside
-        if not ctx.needs_input_grad[1]:
-            return grad_weight, None, None, None
-        places = weight / nonzero(scale)
-        error = _codes(places, grid).add_(grid.shift).sub_(places.mul_(inside))
-        # A scale of zero stands for a row of zeros, which stays one.
-        return grad_weight, error.mul_(grad).sum_to_size(scale.shape).masked_fill(scale == 0, 0), None, None
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            places = weight / divisor
+            error = _codes(places, grid)
+            if grid.shift:
+                error.add_(grid.shift)
+            of_scale = error.addcmul_(places, inside, value=-1).mul_(grad).sum_to_size(scale.shape)
+            if grid.shift:  # a scale of zero stands for a row of zeros, at no level of this grid, which stays one
+                of_scale.masked_fill_(scale == 0, 0)
+        return grad if everywhere else inside.mul_(grad), of_scale, None, None
 
 
 def _inside(weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:
-    """Tell which weights lie between the outermost levels, or up to `reach` scales beyond them."""
+    """Return 1 for weights between the outermost levels, or up to `reach` scales beyond them, and 0 for others."""
     lowest, highest = grid.low + grid.shift - reach, grid.high + grid.shift + reach
     if lowest == -highest:
-        return weight.abs() < highest * scale
-    return (weight > lowest * scale) & (weight < highest * scale)
+        return weight.abs().lt_(highest * scale)
+    return ((weight > lowest * scale) & (weight < highest * scale)).to(weight.dtype)
 
 
 def fake_quantize_activation(
@@ -115,22 +124,46 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int, symmetric: bool, over: ActivationRange, from_zero: bool) -> Tensor:
         values = x.float()
-        rows = values if over == "token" else values.reshape(1, -1)
-        if symmetric:
-            alpha = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True)
-            quantized = (rows / positive(alpha)).mul_(levels(bits)).round_().div_(levels(bits)).mul_(alpha)
-        else:
-            low, high = torch.aminmax(rows, dim=-1, keepdim=True)
-            low = torch.zeros_like(low) if from_zero else low
-            scale = (high - low) / (2**bits - 1)
-            quantized = (rows - low).div_(positive(scale)).round_().mul_(scale).add_(low)
-        return quantized.reshape(x.shape).to(x.dtype)
+        rows = values.reshape(-1, values.shape[-1] if over == "token" else values.numel())
+        quantized = _around_zero(rows, levels(bits)) if symmetric else _from_low(rows, 2**bits - 1, from_zero)
+        return quantized.view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None, None, None, None
 
 
-def positive(scale: Tensor) -> Tensor:
-    """Return the scale, or next to nothing where it is 0, by which zeros can be divided."""
-    return scale.clamp(min=torch.finfo(torch.float32).tiny)
+def _from_low(rows: Tensor, high: int, from_zero: bool) -> Tensor:
+    """Return rows at the nearest of the levels 0..high over high times each row's range, from its least or zero on."""
+    nothing, zero = (_number(value, rows.device) for value in (NOTHING, 0.0))
+    low = zero if from_zero else rows.amin(1, keepdim=True)
+    above = rows - low
+    scale = torch.add(nothing, above.amax(1, keepdim=True), alpha=1 / high)
+    codes = above.div_(scale).round_()  # in place: a CPU takes longer for memory than for this
+    return torch.addcmul(low, codes, scale, out=codes)
+
+
+def _around_zero(rows: Tensor, high: int) -> Tensor:
+    """Return rows at the nearest of the levels -high..high over high times each row's largest magnitude.
+
+    Compilers, which join operations, are given it plainly. Without one each costs, and this has the same bits in four:
+    a distance from next to nothing is the magnitude, and not zero; 1.5 * 2^23 has no bits beside it for a fraction, so
+    that adding it rounds.
+    """
+    if torch.compiler.is_compiling():
+        most = rows.abs().amax(1, keepdim=True).clamp(min=NOTHING)
+        return (rows * high / most).round() * (1 / high) * most
+    nothing, rounds, zero = (_number(value, rows.device) for value in (NOTHING, 1.5 * 2**23, 0.0))
+    most = torch.cdist(rows, nothing.expand(1, rows.shape[1]), p=math.inf)
+    codes = torch.addcdiv(rounds, rows, most, value=high).sub_(rounds)
+    return torch.addcmul(zero, codes, most, value=1 / high, out=codes)
+
+
+def _number(value: float, device: torch.device) -> Tensor:
+    """Return a number as operations on tensors alone take it."""
+    return torch.full((), value, device=device) if torch.compiler.is_compiling() else _kept_number(value, device)
+
+
+@cache
+def _kept_number(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, device=device)

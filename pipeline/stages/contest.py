@@ -53,7 +53,7 @@ def against(digest: str, package_uri: str, tokens_key: str, batch: int | None) -
         recipe,
         run,
         locations=lambda run: {"package_uri": package_uri},
-        version=4,
+        version=5,
         unit="parts",
     )
 

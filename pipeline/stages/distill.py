@@ -59,7 +59,7 @@ def run(step: Step) -> Student:
     return Student(**step.identity(), family=teacher.family, parameters=teacher.parameters, **result)
 
 
-STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=5, unit="steps")
+STAGE = Stage(Student, always(Tokens, Teacher, TeacherCache), recipe, run, locations, version=6, unit="steps")
 
 
 def _train(job: StepJob, device: torch.device, report: Advance, ending: Callable[[], bool] = never) -> None:

@@ -131,7 +131,7 @@ def measured(job: StepJob, suite: str) -> dict[str, Any]:
     return generated.measure(student, teacher, job.task, batch, counts, at_once)
 
 
-STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=3, unit="parts")
+STAGE = Stage(Evaluation, always(Tokens, Teacher, Student), recipe, run, version=4, unit="parts")
 
 
 def student_of(job: StepJob) -> PreTrainedModel:

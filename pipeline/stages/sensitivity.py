@@ -47,7 +47,7 @@ def run(step: Step) -> Sensitivity:
     return Sensitivity(**step.identity(), tokens=tokens, kl_nats=kl_nats)
 
 
-STAGE = Stage(Sensitivity, always(Tokens, Teacher, TeacherCache), recipe, run, version=2)
+STAGE = Stage(Sensitivity, always(Tokens, Teacher, TeacherCache), recipe, run, version=3)
 
 
 @torch.no_grad()

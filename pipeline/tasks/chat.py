@@ -113,7 +113,7 @@ class Chat(Task):
         positions = positions_of(ids[:, width:] == BEGINS, valid) if self.packed else None
         return Batch(ids[:, :width], lengths[:, 0], ids[:, 1:width], supervised, distilled, positions=positions)
 
-    def counts(self, lengths: Tensor) -> dict[str, int]:
+    def counts(self, lengths: NDArray[Any]) -> dict[str, int]:
         learned = int(lengths[:, 1].sum())
         return {NEXT_TOKEN: learned, DISTILLATION: learned, CONTRAST: int(lengths[:, 0].sum())}
 

@@ -54,7 +54,8 @@ def backward_by_parts(
     for part in parts_of(batch, vocabulary):
         leaf = prepared[part].detach().requires_grad_()
         of_part = losses(leaf, batch.part(*part), part)
-        torch.stack([shares[name] * loss for name, loss in of_part.items()]).sum().backward()
+        torch.autograd.backward([*of_part.values()], [shares[name] for name in of_part])
         gradient[part] = cast(Tensor, leaf.grad)
-        sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in of_part.items()}
+        added = {name: loss.detach() for name, loss in of_part.items()}
+        sums = {name: sums[name] + loss for name, loss in added.items()} if sums else added
     return sums, prepared, gradient

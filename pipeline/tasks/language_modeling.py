@@ -61,9 +61,9 @@ class LanguageModeling(Task):
         valid = valid_tokens(lengths, ids.shape[1])
         return Batch(ids, lengths, targets=ids[:, 1:], supervised=valid[:, 1:], distilled=valid)
 
-    def counts(self, lengths: Tensor) -> dict[str, int]:
+    def counts(self, lengths: NDArray[Any]) -> dict[str, int]:
         tokens = int(lengths.sum())
-        return {NEXT_TOKEN: int((lengths - 1).clamp(min=0).sum()), DISTILLATION: tokens, CONTRAST: tokens}
+        return {NEXT_TOKEN: int((lengths - 1).clip(min=0).sum()), DISTILLATION: tokens, CONTRAST: tokens}
 
 
 def encode(

@@ -162,7 +162,7 @@ class NextUtterance(Task):
         distilled = valid_tokens(length - 1, width) & ~before
         return Batch(ids, length, ids[:, 1:], distilled[:, :-1], distilled, group=group)
 
-    def counts(self, lengths: Tensor) -> dict[str, int]:
+    def counts(self, lengths: NDArray[Any]) -> dict[str, int]:
         group = lengths.shape[1] // 2
         replies = lengths[:, :group] - lengths[:, group:]
         counts = {NEXT_TOKEN: int(replies[:, 0].sum()), CANDIDATES: len(lengths), DISTILLATION: int(replies.sum())}

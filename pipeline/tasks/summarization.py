@@ -117,7 +117,7 @@ class Summarization(Task):
         valid = valid_tokens(ends, target.shape[1] - 1)
         return Batch(target[:, :-1], ends, target[:, 1:], valid, distilled=valid, source_ids=source, source_mask=mask)
 
-    def counts(self, lengths: Tensor) -> dict[str, int]:
+    def counts(self, lengths: NDArray[Any]) -> dict[str, int]:
         return dict.fromkeys((NEXT_TOKEN, DISTILLATION, CONTRAST), int((lengths[:, 1] - 1).sum()))
 
     def scoring(self, evaluate: Evaluate) -> dict[str, Any]:

@@ -150,7 +150,7 @@ class Task(ABC):
         """Return stored rows as the model sees them."""
 
     @abstractmethod
-    def counts(self, lengths: Tensor) -> dict[str, int]:
+    def counts(self, lengths: NDArray[Any]) -> dict[str, int]:
         """Return what each loss is divided by: a function of the rows' lengths alone."""
 
     def scoring(self, evaluate: Evaluate) -> dict[str, Any]:

@@ -24,9 +24,12 @@ class DataOrder:
 
     def batch(self, step: int, batch_size: int) -> Tensor:
         """Return the global row ids of batch `step`, in order, int64."""
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = positions // self.rows
-        return torch.cat([self.epoch(int(e))[positions[epochs == e] % self.rows] for e in epochs.unique_consecutive()])
+        parts, wanted = list[Tensor](), batch_size
+        while wanted:
+            epoch, begins = divmod((step + 1) * batch_size - wanted, self.rows)
+            parts.append(self.epoch(epoch)[begins : begins + wanted])
+            wanted -= len(parts[-1])
+        return torch.cat(parts)
 
     def epoch(self, epoch: int) -> Tensor:
         """Return all row ids in the order of one epoch."""

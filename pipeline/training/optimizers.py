@@ -42,7 +42,7 @@ class Optimizers:
             self.all.append(_muon(matrices, recipe))
         else:
             groups.append(_group(matrices, recipe.lr, recipe.weight_decay))
-        self.all.append(torch.optim.AdamW([g for g in groups if g["params"]], betas=recipe.betas, fused=True))
+        self.all.append(torch.optim.AdamW(_joined(groups), betas=recipe.betas, fused=True))
         self.clipped = [*matrices, *tables, *vectors]
 
     def step(self, step: int, steps: int) -> None:
@@ -93,3 +93,11 @@ def _muon(matrices: list[nn.Parameter], recipe: Finetune | Distill) -> torch.opt
 
 def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> dict[str, Any]:
     return {"params": parameters, "lr": peak, "peak": peak, "weight_decay": weight_decay}
+
+
+def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups such that no two have the same rate and decay: each is moved by operations of its own."""
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        alike.setdefault((group["peak"], group["weight_decay"]), []).extend(group["params"])
+    return [_group(parameters, *settings) for settings, parameters in alike.items() if parameters]

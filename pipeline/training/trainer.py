@@ -218,20 +218,21 @@ class Trainer:
         self.model.train()
         self.optimizers.zero_grad()
         micros = self._micro_batches(step)
-        lengths = self.rows.lengths([row for micro in micros for row in micro])
+        lengths = self.rows.lengths([row for micro in micros for row in micro]).numpy()
         self.pace.steps, self.pace.tokens = self.pace.steps + 1, self.pace.tokens + int(lengths.sum()) * self.world
         counted = self.job.task.counts(lengths)
         names = [name for name in (TEACHING if self.distillation is None else DISTILLING) if name in counted]
         counts = self._all_reduce(torch.tensor([counted[name] for name in names], dtype=torch.float64))
         weights = sent(torch.tensor([self._weight(name) for name in names], dtype=torch.float64), self.device)
         shares = dict(zip(names, weights / counts, strict=True))
-        means = torch.zeros_like(counts)
+        sums: list[Tensor] = []
         with self.stacks.quantized_once():
             for micro, then in zip(micros, [*micros[1:], *self._micro_batches(step + 1)[:1]], strict=True):
                 # Dropout depends on the place in the batch, not on what was drawn before: resuming needs no state.
                 torch.manual_seed(draw("dropout", self.recipe.seed, step, micro[0]).initial_seed())
                 losses = self._backward(step, micro, then, shares)
-                means += torch.stack([losses[name] for name in names]) / counts
+                sums += [losses[name] for name in names]
+        means = torch.stack(sums).view(-1, len(names)).sum(0) / counts
         self._sum_gradients()
         return {"loss": (weights * means).sum(), **(dict(zip(names, means, strict=True)) if len(names) > 1 else {})}
 
@@ -261,11 +262,12 @@ class Trainer:
         losses, prepared, gradient = backward_by_parts(self.head, self.vocabulary, last, batch, of_part, shares)
         ends = {prepared: gradient}
         if distillation is not None and taught is not None:
-            losses[CONTRAST] = states.new_zeros((), dtype=torch.float64)
             if distillation.recipe.contrast_weight:
                 rows = self.order.batch(step, self.recipe.batch_size)
                 contrast = distillation.contrast(step, rows, row_ids, batch, taught[1], states, self._read)
                 ends[contrast], losses[CONTRAST] = shares[CONTRAST], contrast.detach()
+            else:
+                losses[CONTRAST] = states.new_zeros((), dtype=torch.float64)
         torch.autograd.backward([*ends], [*ends.values()])
         return losses
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from pipeline.distill.losses import (
     contrastive_loss,
+    directions,
     drawn_distillation_loss,
     logit_distillation_loss,
     target_loss,
@@ -208,6 +210,20 @@ def test_a_row_of_one_token_adds_nothing_without_a_context_or_a_negative(loss):
     assert torch.isfinite(total)
     assert count.item() == (0 if loss is hard else 1)
     assert (total.item() == 0) == (loss not in (soft, sampled))
+
+
+def test_directions_and_their_gradient_are_those_of_states_over_their_lengths():
+    generator = torch.Generator().manual_seed(2)
+    states, upstream = (torch.randn(3, 4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    states[0, 0] = 0
+    ours, theirs = (states.clone().requires_grad_() for _ in range(2))
+    for given, function in ((ours, directions), (theirs, partial(torch.nn.functional.normalize, dim=-1))):
+        result = function(given)
+        torch.testing.assert_close(result[1].norm(dim=-1), torch.ones(4, dtype=torch.float64))
+        result.backward(upstream)
+    assert ours.grad is not None
+    torch.testing.assert_close(directions(states), torch.nn.functional.normalize(states, dim=-1))
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_contrastive_loss_falls_as_the_positives_cosine_rises():

@@ -84,6 +84,14 @@ def test_other_positions_wrap_around_the_valid_tokens():
     assert negatives.taken.tolist() == [[[True, True]], [[False, False]]]
 
 
+def test_where_all_have_as_many_negatives_none_is_masked():
+    states, offsets = torch.arange(24.0).reshape(2, 6, 2), [torch.tensor([1, 3]), torch.tensor([2, 1])]
+    negatives = other_positions(states, torch.tensor([6, 4]), offsets)
+    assert negatives.index[:, 3].tolist() == [[4, 0], [1, 0]]
+    assert negatives.taken is None
+    assert pooled([torch.ones(2, 3), torch.zeros(2, 3)]).taken is None
+
+
 def test_a_token_is_not_its_own_negative_and_all_get_as_many():
     known = torch.arange(8.0).reshape(1, 4, 2)
     negatives = other_tokens(known, torch.tensor([[30, 5, 99, 5]]), torch.tensor([[12, 30, 7, 5]]))

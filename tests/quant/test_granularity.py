@@ -76,7 +76,7 @@ class Formulas:
 
     def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
         low, high, shift = self.ends
-        places = weight / torch.where(scale == 0, 1, scale)
+        places = weight / scale.clamp(min=1e-30)
         return (places - shift if shift else places).round().clamp(low, high) + 0.0
 
     def levels(self, codes: Tensor, scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.quant.grid import dequantize, fake_quantize, fake_quantize_activation, quantize
+from pipeline.quant.grid import NOTHING, dequantize, fake_quantize, fake_quantize_activation, quantize
 from pipeline.quant.spec import grid
 
 WIDTHS = (2, 4, 8)
@@ -243,6 +243,59 @@ def test_the_gradient_of_activations_is_the_identity(symmetric, over):
 def test_constant_rows_keep_their_value(symmetric):
     x = torch.tensor([0.0, 0.3, -7.1, 1e-30, 1e30]).unsqueeze(1).expand(5, 6)
     assert torch.equal(fake_quantize_activation(x, 8, symmetric), x)
+
+
+@pytest.mark.parametrize("over", ["token", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_no_code_lies_beyond_the_outermost_whatever_the_magnitude(symmetric, over):
+    """From half the largest float over 255 down to the least there is, with and without a zero among them."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(400, 64, generator=generator) * 10.0 ** torch.linspace(-44, 35, 400).unsqueeze(1)
+    rows[::3, 5] = 0
+    for x in rows.unsqueeze(1):
+        quantized = fake_quantize_activation(x, 8, symmetric, over)
+        x, quantized = x.double(), quantized.double()
+        low, high = (-x.abs().max(), x.abs().max()) if symmetric else (x.min(), x.max())
+        step = (high - low) / (254 if symmetric else 255)
+        slack = step * 1e-4 + 256 * NOTHING
+        assert ((quantized - x).abs() <= step / 2 + slack).all()
+        assert low - slack <= quantized.min()
+        assert quantized.max() <= high + slack
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_zeros_stay_zeros_beside_others(symmetric, from_zero):
+    x = torch.rand(3, 5, generator=torch.Generator().manual_seed(8))
+    x[1] = 0
+    quantized = fake_quantize_activation(x, 8, symmetric, "token", from_zero)
+    assert torch.equal(quantized[1], x[1])
+    assert not torch.signbit(quantized[1]).any()
+    assert (quantized[[0, 2]] != 0).any()
+    x[2, 3] = torch.nan
+    quantized = fake_quantize_activation(x, 8, symmetric, "token", from_zero)
+    assert torch.isnan(quantized[2]).any()
+    assert not torch.isnan(quantized[:2]).any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).tiny, 1e-45, 1e-30, 1e36])
+def test_rows_of_one_number_are_themselves(value, symmetric):
+    x = torch.tensor([[value] * 3, [-value] * 3])
+    torch.testing.assert_close(fake_quantize_activation(x, 8, symmetric), x, rtol=1e-6, atol=NOTHING)
+
+
+@pytest.mark.parametrize("from_zero", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_compilers_are_given_of_an_activation_has_the_bits_of_torchs_operation(symmetric, from_zero):
+    torch._dynamo.reset()
+    compiled = torch.compile(fake_quantize_activation, backend="eager", fullgraph=True)
+    x = torch.randn(3, 40, 33, generator=torch.Generator().manual_seed(6)) * 10.0 ** torch.arange(-2.0, 1).view(3, 1, 1)
+    x[1, 0] = 0
+    given = x.abs() if from_zero else x
+    for over in ("token", "tensor"):
+        expected = fake_quantize_activation(given, 8, symmetric, over, from_zero)
+        assert torch.equal(compiled(given, 8, symmetric, over, from_zero), expected)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -153,7 +153,7 @@ def test_no_loss_and_no_score_touches_a_token_outside_the_assistants_turns(batch
                 nats -= q[place - 1, whole[place]]
                 kl -= float((p[place - 1] * q[place - 1]).sum())
                 count += 1
-    counted = task.counts(lengths)
+    counted = task.counts(lengths.numpy())
     assert counted[NEXT_TOKEN] == counted[DISTILLATION] == count > 0
     taught, distilled = teaching_losses(ours, rows), distilling_losses(ours, theirs, rows)
     assert float(taught[NEXT_TOKEN].detach()) == pytest.approx(nats, rel=1e-5)
@@ -193,7 +193,7 @@ def test_short_conversations_share_rows_and_each_is_scored_as_if_alone():
         whole = [rendered(tokenizer, talk, None, "assistant")[0] for talk in TALKS]
         assert sorted(known) == sorted(whole)
         assert len(ours.nats) == len(theirs.nats) == 2 * len(TALKS), "a row's end ends a conversation"
-        scored.append((size, task.tokens(lengths.numpy()), task.counts(lengths), ours, theirs))
+        scored.append((size, task.tokens(lengths.numpy()), task.counts(lengths.numpy()), ours, theirs))
         digests.append([known, len(ids)])
     assert digests[0][1] < digests[1][1] == len(TALKS)
     assert scored[0][:3] == scored[1][:3], "bytes, tokens, and what losses are divided by"

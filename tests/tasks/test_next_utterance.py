@@ -166,7 +166,7 @@ def test_a_reply_without_a_context_follows_end_of_text(tokenizer):
     task = NextUtterance(TASK.settings, given=True)
     ids, lengths = encoded(tokenizer, "train", [([], [], ["no", "yes"][:TRAIN] + ["maybe"] * (TRAIN - 2))], None, task)
     batch = task.batch(torch.tensor(ids), torch.tensor(lengths))
-    counted = task.counts(torch.tensor(lengths))
+    counted = task.counts(lengths)
     assert int(batch.distilled.sum()) == counted["distillation_nats"]
     assert int(batch.references().supervised.sum()) == counted["next_token_nats"]
     assert (ids.reshape(-1, WIDTH)[:, 0] == tokenizer.eos_token_id).all()
@@ -193,7 +193,7 @@ def test_turns_are_a_list_or_lines():
 def test_only_replies_are_predicted(tokenizer):
     batch = batch_of(tokenizer)
     lengths = torch.from_numpy(encoded(tokenizer)[1]).long()
-    counts = TASK.counts(lengths)
+    counts = TASK.counts(lengths.numpy())
     assert batch.group == CANDIDATES
     for i, (length, start) in enumerate(zip(batch.lengths, lengths[:, CANDIDATES:].reshape(-1), strict=True)):
         assert torch.equal(batch.distilled[i].nonzero().flatten(), torch.arange(start - 1, length - 1))

@@ -205,8 +205,8 @@ def primed(loop: Trainer) -> Trainer:
     """With a bank that has seen half of the vocabulary, as in the middle of a run."""
     assert loop.distillation is not None
     bank = loop.distillation.bank
-    bank.states.copy_(torch.randn(bank.states.shape, generator=torch.Generator().manual_seed(5)))
-    bank.seen[::2] = True
+    states = torch.randn(bank.states.shape, generator=torch.Generator().manual_seed(5))
+    bank.load_state_dict({"states": states, "seen": torch.arange(len(states)) % 2 == 0})
     return loop
 
 

@@ -69,6 +69,8 @@ def test_every_parameter_that_learns_is_in_one_group_with_its_own_rate(case: Cas
             assert group["weight_decay"] == (0.1 if of[name] in ("matrix", "table") else 0), name
             assert group["betas"] == (0.8, 0.97)
     assert sorted(seen) == sorted(of)
+    moved_alike = [(group["lr"], group["weight_decay"]) for group in groups(loop)]
+    assert len(set(moved_alike)) == len(moved_alike)
     assert set(of.values()) == {"matrix", "table", "vector"} | ({"scale"} if learns(loop) else set())
 
 

@@ -122,7 +122,7 @@ def test_a_summary_is_learned_from_draws_too(tmp_path: Path) -> None:
 def test_losses_are_means_over_their_own_counts(case: Case) -> None:
     loop = case.loop(case.run(RECIPES["distill"], "losses", micro_batch=5), LOW)
     rows = loop.order.batch(0, 12).tolist()
-    counts = case.task.counts(loop.rows.lengths(rows))
+    counts = case.task.counts(loop.rows.lengths(rows).numpy())
     losses = loop._backward(0, rows, (), dict.fromkeys(counts, torch.tensor(1.0)))
     means = {name: float(total.detach()) / counts[name] for name, total in losses.items()}
     found = loop.backward(0)

@@ -31,7 +31,7 @@ from pipeline.tasks.language_modeling import LanguageModeling
 from pipeline.training.trainer import Trainer
 
 BITS = "2-2-8"
-SHARDS = 4  # of training rows, of which the first warms the cache up
+SHARDS = 9  # of training rows, of which the first warms the cache up
 STEPS = 100_000  # that a recipe is made for: more than are taken, so that no schedule ends
 FADED_IN = 0.0  # weights are quantized from the first step on, as they are in most steps of a run
 CACHE_DTYPE = "float16"

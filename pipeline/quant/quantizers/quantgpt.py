@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.quant.grid import fake_quantize, nonzero
+from pipeline.quant.grid import fake_quantize, positive
 from pipeline.quant.quantizers.base import WeightQuantizer, least_error_scale, mean_abs
 from pipeline.quant.spec import QuantSpec
 
@@ -20,7 +20,7 @@ class QuantGPT(WeightQuantizer):
         gamma = torch.ones_like(mean)
         if spec.starts_at_least_error(self.bits):
             alpha = least_error_scale(folded, self.grid) * self.grid.high
-            gamma = torch.where(alpha > 0, alpha / nonzero(mean), gamma)
+            gamma = torch.where(alpha > 0, alpha / positive(mean), gamma)
         self.gamma = nn.Parameter(gamma)
 
     def scale_of(self, folded: Tensor) -> Tensor:
