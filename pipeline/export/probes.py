@@ -50,7 +50,7 @@ def _drawn(shape: tuple[int, int], config: PreTrainedConfig, draw: torch.Generat
     if pad is None:
         return torch.randint(config.vocab_size, shape, generator=draw)
     tokens = torch.randint(config.vocab_size - 1, shape, generator=draw)
-    return tokens + (tokens >= pad)
+    return tokens.add_(tokens >= pad)
 
 
 def _sampled(model: PreTrainedModel, start: Tensor, sources: Tensor | None = None) -> Tensor:

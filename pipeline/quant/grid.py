@@ -12,7 +12,10 @@ from torch import Tensor
 from pipeline.quant.spec import ActivationRange, Grid, levels
 
 SMALLEST = 1e-30  # of the scales that weights are divided by: no weight over it is infinite
+PART = 2**18  # weights that a CPU quantizes at once
 NOTHING = 1.9e-38  # next to it: what activations are divided by at least; no row is made of this number alone
+
+Place = tuple[slice, slice]  # rows and columns
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -79,24 +82,68 @@ class _FakeQuantize(torch.autograd.Function):
         # And no codes, which are sooner computed again than kept for all weights.
         ctx.save_for_backward(weight, scale, divisor)
         ctx.grid, ctx.reach = grid, reach
-        return _codes(weight / divisor, grid).to(scale.dtype).add_(grid.shift).mul_(scale)
+        if len(places := parts(weight)) == 1:
+            return _levels(weight, scale, divisor, grid)
+        levels = torch.empty_like(weight, dtype=scale.dtype)
+        for place in places:
+            levels[place] = _levels(weight[place], _of(scale, place), _of(divisor, place), grid)
+        return levels
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, scale, divisor = ctx.saved_tensors
-        grid, everywhere = ctx.grid, math.isinf(ctx.reach)
-        inside = _inside(weight, scale, grid, 0.0 if everywhere else ctx.reach)
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            places = weight / divisor
-            error = _codes(places, grid)
-            if grid.shift:
-                error.add_(grid.shift)
-            of_scale = error.addcmul_(places, inside, value=-1).mul_(grad).sum_to_size(scale.shape)
-            if grid.shift:  # a scale of zero stands for a row of zeros, at no level of this grid, which stays one
-                of_scale.masked_fill_(scale == 0, 0)
-        return grad if everywhere else inside.mul_(grad), of_scale, None, None
+        settings = ctx.grid, ctx.reach, ctx.needs_input_grad[1]
+        if len(places := parts(weight)) == 1:
+            return *_gradients(grad, weight, scale, divisor, *settings), None, None
+        grad_weight, of_scale = torch.empty_like(weight), torch.zeros_like(scale)
+        for place in places:
+            given = grad[place], weight[place], _of(scale, place), _of(divisor, place)
+            grad_weight[place], of_part = _gradients(*given, *settings)
+            if of_part is not None:
+                _of(of_scale, place).add_(of_part)
+        return grad_weight, of_scale, None, None
+
+
+def parts(weight: Tensor) -> list[Place]:
+    """Return rows and columns of the parts in which a weight (rows, columns) is quantized: all of it, but on a CPU as
+    much as stays in its cache with what is computed from it. Memory that was not used before costs it more than the
+    arithmetic does."""
+    rows, columns = weight.shape
+    if weight.device.type != "cpu" or weight.numel() <= PART or torch.compiler.is_compiling():
+        return [(slice(None), slice(None))]
+    height = max(1, PART // columns)
+    return [
+        (slice(row, row + height), slice(column, column + PART))
+        for row in range(0, rows, height)
+        for column in range(0, columns, PART)
+    ]
+
+
+def _of(scale: Tensor, place: Place) -> Tensor:
+    """Return the scales of a part, (1, 1) or (rows, 1)."""
+    return scale if len(scale) == 1 else scale[place[0]]
+
+
+def _levels(weight: Tensor, scale: Tensor, divisor: Tensor, grid: Grid) -> Tensor:
+    return _codes(weight / divisor, grid).to(scale.dtype).add_(grid.shift).mul_(scale)
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, scale: Tensor, divisor: Tensor, grid: Grid, reach: float, of_scale_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of a weight and, where it is asked for, of its scale: see `fake_quantize`."""
+    everywhere, of_scale = math.isinf(reach), None
+    inside = _inside(weight, scale, grid, 0.0 if everywhere else reach)
+    if of_scale_too:
+        places = weight / divisor
+        error = _codes(places, grid)
+        if grid.shift:
+            error.add_(grid.shift)
+        of_scale = error.addcmul_(places, inside, value=-1).mul_(grad).sum_to_size(scale.shape)
+        if grid.shift:  # a scale of zero stands for a row of zeros, at no level of this grid, which stays one
+            of_scale.masked_fill_(scale == 0, 0)
+    return grad if everywhere else inside.mul_(grad), of_scale
 
 
 def _inside(weight: Tensor, scale: Tensor, grid: Grid, reach: float) -> Tensor:

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.quant import grid as arithmetic
 from pipeline.quant.grid import NOTHING, dequantize, fake_quantize, fake_quantize_activation, quantize
+from pipeline.quant.quantizers.base import mean_abs
 from pipeline.quant.spec import grid
 
 WIDTHS = (2, 4, 8)
@@ -243,6 +245,27 @@ def test_the_gradient_of_activations_is_the_identity(symmetric, over):
 def test_constant_rows_keep_their_value(symmetric):
     x = torch.tensor([0.0, 0.3, -7.1, 1e-30, 1e30]).unsqueeze(1).expand(5, 6)
     assert torch.equal(fake_quantize_activation(x, 8, symmetric), x)
+
+
+@pytest.mark.parametrize("part", [7, 40, 1000])
+@pytest.mark.parametrize("kind", ["symmetric", "midpoint", "full"])
+@pytest.mark.parametrize("scales", [1, 9])
+def test_a_weight_that_is_quantized_in_parts_is_that_of_the_whole(kind, scales, part, monkeypatch):
+    generator = torch.Generator().manual_seed(9)
+    weight, upstream = (torch.randn(9, 33, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale = torch.rand(scales, 1, generator=generator, dtype=torch.float64)
+    scale[0] = 0 if scales > 1 else 1
+    results = []
+    for size in (2**18, part):
+        monkeypatch.setattr(arithmetic, "PART", size)
+        ours = weight.clone().requires_grad_(), scale.clone().requires_grad_()
+        levels = fake_quantize(*ours, grid(kind, 2), 0.5)
+        levels.backward(upstream)
+        results.append((levels.detach(), ours[0].grad, ours[1].grad, mean_abs(weight)))
+    (levels, of_weight, *sums), (*in_parts, of_scale, mean) = results
+    assert torch.equal(levels, in_parts[0])
+    assert torch.equal(of_weight, in_parts[1])
+    torch.testing.assert_close([of_scale, mean], sums, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("over", ["token", "tensor"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.quant.granularity import Granularity
-from pipeline.quant.grid import fake_quantize, quantize
+from pipeline.quant.grid import fake_quantize, parts, quantize
 from pipeline.quant.spec import Grid, QuantSpec, Ste, grid, levels_of
 
 SMALLEST_GAMMA = 1e-3  # a learned ratio stays positive, and with it the scale
@@ -87,7 +87,13 @@ def after_step(moved: Iterable[tuple[WeightQuantizer, Tensor, Tensor | None]]) -
 
 def mean_abs(folded: Tensor) -> Tensor:
     """Return ||w||_1 / numel of each row, (rows, 1), detached."""
-    return folded.detach().abs().mean(1, keepdim=True)
+    folded = folded.detach()
+    if len(places := parts(folded)) == 1:
+        return folded.abs().mean(1, keepdim=True)
+    total = folded.new_zeros(len(folded), 1)
+    for place in places:
+        total[place[0]] += folded[place].abs().sum(1, keepdim=True)
+    return total / folded.shape[1]
 
 
 def max_abs(folded: Tensor) -> Tensor:
