@@ -212,7 +212,7 @@ def train(
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of a step.  [default: 32 on a GPU, 4 on a CPU]", show_default=False),
+        typer.Option(min=1, help="Rows of a step.  [default: 32 on a GPU, 16 on a CPU]", show_default=False),
     ] = None,
     micro_batch: Annotated[
         int | None,

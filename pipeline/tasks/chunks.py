@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.models.hidden_states import head_input
 from pipeline.tasks.batch import Batch
 
-CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # of a chunk, by the kind of device: 0.5 and 1 GiB in fp32
+CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # of a chunk, by the kind of device: 0.25 and 1 GiB in fp32
 
 Part = tuple[slice, slice]  # sequences and positions of a batch
 Losses = Callable[[Tensor, Batch, Part], dict[str, Tensor]]  # sums in nats, of what the head multiplies

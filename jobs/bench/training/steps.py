@@ -63,10 +63,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """A step that can be taken, and the trainer that takes it, unless it is plain transformers'."""
+    """A step that can be taken, what of it is its optimizer's, and the trainer that takes it, unless it is plain
+    transformers'."""
 
     take: Take
+    optimize: Take
     trainer: Trainer | None = None
+
+
+def _of_trainer(trainer: Trainer) -> Case:
+    return Case(trainer.train_step, lambda step: trainer.optimizers.step(step, STEPS), trainer)
 
 
 class Steps:
@@ -159,7 +165,7 @@ class Steps:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        return Case(take)
+        return Case(take, lambda step: optimizer.step())
 
     def finetune(self) -> Case:
         """Return a step of full-precision training."""
@@ -169,7 +175,7 @@ class Steps:
         trainer = Trainer(
             WithStates(model), self._job(Finetune.model_validate(fields), False, 1), None, self.device, _silent
         )
-        return Case(trainer.train_step, trainer)
+        return _of_trainer(trainer)
 
     def distill(self, preset: PresetName, bits: str = BITS, cached: bool = True, parts: int = 1, **own: Any) -> Case:
         """Return a step of distillation by a preset's recipe, with values of its own laid over it."""
@@ -181,7 +187,7 @@ class Steps:
         family = self.teacher.record.family
         student, distillation = distill_stage.make(job, self.teacher.folder(), family, quant, self.device)
         trainer = Trainer(student, job, distillation, self.device, _silent)
-        return Case(trainer.train_step, trainer)
+        return _of_trainer(trainer)
 
     def _job(self, recipe: Distill | Finetune, cached: bool, parts: int) -> Any:
         self._made += 1

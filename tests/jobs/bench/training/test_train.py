@@ -51,7 +51,7 @@ def test_operations_are_counted_not_timed(measured: Any) -> None:
     # A batch in parts takes a forward and a backward pass for each, and one optimizer's step for all.
     assert 2 * launches[steps.CACHED] < launches[steps.IN_PARTS] < 4 * launches[steps.CACHED]
     assert launches[steps.BEST_CACHED] < launches[steps.BEST_ONLINE]  # which runs the teacher
-    assert launches[steps.PLAIN] < launches["finetune"] < 2 * launches[steps.PLAIN]
+    assert launches[steps.PLAIN] / 2 < launches["finetune"] < 2 * launches[steps.PLAIN]
 
 
 def test_ratios_have_the_names_that_floors_are_of(measured: Any) -> None:
@@ -59,6 +59,7 @@ def test_ratios_have_the_names_that_floors_are_of(measured: Any) -> None:
     rows = measured[0]["rows"]
     assert ratios[f"launches: {steps.CACHED}"] == rows[steps.CACHED]["launches"] / rows[steps.PLAIN]["launches"]
     assert {f"step: {steps.BEST_CACHED}", f"memory: {steps.BEST_CACHED}", "cache, of the bare forward"} <= set(ratios)
+    assert ratios[f"step before its optimizer: {steps.BEST_CACHED}"] > 0
     assert {"micro_batch a quarter, of the whole", "cached of what it could be: best"} <= set(ratios)
 
 
@@ -75,7 +76,13 @@ def test_committed_floors_are_of_ratios_that_there_are() -> None:
     floors = json.loads(train.FLOORS.read_text())
     assert set(floors) == {"cpu", "H100", "H200"}
     rows = {
-        name: {"of_baseline": {"median": 1.0}, "ms": {"median": 1.0}, "launches": 1, "peak_bytes": 1}
+        name: {
+            "of_baseline": {"median": 1.0},
+            "ms": {"median": 1.0},
+            "optimizer_ms": 0.1,
+            "launches": 1,
+            "peak_bytes": 1,
+        }
         for name in steps.ROWS
     }
     teacher = {"cache_tokens_per_s": 1.0, "forward_tokens_per_s": 1.0, "forward_ms": 0.1}
