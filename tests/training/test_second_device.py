@@ -21,8 +21,9 @@ from pipeline.sources.models import ModelSource
 from pipeline.stages import distill, finetune
 from pipeline.stages.stage import StepJob
 from pipeline.store.keys import recipe_of
-from tests.second_device import SECOND, host_reads, second_device
-from tests.training.cases import Case
+from pipeline.training.trainer import Trainer, TrainingJob
+from tests.second_device import SECOND, Event, host_reads, second_device
+from tests.training.cases import Case, run_until, with_workers
 from tests.training.test_task_training import ROWS
 
 CPU = torch.device("cpu")
@@ -111,20 +112,59 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vocabulary": DISTILLATIONS["vocabulary"],
     "batch": ({"negatives_from": "batch"}, {}),
     "draws": DISTILLATIONS["draws"],
+    "online": ({"contrast_layer": -2}, {}),
+    "finetune": ({"dropout": 0.0}, {}),
 }
+
+
+def run_of(case: Case, kind: str, **options: Any) -> tuple[TrainingJob, Quant]:
+    """A run of a kind of steps, with gradients clipped as they are by default."""
+    of_kind, quant = STEPS[kind]
+    recipe = (Finetune if kind == "finetune" else Distill)(**{**COMMON, "steps": 9, **of_kind, **options})
+    keep = {"draws": case.draws, "finetune": lambda: None, "online": lambda: None}.get(
+        kind, partial(case.cache, "float16")
+    )
+    return case.run(recipe, f"reads-{kind}", keep(), micro_batch=1), Quant(**quant)
+
+
+def reads_of_steps(loop: Trainer) -> tuple[list[str], list[str]]:
+    """What a step reads of the device, and what one reads whose loss is asked for."""
+    loop.train_step(0)
+    with host_reads() as of_step:
+        loop.train_step(1)
+    with host_reads() as of_loss:
+        float(loop.train_step(2)["loss"])
+    return of_step, of_loss
 
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_no_step_waits_for_a_value_of_the_device(case: Case, kind: str) -> None:
-    options, quant = STEPS[kind]  # clipping asks the stand-in where gradients are, and is told that on the CPU
+    run, quant = run_of(case, kind)
     with second_device() as device:
-        recipe = Distill(**{**COMMON, "steps": 9, "clip_norm": None, **options})
-        cache = case.draws() if kind == "draws" else case.cache("float16")
-        loop = case.loop(case.run(recipe, f"reads-{kind}", cache, micro_batch=1), Quant(**quant), device)
-        loop.train_step(0)
-        with host_reads() as reads:
-            loop.train_step(1)
-        assert reads == []
-        with host_reads() as reads:
-            float(loop.train_step(2)["loss"])
-        assert reads == ["_local_scalar_dense"]
+        assert reads_of_steps(case.loop(run, quant, device)) == ([], ["_local_scalar_dense"])
+
+
+@pytest.mark.parametrize("kind", ["paper", "batch"])
+def test_no_step_of_two_workers_waits_for_a_value_of_the_device(case: Case, kind: str) -> None:
+    """Not even to know of which ids the other has states for the memory bank, and of how many."""
+    run, quant = run_of(case, kind, batch_size=4)
+
+    def work(rank: int) -> Any:
+        with second_device() as device:
+            return reads_of_steps(case.loop(run, quant, device))
+
+    assert with_workers(2, case.root, work) == [[[], ["_local_scalar_dense"]]] * 2
+
+
+def test_losses_are_read_from_a_gpu_once_in_ten_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def reads_of(steps: int) -> list[str]:
+        run, quant = run_of(case, "paper", steps=30, eval_every=30)
+        with second_device() as device, host_reads() as reads:
+            run_until(case.loop(run, quant, device), steps)
+        return reads
+
+    before = reads_of(0)  # when the student is validated as it starts
+    assert reads_of(9) == before
+    assert reads_of(20) == [*before, "tolist", "tolist"]
