@@ -235,7 +235,8 @@ def train(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Compare with committed floors; exit with 1 if a ratio misses its own or is missing."
+            "--check",
+            help="Compare with committed floors; exit with 1 if a ratio of the rows that are measured misses its own.",
         ),
     ] = False,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
