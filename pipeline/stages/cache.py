@@ -62,8 +62,9 @@ def decide_mode(run: PinnedRun) -> tuple[str, str]:
     With `cache.mode: auto` states are stored if the run reads each row at least twice and all of them, so many tokens
     of this teacher's width, take at most `resources.max_cache_gib`; else the teacher runs in each step. Draws widen the
     gap, so that they are chosen by people alone, who are told their bytes where they would do. Rows are estimated from
-    the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so what
-    the store has left, which the cache itself takes from, does not decide: `check` refuses what does not fit.
+    the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so that
+    neither what the store has left, which the cache itself takes from, decides, nor what a machine measures of the
+    teacher's cost, which is another on the next: plans tell both, and `check` refuses what does not fit.
     """
     cache, distill, limit = run.config.cache, run.config.distill, run.config.resources.max_cache_gib
     if cache.mode != "auto":
