@@ -36,20 +36,34 @@ def make_probes(model: PreTrainedModel, text: Tensor | None) -> Probes:
     """Make probes from rows of text (prompts, width), which an encoder reads, or from the model alone."""
     config, draw = model.config, torch.Generator().manual_seed(SEED)
     if config.is_encoder_decoder:
-        shape = PROMPTS, width_of(config)
-        sources = torch.randint(config.vocab_size, shape, generator=draw) if text is None else text
+        sources = _drawn((PROMPTS, width_of(config)), config, draw) if text is None else text
         start = torch.full((len(sources), 1), int(config.decoder_start_token_id))
         return Probes(_sampled(model, start, sources), sources)
     if text is None:
-        text = _sampled(model, torch.randint(config.vocab_size, (PROMPTS, 1), generator=draw))
+        text = _sampled(model, _drawn((PROMPTS, 1), config, draw))
     return Probes(text)
 
 
+def _drawn(shape: tuple[int, int], config: PreTrainedConfig, draw: torch.Generator) -> Tensor:
+    """Return tokens drawn alike. Padding is not among them: it is no text, and has no position in some models."""
+    pad = config.pad_token_id
+    if pad is None:
+        return torch.randint(config.vocab_size, shape, generator=draw)
+    tokens = torch.randint(config.vocab_size - 1, shape, generator=draw)
+    return tokens + (tokens >= pad)
+
+
 def _sampled(model: PreTrainedModel, start: Tensor, sources: Tensor | None = None) -> Tensor:
-    """Return whole rows that begin with `start`; no token ends the text."""
-    steps, end = width_of(model.config) - 1, model.config.eos_token_id
+    """Return whole rows that begin with `start`; no token ends the text, and none is padding."""
+    steps, end, pad = width_of(model.config) - 1, model.config.eos_token_id, model.config.pad_token_id
     settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, eos_token_id=end
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        pad_token_id=0,
+        eos_token_id=end,
+        suppress_tokens=None if pad is None else [pad],
     )
     given = {"input_ids": start, "attention_mask": torch.ones_like(start)}
     if sources is not None:

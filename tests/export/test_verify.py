@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -23,6 +24,7 @@ from pipeline.export.verify import Comparison, Measured, floors_as_it_runs, meas
 from pipeline.package.package import load, load_in_fp32
 from pipeline.store.locations import tracking_uri
 from pipeline.tracking import registry, runs
+from tests.family_models import DECODERS, ENCODER_DECODERS
 
 CLOSE = Comparison(kl_nats=1e-5, agreement=0.999, perplexity=10.0, perplexity_change=1e-4)
 ROUNDED = Comparison(kl_nats=2e-3, agreement=0.96, perplexity=10.0, perplexity_change=1e-4)
@@ -93,6 +95,17 @@ def test_what_a_perplexity_may_differ_by_is_what_chance_makes_of_a_rounding_in_s
 
 def noise(shape, size):
     return size * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("family", ["m2m_100", "opt"])
+def test_no_probe_holds_padding_which_is_no_text(family):
+    """transformers gives it no position in M2M100, and gives those after it others."""
+    kind = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+    shape = {**DECODERS, **ENCODER_DECODERS}[family]
+    model = kind.from_config(AutoConfig.for_model(family, **shape, vocab_size=12, pad_token_id=1)).eval()
+    probes = make_probes(model, None)
+    given = torch.cat([probes.rows.flatten(), *([] if probes.sources is None else [probes.sources.flatten()])])
+    assert set(given.tolist()) == {*range(12)} - {1}
 
 
 @pytest.mark.parametrize("every", [1, 3])
