@@ -255,7 +255,7 @@ class Trainer:
         distillation, bf16 = self.distillation, self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             last, states = self.model(*batch.inputs)
-            taught = None if distillation is None else distillation.taught(batch, cached)
+        taught = None if distillation is None else distillation.taught(batch, cached)
 
         def of_part(prepared: Tensor, part: Batch, at: Part) -> dict[str, Tensor]:
             teacher = None if distillation is None or taught is None else (distillation.head, taught[0][at])
