@@ -39,13 +39,13 @@ class StackedMuon(torch.optim.Muon):
         grads = [own(p.grad) for p in moved]
         torch._foreach_lerp_(averages, grads, 1 - settings["momentum"])
         updates = list(torch._foreach_lerp(grads, averages, settings["momentum"]))
-        how = settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
+        newton_schulz = settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
         if not any(map(is_part, moved)):
-            _orthogonalise(updates, *how)
+            _orthogonalise(updates, *newton_schulz)
         else:
             for numbers in _stacks(moved):  # no more than one of them is gathered at a time
                 gathered = [whole(like(updates[i], moved[i])) for i in numbers]
-                _orthogonalise(gathered, *how)
+                _orthogonalise(gathered, *newton_schulz)
                 for i, update in zip(numbers, gathered, strict=True):
                     updates[i] = own(part_like(update, moved[i]))
         held = [own(p) for p in moved]
