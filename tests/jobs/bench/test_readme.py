@@ -19,10 +19,12 @@ from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED, Interval, interval
+from jobs.bench.training.train import read_floors, shortfalls
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
 from pipeline.config.resources import Resources
 from pipeline.models.build import fp32_bytes, read_config, skeleton
+from pipeline.models.device import CPU
 from pipeline.models.family import family_named
 from pipeline.package.size import layout
 from pipeline.quant.spec import BitWidths
@@ -118,7 +120,7 @@ def test_steps_on_a_gpu_took_what_was_measured():
     assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
 
 
-def test_what_a_cpu_took_is_what_was_measured_and_within_its_floors_but_for_what_is_said():
+def test_what_a_cpu_took_is_what_was_measured_and_within_its_floors():
     document = json.loads((RESULTS / "train-cpu.json").read_text(encoding="utf-8"))
     said, rows, ratios = " ".join(BENCH.split()), document["rows"], document["ratios"]
     assert table(BENCH, "A step on two cores") == [
@@ -127,8 +129,7 @@ def test_what_a_cpu_took_is_what_was_measured_and_within_its_floors_but_for_what
         f"| {ratios.get(f'step before its optimizer: {name}', 1):.2f} | {row['peak_bytes'] / 2**30:.1f} |"
         for name, row in rows.items()
     ]
-    assert shortfalls(document | {"extent": {"only": []}}, read_floors(CPU)) == SHORT_ON_A_CPU
-    assert all(f"{line.partition(' is ')[0]}" in said for line in SHORT_ON_A_CPU)
+    assert shortfalls(document, read_floors(CPU)) == []
     stages = [document[stage]["speed"] for stage in ("tokenize", "evaluate", "pack")]
     assert "has {:.2f} of the speed of `encode_batch`, `evaluate` {:.2f} of that of plain".format(*stages[:2]) in said
     assert f"`pack` {stages[2]:.2f} of that of a copy" in said
