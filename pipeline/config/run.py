@@ -108,6 +108,15 @@ class Config(Closed):
                 f"quant.quantizer: {self.quant.quantizer} looks at whole matrices after each step, which no worker "
                 "holds with resources.strategy: fsdp; use another quantizer, such as quantgpt, or strategy: ddp"
             )
+        compiles = self.resources.compile is None and self.resources.gpus_per_worker > 0
+        if self.distill.products == "int8" and (
+            self.resources.strategy == "fsdp" or self.resources.compile or compiles
+        ):
+            raise ValueError(
+                "distill.products is int8, which layers that are shared out (resources.strategy: fsdp) or compiled "
+                "(resources.compile, on GPUs unless it is false) do not have; use products: float, or strategy: ddp "
+                "with compile: false"
+            )
         for knob, metric in self.bounds:
             self._refuse_unmeasured(knob, metric)
         if isinstance(self.model.source, dict) and self.finetune is None:

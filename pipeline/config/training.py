@@ -75,6 +75,12 @@ class Distill(Training):
     `start`: `name@alias` or `name/version`. The student starts from the latent weights and the scales that this version
     of a model was trained to, not from the teacher's weights; `quant.gamma_init` then says nothing. Architecture,
     vocabulary and quantization must be the same. The optimizer, the schedule and the memory bank begin afresh.
+
+    `products: int8`: forward passes of training multiply the 8-bit codes of inputs and weights as integers, exactly.
+    Gradients, validation and scores are computed as with `float`, and so is each product that 8-bit integers cannot
+    give: of embeddings and heads, of scales by group, of four-level grids widened to 8 bits (seq), of activations of 32
+    bits or of one range a tensor, while quantization fades in, of at most 16 tokens, of sizes that 8 does not divide,
+    and on processors whose 8-bit products are inexact.
     """
 
     # Left out of recipes where it is null, and what it names enters keys by content.
@@ -82,6 +88,8 @@ class Distill(Training):
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: quantized and scored as it is
     gamma_lr: Rate = 1e-3
     fade_in: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of steps until quantized
+    # Left out of recipes where it is float.
+    products: Annotated[Literal["float", "int8"], Field(exclude_if=lambda products: products == "float")] = "float"
     contrast_weight: NotNegative = 0.1
     temperature: Rate = 0.1
     negatives: Positive = 64

@@ -180,14 +180,30 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return grads[0], None, None, None, None
 
 
+def activation_codes(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a matmul's input (tokens, columns) at 8 bits: int8 codes, and by token, (tokens, 1), the distance of two
+    levels and the lowest one. `fake_quantize_activation` is lowest + (code + 128) * distance; symmetric levels, which
+    have no lowest, are code * distance."""
+    if symmetric:
+        codes, most = _codes_around_zero(rows, levels(8))
+        return codes.to(torch.int8), most / levels(8), None
+    codes, scale, low = _codes_from_low(rows, 255, from_zero=False)
+    return codes.sub_(128).to(torch.int8), scale, low
+
+
 def _from_low(rows: Tensor, high: int, from_zero: bool) -> Tensor:
     """Return rows at the nearest of the levels 0..high over high times each row's range, from its least or zero on."""
+    codes, scale, low = _codes_from_low(rows, high, from_zero)
+    return torch.addcmul(low, codes, scale, out=codes)
+
+
+def _codes_from_low(rows: Tensor, high: int, from_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes 0..high, the distance of two levels, and the lowest level."""
     nothing, zero = (_number(value, rows.device) for value in (NOTHING, 0.0))
     low = zero if from_zero else rows.amin(1, keepdim=True)
     above = rows - low
     scale = torch.add(nothing, above.amax(1, keepdim=True), alpha=1 / high)
-    codes = above.div_(scale).round_()  # in place: a CPU takes longer for memory than for this
-    return torch.addcmul(low, codes, scale, out=codes)
+    return above.div_(scale).round_(), scale, low  # in place: a CPU takes longer for memory than for this
 
 
 def _around_zero(rows: Tensor, high: int) -> Tensor:
@@ -200,10 +216,15 @@ def _around_zero(rows: Tensor, high: int) -> Tensor:
     if torch.compiler.is_compiling():
         most = rows.abs().amax(1, keepdim=True).clamp(min=NOTHING)
         return (rows * high / most).round() * (1 / high) * most
-    nothing, rounds, zero = (_number(value, rows.device) for value in (NOTHING, 1.5 * 2**23, 0.0))
+    codes, most = _codes_around_zero(rows, high)
+    return torch.addcmul(_number(0.0, rows.device), codes, most, value=1 / high, out=codes)
+
+
+def _codes_around_zero(rows: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """Return codes -high..high, and each row's largest magnitude."""
+    nothing, rounds = (_number(value, rows.device) for value in (NOTHING, 1.5 * 2**23))
     most = torch.cdist(rows, nothing.expand(1, rows.shape[1]), p=math.inf)
-    codes = torch.addcdiv(rounds, rows, most, value=high).sub_(rounds)
-    return torch.addcmul(zero, codes, most, value=1 / high, out=codes)
+    return torch.addcdiv(rounds, rows, most, value=high).sub_(rounds), most
 
 
 def _number(value: float, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.quant.grid import fake_quantize_activation
+from pipeline.quant.integers import Codes, codes_of, fit, integer_linear
 from pipeline.quant.quantizers import QUANTIZERS, WeightQuantizer
 from pipeline.quant.spec import UNQUANTIZED, ActivationRange, QuantSpec
 
@@ -49,6 +50,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.weight, self.quantizer = weight, quantizer
         self.held: Tensor | None = None  # on the grid already: see `stacks.quantized_once`
+        self.codes: Codes | None = None  # of `held`, once they are used
 
     def on_grid(self) -> Tensor:
         """Return the weight as a forward pass uses it."""
@@ -69,10 +71,25 @@ class QuantizedLinear(QuantizedWeight):
         self, weight: Tensor, bias: nn.Parameter | None, quantizer: WeightQuantizer | None, inputs: InputQuantizer
     ) -> None:
         super().__init__(nn.Parameter(weight.contiguous()), quantizer)
-        self.bias, self.inputs = bias, inputs
+        self.bias, self.inputs, self.integers = bias, inputs, False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.held is not None and (codes := self._codes_for(x)) is not None:
+            return integer_linear(x, self.held, self.bias, codes, self.inputs.symmetric)
         return F.linear(self.inputs(x), self.on_grid(), self.bias)
+
+    def _codes_for(self, x: Tensor) -> Codes | None:
+        """Return the codes of the weight that is held, made once; None where integers cannot give this product, or are
+        not to."""
+        q, held = self.quantizer, self.held
+        if not self.integers or held is None or q is None or q.blend != 1.0 or q.granularity.kind == "per_group":
+            return None
+        if self.inputs.bits != 8 or self.inputs.over != "token" or not fit(x, held, q.grid):
+            return None
+        if self.codes is None:
+            with torch.no_grad():
+                self.codes = codes_of(held, q.distance(q.granularity.fold(self.weight)), q.grid)
+        return self.codes
 
 
 def faded_in(weight: Tensor, quantized: Tensor, blend: float | Tensor) -> Tensor:
@@ -159,6 +176,13 @@ def prepare(model: nn.Module, targets: Iterable[QuantTarget], spec: QuantSpec) -
             else:
                 prepared = QuantizedLinear(weight, module.bias, quantizer, inputs)
         model.set_submodule(target.name, prepared)
+
+
+def multiply_integers(model: nn.Module) -> None:
+    """Have linear layers multiply integers in the forward passes of training, in place, where that is exact."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.integers = True
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightQuantizer]]:

@@ -93,7 +93,7 @@ class Stacks:
         finally:
             for stack in self._stacks:
                 for module in stack.modules:
-                    module.held = None
+                    module.held = module.codes = None
         while levels:  # one after the other, each let go of before the next
             of_stack, leaves = levels.pop(), held.pop()
             gradient = _gradient(leaves, of_stack)

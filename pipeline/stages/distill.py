@@ -30,6 +30,7 @@ from pipeline.models.family import family_named
 from pipeline.models.hidden_states import WithStates, head_of
 from pipeline.models.sharded import let_go, share_out, shares
 from pipeline.models.student import freeze_student, load_parameters, make_student, save_frozen
+from pipeline.quant.modules import multiply_integers
 from pipeline.stages.stage import PinnedRun, Stage, Start, Step, StepJob, always, training_job
 from pipeline.store.keys import recipe_of
 from pipeline.store.records import Advance, Student, Teacher, TeacherCache, Tokens, never
@@ -111,6 +112,8 @@ def make(
     student, config = load_model(folder), teacher.model.config
     set_dropout(student, 0.0)  # cached states have none
     make_student(student, quant.spec(), family_named(family))
+    if recipe.products == "int8":
+        multiply_integers(student)
     if latent is not None:
         load_parameters(student, load_file(latent))
 

@@ -8,7 +8,9 @@ import yaml
 from pipeline.config.load import load_config
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
+from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
+from pipeline.store.keys import recipe_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.y*ml"))
 MINIMAL = {"name": "tiny", "model": {"source": "org/name"}, "data": {"source": "*.txt"}, "distill": {"steps": 10}}
@@ -67,6 +69,15 @@ def test_everything_wrong_is_said_at_once(load):
 ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {train_bpe: 300}}"
 
 
+def test_integer_products_enter_the_recipe_and_floating_point_ones_leave_it_as_it_was(load):
+    integers = load("distill.products=int8", "resources={gpus_per_worker: 1, compile: false}").distill
+    plain, said = load().distill, load("distill.products=float").distill
+    assert "products" not in recipe_of(plain)
+    assert recipe_of(said) == recipe_of(plain)
+    assert recipe_of(integers) == {**recipe_of(plain), "products": "int8"}
+    assert Distill.model_validate(recipe_of(integers)) == integers
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -121,6 +132,13 @@ ARCHITECTURE = "model={source: {architecture: gpt2, n_layer: 2}, tokenizer: {tra
         ),
         (["quant.quantizer=laq", "resources.strategy=fsdp"], r"laq looks at whole matrices .* use another .* quantgpt"),
         (["resources={compile: true, strategy: fsdp}"], r"compile is true, .* leave compile out, or use strategy: ddp"),
+        *(
+            (
+                ["distill.products=int8", f"resources={resources}"],
+                r"distill\.products is int8, .* use products: float, or",
+            )
+            for resources in ("{strategy: fsdp}", "{compile: true}", "{gpus_per_worker: 1}")
+        ),
         (["resources.strategy=zero"], r"resources\.strategy: .*'ddp' or 'fsdp'"),
         (["distill.lr=fast"], r"distill\.lr: .*\(given: 'fast'\)"),
         (["data.holdout=0.5"], r"data\.holdout: .*less than 0\.5"),

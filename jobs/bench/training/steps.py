@@ -191,9 +191,10 @@ class Steps:
 
     def _job(self, recipe: Distill | Finetune, cached: bool, parts: int) -> Any:
         self._made += 1
+        integers = isinstance(recipe, Distill) and recipe.products == "int8"  # which nothing compiled has
         resources = resources_for(
             self.device,
-            self.compiled,
+            False if integers else self.compiled,
             micro_batch=max(1, self.shape.micro_batch // parts),
             inference_batch=self.shape.batch,
         )
@@ -209,6 +210,7 @@ PLAIN, COMPILED = "transformers", "transformers, compiled"
 CACHED, ONLINE, NO_CONTRAST = "paper, cached", "paper, online", "2-2-8 without contrast"
 IN_PARTS = "paper, micro_batch a quarter"
 BEST_CACHED, BEST_ONLINE = "best, cached", "best, online"
+INT8 = "best, cached, int8 products"
 ROWS: dict[str, Callable[[Steps], Case]] = {  # the first are those that floors are of, lest a time limit cuts them off
     PLAIN: lambda steps: steps.plain(),
     COMPILED: lambda steps: steps.plain(compiled=True),
@@ -217,6 +219,7 @@ ROWS: dict[str, Callable[[Steps], Case]] = {  # the first are those that floors 
     ONLINE: lambda steps: steps.distill("paper", cached=False),
     BEST_CACHED: lambda steps: steps.distill("best"),
     BEST_ONLINE: lambda steps: steps.distill("best", cached=False),
+    INT8: lambda steps: steps.distill("best", products="int8"),
     NO_CONTRAST: lambda steps: steps.distill("paper", contrast_weight=0.0),
     "weights only": lambda steps: steps.distill("paper", "2-2-32", contrast_weight=0.0),
     "nothing quantized, cached": lambda steps: steps.distill("paper", "32-32-32", contrast_weight=0.0),

@@ -43,6 +43,10 @@ class WeightQuantizer(nn.Module, ABC):
     def scale_of(self, folded: Tensor) -> Tensor:
         """Return the distance between two levels of each row, (rows, 1)."""
 
+    def distance(self, folded: Tensor) -> Tensor:
+        """Return the distance between two levels of each row, (rows, 1), of a weight that nothing was done to."""
+        return self.scale_of(folded)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight on its grid, with a straight-through gradient."""
         return self.granularity.unfold(self.fake_quantize(self.granularity.fold(weight)), weight.shape)

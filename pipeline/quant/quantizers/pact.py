@@ -35,6 +35,9 @@ class PACT(WeightQuantizer):
         """Return the scale of a weight that is already clipped."""
         return max_abs(folded) / self.grid.high
 
+    def distance(self, folded: Tensor) -> Tensor:
+        return self.scale_of(self.clip(folded))
+
     def fake_quantize(self, folded: Tensor) -> Tensor:
         clipped = self.clip(folded)
         return fake_quantize(clipped, self.scale_of(clipped), self.grid, reach=math.inf)

@@ -24,6 +24,9 @@ class Statistics(WeightQuantizer):
         """Return the scale of a weight that is already centred."""
         return SPREAD * mean_abs(folded)
 
+    def distance(self, folded: Tensor) -> Tensor:
+        return self.scale_of(self.centred(folded))
+
     def fake_quantize(self, folded: Tensor) -> Tensor:
         return super().fake_quantize(self.centred(folded))
 
