@@ -17,7 +17,7 @@ from pipeline.config.presets import set_otherwise
 from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
-from pipeline.flow.capacity import HOUR_S, Caching, Estimate, estimate
+from pipeline.flow.capacity import GIB, HOUR_S, Caching, Estimate, estimate
 from pipeline.flow.plan import RunPlan, plan_run, reasons, target_of
 from pipeline.flow.requests import Requests
 from pipeline.flow.run import Outcome, run_plan
@@ -107,6 +107,7 @@ def plan_document(planned: RunPlan, guess: Estimate) -> dict[str, Any]:
         "parameters": planned.parameters,
         "cache_bytes": planned.cache_bytes,
         "cache_mode": planned.cache_mode[1],
+        "free_bytes": planned.steps[0].dir.free_bytes(),
         "shared": planned.overlap and planned.overlap.shared,
         "warnings": planned.warnings,
         "estimate": {**asdict(guess), "worker_hours": guess.worker_hours, "requests": asdict(guess.requests)},
@@ -130,7 +131,7 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
         f"{about}{planned.rows:,} rows to train on ({planned.pinned.task.shape}{filled}); "
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
-    console.print(f"cache mode {planned.cache_mode[1]}")
+    console.print(f"cache mode {planned.cache_mode[1]}; {document['free_bytes'] / GIB:,.1f} GiB are free")
     print_shared(planned.overlap, console)
 
 

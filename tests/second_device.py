@@ -27,8 +27,18 @@ _reads: list[str] = []
 @contextlib.contextmanager
 def second_device() -> Iterator[torch.device]:
     """Have the second device while inside."""
-    with _Operations(), _Functions():
-        yield SECOND
+    group = torch._C._group_tensors_by_device_and_dtype
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:  # else by the device of the data beneath
+        by_dtype = group(lists, with_indices)
+        return {(device_of(found[0][0][0]), dtype): found for (_, dtype), found in by_dtype.items()}
+
+    torch._C._group_tensors_by_device_and_dtype = grouped  # by which torch clips
+    try:
+        with _Operations(), _Functions():
+            yield SECOND
+    finally:
+        torch._C._group_tensors_by_device_and_dtype = group
 
 
 @contextlib.contextmanager

@@ -235,7 +235,8 @@ def train(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Compare with committed floors; exit with 1 if a ratio misses its own or is missing."
+            "--check",
+            help="Compare with committed floors; exit with 1 if a ratio of the rows that are measured misses its own.",
         ),
     ] = False,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where train.json and train.md go.")] = "bench-train",
@@ -292,9 +293,26 @@ def real(
     shapes: Annotated[
         bool, typer.Option("--shapes", help="A few steps of GPT-2 small and BART base, random weights; nothing else.")
     ] = False,
-    block_length: Annotated[int, typer.Option(min=8, help="With --text: tokens of a row.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of an optimizer step.")] = 64,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Rows of a pass.")] = 64,
+    block_length: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Tokens of a row, with --text or --shapes.  [default: 512; with --shapes on a CPU: 128]",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of an optimizer step.  [default: 64; with --shapes: 16 on a GPU, 2 on a CPU]",
+            show_default=False,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a pass.  [default: 64; with --shapes: half of a step's]", show_default=False),
+    ] = None,
     finetune_lr: Annotated[float, typer.Option(min=0, help="Rate at which the teacher is trained.")] = 1e-4,
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="Where it is computed: auto, cuda or cpu.")] = "auto",
@@ -318,14 +336,14 @@ def real(
         prepared_tokens,
         tokens_of_text,
     )
-    from jobs.bench.training.shapes import smoke
+    from jobs.bench.training.shapes import Extent, smoke
     from pipeline.sources.content import ContentMemo
     from pipeline.sources.models import pin_model
 
     rows, place, folder = chosen_rows(only), chosen_device(device), folder_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     if shapes:
-        return smoke(place, compiled, folder, console)
+        return smoke(place, compiled, folder, console, Extent.of(place, batch, micro_batch, block_length))
     if (tokens is None) == (text is None):
         raise ConfigError("give --tokens or --text: rows that are prepared, or text to make them of")
     laid_over = distill_overrides(overrides or [])
@@ -334,7 +352,8 @@ def real(
     prepared = (
         prepared_tokens(Path(tokens), scratch)
         if tokens is not None
-        else tokens_of_text(model, text or "", block_length, folder)
+        else tokens_of_text(model, text or "", block_length or 512, folder)
     )
-    settings = Settings(minutes, batch, micro_batch, micro_batch, finetune_lr, rows, steps, laid_over, compiled)
+    of_pass = micro_batch or 64
+    settings = Settings(minutes, batch or 64, of_pass, of_pass, finetune_lr, rows, steps, laid_over, compiled)
     return RealBench(folder, source, prepared, place, settings, console).run()

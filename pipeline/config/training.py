@@ -15,8 +15,9 @@ Schedule = Literal["linear", "cosine"]
 class Training(Closed):
     """What the trainer takes. Exactly one of `steps` and `epochs`; rates decay by `schedule` to 1e-6.
 
-    With `precision: bf16` a step's products are bf16, a teacher's included, and so is what follows from them, logits
-    too; levels and codes of weights, the optimizer, validation and scoring are fp32.
+    With `precision: bf16` a step's products are bf16, and so is what follows from them, logits too; levels and codes of
+    weights, the optimizer, validation and scoring are fp32. A teacher that a student learns from is bf16 on every GPU,
+    and fp32 on every CPU.
     `lr` is Adam's; the scales say by what it is multiplied for some parameters. With `optimizer: muon` the matrices of
     the layers are moved by Muon instead, by about `muon_lr` times their own root mean square a step."""
 
@@ -125,8 +126,8 @@ class Cache(Closed):
     is all that distillation without contrast learns from, in fewer bytes, and on average alone; `online`: the teacher
     runs in each step; `auto`: states if each row is read at least twice and all fit in `resources.max_cache_gib`, else
     online. `dtype: int8` keeps states as codes with scales, half of what float16 takes. `max_kl_nats` bounds
-    KL(teacher || teacher from cache) a token, or that draws are from; on a GPU the teacher's bf16, of some 5e-4, is
-    part of it."""
+    KL(teacher || teacher from cache) a token, or in each step, or that draws are from; on a GPU the bf16 of the
+    teacher's pass and head is part of it."""
 
     mode: Literal["states", "logits", "online", "auto"] = "auto"
     dtype: FloatType | Literal["int8"] = "float16"

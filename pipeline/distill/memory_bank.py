@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.distill.transfer import sent
 
-Gather = Callable[[Tensor], list[Tensor]]
+Gather = Callable[..., list[list[Tensor]]]
 
 
 class MemoryBank:
@@ -48,13 +48,14 @@ class MemoryBank:
         self._added.append((ids, states.float()))
 
     @torch.no_grad()
-    def update(self, gather: Gather = lambda tensor: [tensor]) -> None:
+    def update(self, gather: Gather = lambda *tensors: [[tensor] for tensor in tensors]) -> None:
         """Reduce the sums of all workers in rank order, move the bank, forget them: the end of the optimizer step.
-        `gather` returns a tensor's value on every rank, in rank order; first dimensions may differ."""
+        `gather` returns of each of several tensors, which have one length, its value on every rank, in rank order;
+        ranks may differ in length."""
         ids, states = self._added[0] if len(self._added) == 1 else map(torch.cat, zip(*self._added, strict=True))
         unique, inverse, counts = ids.unique(return_inverse=True, return_counts=True)
         sums = _summed(states, inverse, len(unique))
-        gathered = [gather(tensor) for tensor in (unique, sums, counts)]
+        gathered = gather(unique, sums, counts)
         if len(gathered[0]) > 1:
             ids, sums, counts = map(torch.cat, gathered)
             unique, inverse = ids.unique(return_inverse=True)

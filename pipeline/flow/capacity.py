@@ -31,7 +31,7 @@ from pipeline.store.shards import rows_per_shard
 from pipeline.store.step_store import records
 
 FORWARD, TRAINING = 2, 6  # operations for each parameter and token
-HOUR_S, GIB = 3600.0, 2**30
+HOUR_S, GIB, MILLION = 3600.0, 2**30, 1e6
 TOKEN_BYTES = 2  # of the shards of rows, about, which are compressed
 # Of the rate of a large product, what training small models reaches on CPUs: 0.27 and 0.36 where we measured it, with
 # the teacher or its head counted.
@@ -277,21 +277,28 @@ def corrected(plan: RunPlan, rates: Rates, row_s: float) -> float:
 @dataclass(frozen=True)
 class Caching:
     """Whether a cache of the teacher's states is worth it. `reads` are those of each row; from `pays_from` on the cache
-    is cheaper than the teacher in each step, None: never."""
+    is cheaper than the teacher in each step, None: never. A million tokens cost `once` to be cached, what keeping them
+    costs included; each time that they are read the teacher costs `each` more than reading what is cached."""
 
     reads: float
     pays_from: float | None
     by: str  # worker-hours or prices
+    once: float
+    each: float
 
     @property
     def told(self) -> str:
         """Return it in one line, for people."""
+        costs = (
+            f"by {self.by}, a cache of states costs {self.once:.3g} for a million tokens, once, and the teacher in "
+            f"each step {self.each:.3g} more than reads of it"
+        )
         if self.pays_from is None:
-            return f"by {self.by}, online is always cheaper than a cache of states, however often rows are read"
+            return f"{costs}: online is always cheaper, however often rows are read"
         cheaper = "the cache" if self.reads >= self.pays_from else "online"
         return (
-            f"by {self.by}, a cache of states is cheaper than the teacher in each step from {self.pays_from:.1f} reads "
-            f"of each row on; here are {self.reads:.1f}: {cheaper} is cheaper"
+            f"{costs}, so that the cache pays from {self.pays_from:.1f} reads of each row on; here are "
+            f"{self.reads:.1f}: {cheaper} is cheaper"
         )
 
 
@@ -302,12 +309,13 @@ def caching(
     each step: in money where a worker's hour has a price, else in hours of workers alone."""
     make, save = rates.cache_s(model, 1.0, token_bytes), rates.teach_s(model, 1.0, pass_tokens)
     by, hour = "worker-hours", prices.worker_hour
+    make, save = make / HOUR_S, save / HOUR_S
     if hour is not None:
         by, parts = "prices", token_bytes / requests.PART_BYTES
         kept = token_bytes / GIB * prices.gib_month * prices.cache_months
-        make = make / HOUR_S * hour + kept + parts * prices.thousand_writes / 1000
-        save = save / HOUR_S * hour - parts * prices.thousand_reads / 1000
-    return Caching(reads, make / save if save > 0 else None, by)
+        make = make * hour + kept + parts * prices.thousand_writes / 1000
+        save = save * hour - parts * prices.thousand_reads / 1000
+    return Caching(reads, make / save if save > 0 else None, by, MILLION * make, MILLION * save)
 
 
 def money(prices: Prices, worker_hours: float, stored_bytes: float, asked: Requests) -> float | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError
 from pipeline.models.attention import keep_apart, use_causal_attention
 from pipeline.models.blocks import logit_divisor_of
+from pipeline.models.device import bf16_on_gpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,15 +123,26 @@ def head_input(head: nn.Module, states: Tensor) -> Tensor:
     return states if inputs is None else inputs(states)
 
 
-def head_product(head: nn.Module, prepared: Tensor) -> Tensor:
-    """Return the logits of any part of what `head_input` gave, as the head itself would of its states.
+def teachers_logits(head: nn.Module, states: Tensor) -> Tensor:
+    """Return the logits of a head that is not quantized, from last states, up to a number of each position's own, which
+    no distribution shows. On a GPU, in bf16, that number makes them 0 on average, for bf16 tells apart what is near 0:
+    GPT-2's logits lie about -100, where its next number is half a nat away."""
+    with bf16_on_gpu(states.device):
+        return head_product(head, states, centred=states.is_cuda)
+
+
+def head_product(head: nn.Module, prepared: Tensor, centred: bool = False) -> Tensor:
+    """Return the logits of any part of what `head_input` gave, as the head itself would of its states; `centred`: less
+    their mean over the vocabulary, but where a soft cap bounds them.
 
     A GPU multiplies by a table that is filled up to whole tiles: of other widths it makes slower products.
     """
     if isinstance(head, FinishedHead):
-        return head.finished(head_product(head.head, prepared))
+        return head.finished(head_product(head.head, prepared, centred and not head.cap))
     on_grid: Any = getattr(head, "on_grid", None)
     table: Any = head.weight if on_grid is None else on_grid()
+    if centred:
+        table = table - table.mean(0)
     bias: Any = getattr(head, "bias", None)
     short = -len(table) % TILE if prepared.is_cuda else 0
     if not short:

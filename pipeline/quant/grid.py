@@ -12,10 +12,10 @@ from torch import Tensor
 from pipeline.quant.spec import ActivationRange, Grid, levels
 
 SMALLEST = 1e-30  # of the scales that weights are divided by: no weight over it is infinite
-PART = 2**18  # weights that a CPU quantizes at once
+AT_ONCE = 2**18  # weights that a CPU quantizes at once
 NOTHING = 1.9e-38  # next to it: what activations are divided by at least; no row is made of this number alone
 
-Place = tuple[slice, slice]  # rows and columns
+Part = tuple[slice, slice]  # rows and columns
 
 
 def quantize(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -105,22 +105,22 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_weight, of_scale, None, None
 
 
-def parts(weight: Tensor) -> list[Place]:
+def parts(weight: Tensor) -> list[Part]:
     """Return rows and columns of the parts in which a weight (rows, columns) is quantized: all of it, but on a CPU as
     much as stays in its cache with what is computed from it. Memory that was not used before costs it more than the
     arithmetic does."""
     rows, columns = weight.shape
-    if weight.device.type != "cpu" or weight.numel() <= PART or torch.compiler.is_compiling():
+    if weight.device.type != "cpu" or weight.numel() <= AT_ONCE or torch.compiler.is_compiling():
         return [(slice(None), slice(None))]
-    height = max(1, PART // columns)
+    height = max(1, AT_ONCE // columns)
     return [
-        (slice(row, row + height), slice(column, column + PART))
+        (slice(row, row + height), slice(column, column + AT_ONCE))
         for row in range(0, rows, height)
-        for column in range(0, columns, PART)
+        for column in range(0, columns, AT_ONCE)
     ]
 
 
-def _of(scale: Tensor, place: Place) -> Tensor:
+def _of(scale: Tensor, place: Part) -> Tensor:
     """Return the scales of a part, (1, 1) or (rows, 1)."""
     return scale if len(scale) == 1 else scale[place[0]]
 

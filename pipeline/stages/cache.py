@@ -2,8 +2,9 @@
 a pool of actors.
 
 `online` stores nothing: the teacher then runs in each training step. Before any shard is made, a probe measures
-what the stored dtype costs in KL(teacher || teacher from cache), and on a GPU the bf16 of the teacher's pass with it.
-Draws are right on average, so that theirs is what the distribution costs that they are drawn from: nothing on a CPU.
+what the stored dtype costs in KL(teacher || teacher from cache), and on a GPU the bf16 of the teacher's pass and head
+with it, which is all that online costs. Draws are right on average, so that theirs is what the distribution costs that
+they are drawn from: nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline.models.attention import use_causal_attention
 from pipeline.models.build import load_model
 from pipeline.models.device import all_so_far, bf16_on_gpu, device_for, room_on_host
 from pipeline.models.hidden_states import LAST, head_of, last_states
-from pipeline.stages.kept import Kept, KeptStates, finite, kept_by
+from pipeline.stages.kept import Kept, KeptStates, finite, kept_by, logits_online
 from pipeline.stages.stage import PinnedRun, Stage, Step, StepJob, always
 from pipeline.store.pieces import Pieces
 from pipeline.store.records import ROWS, Precision, Shard, Teacher, TeacherCache, Tokens
@@ -46,11 +47,11 @@ PROBE_SHARDS, PROBE_ROWS = 4, 8
 LEAST_READS = 2  # of a row, from which its states are worth keeping
 SHARDS_AT_ONCE = 4  # that a GPU's worker has in hand: it computes one while it hashes and writes those before
 COMPUTING = threading.Lock()
-KNOBS = {"states": {"dtype", "max_kl_nats"}, "logits": {"draws", "max_kl_nats"}, "online": set[str]()}  # that say how
+KNOBS = {"states": {"dtype", "max_kl_nats"}, "logits": {"draws", "max_kl_nats"}, "online": {"max_kl_nats"}}
 
 
 def recipe(run: PinnedRun) -> dict[str, Any]:
-    """Return the decided mode and, where something is stored, how."""
+    """Return the decided mode, how something is stored, and what it may cost."""
     mode, _ = decide_mode(run)
     return {"cache": run.config.cache.model_dump(include=KNOBS[mode]) | {"mode": mode}}
 
@@ -61,8 +62,9 @@ def decide_mode(run: PinnedRun) -> tuple[str, str]:
     With `cache.mode: auto` states are stored if the run reads each row at least twice and all of them, so many tokens
     of this teacher's width, take at most `resources.max_cache_gib`; else the teacher runs in each step. Draws widen the
     gap, so that they are chosen by people alone, who are told their bytes where they would do. Rows are estimated from
-    the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so what
-    the store has left, which the cache itself takes from, does not decide: `check` refuses what does not fit.
+    the text, even where they are known, so that a run that was begun goes on as it began. The mode enters keys, so that
+    neither what the store has left, which the cache itself takes from, decides, nor what a machine measures of the
+    teacher's cost, which is another on the next: plans tell both, and `check` refuses what does not fit.
     """
     cache, distill, limit = run.config.cache, run.config.distill, run.config.resources.max_cache_gib
     if cache.mode != "auto":
@@ -101,18 +103,14 @@ def run(step: Step) -> TeacherCache:
     tokens, hidden = step.input(Tokens).record, step.input(Teacher).record.hidden
     section, split = Cache.model_validate(step.recipe["cache"]), tokens.splits["train"]
     mode: Any = section.mode
-    wanted = kept_by(mode, section, tokens)
-    if wanted is None:
-        return TeacherCache(**step.identity(), mode="online", dtype="float32", hidden=hidden)
-    check_space(step.dir, split.rows * wanted.row_bytes(step.task.states, hidden), split.tokens)
-    gpus = step.resources.gpus_per_worker
-    kept, kl_nats, precision = step.engine.task(partial(probe, step.job, wanted), step.dir, gpus)
-    if kl_nats > section.max_kl_nats:
-        ways = [*kept.exact, *(["resources.gpus_per_worker: 0"] if precision == "bf16" else [])]
-        raise RunError(
-            f"The teacher in {precision}, kept as {kept}, costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
-            f"({section.max_kl_nats:g}). Set {' and '.join(ways)}, or raise cache.max_kl_nats."
-        )
+    wanted, gpus = kept_by(mode, section, tokens), step.resources.gpus_per_worker
+    if wanted is not None:
+        check_space(step.dir, split.rows * wanted.row_bytes(step.task.states, hidden), split.tokens)
+    kept, kl_nats, precision = cost_of(step, wanted)
+    refuse_cost(section, kept, kl_nats or 0.0, precision)
+    if kept is None:
+        facts: dict[str, Any] = {"dtype": "float32", "kl_nats": kl_nats, "precision": precision}
+        return TeacherCache(**step.identity(), mode=mode, hidden=hidden, **facts)
     make, at_once = partial(CacheShard, step.job, kept), SHARDS_AT_ONCE if gpus else 1
     lines = step.engine.shards(make, split.shards, step.advance, gpus, step.dir, at_once)
     shards: list[Shard] = []
@@ -140,7 +138,7 @@ STAGE = Stage(
     recipe,
     run,
     check=check,
-    version=2,
+    version=3,
     shared=True,
     repairs=True,
     unit="shards",
@@ -155,6 +153,29 @@ def check_space(step_dir: StepDir, needed: int, tokens: int) -> None:
         raise ConfigError(
             f"The cache of {tokens:,} tokens needs {needed / 2**20:,.0f} MiB, and {step_dir.storage_uri} has "
             f"{free / 2**20:,.0f} MiB left. Use cache.mode: online, another resources.storage_uri, or less text."
+        )
+
+
+def cost_of(step: Step, wanted: Kept | None) -> tuple[Kept | None, float | None, Precision]:
+    """Return what `probe` does, where there is something to measure: a teacher that runs in each step costs nothing on
+    a CPU, and None is known of one that is shared out among GPUs, any of which may be too small for it."""
+    gpus = step.resources.gpus_per_worker
+    if wanted is None and not gpus:
+        return None, 0.0, "fp32"
+    if wanted is None and step.resources.strategy == "fsdp":
+        return None, None, "bf16"
+    return step.engine.task(partial(probe, step.job, wanted), step.dir, gpus)
+
+
+def refuse_cost(section: Cache, kept: Kept | None, kl_nats: float, precision: Precision) -> None:
+    """Raise RunError if a teacher costs more nats a token than it may, kept so, or in each step where nothing is."""
+    if kl_nats > section.max_kl_nats:
+        taught = "in each step" if kept is None else f"kept as {kept}"
+        exact = () if kept is None else kept.exact
+        ways = [*exact, *(["resources.gpus_per_worker: 0"] if precision == "bf16" else [])]
+        raise RunError(
+            f"The teacher in {precision}, {taught}, costs {kl_nats:.2e} nats a token, above cache.max_kl_nats "
+            f"({section.max_kl_nats:g}). Set {' and '.join(ways)}, or raise cache.max_kl_nats."
         )
 
 
@@ -208,9 +229,9 @@ class CacheShard:
 
 
 @torch.no_grad()
-def probe(job: StepJob, wanted: Kept) -> tuple[Kept, float, Precision]:
+def probe(job: StepJob, wanted: Kept | None) -> tuple[Kept | None, float, Precision]:
     """Return what is to be kept (float16 gives way to bfloat16 where it overflows), the KL in nats per token from the
-    teacher in fp32 to what that stands for, and what it is computed in."""
+    teacher in fp32 to what a student learns from, in the precision of its steps, and what that is."""
     device, tokens = device_for(job.resources), job.input(Tokens)
     model = load_model(job.input(Teacher).folder()).to(device).eval()
     use_causal_attention(model)
@@ -219,7 +240,7 @@ def probe(job: StepJob, wanted: Kept) -> tuple[Kept, float, Precision]:
     batch = job.task.batch(ids, lengths).to(device)
     head: Any = head_of(model)
     exact: Tensor = head(last_states(model, *batch.inputs))
-    kept, logits = wanted.probed(model, batch)
+    kept, logits = (None, logits_online(model, batch)) if wanted is None else wanted.probed(model, batch)
     cross, count = logit_distillation_loss(logits, exact, batch.distilled)
     entropy, _ = logit_distillation_loss(exact, exact, batch.distilled)
     return kept, max(0.0, float((cross - entropy) / count)), "bf16" if device.type == "cuda" else "fp32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from pipeline.config.training import Cache
 from pipeline.distill.draws import drawn, starts
 from pipeline.distill.transfer import sent
 from pipeline.models.device import bf16_on_gpu
-from pipeline.models.hidden_states import head_input, head_of, head_product, last_states, logits_of
+from pipeline.models.hidden_states import head_of, last_states, teachers_logits
 from pipeline.store.shards import Stored, StoredDraws, StoredStates, dtype_of_ids
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.chunks import parts_of
@@ -73,13 +73,12 @@ class KeptStates(Kept):
 
     def probed(self, model: PreTrainedModel, batch: Batch) -> tuple[Kept, Tensor]:
         """Return the dtype to store too: float16 gives way to bfloat16 where it overflows."""
-        head: Any = head_of(model)
         with bf16_on_gpu(batch.ids.device):
             states = last_states(model, *batch.inputs)
         stored = StoredStates.of(states, self.dtype)
         if not finite(stored):
             stored = StoredStates.of(states, "bfloat16")
-        return KeptStates(stored.dtype), head(stored.wide())
+        return KeptStates(stored.dtype), teachers_logits(head_of(model), stored.wide())
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,23 @@ class KeptDraws(Kept):
         return positions * self.draws * BYTES_OF[self.dtype]
 
     def of(self, model: PreTrainedModel, batch: Batch) -> StoredDraws:
-        head = head_of(model)
-        prepared = head_input(head, last_states(model, *batch.inputs))
+        head, states = head_of(model), last_states(model, *batch.inputs)
         start = sent(starts(batch.on_host.ids), batch.ids.device)
         tokens = torch.empty((*start.shape, self.draws), dtype=getattr(torch, self.dtype), device=start.device)
         for part in parts_of(batch, int(model.config.vocab_size), LOGITS_AT_ONCE[start.device.type]):
-            tokens[part] = drawn(head_product(head, prepared[part]), start[part], self.draws).to(tokens.dtype)
+            tokens[part] = drawn(teachers_logits(head, states[part]), start[part], self.draws).to(tokens.dtype)
         return StoredDraws(tokens)
 
     def probed(self, model: PreTrainedModel, batch: Batch) -> tuple[Kept, Tensor]:
-        with bf16_on_gpu(batch.ids.device):
-            logits = logits_of(model, last_states(model, *batch.inputs))
+        logits = logits_online(model, batch)
         return replace(self, dtype=dtype_of_ids(logits.shape[-1])), logits
+
+
+def logits_online(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the logits of a teacher that runs in a step."""
+    with bf16_on_gpu(batch.ids.device):
+        states = last_states(model, *batch.inputs)
+    return teachers_logits(head_of(model), states)
 
 
 class Vocabulary(Protocol):

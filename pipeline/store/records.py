@@ -184,9 +184,9 @@ class TeacherCache(Record):
     hidden: int
     shards: tuple[Shard, ...] = ()
     bytes: int = 0
-    # KL(teacher in fp32 || teacher from cache, or that tokens were drawn from), nats per token, on a probe
+    # KL(teacher in fp32 || teacher from cache, in a step, or that tokens were drawn from), nats per token, on a probe
     kl_nats: float | None = None
-    precision: Precision = "fp32"  # of the teacher's pass: bf16 on a GPU
+    precision: Precision = "fp32"  # of the teacher's pass and of its head in a step: bf16 on a GPU
 
     @property
     def stored(self) -> dict[str, StoredFile]:

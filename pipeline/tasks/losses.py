@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.losses import drawn_distillation_loss, logit_distillation_loss, target_loss, target_nats
-from pipeline.models.hidden_states import head_product
+from pipeline.models.hidden_states import head_product, teachers_logits
 from pipeline.tasks.batch import Batch
 
 NEXT_TOKEN, DISTILLATION, CONTRAST = "next_token_nats", "distillation_nats", "contrastive_nats"
@@ -25,7 +25,7 @@ def losses_of_logits(
 ) -> dict[str, Tensor]:
     """Return the losses that are computed from logits, of what `head_input` gave for the student's head; with a
     teacher, its head and last states, or no head and tokens drawn from it, they are those of distillation. `bf16` has
-    both products so."""
+    the student's product so; the teacher's is on every GPU."""
     with torch.autocast(prepared.device.type, torch.bfloat16, enabled=bf16):
         logits = head_product(head, prepared)
     if teacher is None:
@@ -33,8 +33,8 @@ def losses_of_logits(
     teachers_head, given = teacher
     if teachers_head is None:
         return {DISTILLATION: drawn_distillation_loss(logits, given, batch.distilled)[0]}
-    with torch.no_grad(), torch.autocast(prepared.device.type, torch.bfloat16, enabled=bf16):
-        reference = head_product(teachers_head, given)
+    with torch.no_grad():
+        reference = teachers_logits(teachers_head, given)
     return distilling_losses(logits, reference, batch)
 
 

@@ -14,6 +14,7 @@ from pipeline.distill.losses import contrastive_loss
 from pipeline.distill.memory_bank import MemoryBank
 from pipeline.distill.transfer import sent
 from pipeline.errors import RunError
+from pipeline.models.device import bf16_on_gpu
 from pipeline.store.shards import Stored
 from pipeline.tasks.batch import Batch
 
@@ -38,10 +39,11 @@ class Distillation:
     @torch.no_grad()
     def taught(self, batch: Batch, cached: Stored | None) -> tuple[Tensor, Tensor]:
         """Return what is known of the teacher at each position of a micro-batch, (sequences, length, width): its last
-        states and those of the contrast layer, cached or computed now; or, twice, the tokens cached that were drawn
-        from it, where nothing is contrasted."""
+        states and those of the contrast layer, cached or computed now, in bf16 on a GPU; or, twice, the tokens cached
+        that were drawn from it, where nothing is contrasted."""
         if self.teacher is not None:
-            return self.teacher(*batch.inputs)
+            with bf16_on_gpu(batch.ids.device):
+                return self.teacher(*batch.inputs)
         if cached is None:
             raise RunError("Distillation has neither a cache nor a teacher to run.")
         values = cached.to(batch.ids.device).wide().reshape(*batch.ids.shape, -1)

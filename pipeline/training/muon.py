@@ -11,7 +11,9 @@ from torch import Tensor
 from pipeline.models.sharded import is_part, like, own, part_like, whole
 
 UPDATE_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
-MOST_STACKED = 2**26  # numbers that are orthogonalised at once
+# Numbers that are orthogonalised at once: 256 MiB on a GPU, 512 MiB on a CPU. A step of Newton and Schulz holds as much
+# again for what it makes of them, and at most as much for each of two products of theirs.
+MOST_STACKED = 2**27
 
 
 class StackedMuon(torch.optim.Muon):
@@ -37,16 +39,15 @@ class StackedMuon(torch.optim.Muon):
         grads = [own(p.grad) for p in moved]
         torch._foreach_lerp_(averages, grads, 1 - settings["momentum"])
         updates = list(torch._foreach_lerp(grads, averages, settings["momentum"]))
-        in_parts = any(map(is_part, moved))
-        if not in_parts:
-            torch._foreach_div_(updates, torch._foreach_clamp_min(torch._foreach_norm(updates), settings["eps"]))
-        for indexes in _stacks(moved):
-            stack = [whole(like(updates[i], moved[i])) for i in indexes]
-            if in_parts:
-                torch._foreach_div_(stack, torch._foreach_clamp_min(torch._foreach_norm(stack), settings["eps"]))
-            together = _orthogonalised_together(stack, settings["ns_coefficients"], settings["ns_steps"])
-            for i, update in zip(indexes, together, strict=True):
-                updates[i] = own(part_like(update, moved[i]))
+        newton_schulz = settings["ns_coefficients"], settings["ns_steps"], settings["eps"]
+        if not any(map(is_part, moved)):
+            _orthogonalise(updates, *newton_schulz)
+        else:
+            for numbers in _stacks(moved):  # no more than one of them is gathered at a time
+                gathered = [whole(like(updates[i], moved[i])) for i in numbers]
+                _orthogonalise(gathered, *newton_schulz)
+                for i, update in zip(numbers, gathered, strict=True):
+                    updates[i] = own(part_like(update, moved[i]))
         held = [own(p) for p in moved]
         if settings["weight_decay"]:
             torch._foreach_mul_(held, [1 - group["lr"] * group["weight_decay"] for _, group in grouped])
@@ -69,16 +70,25 @@ def _is_tall(matrix: Tensor) -> bool:
     return matrix.shape[0] > matrix.shape[1]
 
 
-def _orthogonalised_together(
-    matrices: Sequence[Tensor], coefficients: tuple[float, float, float], steps: int
-) -> list[Tensor]:
-    """Return what `orthogonalised` makes of matrices of one shape or its transpose, wide ones first, in their dtype."""
-    first = matrices[0]
-    stack = torch.stack([matrix.mT if _is_tall(matrix) else matrix for matrix in matrices])
-    narrow = stack if first.device.type == "cpu" else stack.bfloat16()
-    update = orthogonalised(narrow, coefficients, steps).to(first.dtype)
-    wide = sum(not _is_tall(matrix) for matrix in matrices)
-    return [*update[:wide].unbind(), *update[wide:].mT.contiguous().unbind()]
+def _orthogonalise(matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float) -> None:
+    """Put in place of each matrix what `orthogonalised` makes of it over its norm, in its own dtype.
+
+    All are cast by one operation, and so that each is copied as it lies in memory: with others among them, such as
+    transposed ones, a GPU would be launched for each.
+    """
+    torch._foreach_div_(matrices, torch._foreach_clamp_min(torch._foreach_norm(matrices), eps))
+    updates = matrices
+    if matrices[0].device.type != "cpu":
+        updates = [torch.empty_like(matrix, dtype=torch.bfloat16) for matrix in matrices]
+        torch._foreach_copy_(updates, matrices)
+    for numbers in _stacks(matrices):
+        stack = torch.stack([updates[i].mT if _is_tall(updates[i]) else updates[i] for i in numbers])
+        update, wide = orthogonalised(stack, coefficients, steps), sum(not _is_tall(updates[i]) for i in numbers)
+        together = *update[:wide].unbind(), *update[wide:].mT.contiguous().unbind()
+        for i, made in zip(numbers, together, strict=True):
+            updates[i] = made
+    if updates is not matrices:
+        torch._foreach_copy_(matrices, updates)
 
 
 def orthogonalised(stack: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

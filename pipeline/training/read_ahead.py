@@ -23,9 +23,13 @@ class ReadAhead:
         self._ahead: tuple[tuple[int, ...], Future[Read]] | None = None
 
     def get(self, row_ids: Sequence[int], then: Sequence[int] = ()) -> Read:
-        """Return what `Rows.get` does, and begin to read the rows that are wanted next."""
-        ahead, self._ahead = self._ahead, None
-        rows = ahead[1].result() if ahead is not None and ahead[0] == tuple(row_ids) else self._read(tuple(row_ids))
+        """Return what `Rows.get` does, and begin to read the rows that are wanted next, in place of those before them:
+        others may be asked for meanwhile."""
+        wanted, ahead = tuple(row_ids), self._ahead
+        if ahead is not None and ahead[0] == wanted:
+            rows, self._ahead = ahead[1].result(), None
+        else:
+            rows = self._read(wanted)
         if len(then):
             self._ahead = tuple(then), self._thread.submit(self._read, tuple(then))
         return rows

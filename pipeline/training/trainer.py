@@ -89,6 +89,8 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.job, self.recipe, self.device, self.report = job, job.recipe, device, report
+        # The workers' hosts, where workers themselves are joined by what takes a GPU's tensors alone.
+        self.hosts = dist.new_group(backend="gloo") if self.world > 1 and device.type != "cpu" else None
         self.shared_out = shares(job.resources)
         self.whole = hollow(model.model) if self.shared_out else model.model  # what ends with the best weights
         self.distillation, self.model = distillation, share_out(model, device) if self.shared_out else model.to(device)
@@ -253,7 +255,7 @@ class Trainer:
         distillation, bf16 = self.distillation, self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             last, states = self.model(*batch.inputs)
-            taught = None if distillation is None else distillation.taught(batch, cached)
+        taught = None if distillation is None else distillation.taught(batch, cached)
 
         def of_part(prepared: Tensor, part: Batch, at: Part) -> dict[str, Tensor]:
             teacher = None if distillation is None or taught is None else (distillation.head, taught[0][at])
@@ -436,19 +438,21 @@ class Trainer:
             dist.all_reduce(moved)
         return moved
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return a tensor of every rank, in rank order, where it is; the first dimensions may differ."""
+    def _gather(self, *tensors: Tensor) -> list[list[Tensor]]:
+        """Return each tensor of every rank, in rank order, where it is. Those of a rank have one length, which hosts
+        tell each other: none waits for its device to know it."""
         if self.world == 1:
-            return [tensor]
-        own = tensor.to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
-        longest = max(int(size) for size in sizes)
-        padded = own.new_zeros(longest, *own.shape[1:])
-        padded[: len(own)] = own
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        return [rows[: int(size)].to(tensor.device) for rows, size in zip(gathered, sizes, strict=True)]
+            return [[tensor] for tensor in tensors]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(tensors[0])]), self.hosts)
+        return [self._gathered(tensor, [*map(int, lengths)]) for tensor in tensors]
+
+    def _gathered(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(gathered, padded, self.hosts if tensor.device.type == "cpu" else None)
+        return [rows[:length] for rows, length in zip(gathered, lengths, strict=True)]
 
     def _barrier(self) -> None:
         if self.world > 1:

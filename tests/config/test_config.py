@@ -2,9 +2,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pipeline.config.load import load_config
+from pipeline.config.resources import Resources
 from pipeline.config.run import Config
 from pipeline.config.training import Distill
 from pipeline.errors import ConfigError
@@ -248,6 +250,21 @@ def test_given_resources_fill_what_the_file_and_set_leave_open(load):
     assert config.resources.tracking_uri == "set"
     assert config.resources.workers == 4
     assert load().resources.storage_uri == "./bitmill-store"
+
+
+@pytest.mark.parametrize(
+    ("given", "on_a_gpu", "on_a_cpu"),
+    [
+        ({}, True, False),
+        ({"strategy": "fsdp"}, False, False),
+        ({"compile": True}, True, True),
+        ({"compile": False}, False, False),
+    ],
+    ids=str,
+)
+def test_steps_are_compiled_on_gpus_unless_models_are_shared_out_or_it_is_said_otherwise(given, on_a_gpu, on_a_cpu):
+    resources = Resources(**given)
+    assert [resources.compiles(torch.device(kind)) for kind in ("cuda", "cpu")] == [on_a_gpu, on_a_cpu]
 
 
 def test_a_configuration_is_frozen(load):

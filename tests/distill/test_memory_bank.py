@@ -123,10 +123,10 @@ def update_together(banks):
     slots, barrier = [None] * len(banks), threading.Barrier(len(banks), timeout=30)
 
     def work(rank):
-        def gather(tensor):
-            slots[rank] = tensor
+        def gather(*tensors):
+            slots[rank] = tensors
             barrier.wait()
-            values = list(slots)
+            values = [list(of_all) for of_all in zip(*slots, strict=True)]
             barrier.wait()
             return values
 

@@ -84,7 +84,11 @@ def test_what_was_measured_is_what_the_benchmark_keeps() -> None:
 def test_a_cache_pays_once_the_teacher_has_cost_more() -> None:
     reads = caching(MODEL, RATES, Prices(), token_bytes=2_000, reads=1.0)
     assert reads.pays_from == pytest.approx((0.0025 + 0.002) / 0.0025)  # 1.8
-    assert "here are 1.0: online is cheaper" in reads.told
+    assert (reads.once, reads.each) == pytest.approx((1e6 * 0.0045 / 3600, 1e6 * 0.0025 / 3600))
+    assert reads.told == (
+        "by worker-hours, a cache of states costs 1.25 for a million tokens, once, and the teacher in each step 0.694 "
+        "more than reads of it, so that the cache pays from 1.8 reads of each row on; here are 1.0: online is cheaper"
+    )
     small = caching(MODEL, RATES, Prices(), token_bytes=2_000, reads=1.0, pass_tokens=2)
     assert small.pays_from == pytest.approx((0.0025 + 0.002) / (0.0025 + 0.005))
     assert "here are 1.0: the cache is cheaper" in small.told
@@ -93,6 +97,7 @@ def test_a_cache_pays_once_the_teacher_has_cost_more() -> None:
     once = 3.6 / 3600 * (0.0025 + 2e-6) + 1.0 + 2 / 2**23 * 2**23 / 1000  # computed, kept, written
     each = 3.6 / 3600 * 0.0025 - 2 / 2**23 * 2**21 / 1000  # less than its reads cost
     assert each < 0
+    assert (priced.once, priced.each) == pytest.approx((1e6 * once, 1e6 * each))
     assert priced.pays_from is None
     assert "online is always cheaper" in priced.told
     cheaper = caching(MODEL, RATES, dear.model_copy(update={"thousand_reads": 0.0}), token_bytes=2, reads=1.0)
@@ -144,12 +149,14 @@ def test_a_plan_says_what_each_step_takes(tiny_config, tmp_path) -> None:
     assert told["cache_bytes"] == plan.cache_bytes
     assert told["requests"] == {"writes": 0, "reads": 0}
     assert told["cost"] == pytest.approx(told["worker_hours"] * 3600)
+    assert document["free_bytes"] > plan.cache_bytes
     assert told["caching"]["reads"] == pytest.approx(batches * 8 / plan.rows)
     for said in (
         "worker-hours: about",
         "estimated: parameters and tokens at 0.0 GFLOP/s",
         "cost: about",
         "by prices, a cache",
+        "GiB are free",
     ):
         assert said in text.getvalue()
 
@@ -183,4 +190,4 @@ def test_trials_of_a_sweep_read_one_cache(tiny_config, tmp_path) -> None:
     assert document["worker_hours"] == pytest.approx(trials / 3600)
     assert document["caching"]["reads"] == pytest.approx(3 * alone.caching.reads)
     assert document["cost"] is None
-    assert "worker-hours, a cache of states is cheaper" in text.getvalue()
+    assert "worker-hours, a cache of states costs " in text.getvalue()

@@ -257,7 +257,7 @@ def test_a_weight_that_is_quantized_in_parts_is_that_of_the_whole(kind, scales, 
     scale[0] = 0 if scales > 1 else 1
     results = []
     for size in (2**18, part):
-        monkeypatch.setattr(arithmetic, "PART", size)
+        monkeypatch.setattr(arithmetic, "AT_ONCE", size)
         ours = weight.clone().requires_grad_(), scale.clone().requires_grad_()
         levels = fake_quantize(*ours, grid(kind, 2), 0.5)
         levels.backward(upstream)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.config.quant import Quant
 from pipeline.config.resources import Resources
+from pipeline.config.training import Distill
 from pipeline.errors import RunError
 from pipeline.execution.engine import Engine
 from pipeline.models.build import build, read_config
@@ -84,19 +87,65 @@ def test_the_teacher_of_a_cache_is_in_bf16_on_a_gpu_and_its_cost_is_measured(
     on_gpu, on_cpu = (case.step_job({}, gpus_per_worker=gpus) for gpus in (1, 0))
     bf16, fp32 = states(on_gpu, case), states(on_cpu, case)
     assert 1e-3 < float((bf16 - fp32).abs().max()) < 0.2
-    for kept in (KeptStates("float32"), KeptDraws("uint8", 50)):
+    for kept in (KeptStates("float32"), KeptDraws("uint8", 50), None):
         (_, cost, precision), (_, nothing, exact) = (cache.probe(job, kept) for job in (on_gpu, on_cpu))
         assert (precision, exact) == ("bf16", "fp32")
         assert nothing < 1e-6 < 1e-5 < cost < 1e-2
 
 
-def test_draws_of_a_teacher_in_bf16_that_cost_too_much_are_refused(case: Case, device: torch.device) -> None:
-    section = {"cache": {"mode": "logits", "draws": 50, "max_kl_nats": 0}}
-    job = case.step_job(section, workers=0, gpus_per_worker=1)
-    step = Step(**vars(job), version=1, engine=Engine(job.resources), advance=lambda done, total, note, points=(): None)
-    message = r"in bf16, kept as 50 drawn tokens a position, costs .* Set resources\.gpus_per_worker: 0, or raise cache"
-    with pytest.raises(RunError, match=message):
-        cache.run(step)
+class Bf16Products(TorchDispatchMode):
+    """Counts products of matrices in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::mm", "aten::addmm") and args[-1].dtype == torch.bfloat16:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("cached", "products"), [(True, 1), (False, 4 * ARCHITECTURE["n_layer"] + 1)])
+def test_a_student_in_fp32_learns_from_a_teacher_in_bf16_on_a_gpu_alone(
+    case: Case, device: torch.device, cached: bool, products: int
+) -> None:
+    """Its head where states are cached, and its layers where it runs in the step: what the probe measures."""
+    run = case.run(Distill(steps=2, batch_size=4), "probed", case.cache("float32") if cached else None)
+    for where, expected in ((device, products), (torch.device("cpu"), 0)):
+        with Bf16Products() as bf16:
+            case.loop(run, Quant(bits="32-32-32"), where).backward(0)
+        assert bf16.count == expected
+
+
+def step_of(case: Case, section: dict[str, Any], **resources: Any) -> Step:
+    job = case.step_job({"cache": section}, **{"workers": 0, **resources})
+    return Step(**vars(job), version=1, engine=Engine(job.resources), advance=lambda done, total, note, points=(): None)
+
+
+WAYS = {
+    "logits": r"in bf16, kept as 50 drawn tokens a position, costs .* Set resources\.gpus_per_worker: 0, or raise",
+    "online": r"in bf16, in each step, costs .* Set resources\.gpus_per_worker: 0, or raise",
+}
+
+
+@pytest.mark.parametrize("mode", WAYS)
+def test_a_teacher_in_bf16_that_costs_too_much_is_refused(case: Case, device: torch.device, mode: str) -> None:
+    with pytest.raises(RunError, match=WAYS[mode]):
+        cache.run(step_of(case, {"mode": mode, "max_kl_nats": 0}, gpus_per_worker=1))
+
+
+def test_what_a_teacher_costs_in_each_step_is_in_the_record(case: Case, device: torch.device) -> None:
+    def facts(**resources: Any) -> tuple[str, float | None, str]:
+        record = cache.run(step_of(case, {"mode": "online"}, **resources))
+        return record.mode, record.kl_nats, record.precision
+
+    mode, cost, precision = facts(gpus_per_worker=1)
+    assert (mode, precision) == ("online", "bf16")
+    assert cost is not None
+    assert 0 < cost < 1e-3
+    assert facts() == ("online", 0.0, "fp32")
+    assert facts(gpus_per_worker=1, strategy="fsdp", workers=2) == ("online", None, "bf16")
 
 
 @pytest.mark.parametrize("kept", [KeptStates("float16"), KeptDraws("uint8", 50)], ids=["states", "draws"])

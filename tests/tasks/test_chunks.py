@@ -1,5 +1,6 @@
 """Logits part by part: every position once, never more than the limit, and the gradients of the whole."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.config.data import TaskSettings
+from pipeline.models.hidden_states import FinishedHead, teachers_logits
 from pipeline.tasks import chunks
 from pipeline.tasks.batch import Batch
 from pipeline.tasks.chunks import backward_by_parts, parts_of
@@ -81,6 +83,26 @@ def test_losses_and_gradients_are_those_of_the_whole_table(
     torch.testing.assert_close(parts[1:], whole[1:], rtol=1e-5, atol=1e-7)
     direct = losses_of_logits(head, states, batch, whole_of, False)
     torch.testing.assert_close(whole[0], {name: loss.detach() for name, loss in direct.items()})
+
+
+def test_a_teacher_in_bf16_keeps_its_distribution_wherever_its_logits_lie(device: torch.device) -> None:
+    """About -100, as GPT-2's, where bf16 has a number every half: they are moved to where it has more."""
+    torch.manual_seed(0)
+    head, states = nn.Linear(HIDDEN, VOCABULARY), torch.randn(50, 3, HIDDEN)
+    with torch.no_grad():
+        states[..., 0], head.weight[:, 0] = 10.0, -10.0
+
+        def kl(finish: tuple[float, float], given: torch.device) -> float:
+            """Finished by a divisor and a soft cap, which bounds what is there, not what was moved."""
+            whole = FinishedHead(head, None, *finish).to(given)
+            logits = teachers_logits(whole, states.to(given)).cpu().double().log_softmax(-1)
+            exact = FinishedHead(copy.deepcopy(head).cpu(), None, *finish)(states).double().log_softmax(-1)
+            return float((exact.exp() * (exact - logits)).sum(-1).mean())
+
+        assert abs(kl((1.0, 0.0), torch.device("cpu"))) < 1e-8
+        assert 0 < kl((1.0, 0.0), device) < 1e-5
+        assert 0 < kl((2.0, 0.0), device) < 1e-5
+        assert 1e-4 < kl((1.0, 300.0), device) < 0.05
 
 
 def test_a_gpus_table_is_filled_up_to_whole_tiles() -> None:

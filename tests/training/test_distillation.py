@@ -376,7 +376,7 @@ def test_auto_runs_the_teacher_where_another_layer_is_wanted(
     for length in ({"steps": 2}, often):
         distill = {"contrast_layer": -2, **length}
         plan = plan_run(tiny_config(cloned, cache={"mode": "auto"}, distill=distill))
-        assert plan.step(TeacherCache).recipe == {"cache": {"mode": "online"}}
+        assert plan.step(TeacherCache).recipe == {"cache": {"mode": "online", "max_kl_nats": 2e-3}}
         mode, reason = plan.cache_mode
         assert mode == "online"
         assert "distill.contrast_layer" in reason

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.quant import Quant
 from pipeline.config.training import Distill
-from pipeline.training.muon import StackedMuon, orthogonalised
+from pipeline.training.muon import MOST_STACKED, StackedMuon, orthogonalised
 from tests.operations import Launches
-from tests.training.cases import Case
+from tests.training.cases import CPU, Case
 
 COEFFICIENTS, STEPS = (3.4445, -4.775, 2.0315), 5  # Keller Jordan's
 SHAPES = [(192, 768), (768, 192), (192, 576), (768, 768), (64, 172)]  # of layers of a GPT-2 and a Llama
@@ -121,22 +121,51 @@ def test_matrices_that_are_stacked_move_as_each_alone(monkeypatch: pytest.Monkey
         return [matrix.detach() for matrix in matrices]
 
     alone = after(each_alone=True)
-    for most in (2**26, 60, 1):
+    for most in (MOST_STACKED, 60, 1):
         monkeypatch.setattr("pipeline.training.muon.MOST_STACKED", most)
         for ours, theirs in zip(after(each_alone=False), alone, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_takes_few_operations_however_many_layers_there_are() -> None:
-    def operations(layers: int) -> int:
-        shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * layers  # those of a layer of a GPT-2
-        matrices = [nn.Parameter(gradient(shape, 0, seed)) for seed, shape in enumerate(shapes)]
+NARROWER = 16  # than the models that are meant
+GPT2 = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # a layer's
+SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]  # of 135M
+MODELS = {"gpt2": (GPT2, (2, 12)), "smollm2": (SMOLLM2, (3, 30))}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_takes_few_operations_however_many_layers_there_are(
+    model: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, which computes in bf16, and with as many stacks as matrices of full size make."""
+    monkeypatch.setattr("pipeline.training.muon.MOST_STACKED", MOST_STACKED // NARROWER**2)
+    layer, depths = MODELS[model]
+
+    def operations(layers: int, where: torch.device) -> int:
+        shapes = [(rows // NARROWER, columns // NARROWER) for rows, columns in layer * layers]
+        matrices = [nn.Parameter(gradient(shape, 0, seed).to(where)) for seed, shape in enumerate(shapes)]
         for matrix in matrices:
-            matrix.grad = torch.randn_like(matrix)
-        optimizer = StackedMuon([{"params": [matrix]} for matrix in matrices], weight_decay=0.0)
+            matrix.grad = matrix.detach().clone()
+        optimizer = StackedMuon([{"params": [matrix]} for matrix in matrices], weight_decay=0.1)
         optimizer.step()
         with Launches() as launches:
             optimizer.step()
         return launches.count
 
-    assert operations(layers=2) == operations(layers=12) <= 60
+    for where in (CPU, device):
+        few, many = (operations(layers, where) for layers in depths)
+        assert few == many <= 60
+
+
+def test_an_update_in_bf16_is_that_in_fp32_to_its_rounding(device: torch.device) -> None:
+    shapes = [(48, 16), (16, 16), (64, 16), (16, 64), (16, 64)]
+
+    def updates(where: torch.device) -> list[Tensor]:
+        matrices = [nn.Parameter(torch.zeros(shape, device=where)) for shape in shapes]
+        for seed, matrix in enumerate(matrices):
+            matrix.grad = gradient(matrix.shape, 0, seed).to(where)
+        StackedMuon([{"params": [matrix]} for matrix in matrices], adjust_lr_fn="match_rms_adamw").step()
+        return [matrix.detach().to(CPU) for matrix in matrices]
+
+    for half, single in zip(updates(device), updates(CPU), strict=True):
+        assert 1e-3 < float((half - single).norm() / single.norm()) < 0.1

@@ -29,11 +29,13 @@ def test_the_next_rows_are_read_by_a_thread_and_once(case: Case) -> None:
     rows.get = recording  # type: ignore[method-assign]
     before = {*threading.enumerate()}  # those of trainers that other tests made, until they are collected, among them
     ahead = ReadAhead(rows, CPU)
-    given = [ahead.get([1, 2], then=[50, 3]), ahead.get([50, 3], then=[7]), ahead.get([8]), ahead.get([7])]
+    asked = ([1, 2], [50, 3]), ([50, 3], [7]), ([8], ()), ([7], [9]), ([4], [5]), ([9], ())
+    given = [ahead.get(wanted, then) for wanted, then in asked]
     ahead.close()
-    assert readers[:2] == [((1, 2), True), ((50, 3), False)]
-    assert [*readers[2:]].count(((7,), True)) == 1  # what was read ahead in vain is read again
-    for wanted, (ids, lengths, _) in zip(([1, 2], [50, 3], [8], [7]), given, strict=True):
+    by_thread, by_main = ([rows for rows, main in readers if main == which] for which in (False, True))
+    assert by_thread[:2] == [(50, 3), (7,)]  # which stays while others are asked for
+    assert by_main == [(1, 2), (8,), (4,), (9,)]  # 9 again, once something else was to be read next
+    for wanted, (ids, lengths, _) in zip([rows for rows, _ in asked], given, strict=True):
         assert torch.equal(ids, get(wanted)[0])
         assert torch.equal(lengths, ahead.lengths(wanted))
     begun = {*threading.enumerate()} - before

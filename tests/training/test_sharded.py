@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
+import resource
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -143,6 +145,45 @@ def test_a_worker_holds_its_share_alone(tmp_path: Path, monkeypatch: pytest.Monk
     for (held, most), (held_whole, most_whole) in zip(workers("fsdp"), workers("ddp"), strict=True):
         assert held < 0.51 * held_whole
         assert most < 0.3 * most_whole
+
+
+GIVES_BACK = ((-3, 2**20), (-1, 2**20), (-8, 1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX of glibc
+
+
+def capped(mib: int) -> None:
+    """Bound what this process may allocate from now on, by the kernel; what is freed goes back to it at once."""
+    for knob, value in GIVES_BACK:
+        ctypes.CDLL(None).mallopt(knob, value)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (held,) = (int(line.split()[1]) for line in lines if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (1024 * held + mib * 2**20,) * 2)
+
+
+def test_workers_that_share_a_model_out_end_a_step_in_memory_that_is_too_small_for_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """25M parameters, 96 MiB in fp32: two workers that share out student, teacher, gradients and Adam's state take less
+    than 350 MiB each, and one that holds all of them more than 600."""
+    monkeypatch.setitem(ARCHITECTURE, "n_embd", 512)
+    monkeypatch.setitem(ARCHITECTURE, "n_layer", 8)
+    case = Case.make(tmp_path)
+
+    def work(rank: int, run: TrainingJob) -> float | str:
+        capped(450)
+        loop = case.loop(run, Quant(bits="2-2-8", gamma_init="one"))  # both models, of which there is room for two
+        try:
+            return mean_loss(loop, loop.train_step(0))
+        except (MemoryError, RuntimeError) as error:
+            return str(error)
+
+    def workers(strategy: str) -> list[float | str]:
+        run = case.run(Distill(**{**DISTILL, "batch_size": 2}), strategy, strategy=strategy)
+        return with_workers(2, tmp_path, partial(work, run=run))
+
+    ended, other = workers("fsdp")
+    assert isinstance(ended, float)
+    assert ended == other < 10
+    assert ["can't allocate memory" in str(failed) for failed in workers("ddp")] == [True, True]
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -61,11 +61,12 @@ def test_a_step_launches_little_more_than_transformers(deep: Case, preset: Any, 
     assert ours <= MOST[preset][micro == 1] * transformers_step(deep, 4 // micro)
 
 
-def test_a_compiled_step_is_the_step(deep: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_compiled_step_is_the_step(deep: Case, preset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is traced; the kernels that are made of it are torch's own."""
     torch._dynamo.reset()  # what another test's stand-in for a device kept it from compiling, it would skip for ever
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    sections, given = PRESETS["paper"], []
+    sections, given = PRESETS[preset], []
     fields: dict[str, Any] = {**sections["distill"], "steps": 9, "batch_size": 4, "eval_rows": 4, "fade_in": 0.5}
     cache = deep.cache("float16")
     for compiles in (False, True):

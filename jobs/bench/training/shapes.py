@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,19 @@ HEADER = ("shape", "parameters", "first step, s", "ms a step", "tokens/s", "loss
 
 @dataclass(frozen=True)
 class Extent:
-    """How large the batches are: rows of a step and of a pass, tokens of a row, or of a text and of its summary."""
+    """How large the batches are: rows of a step and of a pass, tokens of a row, or of a text, whose summary has an
+    eighth of them."""
 
-    batch: int = 16
-    micro_batch: int = 8
-    length: int = 512
-    target_length: int = 64
+    batch: int
+    micro_batch: int
+    length: int
+
+    @classmethod
+    def of(cls, device: torch.device, batch: int | None, micro_batch: int | None, length: int | None) -> Extent:
+        """Return what is given; else 16 rows of 512 on a GPU, 2 of 128 on a CPU, in two passes."""
+        rows, tokens = (16, 512) if device.type == "cuda" else (2, 128)
+        rows = batch or rows
+        return cls(rows, micro_batch or max(1, rows // 2), length or tokens)
 
 
 def smoke(
@@ -50,16 +57,15 @@ def smoke(
     compiled: bool | None,
     out: Path,
     console: Console,
-    models: dict[str, dict[str, Any]] = MODELS,
-    extent: Extent = Extent(),
+    extent: Extent,
 ) -> dict[str, Any]:
     """Train each shape by the preset `best` at 2-2-8, teacher online; print a line each, and return the document of
     `--json`, which `out` has as shapes.json."""
     rows = {}
-    for name, source in models.items():
+    for name, source in MODELS.items():
         console.print(f"{name} ...")
         rows[name] = _trained(source, extent, device, compiled)
-    document = {**described(device), "shapes": rows}
+    document = {**described(device), "extent": asdict(extent), "shapes": rows}
     (out / "shapes.json").write_text(json.dumps(document, indent=1) + "\n")
     print_table(console, HEADER, [_cells(name, row) for name, row in rows.items()], title=document["device"])
     return document
@@ -110,8 +116,9 @@ def _task(encoder_decoder: bool, extent: Extent) -> tuple[Task, Any]:
     """Return the task of a kind of model, and the lengths of a full row's parts."""
     if not encoder_decoder:
         return LanguageModeling(TaskSettings(block_length=extent.length)), np.array([extent.length])
-    settings = TaskSettings(name="summarization", source_length=extent.length, target_length=extent.target_length)
-    return Summarization(settings), np.array([extent.length, extent.target_length])
+    lengths = np.array([extent.length, extent.length // 8])
+    settings = TaskSettings(name="summarization", source_length=int(lengths[0]), target_length=int(lengths[1]))
+    return Summarization(settings), lengths
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:

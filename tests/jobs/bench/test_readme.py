@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from statistics import mean
@@ -18,10 +19,12 @@ from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED, Interval, interval
+from jobs.bench.training.train import read_floors, shortfalls
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
 from pipeline.config.resources import Resources
 from pipeline.models.build import fp32_bytes, read_config, skeleton
+from pipeline.models.device import CPU
 from pipeline.models.family import family_named
 from pipeline.package.size import layout
 from pipeline.quant.spec import BitWidths
@@ -117,9 +120,16 @@ def test_steps_on_a_gpu_took_what_was_measured():
     assert f"{later['best, cached']:.2f} and {later['paper, cached']:.2f} of the baseline" in BENCH
 
 
-def test_stages_on_a_cpu_took_what_was_measured():
+def test_what_a_cpu_took_is_what_was_measured_and_within_its_floors():
     document = json.loads((RESULTS / "train-cpu.json").read_text(encoding="utf-8"))
-    said = " ".join(BENCH.split())
+    said, rows, ratios = " ".join(BENCH.split()), document["rows"], document["ratios"]
+    assert table(BENCH, "A step on two cores") == [
+        f"| {name} | {row['ms']['median'] / 1e3:.1f} ({row['ms']['least'] / 1e3:.1f}-{row['ms']['most'] / 1e3:.1f}) "
+        f"| {row['of_baseline']['median']:.2f} ({row['of_baseline']['least']:.2f}-{row['of_baseline']['most']:.2f}) "
+        f"| {ratios.get(f'step before its optimizer: {name}', 1):.2f} | {row['peak_bytes'] / 2**30:.1f} |"
+        for name, row in rows.items()
+    ]
+    assert shortfalls(document, read_floors(CPU)) == []
     stages = [document[stage]["speed"] for stage in ("tokenize", "evaluate", "pack")]
     assert "has {:.2f} of the speed of `encode_batch`, `evaluate` {:.2f} of that of plain".format(*stages[:2]) in said
     assert f"`pack` {stages[2]:.2f} of that of a copy" in said
@@ -140,6 +150,27 @@ def test_tables(begins, name):
     lines = compared(name)
     assert len(lines) >= 4
     assert table(BENCH, begins) == lines
+
+
+def test_scales_of_groups_gain_what_their_table_says():
+    found, lines = results("groups"), []
+    gaps = {
+        row: [
+            math.log(score["student"]["perplexity"] / score["teacher"]["perplexity"])
+            for score in sorted(found["scores"], key=lambda score: score["seed"])
+            if score["row"] == row
+        ]
+        for row in {score["row"] for score in found["scores"]}
+    }
+    for line in found["tables"]["2-2-8"]:
+        other = line["row"].partition(",")[0] + ", per_channel"
+        paired = [ours - its for ours, its in zip(gaps[line["row"]], gaps[other], strict=True)]
+        less = "" if line["row"] == other else f"{interval(paired).shown(lambda nats: f'{nats:+.4f}')} "
+        lines.append(
+            f"| `{line['row']}` | {rate(line)} | {line['packed_bytes']:,} | {line['gap_nats']:.4f} | {less}"
+            f"| {line['kl_nats']:.4f} | {100 * line['top1_agreement']:.1f} |"
+        )
+    assert table(BENCH, "    bitmill bench quantizers --steps 300 --seeds 5 --workers 2 --granularity") == lines
 
 
 def test_rates_at_an_end_are_counted():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs.bench.training import measures, real, shapes
@@ -88,6 +88,41 @@ def test_what_has_a_result_is_not_run_again_and_what_was_stopped_goes_on(ran: An
     assert after["scores"]["test"]["student"] == pytest.approx(before["scores"]["test"]["student"])
 
 
+def test_a_folder_that_is_carried_away_in_mid_training_goes_on_where_it_comes_to(
+    ran: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at a step after a checkpoint, and with nothing left where it was: it ends as one that was not stopped."""
+    document, out = ran
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(out, here)
+    for made_by_the_row in here.glob("best-4-4-8*"):
+        made_by_the_row.unlink()
+    shutil.rmtree(here / "store" / "distill")
+    take = real.Trainer.train_step
+
+    def stopped(trainer: real.Trainer, step: int) -> Any:
+        if (trainer.job.steps, step) == (6, 4):
+            raise InterruptedError
+        return take(trainer, step)
+
+    def given(out: Path) -> Any:
+        (tokens,) = (out / "store" / "tokenize").iterdir()
+        return bench(made, out, "--tokens", str(tokens), "--only", ROW, "--set", "distill.muon_lr=0.01")
+
+    monkeypatch.setattr(real, "KEEP_S", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(real.Trainer, "train_step", stopped)
+        assert given(here).exit_code == 1
+    assert not (here / "best-4-4-8.json").exists()
+    shutil.move(here, there)
+    shown = given(there)
+    assert shown.exit_code == 0, shown.stderr
+    before, after = document["rows"][ROW], json.loads(shown.stdout)["rows"][ROW]
+    assert before["resumed_at"] == 0 < after["resumed_at"] < before["steps"]
+    for fact in ("steps", "best_step", "validations", "scores", "packed_bytes"):
+        assert after[fact] == before[fact]
+
+
 def test_a_row_for_which_no_time_is_left_waits_for_the_next_time(ran: Any, made: Path) -> None:
     _, out = ran
     (tokens,) = (out / "store" / "tokenize").iterdir()
@@ -155,7 +190,14 @@ def test_wrong_arguments_are_usage_errors(arguments: tuple[str, ...], said: str,
     assert said in " ".join(shown.stderr.split())
 
 
-def test_shapes_train_for_a_few_steps(tmp_path: Path) -> None:
+def test_shapes_are_of_what_a_device_trains_in_minutes_where_nothing_is_given() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert shapes.Extent.of(gpu, None, None, None) == shapes.Extent(16, 8, 512)
+    assert shapes.Extent.of(cpu, None, None, None) == shapes.Extent(2, 1, 128)
+    assert shapes.Extent.of(cpu, 6, 2, 16) == shapes.Extent(6, 2, 16)
+
+
+def test_shapes_train_for_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {
         "decoder": {"architecture": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 99},
         "both": {
@@ -166,9 +208,16 @@ def test_shapes_train_for_a_few_steps(tmp_path: Path) -> None:
             **{f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")},
         },
     }
-    extent = shapes.Extent(batch=4, micro_batch=2, length=16, target_length=8)
-    document = shapes.smoke(torch.device("cpu"), None, tmp_path, Console(quiet=True), models, extent)
+    monkeypatch.setattr(shapes, "MODELS", models)
+    sizes = ("--batch", "4", "--micro-batch", "2", "--block-length", "64")
+    arguments = ["bench", "real", "--shapes", *sizes, "--device", "cpu", "--out", str(tmp_path), "--json"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
     assert document == json.loads((tmp_path / "shapes.json").read_text())
+    assert document["extent"] == {"batch": 4, "micro_batch": 2, "length": 64}
+    tokens = {name: row["tokens_per_s"] * row["ms"] / 1e3 for name, row in document["shapes"].items()}
+    assert tokens == pytest.approx({"decoder": 4 * 64, "both": 4 * (64 + 8)})
     assert list(document["shapes"]) == list(models)
     for row in document["shapes"].values():
         assert len(row["losses"]) == shapes.STEPS
