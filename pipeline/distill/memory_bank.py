@@ -42,7 +42,7 @@ class MemoryBank:
     def accumulate(self, ids: Tensor, states: Tensor, valid: Tensor) -> None:
         """Add one micro-batch's valid states to the sums of this step; ids and mask (batch, length) are the host's."""
         places = valid.flatten().nonzero()[:, 0]
-        ids, states = ids.flatten(), states.flatten(0, 1)
+        ids, states = ids.flatten(), states.detach().flatten(0, 1)
         if len(places) < len(ids):
             ids, states = ids[places], states[sent(places, states.device)]
         self._added.append((ids, states.float()))

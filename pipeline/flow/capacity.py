@@ -289,9 +289,10 @@ class Caching:
     @property
     def told(self) -> str:
         """Return it in one line, for people."""
+        other = "more" if self.each >= 0 else "less"
         costs = (
             f"by {self.by}, a cache of states costs {self.once:.3g} for a million tokens, once, and the teacher in "
-            f"each step {self.each:.3g} more than reads of it"
+            f"each step {abs(self.each):.3g} {other} than reads of it"
         )
         if self.pays_from is None:
             return f"{costs}: online is always cheaper, however often rows are read"

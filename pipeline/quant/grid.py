@@ -13,7 +13,7 @@ from pipeline.quant.spec import ActivationRange, Grid, levels
 
 SMALLEST = 1e-30  # of the scales that weights are divided by: no weight over it is infinite
 AT_ONCE = 2**18  # weights that a CPU quantizes at once
-NOTHING = 1.9e-38  # next to it: what activations are divided by at least; no row is made of this number alone
+NOTHING = 1.9e-38  # the least that activations are divided by; a row of this number alone would be divided by zero
 
 Part = tuple[slice, slice]  # rows and columns
 
@@ -71,7 +71,8 @@ def _codes(places: Tensor, grid: Grid) -> Tensor:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """Return the scale, or next to nothing where it is 0: a row of zeros (a padding row) must give zeros, not NaN."""
+    """Return the scale, fp32, fp64 or bf16, or next to nothing where it is 0: a row of zeros (a padding row) must give
+    zeros, not NaN."""
     return scale.clamp(min=SMALLEST)
 
 
@@ -186,7 +187,8 @@ def activation_codes(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Ten
     have no lowest, are code * distance."""
     if symmetric:
         codes, most = _codes_around_zero(rows, levels(8))
-        return codes.to(torch.int8), most / levels(8), None
+        seen = 0 * codes.sum(1, keepdim=True)  # an integer is never NaN, and an input that has one is to be seen
+        return codes.to(torch.int8), most / levels(8) + seen, None
     codes, scale, low = _codes_from_low(rows, 255, from_zero=False)
     return codes.sub_(128).to(torch.int8), scale, low
 
@@ -209,7 +211,8 @@ def _codes_from_low(rows: Tensor, high: int, from_zero: bool) -> tuple[Tensor, T
 def _around_zero(rows: Tensor, high: int) -> Tensor:
     """Return rows at the nearest of the levels -high..high over high times each row's largest magnitude.
 
-    Compilers, which join operations, are given it plainly. Without one each costs, and this has the same bits in four:
+    Compilers, which join operations, are given it plainly. Without one each costs, and this has the same bits on a CPU,
+    in four:
     a distance from next to nothing is the magnitude, and not zero; 1.5 * 2^23 has no bits beside it for a fraction, so
     that adding it rounds.
     """

@@ -12,7 +12,8 @@ from pipeline.models.sharded import is_part, like, own, part_like, whole
 
 UPDATE_RMS = 0.2  # what torch's "match_rms_adamw" makes the root mean square of an update, at a rate of 1
 # Numbers that are orthogonalised at once: 256 MiB on a GPU, 512 MiB on a CPU. A step of Newton and Schulz holds as much
-# again for what it makes of them, and at most as much for each of two products of theirs.
+# again for what it makes of them, and at most as much for each of two products of theirs. Beside it a GPU holds all
+# matrices in bf16 while a step lasts.
 MOST_STACKED = 2**27
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config.training import Distill, Finetune
 from pipeline.models.hidden_states import WithStates
-from pipeline.models.sharded import part_like, whole
+from pipeline.models.sharded import is_part, part_like, whole
 from pipeline.quant.modules import quantizers
 from pipeline.training.muon import UPDATE_RMS, StackedMuon
 from pipeline.training.schedule import learning_rate
@@ -96,8 +96,10 @@ def _group(parameters: list[nn.Parameter], peak: float, weight_decay: float) -> 
 
 
 def _joined(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return groups such that no two have the same rate and decay: each is moved by operations of its own."""
-    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Return groups such that no two have the same rate and decay: each is moved by operations of its own, which take
+    no whole tensors beside parts of others that workers share out."""
+    alike: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for group in groups:
-        alike.setdefault((group["peak"], group["weight_decay"]), []).extend(group["params"])
-    return [_group(parameters, *settings) for settings, parameters in alike.items() if parameters]
+        for parameter in group["params"]:
+            alike.setdefault((group["peak"], group["weight_decay"], is_part(parameter)), []).append(parameter)
+    return [_group(parameters, peak, decay) for (peak, decay, _), parameters in alike.items()]

@@ -27,7 +27,8 @@ class ReadAhead:
         others may be asked for meanwhile."""
         wanted, ahead = tuple(row_ids), self._ahead
         if ahead is not None and ahead[0] == wanted:
-            rows, self._ahead = ahead[1].result(), None
+            self._ahead = None  # before what it may raise
+            rows = ahead[1].result()
         else:
             rows = self._read(wanted)
         if len(then):

@@ -448,6 +448,7 @@ class Trainer:
         return [self._gathered(tensor, [*map(int, lengths)]) for tensor in tensors]
 
     def _gathered(self, tensor: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Return a tensor of every rank, in rank order; ranks have so many rows."""
         padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in lengths]

@@ -335,7 +335,7 @@ def met_in_training(project: Project, seed: int, environment: dict[str, str]) ->
         project.until(lambda: time.monotonic() > end, driver)
         assert driver.poll() is None, (project.root / "stderr").read_text()[-3000:]
         yield driver
-        driver.wait()
+        driver.wait(DEADLINE_S)
 
 
 @pytest.mark.soak
