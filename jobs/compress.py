@@ -131,7 +131,7 @@ def print_plan(planned: RunPlan, document: dict[str, Any], console: Console) -> 
         f"{about}{planned.rows:,} rows to train on ({planned.pinned.task.shape}{filled}); "
         f"{planned.parameters:,} parameters; cache {about}{planned.cache_bytes / MIB:,.1f} MiB"
     )
-    console.print(f"cache mode {planned.cache_mode[1]}; {document['free_bytes'] / GIB:,.1f} GiB are free")
+    console.print(f"cache mode {planned.cache_mode[1]}; {document['free_bytes'] / GIB:,.1f} GiB are free here")
     print_shared(planned.overlap, console)
 
 

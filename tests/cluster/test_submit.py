@@ -90,6 +90,7 @@ def test_a_job_runs_once_and_gives_what_the_command_would_give_here(config_file,
     assert first.exit_code == 0, first.stderr
     there, expected = json.loads(first.stdout), json.loads(here.stdout)
     assert there.pop("estimate")["steps"].keys() == expected.pop("estimate")["steps"].keys()  # else by a probe's rate
+    assert there.pop("free_bytes") > 0 < expected.pop("free_bytes")
     assert there == expected
     for said in ("would run", "never run before", "36,096 parameters"):  # the job's own words, and to people
         assert said in first.stderr

@@ -6,6 +6,8 @@ import copy
 import ctypes
 import json
 import resource
+import subprocess
+import sys
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +27,7 @@ from pipeline.sources.models import ModelSource
 from pipeline.stages import distill, finetune
 from pipeline.store.keys import recipe_of
 from pipeline.training.trainer import Trainer, TrainingJob
+from tests.conftest import ROOT
 from tests.training.cases import ARCHITECTURE, CPU, Case, gradients, mean_loss, run_until, with_workers
 from tests.training.test_task_training import ROWS
 from tests.training.test_trainer import DISTILL, FULL, LOW, relative, weights_after
@@ -159,17 +162,13 @@ def capped(mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * held + mib * 2**20,) * 2)
 
 
-def test_workers_that_share_a_model_out_end_a_step_in_memory_that_is_too_small_for_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """25M parameters, 96 MiB in fp32: two workers that share out student, teacher, gradients and Adam's state take less
-    than 350 MiB each, and one that holds all of them more than 600."""
-    monkeypatch.setitem(ARCHITECTURE, "n_embd", 512)
-    monkeypatch.setitem(ARCHITECTURE, "n_layer", 8)
-    case = Case.make(tmp_path)
+def ends_within(mib: int, root: Path) -> None:
+    """Print what a step of two workers ends with, by strategy: its loss, or an error's words."""
+    ARCHITECTURE.update(n_embd=512, n_layer=8)
+    case = Case.make(root)
 
     def work(rank: int, run: TrainingJob) -> float | str:
-        capped(450)
+        capped(mib)
         loop = case.loop(run, Quant(bits="2-2-8", gamma_init="one"))  # both models, of which there is room for two
         try:
             return mean_loss(loop, loop.train_step(0))
@@ -178,12 +177,22 @@ def test_workers_that_share_a_model_out_end_a_step_in_memory_that_is_too_small_f
 
     def workers(strategy: str) -> list[float | str]:
         run = case.run(Distill(**{**DISTILL, "batch_size": 2}), strategy, strategy=strategy)
-        return with_workers(2, tmp_path, partial(work, run=run))
+        return with_workers(2, root, partial(work, run=run))
 
-    ended, other = workers("fsdp")
-    assert isinstance(ended, float)
-    assert ended == other < 10
-    assert [isinstance(failed, str) for failed in workers("ddp")] == [True, True]
+    print(json.dumps({strategy: workers(strategy) for strategy in ("fsdp", "ddp")}))
+
+
+def test_workers_that_share_a_model_out_end_a_step_in_memory_that_is_too_small_for_the_whole(tmp_path: Path) -> None:
+    """25M parameters, 96 MiB in fp32: two workers that share out student, teacher, gradients and Adam's state take less
+    than 350 MiB each, and one that holds all of them more than 600. In a process that had no other tests, which leave
+    memory of theirs to be used again."""
+    code = f"from tests.training.test_sharded import ends_within, Path; ends_within(450, Path({str(tmp_path)!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    of = json.loads(ended.stdout.splitlines()[-1])
+    assert isinstance(of["fsdp"][0], float), of
+    assert of["fsdp"][0] == of["fsdp"][1] < 10
+    assert [isinstance(failed, str) for failed in of["ddp"]] == [True, True], of
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
