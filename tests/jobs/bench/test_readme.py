@@ -19,6 +19,7 @@ from jobs.bench.inference import MEASURES
 from jobs.bench.rows import REFERENCE
 from jobs.bench.sizes import ENCODINGS, MIB, MODELS, packed_size
 from jobs.bench.summary import UNTRAINED, Interval, interval
+from jobs.bench.training.steps import INT8
 from jobs.bench.training.train import read_floors, shortfalls
 from jobs.cli import app
 from pipeline.config.load import load_config, load_fields
@@ -137,6 +138,10 @@ def test_what_a_cpu_took_is_what_was_measured_and_within_its_floors_but_for_what
     assert f"have 0.81 of twice the speed of one, where 0.85 is asked, and spend {exchanged}" in said
     assert f"What contrast adds to a step, {100 * ratios['contrast, share of a step']:.1f} %" in said
     assert f"Muon takes 1.5 TFLOP a step, {rows['best, cached']['optimizer_ms'] / 1e3:.1f} s here" in said
+    integers = json.loads((RESULTS / "train-cpu-int8.json").read_text(encoding="utf-8"))
+    row, less = integers["rows"][INT8], integers["ratios"][f"step before its optimizer: {INT8}"]
+    took = "`best` takes {median:.2f} ({least:.2f}-{most:.2f}) of the baseline".format(**row["of_baseline"])
+    assert f"{took}, {less:.2f} before its optimizer, and {row['peak_bytes'] / 2**30:.1f} GiB" in said
     quickstart = json.loads((RESULTS / "quickstart" / "table.json").read_text(encoding="utf-8"))
     now = [seed["perplexity"] for seed in quickstart["2-2-8_again"]["seeds"].values()]
     before = [quickstart["students"]["2-2-8"], *quickstart["other_seeds_at_2-2-8"].values()]
