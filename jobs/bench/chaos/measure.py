@@ -151,7 +151,7 @@ def _resources(folder: Path, store: str) -> Resources:
 
 
 def _write_corpus(path: Path) -> None:
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     lines = (" ".join(draw.choices(WORDS, k=draw.randint(4, 16))) + ".\n\n" for _ in range(PARAGRAPHS))
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -51,7 +51,7 @@ class FaultProxy:
         self.rate, self.kinds = 0.0, FAULTS
         self.befalls: Callable[[Request], bool] = lambda request: True
         self._each: set[tuple[str, ...]] | None = None
-        self._draw, self._lock, self._port = random.Random(seed), threading.Lock(), 0  # noqa: S311
+        self._draw, self._lock, self._port = random.Random(seed), threading.Lock(), 0
         self.gone = threading.Event()  # ends requests that nobody answers
 
     @contextlib.contextmanager

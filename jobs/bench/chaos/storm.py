@@ -35,7 +35,7 @@ class Storm:
 
     def __init__(self, cluster: Cluster, proxy: FaultProxy, objects: Objects, faults: int, seed: int) -> None:
         self._cluster, self._proxy, self._objects, self._faults = cluster, proxy, objects, faults
-        self._draw = random.Random(seed)  # noqa: S311
+        self._draw = random.Random(seed)
         self.strikes, self.requests = Counter[str](), Counter[str]()
         self.stages: list[tuple[str, str]] = []
 

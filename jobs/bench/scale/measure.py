@@ -142,7 +142,7 @@ def _stages(folder: Path, mib: float, run: Callable[..., Any]) -> Iterator[dict[
 
 def _write_corpus(path: Path, size: int) -> None:
     """Write paragraphs of words as frequent as those of a language."""
-    draw = random.Random(0)  # noqa: S311 - a text that is the same each time
+    draw = random.Random(0)
     words, weights = language(draw)
     written = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -280,11 +280,11 @@ def _fill_registry(database: Path, keys: list[str], versions: int) -> None:
     """Put versions beside the one that is there until there are so many, each with a run and a logged model."""
     with sqlite3.connect(database) as connection:
         connection.row_factory = sqlite3.Row
-        rows = {table: [dict(row) for row in connection.execute(f"SELECT * FROM {table}")] for table in CLONED}  # noqa: S608
+        rows = {table: [dict(row) for row in connection.execute(f"SELECT * FROM {table}")] for table in CLONED}  # noqa: S608 - MLflow's own names
         run, model = rows["runs"][0]["run_uuid"], rows["logged_models"][0]["model_id"]
         for table, of_table in rows.items():
             marks = ", ".join("?" * len(of_table[0]))
-            insert = f"INSERT INTO {table} ({', '.join(of_table[0])}) VALUES ({marks})"  # noqa: S608
+            insert = f"INSERT INTO {table} ({', '.join(of_table[0])}) VALUES ({marks})"  # noqa: S608 - MLflow's own names
             for number in range(2, versions + 1):
                 others = {key: _other(key, number) for key in keys}
                 others |= {run: _other(run, number), model: "m-" + _other(model[2:], number)}

@@ -81,7 +81,7 @@ def tokenized(job: StepJob, tokenizer: dict[str, StoredFile], part: SplitPart) -
 def write_rows(path: Path, size: int) -> list[str]:
     """Write so many bytes of JSON lines, compressed, of words as frequent as those of a language; return the first few
     texts. Each row begins with its number; what follows comes again after some 30 MB."""
-    draw = random.Random(0)  # noqa: S311 - a text that is the same each time
+    draw = random.Random(0)
     words, weights = language(draw)
     cumulative = [*itertools.accumulate(weights)]
     texts, first, written = list[str](), list[str](), 0

@@ -57,13 +57,16 @@ RATIOS_BESIDE = (
     (WORKERS, "of_ideal", "two workers, of the ideal"),
     *((stage, "speed", f"{stage}, of the least") for stage in STAGES),
 )
-QUARTERED, CONTRAST = "micro_batch a quarter, of the whole", "contrast, share of a step"
-CACHED_OF = "cached of what it could be: "
-OF_TWO = {  # rows
-    QUARTERED: (kinds.CACHED, kinds.IN_PARTS),
-    CONTRAST: (kinds.CACHED, kinds.NO_CONTRAST),
-    f"{CACHED_OF}paper": (kinds.CACHED, kinds.ONLINE),
-    f"{CACHED_OF}best": (kinds.BEST_CACHED, kinds.BEST_ONLINE),
+OF_TWO: dict[str, tuple[str, str, Callable[[float, float, float], float]]] = {  # rows, of their times and the teacher's
+    "micro_batch a quarter, of the whole": (kinds.CACHED, kinds.IN_PARTS, lambda whole, parts, _: parts / whole),
+    "contrast, share of a step": (kinds.CACHED, kinds.NO_CONTRAST, lambda ours, without, _: ours / without - 1),
+    **{
+        f"cached of what it could be: {preset}": (*rows, lambda cached, online, spared: (online - spared) / cached)
+        for preset, rows in (
+            ("paper", (kinds.CACHED, kinds.ONLINE)),
+            ("best", (kinds.BEST_CACHED, kinds.BEST_ONLINE)),
+        )
+    },
 }
 BESIDE: dict[str, Callable[[Shape, int], dict[str, Any]]] = {  # the rows, on a CPU
     QUANTIZING: lambda shape, rounds: fake_quantization(shape.width, shape.tokens, rounds),
@@ -220,27 +223,20 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     teacher = document["teacher"]
     given["cache, of the bare forward"] = teacher["cache_tokens_per_s"] / teacher["forward_tokens_per_s"]
     spared = teacher["forward_ms"] / rows[baseline]["ms"]["median"]
-    for ratio, (cached, other) in OF_TWO.items():
-        if {cached, other} <= set(times):
-            given[ratio] = _of_two(ratio, times[cached], times[other], spared)
+    for ratio, (first, second, of) in OF_TWO.items():
+        if {first, second} <= set(times):
+            given[ratio] = of(times[first], times[second], spared)
     for name, measure, ratio in RATIOS_BESIDE:
         if measure in document.get(name, {}):
             given[ratio] = document[name][measure]
     return given
 
 
-def _of_two(ratio: str, cached: float, other: float, spared: float) -> float:
-    """Return a ratio of `OF_TWO`, of their times and what the teacher spares."""
-    if ratio == QUARTERED:
-        return other / cached
-    return cached / other - 1 if ratio == CONTRAST else (other - spared) / cached
-
-
 def rows_of(ratio: str) -> set[str]:
     """Return the rows that a ratio is computed of, beside the baseline and the teacher, which always are measured."""
     beside = {name for name, _, named in RATIOS_BESIDE if named == ratio}
     _, _, row = ratio.partition(": ")
-    return set(OF_TWO.get(ratio, ())) or beside or ({row} if row else set())
+    return set(OF_TWO[ratio][:2] if ratio in OF_TWO else ()) or beside or ({row} if row else set())
 
 
 def shortfalls(document: dict[str, Any], floors: dict[str, Any]) -> list[str]:

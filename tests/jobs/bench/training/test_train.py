@@ -101,7 +101,7 @@ def test_committed_floors_are_of_ratios_that_there_are() -> None:
 
 def test_only_ratios_of_rows_that_were_chosen_have_to_be_measured() -> None:
     """One of two rows is checked where both were chosen; that of the teacher always, who always is measured."""
-    paper, online = f"step: {steps.CACHED}", f"{train.CACHED_OF}paper"
+    paper, online = f"step: {steps.CACHED}", "cached of what it could be: paper"
     floors = {"at_most": {paper: 1.3}, "at_least": {online: 0.95, "pack, of the least": 0.5, TEACHER: 0.85}}
 
     def missed(*only: str) -> list[str]:
